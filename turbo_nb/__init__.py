@@ -1,0 +1,1 @@
+"""turbo_nb: TurboDiffusion video models in Jupyter, from wheels alone."""
