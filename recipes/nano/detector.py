@@ -1,0 +1,81 @@
+"""A classical detector: looks at a finished clip and says which of the five attributes it shows. Nothing is learned.
+
+It takes colours from the border and from the pixels that differ most from it, turns every pixel into a coverage
+between the two, and reads size, motion and shape from the area, the centroid and the filled share of the bounding box.
+"""
+
+import numpy as np
+
+from .world import BACKGROUNDS, COLOURS, RADIUS
+
+SIZE_LIMIT = (RADIUS["small"][1] + RADIUS["large"][0]) / 2  # equal-area radius in pixels, between small and large
+GROWTH_LIMIT = 1.35  # ratio of last to first radius from which a shape grows
+STILL_LIMIT = 8.0  # pixels
+FILL = {
+    "triangle": (0.38, 0.64),
+    "circle": (0.64, 0.89),
+    "square": (0.89, 1.10),
+}  # area / bounding box; exact: 1/2, π/4, 1
+
+
+def nearest(colour: np.ndarray, table: dict[str, tuple]) -> str:
+    return min(table, key=lambda name: float(((colour - np.array(table[name])) ** 2).sum()))
+
+
+def detect(frames: np.ndarray) -> dict[str, str | None]:
+    """frames (T, H, W, 3) uint8 → what is seen of size, colour, shape, motion, background; None where nothing fits."""
+    x = frames.astype(np.float32)
+    border = np.concatenate([x[:, :2].reshape(-1, 3), x[:, -2:].reshape(-1, 3), x[:, :, :2].reshape(-1, 3)])
+    back = np.median(border, axis=0)
+    seen = dict.fromkeys(("size", "colour", "shape", "motion"), None) | {"background": nearest(back, BACKGROUNDS)}
+
+    difference = np.sqrt(((x - back) ** 2).sum(-1))  # (T, H, W)
+    strongest = np.quantile(difference, 0.998)
+    if strongest < 40:
+        return seen
+    fore = np.median(x[difference > 0.8 * strongest], axis=0)
+    seen["colour"] = nearest(fore, COLOURS)
+
+    axis = (fore - back) / ((fore - back) ** 2).sum()
+    coverage = ((x - back) @ axis).clip(0, 1)
+    coverage[coverage < 0.25] = 0
+    area = coverage.sum((1, 2))
+    if area.min() < 10:
+        return seen
+    radius = np.sqrt(area / np.pi)
+    largest = np.sort(radius)[-3:].mean()
+    if 0.7 * RADIUS["small"][0] < largest < 1.3 * RADIUS["large"][1]:
+        seen["size"] = "small" if largest < SIZE_LIMIT else "large"
+
+    seen["motion"] = _motion(coverage, area, radius)
+    fill = np.median([_fill(c) for c, r in zip(coverage, radius, strict=True) if r > 0.8 * largest])
+    seen["shape"] = next((name for name, (low, high) in FILL.items() if low <= fill < high), None)
+    return seen
+
+
+def _motion(coverage: np.ndarray, area: np.ndarray, radius: np.ndarray) -> str | None:
+    growth = radius[-3:].mean() / radius[:3].mean()
+    if growth > GROWTH_LIMIT:
+        return "growing"
+    if growth < 1 / GROWTH_LIMIT:
+        return "shrinking"
+    height, width = coverage.shape[1:]
+    cx = (coverage.sum(1) @ np.arange(width)) / area  # (T,)
+    cy = (coverage.sum(2) @ np.arange(height)) / area
+    dx, dy = cx[-3:].mean() - cx[:3].mean(), cy[-3:].mean() - cy[:3].mean()
+    if max(abs(dx), abs(dy)) < STILL_LIMIT:
+        return "standing still"
+    if abs(dx) > 2 * abs(dy):
+        return "moving from left to right" if dx > 0 else "moving from right to left"
+    if abs(dy) > 2 * abs(dx):
+        return "moving from top to bottom" if dy > 0 else "moving from bottom to top"
+    return None
+
+
+def _fill(coverage: np.ndarray) -> float:
+    """Share of the bounding box that is covered; rows and columns with less than 1.5 pixels don't count."""
+    rows, columns = np.flatnonzero(coverage.sum(1) > 1.5), np.flatnonzero(coverage.sum(0) > 1.5)
+    if not len(rows) or not len(columns):
+        return 0.0
+    box = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return float(box.mean())

@@ -1,0 +1,96 @@
+"""What nano's latents mean, and the whole-clip pass that trains its VAE.
+
+Encoder and decoder are taught apart, towards fixed latents: each cell of 4×8×8 pixels (the first frame makes cells of
+its own, repeated four times) is projected on the first 16 principal components of such cells. Latents are then well
+conditioned from the first step, and encoder, decoder and transformer can all be trained at once. `python -m
+recipes.nano.latents` measures the components on drawn clips and writes them beside this file.
+
+`AutoencoderKLWan` walks a clip in chunks of four frames with a cache, seven launches of everything on a GPU, and
+`decode` clamps to [-1, 1], where saturated colours get no gradient. Inside `whole_clip()` its own modules run over all
+frames at once, unclamped; causality makes the result the same, so what is trained is what diffusers runs.
+"""
+
+import random
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from safetensors.torch import load_file, save_file
+
+from .models import LATENT_CHANNELS, VAE
+from .world import TRAINING_SCENES, draw, indices
+
+BASIS = Path(__file__).with_name("basis.safetensors")
+
+
+def cells(clips: torch.Tensor) -> torch.Tensor:
+    """clips (B, 3, 4n+1, H, W) → (B, n+1, H/8, W/8, 768)"""
+    clips = torch.cat([clips[:, :, :1].expand(-1, -1, 3, -1, -1), clips], dim=2)
+    b, c, t, h, w = clips.shape
+    x = clips.view(b, c, t // 4, 4, h // 8, 8, w // 8, 8)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t // 4, h // 8, w // 8, c * 4 * 64)
+
+
+class Basis:
+    """clips (B, 3, 4n+1, H, W) → principal components of their cells (B, 16, n+1, H/8, W/8), each of variance 1"""
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.mean, self.project = (t.to(device) for t in map(load_file(BASIS).get, ("mean", "project")))
+
+    def __call__(self, clips: torch.Tensor) -> torch.Tensor:
+        return ((cells(clips) - self.mean) @ self.project).permute(0, 4, 1, 2, 3)
+
+
+def measure_basis(count: int = 1024) -> None:
+    """Principal components over `count` training clips, each scaled to variance 1; written to basis.safetensors."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    total, outer, number = torch.zeros(768).double(), torch.zeros(768, 768).double(), 0
+    for _ in range(count // 32):
+        x = cells(draw(indices(rng.choices(TRAINING_SCENES, k=32)), generator)).reshape(-1, 768).double()
+        total, outer, number = total + x.sum(0), outer + x.T @ x, number + len(x)
+    mean = total / number
+    values, vectors = torch.linalg.eigh(outer / number - mean.outer(mean))
+    project = vectors[:, -LATENT_CHANNELS:] / values[-LATENT_CHANNELS:].sqrt()
+    save_file({"mean": mean.float(), "project": project.flip(1).float().contiguous()}, BASIS)
+    print(f"variance kept: {values[-LATENT_CHANNELS:].sum() / values.sum():.5f}")
+
+
+def _resample_whole_clip(self, x, feat_cache=None, feat_idx=None):
+    """`WanResample.forward` over all frames (B, C, T, H, W): the first frame skips the temporal convolution."""
+    if self.mode == "upsample3d" and x.shape[2] > 1:
+        first, rest = x[:, :, :1], self.time_conv(x[:, :, 1:])
+        b, _, t, h, w = rest.shape
+        rest = rest.view(b, 2, -1, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, -1, 2 * t, h, w)
+        x = torch.cat([first, rest], dim=2)
+    b, c, t, h, w = x.shape
+    x = self.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
+    x = x.view(b, t, *x.shape[1:]).transpose(1, 2)
+    if self.mode == "downsample3d" and t > 1:
+        x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+    return x
+
+
+@contextmanager
+def whole_clip():
+    """Inside, `encode` and `decode` below see a clip in one pass."""
+    chunked, WanResample.forward = WanResample.forward, _resample_whole_clip
+    try:
+        yield
+    finally:
+        WanResample.forward = chunked
+
+
+def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+    """clips (B, 3, 4n+1, H, W) → mean and log variance of the latents (B, 32, n+1, H/8, W/8)"""
+    return vae.quant_conv(vae.encoder(patchify(clips, VAE["patch_size"])))
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """latents (B, 16, n+1, h, w) → clips (B, 3, 4n+1, 8h, 8w), not clamped"""
+    return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), VAE["patch_size"])
+
+
+if __name__ == "__main__":
+    measure_basis()

@@ -1,0 +1,166 @@
+"""The world that nano knows: one flat shape on a flat background, and the sentences that describe it.
+
+A clip is drawn from five attributes (the vocabulary that ships beside the model) and a few continuous numbers that
+the prompt leaves open: where the shape starts, its exact size and its speed. Drawing is analytic (signed distance,
+one pixel of anti-aliasing) and batched, so a GPU makes thousands of clips a second and nothing is stored.
+"""
+
+import itertools
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ASSET = Path(__file__).resolve().parents[2] / "turbo_nb" / "assets" / "nano"
+VOCABULARY = json.loads((ASSET / "vocabulary.json").read_text(encoding="utf-8"))
+ATTRIBUTES = {name: list(values) for name, values in VOCABULARY["attributes"].items()}
+
+FRAMES, SIZE, FPS = 25, 128, 16
+MARGIN = 4  # pixels that stay free around the shape
+RADIUS = {"small": (12.0, 15.0), "large": (24.0, 29.0)}  # of the circle of equal area, at its largest, in pixels
+TRAVEL = (0.75, 1.0)  # share of the free way that a moving shape covers
+START_SCALE = (0.40, 0.50)  # a growing shape starts at this share of its radius
+
+# 8-bit RGB
+COLOURS = {
+    "red": (225, 35, 40),
+    "green": (40, 175, 70),
+    "blue": (45, 95, 235),
+    "yellow": (245, 220, 50),
+    "magenta": (215, 50, 200),
+    "cyan": (50, 205, 225),
+    "white": (245, 245, 245),
+    "orange": (245, 135, 30),
+}
+BACKGROUNDS = {"black": (12, 12, 14), "white": (245, 245, 245), "gray": (128, 128, 128), "navy": (18, 28, 92)}
+
+# Half width and half height of each shape's bounding box for an equal-area radius of 1.
+HALF_EXTENT = {"circle": (1.0, 1.0), "square": (0.8862, 0.8862), "triangle": (1.3468, 1.1664)}
+
+# Per motion: where x and y go (y points down), and whether the shape grows (1) or shrinks (-1).
+DIRECTION = {
+    "moving from left to right": (1, 0),
+    "moving from right to left": (-1, 0),
+    "moving from top to bottom": (0, 1),
+    "moving from bottom to top": (0, -1),
+    "growing": (0, 0),
+    "shrinking": (0, 0),
+    "standing still": (0, 0),
+}
+GROWTH = {motion: {"growing": 1, "shrinking": -1}.get(motion, 0) for motion in DIRECTION}
+SHORT_PHRASINGS = (
+    "a {colour} {shape}",
+    "a {size} {colour} {shape}",
+    "a {colour} {shape} {motion}",
+    "a {size} {colour} {shape} {motion}",
+    "a {colour} {shape} on a {background} background",
+    "a {colour} {shape} {motion} on a {background} background",
+    "a {shape} {motion}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The five attributes of a clip, each a canonical word of the vocabulary."""
+
+    size: str
+    colour: str
+    shape: str
+    motion: str
+    background: str
+
+    @property
+    def held_out(self) -> bool:
+        """True for the sixth of all combinations that training never sees."""
+        index = [ATTRIBUTES[name].index(getattr(self, name)) for name in ATTRIBUTES]
+        return sum(i * p for i, p in zip(index, (1, 5, 2, 1, 3), strict=True)) % 6 == 0
+
+
+SCENES = tuple(
+    scene
+    for values in itertools.product(*ATTRIBUTES.values())
+    if (scene := Scene(**dict(zip(ATTRIBUTES, values, strict=True)))).colour != scene.background
+)
+TRAINING_SCENES = tuple(scene for scene in SCENES if not scene.held_out)
+HELD_OUT_SCENES = tuple(scene for scene in SCENES if scene.held_out)
+
+
+def describe(scene: Scene, phrasing: str = VOCABULARY["canonical"], rng: random.Random | None = None) -> str:
+    """The sentence of `phrasing` for a scene; with `rng`, synonyms are drawn too."""
+    words = {}
+    for name in ATTRIBUTES:
+        value = getattr(scene, name)
+        words[name] = rng.choice(VOCABULARY["attributes"][name][value]) if rng else value
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", phrasing.format(**words))
+
+
+def caption(scene: Scene, rng: random.Random) -> tuple[str, list[bool]]:
+    """A training caption, and which attributes it names.
+
+    Any phrasing but the held-out one; synonyms, letter case and small talk are drawn by `rng`, and a tenth of the
+    captions leave attributes open, so that a short prompt works too.
+    """
+    phrasing = rng.choice(SHORT_PHRASINGS if rng.random() < 0.1 else VOCABULARY["phrasings"])
+    text = describe(scene, phrasing, rng)
+    if rng.random() < 0.15:
+        text = rng.choice(["a video of ", "please draw ", "animation, ", "simple 2d clip: "]) + text
+    if rng.random() < 0.15:
+        text += rng.choice([", high quality", ", flat colours", ", smooth motion", ", minimal style"])
+    if rng.random() < 0.3:
+        text += "."
+    case = rng.choice([str, str, str.lower, str.capitalize, str.title, str.upper])
+    return case(text), [f"{{{name}}}" in phrasing for name in ATTRIBUTES]
+
+
+def indices(scenes: list[Scene]) -> torch.Tensor:
+    """Attribute numbers of `scenes`, in the order of ATTRIBUTES → (B, 5) int64"""
+    return torch.tensor([[ATTRIBUTES[name].index(getattr(s, name)) for name in ATTRIBUTES] for s in scenes])
+
+
+def draw(attributes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Clips of the scenes with these attribute numbers → (B, 3, FRAMES, SIZE, SIZE) float32 in [-1, 1].
+
+    attributes: (B, 5) from `indices`. `generator`, of the same device, draws what a prompt leaves open.
+    """
+    device, count = attributes.device, len(attributes)
+    size, colour, shape, motion, background = attributes.T
+    u = torch.rand(5, count, 1, generator=generator, device=device)
+
+    def look_up(table: dict, names: list[str], index: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([table[name] for name in names], device=device, dtype=torch.float32)[index]
+
+    smallest, largest = look_up(RADIUS, ATTRIBUTES["size"], size).split(1, dim=1)
+    radius = smallest + u[0] * (largest - smallest)  # (B, 1)
+    low = MARGIN + look_up(HALF_EXTENT, ATTRIBUTES["shape"], shape) * radius  # (B, 2): least x, y of the centre
+    way = SIZE - 2 * low
+
+    time = torch.linspace(0, 1, FRAMES, device=device)  # (T,)
+    direction = look_up(DIRECTION, ATTRIBUTES["motion"], motion)[:, None]  # (B, 1, 2)
+    growth = look_up(GROWTH, ATTRIBUTES["motion"], motion)[:, None]  # (B, 1)
+    travel = (TRAVEL[0] + u[3] * (TRAVEL[1] - TRAVEL[0]))[..., None]  # (B, 1, 1)
+    phase = torch.where(direction > 0, time[:, None], 1 - time[:, None])  # (B, T, 2)
+    place = torch.where(direction == 0, u[1:3, :, 0].T[:, None], u[4, :, None] * (1 - travel) + travel * phase)
+    centre_x, centre_y = (low[:, None] + way[:, None] * place)[..., None, None].unbind(2)  # (B, T, 1, 1)
+    start = START_SCALE[0] + u[3] * (START_SCALE[1] - START_SCALE[0])
+    scale = torch.where(growth == 0, 1.0, start + (1 - start) * torch.where(growth > 0, time, 1 - time))  # (B, T)
+    r = (scale * radius)[..., None, None]
+
+    pixel = torch.arange(SIZE, device=device) + 0.5
+    x = (pixel - centre_x).abs()  # (B, T, 1, W)
+    y = pixel[:, None] - centre_y  # (B, T, H, 1)
+    half_height = HALF_EXTENT["triangle"][1] * r
+    distances = {
+        "circle": lambda: (x**2 + y**2).sqrt() - r,
+        "square": lambda: torch.maximum(x, y.abs()) - HALF_EXTENT["square"][0] * r,
+        "triangle": lambda: torch.maximum(y - half_height, 0.8660 * x - 0.5 * (y + half_height)),
+    }
+    distance = torch.zeros(count, FRAMES, SIZE, SIZE, device=device)
+    for number, name in enumerate(ATTRIBUTES["shape"]):
+        distance = torch.where((shape == number)[:, None, None, None], distances[name](), distance)
+    coverage = (0.5 - distance).clamp(0, 1)[:, None]  # (B, 1, T, H, W)
+    fore = (look_up(COLOURS, ATTRIBUTES["colour"], colour) / 127.5 - 1)[..., None, None, None]
+    back = (look_up(BACKGROUNDS, ATTRIBUTES["background"], background) / 127.5 - 1)[..., None, None, None]
+    return back + coverage * (fore - back)

@@ -1,0 +1,85 @@
+"""The meaning of every operation, in plain PyTorch that reads like the formula and runs anywhere.
+
+Faster spellings live beside this file with the same signatures and are checked against it. Shapes: B batch, L tokens,
+H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_ELEMENTS = 1 << 27  # most elements of an attention mask that are held at once
+
+
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """Rotate pairs of channels by an angle per token (RoFormer, arXiv:2104.09864); fp32 inside, `x`'s dtype outside.
+
+    x (B, L, H, D), cos and sin (L, D/2). Pairs are (0, 1), (2, 3), … when interleaved, else (i, i + D/2).
+    """
+    cos, sin = cos.float()[:, None], sin.float()[:, None]  # (L, 1, D/2)
+    if interleaved:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """Mean over blocks of tokens, the ragged last one over its own count: (B, L, H, D) → (B, H, ⌈L/block⌉, D)"""
+    length = x.shape[1]
+    x = F.pad(x.float(), (0, 0, 0, 0, 0, -length % block)).unflatten(1, (-1, block))
+    count = torch.full((x.shape[1], 1), float(block), device=x.device)
+    count[-1] = length - (x.shape[1] - 1) * block
+    return x.sum(2).transpose(1, 2) / count
+
+
+@torch.no_grad()
+def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+    """Which key blocks each query block attends to (SLA, arXiv:2509.24006): (B, H, Q_blocks, K_blocks) bool.
+
+    The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps its
+    best max(1, int(topk · K_blocks)) blocks.
+    """
+    pooled_q = block_means(q, block_q).to(q.dtype)
+    pooled_k = block_means(k - k.mean(1, keepdim=True), block_k).to(k.dtype)
+    score = pooled_q @ pooled_k.transpose(-1, -2)
+    kept = score.topk(max(1, int(topk * score.shape[-1])), dim=-1).indices
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, kept, True)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
+    """Softmax attention over the kept blocks only, scale D^-½: (B, L, H, D)
+
+    Works through slabs of query blocks, so that no mask of L × L is held for a long clip.
+    """
+    batch, length, heads, _ = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    slab = max(1, MASK_ELEMENTS // (batch * heads * block_q * length))
+    out = []
+    for begin in range(0, block_map.shape[2], slab):
+        rows = q[:, :, begin * block_q : (begin + slab) * block_q]
+        mask = block_map[:, :, begin : begin + slab].repeat_interleave(block_k, dim=3)[..., :length]
+        mask = mask.repeat_interleave(block_q, dim=2)[:, :, : rows.shape[2]]
+        out.append(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask))
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """φ(q) · φ(k)ᵀv / (10⁻⁵ + φ(q) · Σφ(k)) with φ = softmax over D (SLA, arXiv:2509.24006): (B, L, H, D)"""
+    phi_q, phi_k = (x.float().softmax(-1).to(x.dtype) for x in (q, k))
+    state = torch.einsum("blhd,blhe->bhde", phi_k, v)
+    numerator = torch.einsum("blhd,bhde->blhe", phi_q, state)
+    denominator = 1e-5 + torch.einsum("blhd,bhd->blh", phi_q, phi_k.sum(1))
+    return numerator / denominator[..., None]
+
+
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int
+) -> Tensor:
+    """SLA (arXiv:2509.24006): sparse attention plus the projected linear attention, in q's dtype: (B, L, H, D)
+
+    weight (D, D) and bias (D,) are `proj_l`; they are cast to q's dtype.
+    """
+    sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
+    linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
+    return (sparse + linear).to(q.dtype)

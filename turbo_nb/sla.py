@@ -1,0 +1,101 @@
+"""Sparse-linear attention (SLA, arXiv:2509.24006; TurboDiffusion), as a module and as a processor for diffusers.
+
+`set_attention_type(transformer, "sla", topk)` puts it into the self-attention of a `WanTransformer3DModel`; the
+learned projection of the linear branch is then an ordinary parameter of the transformer, under
+`blocks.N.attn1.processor.sla.proj_l`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BackendError, InputError
+from .kernels import reference
+from .kernels.reference import block_map
+
+__all__ = ["ATTENTION_TYPES", "SLAProcessor", "SparseLinearAttention", "attention_type", "block_map", "set_attention_type"]
+
+ATTENTION_TYPES = ("sla", "sagesla", "original")
+BLOCK_Q, BLOCK_K = 128, 64  # tokens
+
+
+class SparseLinearAttention(nn.Module):
+    """Attention over the best `topk` share of key blocks, plus linear attention over all keys through `proj_l`.
+
+    (q, k, v), each (B, L, H, head_dim) after norm and rotary embedding → (B, L, H, head_dim) in q's dtype.
+    """
+
+    def __init__(self, head_dim: int, topk: float = 0.1, block_q: int = BLOCK_Q, block_k: int = BLOCK_K):
+        super().__init__()
+        if not 0 < topk <= 1:
+            raise InputError(f"sla_topk is {topk}; it is a share of the key blocks, above 0 and at most 1, such as 0.1")
+        self.topk, self.block_q, self.block_k = topk, block_q, block_k
+        self.proj_l = nn.Linear(head_dim, head_dim)
+        nn.init.zeros_(self.proj_l.weight)
+        nn.init.zeros_(self.proj_l.bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        proj = self.proj_l
+        return reference.sparse_linear_attention(
+            q, k, v, proj.weight, proj.bias, self.topk, self.block_q, self.block_k
+        )
+
+    def extra_repr(self) -> str:
+        return f"topk={self.topk}, block_q={self.block_q}, block_k={self.block_k}"
+
+
+class SLAProcessor(nn.Module):
+    """Self-attention of a diffusers Wan block with SLA in place of dense attention."""
+
+    _attention_backend = None  # diffusers sets these two on every processor
+    _parallel_config = None
+
+    def __init__(self, head_dim: int, topk: float):
+        super().__init__()
+        self.sla = SparseLinearAttention(head_dim, topk)
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden_states (B, L, heads · head_dim) → the same shape; rotary_emb: cos and sin, each (1, L, 1, head_dim)"""
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)  # diffusers repeats each angle for its pair
+        q, k = reference.apply_rotary_emb(q, cos, sin).to(v.dtype), reference.apply_rotary_emb(k, cos, sin).to(v.dtype)
+        out = self.sla(q, k, v).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def attention_type(transformer: nn.Module) -> str:
+    """The attention that `set_attention_type` put in: "sla" or "original"."""
+    return "sla" if isinstance(transformer.blocks[0].attn1.processor, SLAProcessor) else "original"
+
+
+def set_attention_type(transformer: nn.Module, attention_type: str, topk: float = 0.1) -> None:
+    """Give every block's self-attention SLA ("sla") or diffusers' own dense attention ("original").
+
+    `proj_l` starts at zero, and keeps its values when only `topk` changes; "original" drops it.
+    Raises InputError for an unknown type and BackendError for "sagesla", which nothing here can run yet.
+    """
+    if attention_type == "sagesla":
+        raise BackendError(
+            "attention_type 'sagesla' needs SpargeAttn (github.com/thu-ml/SpargeAttn) on an NVIDIA GPU and is not "
+            "supported yet; use --attention_type sla, which runs the same checkpoints"
+        )
+    if attention_type not in ATTENTION_TYPES:
+        raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(ATTENTION_TYPES)}")
+    for block in transformer.blocks:
+        attn = block.attn1
+        if attention_type == "original":
+            attn.set_processor(type(attn)._default_processor_cls())
+            continue
+        head_dim = attn.to_q.out_features // attn.heads
+        processor = SLAProcessor(head_dim, topk)
+        if isinstance(attn.processor, SLAProcessor):
+            processor.sla.proj_l = attn.processor.sla.proj_l
+        attn.set_processor(processor.to(attn.to_q.weight.device))
