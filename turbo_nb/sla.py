@@ -5,14 +5,20 @@ learned projection of the linear branch is then an ordinary parameter of the tra
 `blocks.N.attn1.processor.sla.proj_l`.
 """
 
-import torch
 from torch import Tensor, nn
 
 from .errors import BackendError, InputError
 from .kernels import reference
 from .kernels.reference import block_map
 
-__all__ = ["ATTENTION_TYPES", "SLAProcessor", "SparseLinearAttention", "attention_type", "block_map", "set_attention_type"]
+__all__ = [
+    "ATTENTION_TYPES",
+    "SLAProcessor",
+    "SparseLinearAttention",
+    "attention_type",
+    "block_map",
+    "set_attention_type",
+]
 
 ATTENTION_TYPES = ("sla", "sagesla", "original")
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
@@ -35,9 +41,7 @@ class SparseLinearAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         proj = self.proj_l
-        return reference.sparse_linear_attention(
-            q, k, v, proj.weight, proj.bias, self.topk, self.block_q, self.block_k
-        )
+        return reference.sparse_linear_attention(q, k, v, proj.weight, proj.bias, self.topk, self.block_q, self.block_k)
 
     def extra_repr(self) -> str:
         return f"topk={self.topk}, block_q={self.block_q}, block_k={self.block_k}"

@@ -37,8 +37,8 @@ def block_means(x: Tensor, block: int) -> Tensor:
 def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
     """Which key blocks each query block attends to (SLA, arXiv:2509.24006): (B, H, Q_blocks, K_blocks) bool.
 
-    The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps its
-    best max(1, int(topk · K_blocks)) blocks.
+    The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps
+    its best max(1, int(topk · K_blocks)) blocks.
     """
     pooled_q = block_means(q, block_q).to(q.dtype)
     pooled_k = block_means(k - k.mean(1, keepdim=True), block_k).to(k.dtype)

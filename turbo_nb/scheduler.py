@@ -1,0 +1,103 @@
+"""The rCM scheduler: 1 to 4 steps without guidance (rCM, arXiv:2510.08431; TurboDiffusion).
+
+Works in diffusers' `WanPipeline` and `WanImageToVideoPipeline` as they are, called with `guidance_scale=1.0` and
+`latents=scheduler.start_latents(shape)`:
+
+    scheduler.seed(0)
+    pipeline(prompt, latents=scheduler.start_latents(shape), num_inference_steps=4, guidance_scale=1.0)
+
+The pipelines never pass a generator to `step`, so the scheduler holds it. Latents stay float64 between steps.
+"""
+
+import math
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from .errors import InputError
+
+MAX_STEPS = 4
+MIDDLE_TIMES = (1.5, 1.4, 1.0)  # trig-flow times after the first
+
+
+class RCMScheduler(SchedulerMixin, ConfigMixin):
+    """Few-step sampling of a TurboDiffusion model.
+
+    sigma_max: the first noise level as tan of the trig-flow time; 80 for text-to-video, 200 for image-to-video (larger:
+    sharper, less diverse). ode: follow the ODE instead of drawing new noise each step (sharper, less robust).
+    num_train_timesteps: scale of a timestep, which the two-expert pipelines read.
+
+    After `set_timesteps(n)`: `sigmas` (n + 1,) float64, noise levels sin t / (sin t + cos t), the last one 0;
+    `timesteps` (n,) float32, sigma · 1000 rounded to bf16, as the models saw it in training.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0  # start_latents() has scaled the noise already
+
+    @register_to_config
+    def __init__(self, sigma_max: float = 80.0, ode: bool = False, num_train_timesteps: int = 1000):
+        if not (math.isfinite(sigma_max) and sigma_max > math.tan(MIDDLE_TIMES[0])):
+            least = math.tan(MIDDLE_TIMES[0])
+            raise InputError(
+                f"sigma_max is {sigma_max}; it is a number above {least:.1f}, such as 80 (T2V) or 200 (I2V)"
+            )
+        self.generator: torch.Generator | None = None
+        self.sigmas = self.timesteps = None
+        self.num_inference_steps: int | None = None
+        self._index = 0
+
+    def seed(self, seed: int, device: str | torch.device = "cpu") -> None:
+        """Start a new sequence of noise. The CPU's is the same on every machine; "cuda" repeats upstream's seeds."""
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def _noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        drawn_on = self.generator.device if self.generator else "cpu"
+        return torch.randn(shape, generator=self.generator, device=drawn_on, dtype=torch.float32).to(
+            device, torch.float64
+        )
+
+    def start_latents(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
+        """Noise at the first level: shape (B, C, T, H, W), float64."""
+        first = math.atan(self.config.sigma_max)
+        return self._noise(shape, device) * (math.sin(first) / (math.sin(first) + math.cos(first)))
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Lay out `num_inference_steps` (1 to 4) steps. Raises InputError for any other number."""
+        if num_inference_steps not in range(1, MAX_STEPS + 1):
+            raise InputError(f"num_steps is {num_inference_steps}; rCM models take 1 to {MAX_STEPS} steps")
+        times = [math.atan(self.config.sigma_max), *MIDDLE_TIMES][:num_inference_steps]
+        t = torch.tensor([*times, 0.0], dtype=torch.float64)
+        self.sigmas = t.sin() / (t.sin() + t.cos())
+        self.timesteps = (
+            (self.sigmas[:-1] * self.config.num_train_timesteps).to(torch.bfloat16).to(device, torch.float32)
+        )
+        self.num_inference_steps = num_inference_steps
+        self._index = 0
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The pipelines call this before the first step."""
+        self._index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One step from `sample` (B, C, T, H, W) with the velocity `model_output` of the same shape; float64 out.
+
+        SDE: x ← (1 − σ′)·(x − σ·v) + σ′·noise. ODE: x ← x − (σ − σ′)·v. The last step draws noise too (and
+        multiplies it by σ′ = 0), so that a generator used on is where upstream's would be.
+        """
+        sigma, following = self.sigmas[self._index].item(), self.sigmas[self._index + 1].item()
+        self._index += 1
+        sample, velocity = sample.double(), model_output.double()
+        if self.config.ode:
+            sample = sample - (sigma - following) * velocity
+        else:
+            noise = self._noise(sample.shape, sample.device)
+            sample = (1 - following) * (sample - sigma * velocity) + following * noise
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
