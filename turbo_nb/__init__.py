@@ -1,1 +1,23 @@
 """turbo_nb: TurboDiffusion video models in Jupyter, from wheels alone."""
+
+from importlib import import_module
+
+_HOMES = {
+    "generate": "pipeline",
+    "load_pipeline": "pipeline",
+    "Video": "pipeline",
+    "contact_sheet": "media",
+    "read_metadata": "media",
+    "TurboNbError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,3 +19,7 @@ class OutputError(TurboNbError, OSError):
 
 class BackendError(TurboNbError, RuntimeError):
     """An implementation that was asked for by name and cannot run here."""
+
+
+class CheckpointError(TurboNbError, ValueError):
+    """A model file or folder that is not what it was taken for."""

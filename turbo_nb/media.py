@@ -1,0 +1,123 @@
+"""Frames in, files out: mp4 with metadata (imageio-ffmpeg), and contact sheets."""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+METADATA_KEY = "turbo_nb"
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """The path of an mp4 that can be written, found out before any work; makes nothing.
+
+    Raises OutputError if it does not end in .mp4, is a folder, or lies where no folder can be made.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise OutputError(f"save_path is {str(path)!r}; it must end in .mp4")
+    if path.is_dir():
+        raise OutputError(
+            f"save_path {str(path)!r} is a folder; give the name of a file in it, such as {path / 'video.mp4'}"
+        )
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"cannot make the folder of {str(path)!r}: {str(parent)!r} is a file; choose another folder")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write {str(path)!r}: no permission in {str(parent)!r}; choose another folder")
+    return path
+
+
+def write_mp4(path: str | os.PathLike, frames: "np.ndarray", fps: int, metadata: dict | None = None) -> Path:
+    """Write frames (T, H, W, 3) uint8 as H.264 (yuv420p, plays in a browser), with `metadata` as JSON inside.
+
+    The file appears under its name only when it is whole. Raises OutputError if it cannot be written.
+    """
+    import imageio_ffmpeg
+
+    path = check_output(path)
+    height, width = frames.shape[1:3]
+    tags = ["-metadata", f"{METADATA_KEY}={json.dumps(metadata)}"] if metadata else []
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".mp4")
+        os.close(handle)
+        writer = imageio_ffmpeg.write_frames(
+            temporary, (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
+            output_params=["-crf", "16", "-movflags", "+faststart+use_metadata_tags", *tags],
+            quality=None, ffmpeg_log_level="error",
+        )  # fmt: skip
+        writer.send(None)
+        for frame in frames:
+            writer.send(frame.tobytes())
+        writer.close()
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error}; free some space or choose another folder") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """What `write_mp4` put into a file. Raises InputError if there is no such file, or it says nothing."""
+    import imageio_ffmpeg
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}; give an mp4 that turbo-nb made")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, check=False).stdout.decode(errors="replace")
+    # ffmetadata escapes =, ;, #, \ and line ends with a backslash
+    match = re.search(rf"^{METADATA_KEY}=((?:[^\\\n]|\\.)*)$", text, re.MULTILINE | re.DOTALL)
+    if not match:
+        raise InputError(f"{str(path)!r} says nothing of how it was made; only an mp4 that turbo-nb wrote does")
+    return json.loads(re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL))
+
+
+def contact_sheet(
+    clips: "list[np.ndarray]", captions: list[str] | None = None, *, frames: int = 3, columns: int = 2
+) -> "Image":
+    """One picture of several clips: `frames` evenly spaced frames of each side by side, its caption below.
+
+    clips: each (T, H, W, 3) uint8, all of one size.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, line = 8, 18 if captions else 0
+    _, height, width, _ = clips[0].shape
+    strip = frames * width + (frames - 1) * 2
+    rows = -(-len(clips) // columns)
+    sheet = Image.new("RGB", (columns * (strip + gap) + gap, rows * (height + line + gap) + gap), "#f4f4f1")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for number, clip in enumerate(clips):
+        left, top = gap + number % columns * (strip + gap), gap + number // columns * (height + line + gap)
+        for place, index in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
+            sheet.paste(Image.fromarray(clip[index]), (left + place * (width + 2), top))
+        if captions:
+            text = captions[number]
+            while pen.textlength(text, font) > strip:
+                text = text[:-2].rstrip("… ") + "…"
+            pen.text((left, top + height + 1), text, fill="#333333", font=font)
+    return sheet
