@@ -1,5 +1,6 @@
 """turbo-nb: the command line. Underscore and dash spellings of an option are the same."""
 
+import os
 import sys
 import time
 import warnings
@@ -91,6 +92,7 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made.")
 def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bar is on the screen
     try:
         app()
     except TurboNbError as error:
@@ -105,3 +107,7 @@ def _show_note(message, category, filename, lineno, file=None, line=None) -> Non
     """Our own remarks are one line; other libraries' warnings are not for the user of a command."""
     if issubclass(category, UserWarning) and "turbo_nb" in filename:
         print(f"note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

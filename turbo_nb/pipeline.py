@@ -125,18 +125,19 @@ def load_pipeline(
             f"device is {device!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
         )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
+    transformer = checkpoint.load_transformer(
+        spec.folder / "transformer",
+        attention_type=attention_type,
+        sla_topk=spec.sla_topk if sla_topk is None else sla_topk,
+        device=device,
+        dtype=dtype,
+    )
     pipeline = WanPipeline(
         tokenizer=checkpoint.load_tokenizer(spec.folder / "tokenizer"),
         text_encoder=checkpoint.load_text_encoder(spec.folder / "text_encoder", device=device, dtype=dtype),
         vae=checkpoint.load_vae(spec.folder / "vae", device=device, dtype=dtype),
         scheduler=RCMScheduler(spec.sigma_max),
-        transformer=checkpoint.load_transformer(
-            spec.folder / "transformer",
-            attention_type=attention_type,
-            sla_topk=spec.sla_topk if sla_topk is None else sla_topk,
-            device=device,
-            dtype=dtype,
-        ),
+        transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.spec = spec

@@ -1,0 +1,75 @@
+"""turbo-nb in a process of its own, as a shell runs it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from turbo_nb.media import read_metadata
+
+PROMPT = "a large red circle moving from left to right on a black background"
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def test_help_needs_neither_torch_nor_time(tmp_path):
+    code = "import sys, turbo_nb.cli; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+    begin = time.monotonic()
+    result = run("--help", cwd=tmp_path)
+    assert result.returncode == 0 and "t2v" in result.stdout and "info" in result.stdout
+    assert time.monotonic() - begin < 10  # a guard against heavy imports; the target is 1 s on a quiet machine
+
+
+def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
+    result = run("t2v", "--prompt", PROMPT, "--save_path", "out/red.mp4", "--num_frames", 5, "--seed", 3, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-2] == "out/red.mp4: 5 frames of 128x128 at 16 fps, seed 3"
+    assert [word for word in lines[-1].split() if word.isalpha() and len(word) > 1] == [
+        "text",
+        "denoise",
+        "decode",
+        "write",
+    ]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["red.mp4"]
+    again = run("t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "red.mp4").read_bytes()
+    told = run("info", "again.mp4", cwd=tmp_path).stdout
+    assert PROMPT in told and "nano" in told and read_metadata(tmp_path / "again.mp4")["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_frames", "24"], "4n + 1"),
+        (["--resolution", "100x100"], "multiples of 16"),
+        (["--num_steps", "5"], "1 to 4"),
+        (["--num_steps", "0"], "1 to 4"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--save_path", "file/clip.mp4"], "is a file"),
+        (["--model", "TurboWan9"], "known: auto, nano"),
+        (["--attention_type", "sagesla"], "--attention_type sla"),
+        (["--sla_topk", "2"], "at most 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_file(tmp_path, arguments, words):
+    (tmp_path / "file").write_text("")
+    result = run("t2v", "--prompt", PROMPT, *arguments, cwd=tmp_path)
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], result.stderr
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["file"]
+
+
+def test_info_of_something_else(tmp_path):
+    result = run("info", "missing.mp4", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("error: no file 'missing.mp4'")

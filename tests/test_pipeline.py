@@ -1,0 +1,138 @@
+"""generate(): the same seed, the same clip; the same as diffusers' own call; clear errors."""
+
+import numpy as np
+import pytest
+import torch
+
+import turbo_nb
+from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
+from turbo_nb.scheduler import RCMScheduler
+from turbo_nb.sla import attention_type
+
+PROMPT = "a small green square growing on a gray background"
+SHORT = {"num_frames": 5, "num_steps": 2}
+
+
+def test_a_seed_is_a_clip(nano):
+    a, b, c = (turbo_nb.generate(nano, PROMPT, seed=seed, **SHORT) for seed in (3, 3, 4))
+    assert a.frames.shape == (5, 128, 128, 3) and a.frames.dtype == np.uint8
+    assert np.array_equal(a.frames, b.frames) and not np.array_equal(a.frames, c.frames)
+    assert set(a.timings) == {"text", "denoise", "decode"} and min(a.timings.values()) > 0
+
+
+def test_it_is_diffusers_own_call(nano):
+    video = turbo_nb.generate(nano, PROMPT, seed=5, **SHORT)
+    nano.scheduler = RCMScheduler()
+    nano.scheduler.seed(5)
+    latents = nano.scheduler.start_latents((1, 16, 2, 16, 16))
+    frames = nano(
+        PROMPT, latents=latents, num_frames=5, height=128, width=128, num_inference_steps=2, guidance_scale=1.0
+    ).frames[0]
+    assert np.abs(frames * 255 - video.frames).max() <= 0.51
+
+
+def test_settings_tell_how_it_was_made(nano, tmp_path):
+    video = turbo_nb.generate(nano, PROMPT, seed=9, ode=True, **SHORT)
+    settings = turbo_nb.read_metadata(video.save(tmp_path / "clip.mp4"))
+    assert settings == video.settings
+    assert settings["prompt"] == PROMPT and settings["seed"] == 9 and settings["ode"] is True
+    assert settings["attention_type"] == "sla" and settings["sla_topk"] == 0.15
+    assert settings["versions"]["torch"] == torch.__version__
+
+
+def test_another_size_and_one_frame(nano):
+    assert turbo_nb.generate(nano, PROMPT, num_frames=1, resolution="96x64", num_steps=1).frames.shape == (1, 64, 96, 3)
+
+
+def test_progress_is_told_and_can_cancel(nano):
+    told = []
+    turbo_nb.generate(
+        nano, PROMPT, num_frames=5, num_steps=3, on_stage=told.append,
+        on_step=lambda done, total, latents: told.append((done, total, tuple(latents.shape))),
+    )  # fmt: skip
+    shape = (1, 16, 2, 16, 16)
+    assert told == ["text", "denoise", (1, 3, shape), (2, 3, shape), (3, 3, shape), "decode"]
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel(done, total, latents):
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        turbo_nb.generate(nano, PROMPT, on_step=cancel, **SHORT)
+    assert turbo_nb.generate(nano, PROMPT, **SHORT).frames.shape[0] == 5
+
+
+def test_a_prompt_outside_the_vocabulary_is_made_and_said(nano, recwarn):
+    turbo_nb.generate(nano, PROMPT, **SHORT)
+    assert not [w for w in recwarn if "moving shapes" in str(w.message)]
+    with pytest.warns(UserWarning, match="nano only knows moving shapes"):
+        video = turbo_nb.generate(nano, "a cat on a bicycle", **SHORT)
+    assert video.frames.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_frames": 24}, r"4n \+ 1 .* such as 25"),
+        ({"num_frames": 0}, "such as 1"),
+        ({"num_steps": 5}, "1 to 4"),
+        ({"num_steps": 0}, "1 to 4"),
+        ({"resolution": "100x100"}, "multiples of 16"),
+        ({"seed": -1}, "from 0"),
+        ({"seed": 2**64}, "from 0"),
+        ({"sigma_max": float("nan")}, "sigma_max"),
+        ({"noise_device": "tpu"}, "cpu"),
+        ({"image": "cat.png"}, "leave image out"),
+        ({"prompt": "  "}, "prompt is empty"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used(nano, arguments, words):
+    with pytest.raises(InputError, match=words):
+        turbo_nb.generate(nano, **{"prompt": PROMPT} | arguments)
+
+
+def test_output_that_is_not_finite_is_an_error(nano, monkeypatch):
+    bias = nano.transformer.proj_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias.data, torch.nan))
+    with pytest.raises(TurboNbError, match="not finite"):
+        turbo_nb.generate(nano, PROMPT, **SHORT)
+
+
+def test_load_pipeline_errors():
+    with pytest.raises(UnknownModelError, match="known: auto, nano"):
+        turbo_nb.load_pipeline("gigantic")
+    with pytest.raises(BackendError, match="SpargeAttn"):
+        turbo_nb.load_pipeline(attention_type="sagesla")
+    with pytest.raises(InputError, match="sla, sagesla, original"):
+        turbo_nb.load_pipeline(attention_type="magic")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no GPU"):
+            turbo_nb.load_pipeline(device="cuda")
+
+
+def test_attention_is_sla_by_default_and_dense_on_request(nano):
+    assert attention_type(nano.transformer) == "sla"
+    dense = turbo_nb.load_pipeline(attention_type="original", device="cpu")
+    assert attention_type(dense.transformer) == "original"
+    a, b = (turbo_nb.generate(p, PROMPT).frames.astype(float) for p in (nano, dense))
+    assert np.abs(a - b).mean() > 0
+
+
+def test_a_folder_whose_weights_do_not_fit_is_an_error(tmp_path):
+    import json
+    import shutil
+
+    from turbo_nb.catalog import NANO
+    from turbo_nb.checkpoint import load_transformer
+
+    shutil.copytree(NANO.folder / "transformer", tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    (tmp_path / "t" / "config.json").write_text(json.dumps(config | {"num_layers": config["num_layers"] + 1}))
+    with pytest.raises(CheckpointError, match=r"keys missing \(blocks\.7"):
+        load_transformer(tmp_path / "t")
+    next((tmp_path / "t").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="diffusers folder"):
+        load_transformer(tmp_path / "t")
