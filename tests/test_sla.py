@@ -46,6 +46,44 @@ def test_linear_part_is_the_formula(length):
     assert_close(str(length), expected, reference.linear_attention(q.float(), k.float(), v.float()), 1e-4)
 
 
+@pytest.mark.parametrize("length", [63, 700, 1000])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
+def test_the_layer_is_sparse_plus_projected_linear(length, dtype, bound):
+    q, k, v = qkv(length, dtype)
+    layer = SparseLinearAttention(64, topk=0.3)
+    torch.nn.init.normal_(layer.proj_l.weight, std=0.1)
+    kept = block_map(q, k, 0.3, 128, 64)
+    q64, k64, v64 = q.double(), k.double(), v.double()
+    linear = reference.linear_attention(q64, k64, v64) @ layer.proj_l.weight.double().T
+    expected = reference.sparse_attention(q64, k64, v64, kept, 128, 64) + linear
+    out = layer(q, k, v)
+    assert out.dtype == dtype
+    assert_close(f"{length} {dtype}", expected, out, bound)
+
+
+@pytest.mark.parametrize("length", [63, 700, 1000])
+def test_map_keeps_the_best_scored_blocks(length):
+    q, k, _ = qkv(length)
+    pooled_q, pooled_k = (
+        torch.stack([part.double().mean(1) for part in x.split(block, dim=1)], dim=2)
+        for x, block in ((q, 128), (k, 64))
+    )
+    score = pooled_q @ pooled_k.transpose(-1, -2)  # k's mean shifts a whole row alike: the choice is the same
+    kept = block_map(q, k, 0.3, 128, 64)
+    worst_kept = score.masked_fill(~kept, torch.inf).amin(-1)
+    best_passed_over = score.masked_fill(kept, -torch.inf).amax(-1)
+    assert (worst_kept >= best_passed_over - 1e-6).all()
+
+
+@pytest.mark.parametrize("topk", [1.0, 2.0])
+def test_from_topk_1_on_every_block_is_kept(topk):
+    q, k, v = qkv(700)
+    kept = block_map(q, k, topk, 128, 64)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    assert kept.all()
+    assert_close("dense", dense, reference.sparse_attention(q, k, v, kept, 128, 64), 1e-6)
+
+
 @pytest.mark.parametrize("length", [63, 700])
 def test_block_means_count_a_ragged_block_by_its_own_tokens(length):
     q, _, _ = qkv(length)
@@ -119,6 +157,19 @@ def test_proj_l_is_a_parameter_of_the_transformer_and_survives_a_new_topk(transf
     set_attention_type(transformer, "sla", topk=0.3)
     assert (transformer.state_dict()[key] == 0.5).all()
     assert isinstance(transformer.blocks[1].attn1.processor, SLAProcessor)
+
+
+def test_a_transformer_trains_under_bf16_autocast(transformer):
+    set_attention_type(transformer, "sla", topk=0.3)
+    x, text = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 20, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = transformer(x, torch.tensor([988.0]), text, return_dict=False)[0]
+    out.float().square().mean().backward()
+    for name, parameter in transformer.named_parameters():
+        if "proj_l" in name or "attn1.to_" in name:
+            assert parameter.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+    for block in transformer.blocks:
+        assert block.attn1.processor.sla.proj_l.weight.grad.abs().max() > 0
 
 
 def test_sagesla_and_unknown_types_say_what_to_do(transformer):

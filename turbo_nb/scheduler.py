@@ -6,7 +6,8 @@ Works in diffusers' `WanPipeline` and `WanImageToVideoPipeline` as they are, cal
     scheduler.seed(0)
     pipeline(prompt, latents=scheduler.start_latents(shape), num_inference_steps=4, guidance_scale=1.0)
 
-The pipelines never pass a generator to `step`, so the scheduler holds it. Latents stay float64 between steps.
+The pipelines never pass a generator to `step`, so the scheduler holds it. Latents stay float64 between steps; only
+the start, which the pipelines cast, is float32.
 """
 
 import math
@@ -66,7 +67,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Lay out `num_inference_steps` (1 to 4) steps. Raises InputError for any other number."""
-        if num_inference_steps not in range(1, MAX_STEPS + 1):
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MAX_STEPS:
             raise InputError(f"num_steps is {num_inference_steps}; rCM models take 1 to {MAX_STEPS} steps")
         times = [math.atan(self.config.sigma_max), *MIDDLE_TIMES][:num_inference_steps]
         t = torch.tensor([*times, 0.0], dtype=torch.float64)

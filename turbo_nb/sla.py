@@ -27,7 +27,9 @@ BLOCK_Q, BLOCK_K = 128, 64  # tokens
 class SparseLinearAttention(nn.Module):
     """Attention over the best `topk` share of key blocks, plus linear attention over all keys through `proj_l`.
 
-    (q, k, v), each (B, L, H, head_dim) after norm and rotary embedding → (B, L, H, head_dim) in q's dtype.
+    (q, k, v), each (B, L, H, head_dim) after norm and rotary embedding → (B, L, H, head_dim) in q's dtype. Blocks are
+    of block_q and block_k tokens. `proj_l` starts at zero, where only the sparse part counts. Raises InputError for a
+    topk outside (0, 1].
     """
 
     def __init__(self, head_dim: int, topk: float = 0.1, block_q: int = BLOCK_Q, block_k: int = BLOCK_K):

@@ -38,12 +38,13 @@ def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> 
     """Which key blocks each query block attends to (SLA, arXiv:2509.24006): (B, H, Q_blocks, K_blocks) bool.
 
     The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps
-    its best max(1, int(topk · K_blocks)) blocks.
+    its best n = max(1, int(topk · K_blocks)) blocks, all of them from topk 1 on.
     """
     pooled_q = block_means(q, block_q).to(q.dtype)
     pooled_k = block_means(k - k.mean(1, keepdim=True), block_k).to(k.dtype)
     score = pooled_q @ pooled_k.transpose(-1, -2)
-    kept = score.topk(max(1, int(topk * score.shape[-1])), dim=-1).indices
+    n = max(1, int(min(topk, 1) * score.shape[-1]))  # upstream lets n be 0 on short clips, and returns NaN
+    kept = score.topk(n, dim=-1).indices
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, kept, True)
 
 
