@@ -1,28 +1,34 @@
 """Stage 4: sparse-linear attention, and one to four steps.
 
-The teacher is stage 3's transformer with dense attention. From pure noise it walks the probability-flow ODE in small
-steps past the four noise levels of the rCM schedule; what it passed there, and where it ended, is kept. The student,
-the same weights with SLA, learns to jump from each of the four levels straight to that end (a consistency model on
-the rCM levels, taught by the teacher's whole path). A quarter of the steps run dense attention on the same weights,
-so that both attentions stay usable.
+The teacher is stage 3's transformer with dense attention. In the first round it walks the probability-flow ODE from
+pure noise in small steps past the four noise levels of the rCM schedule; what it passed there, and where it ended, is
+kept. The student, the same weights with SLA, learns to jump from each of the four levels straight to that end (a
+consistency model on the rCM levels, taught by the teacher's whole path). In the second round half of the states are
+the student's own: it samples as it will be used, and the teacher says where each of its states would have ended.
+
+A quarter of the steps run dense attention on the same weights, so that both attentions stay usable.
 """
 
 import argparse
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+
 from turbo_nb.sla import set_attention_type
 
 from .evaluate import prompts, score
 from .models import load_text_encoder, load_vae, save
 from .train_transformer import Data, rcm_sigmas, timesteps
-from .training import Average, Progress, embed, tokens
+from .training import CAPTION_LENGTH, TEXT_LENGTH, Average, Progress, embed, tokens
 from .world import ASSET
 
 TOPK = 0.15
-SUBSTEPS = (6, 6, 8, 10)  # of the teacher, from each rCM level to the next
+CHUNK = 120  # clips that are sampled at once
+SHAPE = (16, 7, 16, 16)  # of one clip's latents
+SUBSTEPS = (5, 5, 7, 9)  # of the teacher, from each rCM level to the next
 
 
 def load(attention_type: str, device: torch.device) -> WanTransformer3DModel:
@@ -30,6 +36,8 @@ def load(attention_type: str, device: torch.device) -> WanTransformer3DModel:
     set_attention_type(transformer, attention_type, TOPK)
     transformer.to(device)
     if device.type == "cuda":
+        torch._dynamo.config.automatic_dynamic_shapes = False  # few sizes, each worth its own kernels
+        torch._dynamo.config.recompile_limit = 64
         transformer.compile_repeated_blocks(fullgraph=True)
     return transformer
 
@@ -41,106 +49,147 @@ def share_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
         target.get_submodule(owner)._parameters[leaf] = source.get_parameter(name)
 
 
+def velocity(model, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Model's velocity at states x (B, …) of noise level sigma, () or (B,); inputs as the sampler gives them."""
+    return model(x.bfloat16().float(), timesteps(sigma).expand(len(x)), text, return_dict=False)[0].float()
+
+
 @torch.no_grad()
-def walk(teacher, text: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher's ODE from `noise` (B, …) → states at the rCM levels (B, 4, …), and the end (B, …)"""
-    levels = [*rcm_sigmas(noise.device).tolist(), 0.0]
-    x, passed = noise * levels[0], []
-    for (high, low), substeps in zip(pairwise(levels), SUBSTEPS, strict=True):
+def walk(teacher, text: torch.Tensor, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher's ODE from x (B, …) at rCM level `start` → states at this and later levels (B, n, …), and the end"""
+    levels, passed = [*rcm_sigmas(x.device).tolist(), 0.0], []
+    for (high, low), substeps in list(zip(pairwise(levels), SUBSTEPS, strict=True))[start:]:
         passed.append(x)
-        grid = torch.linspace(high, low, substeps + 1, device=noise.device)
-        for sigma, following in pairwise(grid):
-            velocity = teacher(x.bfloat16().float(), timesteps(sigma).expand(len(x)), text, return_dict=False)[0]
-            x = x - (sigma - following) * velocity.float()
+        for sigma, following in pairwise(torch.linspace(high, low, substeps + 1, device=x.device)):
+            x = x - (sigma - following) * velocity(teacher, x, sigma, text)
     return torch.stack(passed, 1), x
 
 
 @torch.no_grad()
-def jump(student, text: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """The rCM sampler (SDE) in few lines: latents (B, …) after `steps` steps."""
-    levels = [*rcm_sigmas(noise.device)[:steps], torch.zeros((), device=noise.device)]
+def jump(student, text: torch.Tensor, noise: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rCM sampler (SDE) from noise (B, …) → the states that it passed (B, steps, …), and the end (B, …)"""
+    levels, passed = [*rcm_sigmas(noise.device)[:steps], torch.zeros((), device=noise.device)], []
     x = noise * levels[0]
     for sigma, following in pairwise(levels):
-        velocity = student(x.bfloat16().float(), timesteps(sigma).expand(len(x)), text, return_dict=False)[0]
-        x = (1 - following) * (x - sigma * velocity.float()) + following * torch.randn_like(x)
-    return x
+        passed.append(x)
+        x = (1 - following) * (x - sigma * velocity(student, x, sigma, text)) + following * torch.randn_like(x)
+    return torch.stack(passed, 1), x
+
+
+class Lessons:
+    """Triples to learn from: a state at an rCM level, that level, and where the teacher ends from there."""
+
+    def __init__(self, text: torch.Tensor):
+        self.text = text  # (captions, CAPTION_LENGTH, TEXT_DIM)
+        self.rows, self.levels, self.states, self.ends = [], [], [], []
+
+    def add(self, rows: torch.Tensor, level: int, states: torch.Tensor, ends: torch.Tensor) -> None:
+        self.rows.append(rows)
+        self.levels.append(torch.full_like(rows, level))
+        self.states.append(states.bfloat16())
+        self.ends.append(ends.bfloat16())
+
+    def close(self) -> "Lessons":
+        for name in ("rows", "levels", "states", "ends"):
+            setattr(self, name, torch.cat(getattr(self, name)))
+        return self
+
+    def sample(self, batch: int) -> tuple[torch.Tensor, ...]:
+        pick = torch.randint(len(self.rows), (batch,), device=self.rows.device)
+        return self.text[self.rows[pick]], self.levels[pick], self.states[pick].float(), self.ends[pick].float()
 
 
 class Judge:
     """Detector scores of latents for the prompts of evaluate.py, decoded by the shipped VAE."""
 
-    def __init__(self, text_encoder, data: Data, device: torch.device, count: int = 240):
+    def __init__(self, text_encoder, data: Data, device: torch.device, count: int = CHUNK):
         self.scenes, texts = zip(*prompts(count), strict=True)
         self.text = embed(text_encoder, tokens(list(texts)).to(device)).detach()
         self.vae, self.mean, self.std = load_vae().to(device), data.mean, data.std
-        self.noise = torch.randn(count, 16, 7, 16, 16, device=device)
+        self.noise = torch.randn(count, *SHAPE, device=device)
 
     @torch.no_grad()
     def __call__(self, name: str, sampler) -> None:
         clips = []
-        for text, noise in zip(self.text.split(60), self.noise.split(60), strict=True):
-            clips.append(self.vae.decode(sampler(text, noise) * self.std + self.mean).sample)
+        for text, noise in zip(self.text.split(CHUNK), self.noise.split(CHUNK), strict=True):
+            clips.append(self.vae.decode(sampler(text, noise)[1].float() * self.std + self.mean).sample)
         frames = ((torch.cat(clips) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
         print(f"[judge] {name}:", {k: round(100 * v, 1) for k, v in score(frames, self.scenes).items()}, flush=True)
 
 
-def main(paths: int, steps: int, batch: int, lr: float, device: torch.device, seconds: float) -> None:
+def main(paths: int, own: int, seconds: float, batch: int, lr: float, device: torch.device) -> None:
     torch.manual_seed(4)
     text_encoder = load_text_encoder().to(device).eval().requires_grad_(False)
     data = Data(device, captions=paths, seed=4)
     judge = Judge(text_encoder, data, device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    rcm = rcm_sigmas(device)
+
+    def full(text: torch.Tensor) -> torch.Tensor:
+        return F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])).float()
 
     teacher = load("original", device).eval().requires_grad_(False)
-    chunk = min(240, paths)
-    with amp:
-        judge("teacher, 30 ODE steps, dense", lambda text, noise: walk(teacher, text, noise)[1])
-        judge("teacher, 4 rCM steps, dense", lambda text, noise: jump(teacher, text, noise, 4))
-        states, ends = [], []
-        for rows in torch.arange(paths, device=device).split(chunk):
-            text = embed(text_encoder, data.captions.tokens[rows])
-            noise = torch.randn(len(rows), 16, 7, 16, 16, device=device)
-            passed, end = walk(teacher, text, noise)
-            states.append(passed.bfloat16())
-            ends.append(end.bfloat16())
-    states, ends = torch.cat(states), torch.cat(ends)
-    print(f"[fewstep] {paths} teacher paths", flush=True)
-
     student, dense = load("sla", device).train(), load("original", device).train()
     share_parameters(student, dense)
-    average = Average(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rcm = rcm_sigmas(device)
-    progress = Progress(steps, seconds, optimizer, "fewstep")
-    for step in progress:
-        rows, level = torch.randint(paths, (batch,), device=device), torch.randint(4, (batch,), device=device)
-        x, sigma = states[rows, level].float(), rcm[level]
-        target = (x - ends[rows].float()) / sigma.view(-1, 1, 1, 1, 1)
-        with amp:
-            text = embed(text_encoder, data.captions.tokens[rows])
-            velocity = (dense if step % 4 == 3 else student)(x, timesteps(sigma), text, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        average.update()
-        progress.log(loss=loss)
 
-    average.apply()
+    def train(sources: list[Lessons], lr: float, seconds: float, name: str) -> None:
+        average = Average(student)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        progress = Progress(100_000, seconds, optimizer, name)
+        for step in progress:
+            parts = zip(*(source.sample(batch // len(sources)) for source in sources), strict=True)
+            text, level, x, end = (torch.cat(part) for part in parts)
+            sigma = rcm[level]
+            with amp:
+                out = velocity(dense if step % 4 == 3 else student, x, sigma, full(text))
+            loss = F.mse_loss(out, (x - end) / sigma.view(-1, 1, 1, 1, 1))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            average.update()
+            progress.log(loss=loss)
+        average.apply()
+        with amp:
+            for count in (4, 2, 1):
+                judge(f"student, {count} steps, SLA", partial(jump, student, steps=count))
+            judge("student, 4 steps, dense", partial(jump, dense, steps=4))
+
     with amp:
-        for count in (4, 2, 1):
-            judge(f"student, {count} steps, SLA", lambda text, noise, n=count: jump(student, text, noise, n))
-        judge("student, 4 steps, dense", lambda text, noise: jump(dense, text, noise, 4))
+        judge("teacher, 26 ODE steps, dense", lambda text, noise: walk(teacher, text, noise * rcm[0]))
+        judge("teacher, 4 rCM steps, dense", partial(jump, teacher, steps=4))
+        chunks = torch.arange(paths, device=device).split(min(CHUNK, paths))
+        text = torch.cat(
+            [embed(text_encoder, data.captions.tokens[rows])[:, :CAPTION_LENGTH].bfloat16() for rows in chunks]
+        )
+        taught = Lessons(text)
+        for rows in chunks:
+            passed, end = walk(teacher, full(text[rows]), torch.randn(len(rows), *SHAPE, device=device) * rcm[0])
+            for level in range(4):
+                taught.add(rows, level, passed[:, level], end)
+    taught.close()
+    print(f"[fewstep] {paths} paths of the teacher", flush=True)
+    train([taught], lr, seconds, "round 1")
+
+    tried = Lessons(text)
+    with amp:
+        for rows in torch.arange(own, device=device).split(min(CHUNK, own)):
+            passed, _ = jump(student, full(text[rows]), torch.randn(len(rows), *SHAPE, device=device), 4)
+            for level in (1, 2, 3):
+                state = passed[:, level]
+                tried.add(rows, level, state, walk(teacher, full(text[rows]), state, level)[1])
+    tried.close()
+    print(f"[fewstep] {own} paths of the student", flush=True)
+    train([taught, tried], lr / 2, seconds, "round 2")
     save(student, "transformer")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--paths", type=int, default=24_000)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--paths", type=int, default=24_000, help="of the teacher, round 1")
+    parser.add_argument("--own", type=int, default=12_000, help="of the student, round 2")
+    parser.add_argument("--seconds", type=float, default=150, help="of training, in each round")
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", type=torch.device, default="cuda")
     main(**vars(parser.parse_args()))

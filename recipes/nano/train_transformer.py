@@ -54,7 +54,7 @@ def main(steps: int, batch: int, lr: float, captions: int, resume: bool, device:
         transformer.compile_repeated_blocks(fullgraph=True)
     average = Average(transformer, text_encoder)
     groups = [{"params": transformer.parameters()}, {"params": text_encoder.parameters(), "lr": 0.2 * lr}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rcm = rcm_sigmas(device)
     progress = Progress(steps, seconds, optimizer, "transformer")
     for _ in progress:

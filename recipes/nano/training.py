@@ -65,7 +65,7 @@ class Average:
 
 
 class Progress:
-    """Counts steps; the learning rate warms up over 2 % and falls as a cosine to zero at the last step.
+    """Counts steps; the learning rate warms up over 100 steps and falls as a cosine to zero at the last step.
 
     `seconds` is a brake: on a slower machine the schedule ends there, finished, instead of being cut.
     """
@@ -81,7 +81,7 @@ class Progress:
 
     def __iter__(self):
         while (done := self.done) < 1:
-            factor = min((self.step + 1) / (0.02 * self.steps), 0.5 + 0.5 * math.cos(math.pi * done))
+            factor = min((self.step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done))
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             yield self.step

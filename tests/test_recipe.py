@@ -1,0 +1,124 @@
+"""The recipe of nano: what it draws, what the detector reads, and that the whole-clip pass is diffusers' VAE."""
+
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recipes.nano import evaluate, latents, models, training, world
+from recipes.nano.detector import detect
+
+
+def clips_of(scenes, seed=0):
+    return world.draw(world.indices(scenes), torch.Generator().manual_seed(seed))
+
+
+def as_frames(clips):
+    return clips.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+
+
+def test_the_detector_reads_what_was_drawn():
+    scenes = random.Random(0).sample(world.SCENES, 60)
+    for scene, frames in zip(scenes, as_frames(clips_of(scenes)), strict=True):
+        assert detect(frames) == asdict(scene)
+
+
+def test_the_detector_sees_nothing_in_nothing():
+    noise = np.random.default_rng(0).integers(0, 256, (25, 128, 128, 3), dtype=np.uint8)
+    plain = np.full_like(noise, 128)
+    assert detect(plain) == dict.fromkeys(("size", "colour", "shape", "motion")) | {"background": "gray"}
+    assert detect(noise)["shape"] is None
+
+
+def test_wrong_clips_score_as_wrong():
+    scenes = random.Random(1).sample(world.SCENES, 30)
+    frames = as_frames(clips_of(scenes))
+    assert set(evaluate.score(frames, scenes).values()) == {1.0}
+    rotated = evaluate.score(np.roll(frames, 1, axis=0), scenes)
+    assert rotated["all"] < 0.1 and rotated["colour"] < 0.5
+    backwards = evaluate.score(frames[:, ::-1], list(scenes))
+    assert backwards["motion"] < 0.5 and backwards["shape"] == 1.0
+
+
+def test_held_out_scenes_and_phrasing_stay_out_of_training():
+    assert len(world.SCENES) == 1302 and len(world.HELD_OUT_SCENES) == 217
+    assert not set(world.HELD_OUT_SCENES) & set(world.TRAINING_SCENES)
+    rng = random.Random(0)
+    captions = [world.caption(scene, rng)[0].lower() for scene in rng.choices(world.TRAINING_SCENES, k=2000)]
+    assert not [text for text in captions if text.startswith("there is a")]
+    assert max(len(text) for text in captions) < training.CAPTION_LENGTH
+    pairs = evaluate.prompts(210)
+    assert sum(scene.held_out for scene, _ in pairs) == 70
+    assert all(text.startswith("there is a") == scene.held_out for scene, text in pairs)
+
+
+def test_a_caption_says_which_attributes_it_names():
+    rng = random.Random(0)
+    for scene in rng.choices(world.TRAINING_SCENES, k=300):
+        text, named = world.caption(scene, rng)
+        for name, is_named in zip(world.ATTRIBUTES, named, strict=True):
+            words = world.VOCABULARY["attributes"][name][getattr(scene, name)]
+            assert not is_named or any(word in text.lower() for word in words), (text, name)
+
+
+def test_tokens_are_byt5s():
+    from transformers import ByT5Tokenizer
+
+    texts = ["a red circle", "ein Stück Café"]
+    expected = ByT5Tokenizer()(texts, padding="max_length", max_length=training.CAPTION_LENGTH, return_tensors="pt")
+    assert torch.equal(training.tokens(texts).long(), expected.input_ids)
+
+
+def test_training_embeds_a_prompt_as_the_pipeline_does(nano):
+    text = "a small green square growing on a gray background"
+    expected, _ = nano.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            training.embed(nano.text_encoder, training.tokens([text])), expected, rtol=0, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_the_whole_clip_pass_is_diffusers_vae(frames):
+    torch.manual_seed(0)
+    vae, clip = models.new_vae().eval(), torch.randn(1, 3, frames, 32, 48)
+    with torch.no_grad():
+        moments = vae.encode(clip).latent_dist.parameters
+        z = torch.randn(1, 16, (frames + 3) // 4, 4, 6)
+        rebuilt = vae.decode(z).sample
+        with latents.whole_clip():
+            torch.testing.assert_close(latents.encode(vae, clip), moments, rtol=0, atol=1e-5)
+            torch.testing.assert_close(latents.decode(vae, z).clamp(-1, 1), rebuilt, rtol=0, atol=1e-5)
+
+
+def test_the_shipped_vae_rebuilds_unseen_clips(nano):
+    """The target of the recipe: 32 dB, the last frame included."""
+    clips = clips_of(random.Random(5).sample(world.HELD_OUT_SCENES, 2), seed=5)
+    with torch.no_grad():
+        rebuilt = nano.vae.decode(nano.vae.encode(clips).latent_dist.mode()).sample
+    for name, part in {"whole": slice(None), "first": slice(0, 1), "last": slice(-1, None)}.items():
+        error = (rebuilt[:, :, part] - clips[:, :, part]).square().mean()
+        assert 10 * torch.log10(4 / error) >= 32, name
+
+
+def test_latents_of_the_shipped_vae_have_the_stored_mean_and_std(nano):
+    clips = clips_of(random.Random(6).choices(world.TRAINING_SCENES, k=6), seed=6)
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (nano.vae.config.latents_mean, nano.vae.config.latents_std)
+    )
+    with torch.no_grad():
+        normalised = (nano.vae.encode(clips).latent_dist.mode() - mean) / std
+    assert normalised.mean().abs() < 0.1 and 0.8 < normalised.std() < 1.2
+
+
+def test_the_shipped_folder_is_small_enough():
+    size = sum(path.stat().st_size for path in world.ASSET.rglob("*") if path.is_file())
+    assert size <= 24e6
+    count = sum(p.numel() for p in models.new_transformer().parameters()) + 7 * (64 * 64 + 64)
+    assert count <= 8e6
