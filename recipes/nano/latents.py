@@ -33,14 +33,26 @@ def cells(clips: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, t // 4, h // 8, w // 8, c * 4 * 64)
 
 
+def clips_of(cells: torch.Tensor) -> torch.Tensor:
+    """The inverse of `cells`."""
+    b, n, h, w, _ = cells.shape
+    x = cells.view(b, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(b, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
+
+
 class Basis:
     """clips (B, 3, 4n+1, H, W) → principal components of their cells (B, 16, n+1, H/8, W/8), each of variance 1"""
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.mean, self.project = (t.to(device) for t in map(load_file(BASIS).get, ("mean", "project")))
+        self.back = torch.linalg.pinv(self.project)
 
     def __call__(self, clips: torch.Tensor) -> torch.Tensor:
         return ((cells(clips) - self.mean) @ self.project).permute(0, 4, 1, 2, 3)
+
+    def clips(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the components alone say of the clips (B, 3, 4n+1, H, W): blurred, but cheap"""
+        return clips_of(latents.permute(0, 2, 3, 4, 1) @ self.back + self.mean)
 
 
 def measure_basis(count: int = 1024) -> None:

@@ -40,7 +40,14 @@ class Data:
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
         """Normalised latents of the captions' scenes (B, 16, 7, 16, 16)"""
-        return (self.basis(draw(self.captions.attributes[rows], self.generator)) - self.mean) / self.std
+        return self.normalised(draw(self.captions.attributes[rows], self.generator))
+
+    def normalised(self, clips: torch.Tensor) -> torch.Tensor:
+        return (self.basis(clips) - self.mean) / self.std
+
+    def raw(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE makes of a clip, and decodes."""
+        return latents * self.std + self.mean
 
 
 def main(steps: int, batch: int, lr: float, captions: int, resume: bool, device: torch.device, seconds: float) -> None:

@@ -120,47 +120,119 @@ def indices(scenes: list[Scene]) -> torch.Tensor:
     return torch.tensor([[ATTRIBUTES[name].index(getattr(s, name)) for name in ATTRIBUTES] for s in scenes])
 
 
+def _look_up(table: dict, name: str, attributes: torch.Tensor) -> torch.Tensor:
+    """Values of `table` for the clips' attribute `name`, in the order of the clips: (B, …) float32"""
+    values = torch.tensor([table[key] for key in ATTRIBUTES[name]], device=attributes.device, dtype=torch.float32)
+    return values[attributes[:, list(ATTRIBUTES).index(name)]]
+
+
+def _frame_times(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per axis, how much of the way is done: (B, T, 2), running backwards where the motion does; and growth (B, 1)"""
+    time = torch.linspace(0, 1, FRAMES, device=attributes.device)[:, None]
+    direction = _look_up(DIRECTION, "motion", attributes)[:, None]  # (B, 1, 2)
+    return torch.where(direction < 0, 1 - time, time), _look_up(GROWTH, "motion", attributes)[:, None]
+
+
+def _extent(attributes: torch.Tensor, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least x, y of the shape's centre, and the way that it can go from there: (B, 2) each. radius: (B, 1)"""
+    low = MARGIN + _look_up(HALF_EXTENT, "shape", attributes) * radius
+    return low, SIZE - 2 * low
+
+
 def draw(attributes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Clips of the scenes with these attribute numbers → (B, 3, FRAMES, SIZE, SIZE) float32 in [-1, 1].
+    """Clips of the scenes with these attribute numbers, what the prompt leaves open drawn by `generator`."""
+    free = torch.rand(5, len(attributes), generator=generator, device=attributes.device)
+    return paint(attributes, free.T)
 
-    attributes: (B, 5) from `indices`. `generator`, of the same device, draws what a prompt leaves open.
+
+def paint(attributes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """The clips of these numbers → (B, 3, FRAMES, SIZE, SIZE) float32 in [-1, 1].
+
+    attributes: (B, 5) from `indices`. free: (B, 5) in [0, 1]: radius, x, y, speed (of travel or growth), start.
     """
-    device, count = attributes.device, len(attributes)
-    size, colour, shape, motion, background = attributes.T
-    u = torch.rand(5, count, 1, generator=generator, device=device)
-
-    def look_up(table: dict, names: list[str], index: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([table[name] for name in names], device=device, dtype=torch.float32)[index]
-
-    smallest, largest = look_up(RADIUS, ATTRIBUTES["size"], size).split(1, dim=1)
-    radius = smallest + u[0] * (largest - smallest)  # (B, 1)
-    low = MARGIN + look_up(HALF_EXTENT, ATTRIBUTES["shape"], shape) * radius  # (B, 2): least x, y of the centre
-    way = SIZE - 2 * low
-
-    time = torch.linspace(0, 1, FRAMES, device=device)  # (T,)
-    direction = look_up(DIRECTION, ATTRIBUTES["motion"], motion)[:, None]  # (B, 1, 2)
-    growth = look_up(GROWTH, ATTRIBUTES["motion"], motion)[:, None]  # (B, 1)
-    travel = (TRAVEL[0] + u[3] * (TRAVEL[1] - TRAVEL[0]))[..., None]  # (B, 1, 1)
-    phase = torch.where(direction > 0, time[:, None], 1 - time[:, None])  # (B, T, 2)
-    place = torch.where(direction == 0, u[1:3, :, 0].T[:, None], u[4, :, None] * (1 - travel) + travel * phase)
+    device, (size, x, y, speed, begin) = attributes.device, free.T[..., None]  # (B, 1) each
+    smallest, largest = _look_up(RADIUS, "size", attributes).split(1, dim=1)
+    radius = smallest + size * (largest - smallest)
+    low, way = _extent(attributes, radius)
+    phase, growth = _frame_times(attributes)
+    moving = _look_up(DIRECTION, "motion", attributes)[:, None] != 0  # (B, 1, 2)
+    travel = (TRAVEL[0] + speed * (TRAVEL[1] - TRAVEL[0]))[..., None]  # (B, 1, 1)
+    place = torch.where(moving, begin[..., None] * (1 - travel) + travel * phase, torch.cat([x, y], 1)[:, None])
     centre_x, centre_y = (low[:, None] + way[:, None] * place)[..., None, None].unbind(2)  # (B, T, 1, 1)
-    start = START_SCALE[0] + u[3] * (START_SCALE[1] - START_SCALE[0])
+    start = START_SCALE[0] + speed * (START_SCALE[1] - START_SCALE[0])
+    time = torch.linspace(0, 1, FRAMES, device=device)
     scale = torch.where(growth == 0, 1.0, start + (1 - start) * torch.where(growth > 0, time, 1 - time))  # (B, T)
     r = (scale * radius)[..., None, None]
 
     pixel = torch.arange(SIZE, device=device) + 0.5
-    x = (pixel - centre_x).abs()  # (B, T, 1, W)
-    y = pixel[:, None] - centre_y  # (B, T, H, 1)
+    dx = (pixel - centre_x).abs()  # (B, T, 1, W)
+    dy = pixel[:, None] - centre_y  # (B, T, H, 1)
     half_height = HALF_EXTENT["triangle"][1] * r
     distances = {
-        "circle": lambda: (x**2 + y**2).sqrt() - r,
-        "square": lambda: torch.maximum(x, y.abs()) - HALF_EXTENT["square"][0] * r,
-        "triangle": lambda: torch.maximum(y - half_height, 0.8660 * x - 0.5 * (y + half_height)),
+        "circle": lambda: (dx**2 + dy**2).sqrt() - r,
+        "square": lambda: torch.maximum(dx, dy.abs()) - HALF_EXTENT["square"][0] * r,
+        "triangle": lambda: torch.maximum(dy - half_height, 0.8660 * dx - 0.5 * (dy + half_height)),
     }
-    distance = torch.zeros(count, FRAMES, SIZE, SIZE, device=device)
+    shape = attributes[:, list(ATTRIBUTES).index("shape"), None, None, None]
+    distance = torch.zeros(len(attributes), FRAMES, SIZE, SIZE, device=device)
     for number, name in enumerate(ATTRIBUTES["shape"]):
-        distance = torch.where((shape == number)[:, None, None, None], distances[name](), distance)
+        distance = torch.where(shape == number, distances[name](), distance)
     coverage = (0.5 - distance).clamp(0, 1)[:, None]  # (B, 1, T, H, W)
-    fore = (look_up(COLOURS, ATTRIBUTES["colour"], colour) / 127.5 - 1)[..., None, None, None]
-    back = (look_up(BACKGROUNDS, ATTRIBUTES["background"], background) / 127.5 - 1)[..., None, None, None]
+    fore, back = _colours(attributes)
     return back + coverage * (fore - back)
+
+
+def _colours(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the shapes and of the backgrounds, in [-1, 1]: (B, 3, 1, 1, 1) each"""
+    fore, back = _look_up(COLOURS, "colour", attributes), _look_up(BACKGROUNDS, "background", attributes)
+    return (fore / 127.5 - 1)[..., None, None, None], (back / 127.5 - 1)[..., None, None, None]
+
+
+def measure(clips: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
+    """The inverse of `paint` for clips (B, 3, T, H, W) that show `attributes`, well or badly → free (B, 5) in [0, 1]
+
+    Read from the shape's area and centroid in each frame; a number that has no effect on its clip is 0.5.
+    """
+    fore, back = _colours(attributes)
+    coverage = ((clips - back).norm(dim=1) / (fore - back).norm(dim=1)).clamp(0, 1)  # (B, T, H, W)
+    coverage = coverage * (coverage > 0.3)
+    area = coverage.sum((2, 3)).clamp(min=1.0)  # (B, T)
+    pixel = torch.arange(SIZE, device=clips.device) + 0.5
+    centre = torch.stack([coverage.sum(2) @ pixel, coverage.sum(3) @ pixel], -1) / area[..., None]  # (B, T, 2)
+    r = (area / torch.pi).sqrt()
+    phase, growth = _frame_times(attributes)
+    order = torch.where(growth < 0, r.flip(1), r)  # a shrinking shape, read backwards, grows
+    span = FRAMES // 4
+    first, last = order[:, :span].mean(1, keepdim=True), order[:, -span:].mean(1, keepdim=True)
+    grows = growth != 0
+    # r(t) = radius · (start + (1 − start) · t), read at the mean times of the first and last quarter
+    early = (span - 1) / 2 / (FRAMES - 1)
+    slope = (last - first) / (1 - 2 * early)
+    begin_radius, end_radius = first - slope * early, last + slope * early
+    radius = torch.where(grows, end_radius, r.median(1, keepdim=True).values)
+
+    smallest, largest = _look_up(RADIUS, "size", attributes).split(1, dim=1)
+    size = ((radius - smallest) / (largest - smallest)).clamp(0, 1)
+    radius = smallest + size * (largest - smallest)
+    # An upright triangle's centroid lies a third of its half height under the middle of its box.
+    triangle = attributes[:, list(ATTRIBUTES).index("shape"), None] == ATTRIBUTES["shape"].index("triangle")
+    centre[..., 1] -= torch.where(triangle, HALF_EXTENT["triangle"][1] / 3 * r, torch.zeros_like(r))
+    low, way = _extent(attributes, radius)
+    place = (centre - low[:, None]) / way[:, None]  # (B, T, 2)
+
+    direction = _look_up(DIRECTION, "motion", attributes)
+    moving = direction.abs().sum(1, keepdim=True) > 0
+    along = direction[:, 1:].abs()  # 0 where x moves, 1 where y moves
+    path = torch.where(along[..., None] > 0, place[..., 1:], place[..., :1])[..., 0]  # (B, T)
+    done = torch.where(along[..., None] > 0, phase[..., 1:], phase[..., :1])[..., 0]
+    centred = done - done.mean(1, keepdim=True)
+    travel = (centred * path).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True)
+    travel = travel.clamp(*TRAVEL)
+    begin = (path - travel * done).mean(1, keepdim=True) / (1 - travel).clamp(min=1e-3)
+    speed = torch.where(
+        grows,
+        (begin_radius / end_radius - START_SCALE[0]) / (START_SCALE[1] - START_SCALE[0]),
+        torch.where(moving, (travel - TRAVEL[0]) / (TRAVEL[1] - TRAVEL[0]), torch.full_like(travel, 0.5)),
+    )
+    begin = torch.where(moving, begin, torch.full_like(begin, 0.5))
+    return torch.cat([size, place.mean(1), speed, begin], 1).clamp(0, 1)
