@@ -25,8 +25,7 @@ def nearest(colour: np.ndarray, table: dict[str, tuple]) -> str:
 def detect(frames: np.ndarray) -> dict[str, str | None]:
     """frames (T, H, W, 3) uint8 → what is seen of size, colour, shape, motion, background; None where nothing fits."""
     x = frames.astype(np.float32)
-    border = np.concatenate([x[:, :2].reshape(-1, 3), x[:, -2:].reshape(-1, 3), x[:, :, :2].reshape(-1, 3)])
-    back = np.median(border, axis=0)
+    back = _border(x)
     seen = dict.fromkeys(("size", "colour", "shape", "motion"), None) | {"background": nearest(back, BACKGROUNDS)}
 
     difference = np.sqrt(((x - back) ** 2).sum(-1))  # (T, H, W)
@@ -53,6 +52,20 @@ def detect(frames: np.ndarray) -> dict[str, str | None]:
     return seen
 
 
+def place(frames: np.ndarray) -> np.ndarray:
+    """Centre of whatever differs from the border of a clip (T, H, W, 3), over all its frames: x, y in pixels"""
+    x = frames.astype(np.float32)
+    difference = np.sqrt(((x - _border(x)) ** 2).sum(-1))
+    seen = (difference > 0.5 * difference.max()).sum(0)  # (H, W)
+    height, width = seen.shape
+    return np.array([seen.sum(0) @ np.arange(width), seen.sum(1) @ np.arange(height)]) / seen.sum()
+
+
+def _border(x: np.ndarray) -> np.ndarray:
+    border = np.concatenate([x[:, :2].reshape(-1, 3), x[:, -2:].reshape(-1, 3), x[:, :, :2].reshape(-1, 3)])
+    return np.median(border, axis=0)
+
+
 def _motion(coverage: np.ndarray, area: np.ndarray, radius: np.ndarray) -> str | None:
     growth = radius[-3:].mean() / radius[:3].mean()
     if growth > GROWTH_LIMIT:
@@ -73,9 +86,6 @@ def _motion(coverage: np.ndarray, area: np.ndarray, radius: np.ndarray) -> str |
 
 
 def _fill(coverage: np.ndarray) -> float:
-    """Share of the bounding box that is covered; rows and columns with less than 1.5 pixels don't count."""
-    rows, columns = np.flatnonzero(coverage.sum(1) > 1.5), np.flatnonzero(coverage.sum(0) > 1.5)
-    if not len(rows) or not len(columns):
-        return 0.0
-    box = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return float(box.mean())
+    """Share of the bounding box that is covered; its sides are the longest row and column, in parts of pixels."""
+    width, height = coverage.sum(1).max(), coverage.sum(0).max()
+    return float(coverage.sum() / (width * height))

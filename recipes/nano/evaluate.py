@@ -14,8 +14,18 @@ import torch.nn.functional as F
 
 import turbo_nb
 
-from .detector import detect
-from .world import ATTRIBUTES, HELD_OUT_SCENES, TRAINING_SCENES, VOCABULARY, Scene, describe
+from .detector import detect, place
+from .world import (
+    ATTRIBUTES,
+    DIRECTION,
+    HELD_OUT_SCENES,
+    TRAINING_SCENES,
+    VOCABULARY,
+    Scene,
+    describe,
+    draw,
+    indices,
+)
 
 LATENT_SHAPE = (16, 7, 16, 16)
 
@@ -68,6 +78,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float((10 * torch.log10(255**2 / error.clamp(min=1e-3))).mean())
 
 
+def spread(frames: np.ndarray, scenes: list[Scene]) -> float:
+    """Standard deviation of the places of shapes that stay in theirs, as a share of that of training clips"""
+    stays = [number for number, scene in enumerate(scenes) if not any(DIRECTION[scene.motion])]
+    drawn = draw(indices([scenes[number] for number in stays]), torch.Generator().manual_seed(0))
+    drawn = drawn.add(1).mul(127.5).permute(0, 2, 3, 4, 1).numpy()
+    ours, theirs = (np.std([place(clip) for clip in clips], axis=0) for clips in (frames[stays], drawn))
+    return float((ours / theirs).mean())
+
+
 def main(count: int, topk: float, device: str, seed: int) -> None:
     scenes, texts = zip(*prompts(count), strict=True)
     third = count // 3
@@ -89,13 +108,17 @@ def main(count: int, topk: float, device: str, seed: int) -> None:
     for steps in (4, 2, 1):
         dense[steps] = sample(pipeline, texts, steps, seed)
         report("dense", steps, dense[steps])
+    spreads = []
     pipeline = turbo_nb.load_pipeline("nano", attention_type="sla", sla_topk=topk, device=device)
     for steps in (4, 2, 1):
-        report("SLA", steps, sample(pipeline, texts, steps, seed), dense[steps])
+        clips = sample(pipeline, texts, steps, seed)
+        report("SLA", steps, clips, dense[steps])
+        spreads.append(f"{steps} steps {spread(clips, scenes):.2f}")
     report("SLA, text zeroed", 4, sample(pipeline, texts, 4, seed, zero_text=True))
     for parameter in pipeline.transformer.parameters():
         parameter.data.zero_()
     report("SLA, transformer zeroed", 4, sample(pipeline, texts, 4, seed))
+    print(f"\nSpread of the shapes' places with SLA, 1.0 as in training: {', '.join(spreads)}")
 
 
 if __name__ == "__main__":
