@@ -11,8 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recipes.nano import evaluate, latents, models, training, world
-from recipes.nano.detector import detect
+from helpers import assert_close
+
+from recipes.nano import evaluate, latents, models, train_fewstep, training, world
+from recipes.nano.detector import detect, place
+from turbo_nb.scheduler import RCMScheduler
 
 
 def clips_of(scenes, seed=0):
@@ -34,6 +37,12 @@ def test_the_detector_sees_nothing_in_nothing():
     plain = np.full_like(noise, 128)
     assert detect(plain) == dict.fromkeys(("size", "colour", "shape", "motion")) | {"background": "gray"}
     assert detect(noise)["shape"] is None
+
+
+def test_the_place_of_a_shape_is_its_centre():
+    frames = np.full((2, 128, 128, 3), 128, np.uint8)
+    frames[:, 20:31, 70:91] = (255, 0, 0)
+    assert place(frames).tolist() == [80, 25]
 
 
 def test_wrong_clips_score_as_wrong():
@@ -122,3 +131,50 @@ def test_the_shipped_folder_is_small_enough():
     assert size <= 24e6
     count = sum(p.numel() for p in models.new_transformer().parameters()) + 7 * (64 * 64 + 64)
     assert count <= 8e6
+
+
+def test_measuring_is_the_inverse_of_painting():
+    attributes, free = world.indices(random.Random(2).sample(world.SCENES, 40)), torch.rand(40, 5)
+    clips = world.paint(attributes, free)
+    again = world.paint(attributes, world.measure(clips, attributes))
+    blank = world.colours(attributes)[1]
+    assert (again - clips).square().sum() < 0.05 * (clips - blank).square().sum()
+    faint = blank + 0.2 * (clips - blank)  # what a few-step student is unsure of has its place too
+    again = world.paint(attributes, world.measure(faint, attributes))
+    assert (again - clips).square().sum() < 0.05 * (clips - blank).square().sum()
+
+
+def test_a_start_noise_means_one_clip_and_all_of_them_the_training_clips():
+    rng = random.Random(3)
+    scenes = rng.choices(world.TRAINING_SCENES, k=400)
+    attributes, named = world.indices(scenes), torch.rand(400, 5) < 0.5
+    noise = torch.randn(400, *evaluate.LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+    shown, free = train_fewstep.meaning(noise, attributes, named)
+    assert torch.equal(shown[named], attributes[named])
+    training = {tuple(row) for row in world.indices(world.TRAINING_SCENES).tolist()}
+    assert {tuple(row) for row in shown.tolist()} <= training and (shown != attributes).any()
+    spread = torch.linspace(0, 1, 400)[:, None]
+    assert (free.sort(0).values - spread).abs().max() < 0.1  # uniform: Kolmogorov–Smirnov at p near 0.001
+    assert torch.corrcoef(free.T).fill_diagonal_(0).abs().max() < 0.2
+
+
+def test_training_samples_as_the_scheduler_does(nano):
+    torch.manual_seed(0)
+    text, noise = torch.randn(1, training.CAPTION_LENGTH, 128), torch.randn(1, 16, 2, 8, 8)
+    scheduler = RCMScheduler()
+    scheduler.set_timesteps(3)
+    with torch.random.fork_rng(), torch.no_grad():
+        _, jumps = train_fewstep.sample(nano.transformer, text, noise, 3)
+    x = noise.double() * scheduler.sigmas[0]
+    padded = torch.nn.functional.pad(text, (0, 0, 0, 512 - training.CAPTION_LENGTH))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            v = nano.transformer(x.bfloat16().float(), t[None], padded, return_dict=False)[0]
+            x = scheduler.step(v, t, x).prev_sample
+    assert_close("clip", x, jumps[:, -1], 2e-2)
+
+
+def test_nano_paints_what_the_prompt_says(nano):
+    scenes, texts = zip(*evaluate.prompts(210)[::30], strict=True)
+    right = evaluate.score(evaluate.sample(nano, list(texts), steps=4, seed=7), scenes)
+    assert right["background"] == 1 and min(right.values()) >= 6 / 7, right

@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from turbo_nb import checkpoint
+
 from .world import ASSET
 
 LATENT_CHANNELS = 16
@@ -66,6 +68,8 @@ def new_transformer() -> WanTransformer3DModel:
 def save(part: torch.nn.Module, name: str) -> None:
     """Write one part (bf16 weights) into the shipped folder, with the small files that make the folder whole."""
     part.to("cpu", torch.bfloat16).save_pretrained(ASSET / name, safe_serialization=True)
+    config = json.loads((ASSET / name / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # a folder of the machine that trained it
     ByT5Tokenizer().save_pretrained(ASSET / "tokenizer")
     scheduler = {"_class_name": "RCMScheduler", "sigma_max": 80.0, "ode": False}
     index = {
@@ -77,7 +81,8 @@ def save(part: torch.nn.Module, name: str) -> None:
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     (ASSET / "scheduler").mkdir(exist_ok=True)
-    for path, content in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
+    files = {f"{name}/config.json": config, "scheduler/scheduler_config.json": scheduler, "model_index.json": index}
+    for path, content in files.items():
         (ASSET / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -87,3 +92,9 @@ def load_text_encoder() -> UMT5EncoderModel:
 
 def load_vae() -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(ASSET / "vae", torch_dtype=torch.float32)
+
+
+def load_transformer(attention_type: str = "original", topk: float = 0.15) -> WanTransformer3DModel:
+    return checkpoint.load_transformer(
+        ASSET / "transformer", attention_type=attention_type, sla_topk=topk, dtype=torch.float32
+    )

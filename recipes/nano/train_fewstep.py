@@ -15,30 +15,26 @@ A quarter of the steps run dense attention on the same weights, so that both att
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
-from turbo_nb.checkpoint import load_transformer
-
 from .evaluate import LATENT_SHAPE, prompts, score
-from .models import load_text_encoder, load_vae, save
+from .models import load_text_encoder, load_transformer, load_vae, save
 from .train_transformer import Data, rcm_sigmas, timesteps
 from .training import CAPTION_LENGTH, TEXT_LENGTH, Average, Progress, embed, tokens
-from .world import ASSET, ATTRIBUTES, TRAINING_SCENES, indices, paint
+from .world import ATTRIBUTES, TRAINING_SCENES, colours, indices, measure, paint
 
-TOPK = 0.15
-SHARES = (0.4, 0.25, 0.15, 0.2)  # of the lessons, by rCM level
+SHARES = (0.25, 0.35, 0.2, 0.2)  # of the lessons, by rCM level
+ASTRAY = 0.5  # of the contrast between shape and background: a jump that is off by more shows a clip of its own
 FREE = 5  # numbers that `paint` takes beside the attributes
 
 
-def load(attention_type: str, device: torch.device) -> WanTransformer3DModel:
-    transformer = load_transformer(
-        ASSET / "transformer", attention_type=attention_type, sla_topk=TOPK, device=device, dtype=torch.float32
-    )
-    if device.type == "cuda":
+def compiled(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    if next(transformer.parameters()).is_cuda:
         torch._dynamo.config.automatic_dynamic_shapes = False  # few sizes, each worth its own kernels
         torch._dynamo.config.recompile_limit = 64
         transformer.compile_repeated_blocks(fullgraph=True)
@@ -60,14 +56,17 @@ def velocity(model, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) ->
 
 @torch.no_grad()
 def sample(student, text: torch.Tensor, noise: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rCM sampler (SDE) from noise (B, …) → the states that it passes (B, steps, …), and its end (B, …)"""
-    levels, passed = [*rcm_sigmas(noise.device)[:steps], torch.zeros((), device=noise.device)], []
-    x = noise * levels[0]
-    for sigma, following in pairwise(levels):
-        passed.append(x)
-        end = x - sigma * velocity(student, x, sigma, text)
-        x = (1 - following) * end + following * torch.randn_like(x)
-    return torch.stack(passed, 1), x
+    """The rCM sampler (SDE) from noise (B, …) → its states, and where it jumped from each (B, steps, …).
+
+    The last jump is the clip.
+    """
+    end, states, jumps = torch.zeros_like(noise), [], []
+    for sigma in rcm_sigmas(noise.device)[:steps]:
+        states.append((1 - sigma) * end + sigma * noise)
+        end = states[-1] - sigma * velocity(student, states[-1], sigma, text)
+        jumps.append(end)
+        noise = torch.randn_like(noise)
+    return torch.stack(states, 1), torch.stack(jumps, 1)
 
 
 @torch.no_grad()
@@ -94,43 +93,77 @@ def meaning(noise: torch.Tensor, attributes: torch.Tensor, named: torch.Tensor) 
     return scenes[distance.argmin(1)], uniform[:, :FREE]
 
 
-class Lessons:
-    """Batches of what to learn from: text, rCM level, state at this level, and the latents to end at from there."""
+def power(x: torch.Tensor) -> torch.Tensor:
+    """Mean square (B,) of x (B, …)"""
+    return x.square().flatten(1).mean(1)
 
-    REPEAT = 8  # batches from one run of the student's own sampling
+
+@dataclass
+class Batch:
+    """What to learn: to jump from a state at an rCM level to the latents `end`. All (B, …)."""
+
+    text: torch.Tensor
+    level: torch.Tensor
+    state: torch.Tensor
+    end: torch.Tensor
+    blank: torch.Tensor  # one cell of the clip's background
+
+    def __add__(self, other: "Batch") -> "Batch":
+        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+
+    def error(self, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Mean square error (B,) of the velocity, less severe on large and bright shapes."""
+        exact = (self.state - self.end) / sigma.view(-1, 1, 1, 1, 1)
+        return power(velocity - exact) / power(self.end - self.blank).sqrt()
+
+
+class Lessons:
+    """Endless batches, from exact clips and from the student's own sampling."""
+
+    REPEAT = 8  # batches from one run of the student
 
     def __init__(self, data: Data, text: torch.Tensor):
         self.data, self.text, self.left = data, text, 0  # text: (captions, CAPTION_LENGTH, TEXT_DIM)
         self.sigmas = rcm_sigmas(text.device)
 
-    def start(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text, start noise, and the latents of the clip that the noise means."""
+    def start(self, batch: int) -> tuple[torch.Tensor, ...]:
+        """Text, attributes, start noise, latents of the clip that the noise means, and of a cell of its background."""
         captions = self.data.captions
         rows = captions.sample(batch)
         noise = torch.randn(batch, *LATENT_SHAPE, device=rows.device)
-        clips = paint(*meaning(noise, captions.attributes[rows], captions.named[rows]))
-        return self.text[rows], noise, self.data.normalised(clips)
+        attributes, free = meaning(noise, captions.attributes[rows], captions.named[rows])
+        blank = colours(attributes)[1].expand(-1, 3, 1, 8, 8)
+        end = self.data.normalised(paint(attributes, free))
+        return self.text[rows], attributes, noise, end, self.data.normalised(blank)
 
     def levels(self, batch: int) -> torch.Tensor:
         return torch.multinomial(torch.tensor(SHARES, device=self.text.device), batch, replacement=True)
 
-    def exact(self, batch: int) -> tuple[torch.Tensor, ...]:
-        """States of exact clips."""
-        text, noise, end = self.start(batch)
+    def exact(self, batch: int) -> Batch:
+        """Start noises, and exact clips under fresh noise."""
+        text, _, noise, end, blank = self.start(batch)
         level = self.levels(batch)
         sigma = self.sigmas[level].view(-1, 1, 1, 1, 1)
         fresh = (1 - sigma) * end + sigma * torch.randn_like(end)
-        return text, level, torch.where(level.view(-1, 1, 1, 1, 1) == 0, sigma * noise, fresh), end
+        state = torch.where(level.view(-1, 1, 1, 1, 1) == 0, sigma * noise, fresh)
+        return Batch(text, level, state, end, blank)
 
-    def practice(self, student, batch: int) -> tuple[torch.Tensor, ...]:
-        """States that the student's own sampling passed."""
+    def practice(self, student, batch: int) -> Batch:
+        """States that the student's own sampling passed. A jump gone astray is made exact where it is."""
         if not self.left:
-            text, noise, end = self.start(batch)
-            self.own, self.left = (text, sample(student, text, noise, len(SHARES))[0], end), self.REPEAT
+            text, attributes, noise, end, blank = self.start(batch)
+            states, jumps = sample(student, text, noise, len(SHARES))
+            ends = [end]
+            for jump in jumps.unbind(1)[:-1]:
+                shown = paint(attributes, measure(self.data.basis.clips(self.data.raw(jump)), attributes))
+                astray = power(jump - end) > ASTRAY * power(end - blank)
+                ends.append(torch.where(astray.view(-1, 1, 1, 1, 1), self.data.normalised(shown), end))
+            self.own, self.left = (text, states, torch.stack(ends, 1), blank), self.REPEAT
         self.left -= 1
-        text, passed, end = self.own
+        text, states, ends, blank = self.own
         level = self.levels(batch)
-        return text, level, passed[torch.arange(batch, device=level.device), level], end
+        row = torch.arange(batch, device=level.device)
+        return Batch(text, level, states[row, level], ends[row, level], blank)
 
 
 class Judge:
@@ -160,7 +193,7 @@ def main(seconds: float, batch: int, lr: float, captions: int, resume: bool, jud
         [embed(text_encoder, rows)[:, :CAPTION_LENGTH].bfloat16() for rows in data.captions.tokens.split(500)]
     )
     judge, lessons = Judge(text_encoder, data, device, judged, half), Lessons(data, text)
-    student, dense = load("sla", device).train(), load("original", device).train()
+    student, dense = (compiled(load_transformer(kind).to(device)).train() for kind in ("sla", "original"))
     share_parameters(student, dense)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -173,22 +206,25 @@ def main(seconds: float, batch: int, lr: float, captions: int, resume: bool, jud
     for step in progress:
         with amp:
             own = resume or progress.done > 0.25
-            parts = [lessons.exact(half), lessons.practice(student, half) if own else lessons.exact(half)]
-            words, level, x, end = (torch.cat(part) for part in zip(*parts, strict=True))
-            sigma = lessons.sigmas[level]
-            out = velocity(dense if step % 4 == 3 else student, x, sigma, words)
-        error = (out - (x - end) / sigma.view(-1, 1, 1, 1, 1)).square().mean((1, 2, 3, 4))
-        optimizer.zero_grad(set_to_none=True)
+            lesson = lessons.exact(half) + (lessons.practice(student, half) if own else lessons.exact(half))
+            sigma = lessons.sigmas[lesson.level]
+            out = velocity(dense if step % 4 == 3 else student, lesson.state, sigma, lesson.text)
+        error = lesson.error(out, sigma)
+        optimizer.zero_grad()
         error.mean().backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         average.update()
-        progress.log(loss=error.mean(), first=error[level == 0].mean(), second=error[level == 1].mean())
+        progress.log(**{f"level {level}": error[lesson.level == level].mean() for level in range(len(SHARES))})
     average.apply()
     with amp:
-        for model, attention in ((student, "SLA"), (dense, "dense")):
-            for count in (4, 2, 1):
-                judge(f"{attention}, {count} steps", lambda text, noise: sample(model, text, noise, count)[1])  # noqa: B023
+        for model, attention, count in (
+            (student, "SLA", 4),
+            (student, "SLA", 2),
+            (student, "SLA", 1),
+            (dense, "dense", 4),
+        ):
+            judge(f"{attention}, {count} steps", lambda text, noise: sample(model, text, noise, count)[1][:, -1])  # noqa: B023
     save(student, "transformer")
 
 

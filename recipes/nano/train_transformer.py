@@ -8,12 +8,11 @@ import argparse
 import math
 
 import torch
-from diffusers import WanTransformer3DModel
 
 from .latents import Basis
-from .models import load_text_encoder, load_vae, new_transformer, save
+from .models import load_text_encoder, load_transformer, load_vae, new_transformer, save
 from .training import Average, Captions, Progress, embed
-from .world import ASSET, draw
+from .world import draw
 
 
 def rcm_sigmas(device: torch.device) -> torch.Tensor:
@@ -54,8 +53,7 @@ def main(steps: int, batch: int, lr: float, captions: int, resume: bool, device:
     torch.manual_seed(3)
     data = Data(device, captions, seed=3)
     text_encoder = load_text_encoder().to(device).train()
-    shipped = ASSET / "transformer"
-    transformer = WanTransformer3DModel.from_pretrained(shipped).float() if resume else new_transformer()
+    transformer = load_transformer() if resume else new_transformer()
     transformer.to(device).train()
     if device.type == "cuda":
         transformer.compile_repeated_blocks(fullgraph=True)

@@ -126,6 +126,19 @@ def _look_up(table: dict, name: str, attributes: torch.Tensor) -> torch.Tensor:
     return values[attributes[:, list(ATTRIBUTES).index(name)]]
 
 
+def _frame_times(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per axis, how much of the way is done: (B, T, 2), running backwards where the motion does; and growth (B, 1)"""
+    time = torch.linspace(0, 1, FRAMES, device=attributes.device)[:, None]
+    direction = _look_up(DIRECTION, "motion", attributes)[:, None]  # (B, 1, 2)
+    return torch.where(direction < 0, 1 - time, time), _look_up(GROWTH, "motion", attributes)[:, None]
+
+
+def _extent(attributes: torch.Tensor, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least x, y of the shape's centre, and the way that it can go from there: (B, 2) each. radius: (B, 1)"""
+    low = MARGIN + _look_up(HALF_EXTENT, "shape", attributes) * radius
+    return low, SIZE - 2 * low
+
+
 def draw(attributes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Clips of the scenes with these attribute numbers, what the prompt leaves open drawn by `generator`."""
     free = torch.rand(5, len(attributes), generator=generator, device=attributes.device)
@@ -140,16 +153,14 @@ def paint(attributes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
     device, (size, x, y, speed, begin) = attributes.device, free.T[..., None]  # (B, 1) each
     smallest, largest = _look_up(RADIUS, "size", attributes).split(1, dim=1)
     radius = smallest + size * (largest - smallest)
-    low = MARGIN + _look_up(HALF_EXTENT, "shape", attributes) * radius  # (B, 2): least x, y of the centre
-    way = SIZE - 2 * low
-    time = torch.linspace(0, 1, FRAMES, device=device)  # (T,)
-    direction = _look_up(DIRECTION, "motion", attributes)[:, None]  # (B, 1, 2)
-    growth = _look_up(GROWTH, "motion", attributes)[:, None]  # (B, 1)
-    phase = torch.where(direction < 0, 1 - time[:, None], time[:, None])  # (B, T, 2): share of the way that is done
+    low, way = _extent(attributes, radius)
+    phase, growth = _frame_times(attributes)
+    moving = _look_up(DIRECTION, "motion", attributes)[:, None] != 0  # (B, 1, 2)
     travel = (TRAVEL[0] + speed * (TRAVEL[1] - TRAVEL[0]))[..., None]  # (B, 1, 1)
-    place = torch.where(direction != 0, begin[..., None] * (1 - travel) + travel * phase, torch.cat([x, y], 1)[:, None])
+    place = torch.where(moving, begin[..., None] * (1 - travel) + travel * phase, torch.cat([x, y], 1)[:, None])
     centre_x, centre_y = (low[:, None] + way[:, None] * place)[..., None, None].unbind(2)  # (B, T, 1, 1)
     start = START_SCALE[0] + speed * (START_SCALE[1] - START_SCALE[0])
+    time = torch.linspace(0, 1, FRAMES, device=device)
     scale = torch.where(growth == 0, 1.0, start + (1 - start) * torch.where(growth > 0, time, 1 - time))  # (B, T)
     r = (scale * radius)[..., None, None]
 
@@ -175,3 +186,58 @@ def colours(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the shapes and of the backgrounds, in [-1, 1]: (B, 3, 1, 1, 1) each"""
     fore, back = _look_up(COLOURS, "colour", attributes), _look_up(BACKGROUNDS, "background", attributes)
     return (fore / 127.5 - 1)[..., None, None, None], (back / 127.5 - 1)[..., None, None, None]
+
+
+def measure(clips: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
+    """The inverse of `paint` for clips (B, 3, T, H, W) that show `attributes`, well or badly → free (B, 5) in [0, 1]
+
+    Read from the shape's area and centroid in each frame, relative to the clip's strongest pixel, so that a faint
+    shape has a place too, and nothing at all is in the middle; a number that has no effect on its clip is 0.5.
+    """
+    fore, back = colours(attributes)
+    coverage = (clips - back).norm(dim=1) / (fore - back).norm(dim=1)  # (B, T, H, W)
+    coverage = coverage / coverage.amax((1, 2, 3), keepdim=True).clamp(0.15, 1)
+    coverage = coverage.clamp(max=1) * (coverage > 0.3)
+    area = coverage.sum((2, 3))  # (B, T)
+    pixel = torch.arange(SIZE, device=clips.device) + 0.5
+    moments = torch.stack([coverage.sum(2) @ pixel, coverage.sum(3) @ pixel], -1)  # (B, T, 2)
+    centre = (moments + 0.005 * SIZE) / (area[..., None] + 0.01)  # the middle, where there is nothing
+    seen = (area > 3) + 1e-3  # weight of a frame
+    seen = seen / seen.sum(1, keepdim=True)
+    r = (area / torch.pi).sqrt()
+    phase, growth = _frame_times(attributes)
+    order = torch.where(growth < 0, r.flip(1), r)  # a shrinking shape, read backwards, grows
+    span = FRAMES // 4
+    first, last = order[:, :span].mean(1, keepdim=True), order[:, -span:].mean(1, keepdim=True)
+    grows = growth != 0
+    # r(t) = radius · (start + (1 − start) · t), read at the mean times of the first and last quarter
+    early = (span - 1) / 2 / (FRAMES - 1)
+    slope = (last - first) / (1 - 2 * early)
+    begin_radius, end_radius = first - slope * early, last + slope * early
+    radius = torch.where(grows, end_radius, r.median(1, keepdim=True).values)
+
+    smallest, largest = _look_up(RADIUS, "size", attributes).split(1, dim=1)
+    size = ((radius - smallest) / (largest - smallest)).clamp(0, 1)
+    radius = smallest + size * (largest - smallest)
+    # An upright triangle's centroid lies a third of its half height under the middle of its box.
+    triangle = attributes[:, list(ATTRIBUTES).index("shape"), None] == ATTRIBUTES["shape"].index("triangle")
+    centre[..., 1] -= torch.where(triangle, HALF_EXTENT["triangle"][1] / 3 * r, torch.zeros_like(r))
+    low, way = _extent(attributes, radius)
+    place = (centre - low[:, None]) / way[:, None]  # (B, T, 2)
+
+    direction = _look_up(DIRECTION, "motion", attributes)
+    moving = direction.abs().sum(1, keepdim=True) > 0
+    along = direction[:, 1:].abs()  # 0 where x moves, 1 where y moves
+    path = torch.where(along[..., None] > 0, place[..., 1:], place[..., :1])[..., 0]  # (B, T)
+    done = torch.where(along[..., None] > 0, phase[..., 1:], phase[..., :1])[..., 0]
+    centred = done - (seen * done).sum(1, keepdim=True)
+    travel = (seen * centred * path).sum(1, keepdim=True) / (seen * centred.square()).sum(1, keepdim=True)
+    travel = travel.clamp(*TRAVEL)
+    begin = (seen * (path - travel * done)).sum(1, keepdim=True) / (1 - travel).clamp(min=1e-3)
+    speed = torch.where(
+        grows,
+        (begin_radius / end_radius.clamp(min=1.0) - START_SCALE[0]) / (START_SCALE[1] - START_SCALE[0]),
+        torch.where(moving, (travel - TRAVEL[0]) / (TRAVEL[1] - TRAVEL[0]), torch.full_like(travel, 0.5)),
+    )
+    begin = torch.where(moving, begin, torch.full_like(begin, 0.5))
+    return torch.cat([size, (seen[..., None] * place).sum(1), speed, begin], 1).clamp(0, 1)
