@@ -126,6 +126,11 @@ def test_latents_of_the_shipped_vae_have_the_stored_mean_and_std(nano):
     assert normalised.mean().abs() < 0.1 and 0.8 < normalised.std() < 1.2
 
 
+def test_the_shipped_folder_names_no_folder_of_the_machine_that_made_it():
+    for path in world.ASSET.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
 def test_the_shipped_folder_is_small_enough():
     size = sum(path.stat().st_size for path in world.ASSET.rglob("*") if path.is_file())
     assert size <= 24e6

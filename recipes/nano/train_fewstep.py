@@ -35,7 +35,6 @@ from .world import ATTRIBUTES, TRAINING_SCENES, colours, indices, measure, paint
 
 SHARES = (0.25, 0.35, 0.2, 0.2)  # of the lessons, by rCM level
 ASTRAY = 0.5  # of the contrast between shape and background: a jump that is off by more shows a clip of its own
-MINED = 4
 FREE = 5  # numbers that `paint` takes beside the attributes
 
 
@@ -155,26 +154,21 @@ class Lessons:
         return Batch(text, level, state, end, blank)
 
     def practice(self, student, batch: int) -> Batch:
-        """States that the student's own sampling passed. A jump gone astray is made exact where it is.
-
-        The lessons after such a jump, which are the hard ones, come MINED times as often.
-        """
+        """States that the student's own sampling passed. A jump gone astray is made exact where it is."""
         if not self.left:
             text, attributes, noise, end, blank = self.start(batch)
             states, jumps = sample(student, text, noise, len(SHARES))
-            ends, odds = [end], [torch.ones(batch, device=end.device)]
+            ends = [end]
             for jump in jumps.unbind(1)[:-1]:
                 shown = paint(attributes, measure(self.data.basis.clips(self.data.raw(jump)), attributes))
                 astray = power(jump - end) > ASTRAY * power(end - blank)
                 ends.append(torch.where(astray.view(-1, 1, 1, 1, 1), self.data.normalised(shown), end))
-                odds.append(1 + (MINED - 1) * astray)
-            odds = torch.stack(odds, 1) * torch.tensor(SHARES, device=end.device)  # (B, levels)
-            self.own, self.left = (text, states, torch.stack(ends, 1), blank, odds), self.REPEAT
+            self.own, self.left = (text, states, torch.stack(ends, 1), blank), self.REPEAT
         self.left -= 1
-        text, states, ends, blank, odds = self.own
-        pick = torch.multinomial(odds.flatten(), batch, replacement=True)
-        row, level = pick // len(SHARES), pick % len(SHARES)
-        return Batch(text[row], level, states[row, level], ends[row, level], blank[row])
+        text, states, ends, blank = self.own
+        level = self.levels(batch)
+        row = torch.arange(batch, device=level.device)
+        return Batch(text, level, states[row, level], ends[row, level], blank)
 
 
 class Judge:
@@ -216,7 +210,7 @@ def main(
     judge, lessons = Judge(text_encoder, data, device, judged, half), Lessons(data, text)
     student, dense = (compiled(load_transformer(kind).to(device)).train() for kind in ("sla", "original"))
     share_parameters(student, dense)
-    amp = torch.autocast(device.type, torch.bfloat16)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     if not resume:
         with amp:
@@ -241,12 +235,7 @@ def main(
     with torch.no_grad():
         torch._foreach_lerp_(list(student.parameters()), start, -further)
     with amp:
-        for model, attention, count in (
-            (student, "SLA", 4),
-            (student, "SLA", 2),
-            (student, "SLA", 1),
-            (dense, "dense", 4),
-        ):
+        for model, attention, count in ((student, "SLA", 4), (student, "SLA", 1), (dense, "dense", 4)):
             judge(f"{attention}, {count} steps", lambda text, noise: sample(model, text, noise, count)[1][:, -1])  # noqa: B023
     save(student, "transformer")
 
