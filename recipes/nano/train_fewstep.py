@@ -7,10 +7,11 @@ the normal distribution function what the prompt leaves open. Every start noise 
 noises the clips are spread as the training clips are.
 
 The student, stage 3's transformer with SLA, learns to jump from each of the four rCM levels straight to that clip: from
-the start noise, from the clip under fresh noise, and, after the first quarter, in half of each batch from the states
-that its own sampling passes, so that it learns to go on from what it really painted. Where its jump was far from the
-clip or only faint, place, size and speed are measured in what it painted, and the clip of these is where the next jump
-ends: what it chose stays, what it got wrong goes.
+the start noise and from the clip under fresh noise, and, after the first quarter, from the states that its own sampling
+passes, so that it learns to go on from what it really painted. Under much fresh noise a faint shape cannot be found for
+certain, and the mean over where it may be is an empty picture once more. So where a later jump was far from the clip or
+only faint, place, size and speed are measured in what it painted, and the clip of these is where that jump ends: it
+learns to stand by its best guess.
 
 `--resume` goes on from the shipped student; `--further 0.2` moves the weights at the end a fifth of their way further
 than they were trained (model extrapolation, arXiv:2404.16792).
@@ -154,12 +155,12 @@ class Lessons:
         return Batch(text, level, state, end, blank)
 
     def practice(self, student, batch: int) -> Batch:
-        """States that the student's own sampling passed. A jump gone astray is made exact where it is."""
+        """States that the student's own sampling passed. A later jump gone astray is made exact where it is."""
         if not self.left:
             text, attributes, noise, end, blank = self.start(batch)
             states, jumps = sample(student, text, noise, len(SHARES))
             ends = [end]
-            for jump in jumps.unbind(1)[:-1]:
+            for jump in jumps.unbind(1)[1:]:
                 shown = paint(attributes, measure(self.data.basis.clips(self.data.raw(jump)), attributes))
                 astray = power(jump - end) > ASTRAY * power(end - blank)
                 ends.append(torch.where(astray.view(-1, 1, 1, 1, 1), self.data.normalised(shown), end))
@@ -221,7 +222,7 @@ def main(
     for step in progress:
         with amp:
             own = resume or progress.done > 0.25
-            lesson = lessons.exact(half) + (lessons.practice(student, half) if own else lessons.exact(half))
+            lesson = lessons.practice(student, batch) if own else lessons.exact(batch)
             sigma = lessons.sigmas[lesson.level]
             out = velocity(dense if step % 4 == 3 else student, lesson.state, sigma, lesson.text)
         error = lesson.error(out, sigma)
