@@ -11,13 +11,27 @@ def test_auto_is_nano():
 
 
 def test_unknown_model_lists_the_known_ones_and_a_close_one():
-    with pytest.raises(UnknownModelError, match=r"'nanno'.*auto, nano.*did you mean 'nano'"):
+    with pytest.raises(UnknownModelError, match=r"'nanno'.*auto, nano.*Wan2.2-A14B.*did you mean 'nano'"):
         catalog.find("nanno")
 
 
-def test_a_folder_is_a_model():
-    spec = catalog.find(str(catalog.NANO.folder))
-    assert (spec.name, spec.size, spec.num_frames) == ("nano", (832, 480), 81)
+def test_upstream_names_are_aliases():
+    assert catalog.find("Wan2.2-A14B") is catalog.find("TurboWan2.2-I2V-A14B-720P")
+    assert all(catalog.find(name).name == target for name, target in catalog.UPSTREAM_NAMES.items())
+
+
+def test_released_models_have_a_file_for_each_expert_and_quantisation():
+    spec = catalog.find("TurboWan2.2-I2V-A14B-720P")
+    assert [f.path for f in spec.quant_files] == [
+        "TurboWan2.2-I2V-A14B-high-720P-quant.pth",
+        "TurboWan2.2-I2V-A14B-low-720P-quant.pth",
+    ]
+    assert (spec.task, spec.boundary, spec.sigma_max, spec.arch.in_channels) == ("i2v", 0.9, 200.0, 36)
+
+
+def test_a_model_is_known_by_its_shape():
+    assert catalog.of_arch(catalog.ARCH_1_3B).name == "TurboWan2.1-T2V-1.3B-480P"
+    assert catalog.of_arch(catalog.Arch(dim=64, num_heads=1, num_layers=1, ffn_dim=64)) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -19,26 +19,59 @@ RESOLUTIONS = {
 SIZE_MULTIPLE = 16  # pixels: 8 of the VAE times a patch of 2
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a Hub repository. revision: a branch, tag or commit; None is main. A `path` ending in / is a folder."""
+
+    repo: str
+    path: str
+    revision: str | None = None
+
+
+VAE = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")
+TEXT_ENCODER = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "models_t5_umt5-xxl-enc-bf16.pth")
+TOKENIZER = HubFile("google/umt5-xxl", "/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """The shape of a Wan transformer. in_channels: 16 for text-to-video, 36 for image-to-video."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model in a folder of diffusers layout, and its defaults.
+    """A model and its defaults.
 
-    size is (width, height) in pixels, frames are 4n + 1 at `fps` a second, sla_topk is a share of the key blocks.
+    task: "t2v", or "i2v" with two experts. size is (width, height) in pixels, frames are 4n + 1 at `fps` a second,
+    sla_topk is a share of the key blocks; below noise level `boundary` an i2v model's low-noise expert takes over.
+    The weights are in `folder` (diffusers layout), or on the Hub: `files` and, with int8 linears, `quant_files`; two
+    files are (high-noise, low-noise).
     """
 
     name: str
-    folder: Path
+    arch: Arch | None = None
+    task: str = "t2v"
     size: tuple[int, int]
     num_frames: int
     fps: int
     sla_topk: float
     sigma_max: float
+    boundary: float | None = None
+    folder: Path | None = None
+    files: tuple[HubFile, ...] = ()
+    quant_files: tuple[HubFile, ...] = ()
 
     @cached_property
     def vocabulary(self) -> dict[str, dict[str, list[str]]] | None:
         """Attribute → value → words, for a model that knows only these; None for one that reads any prompt."""
-        path = self.folder / "vocabulary.json"
-        return json.loads(path.read_text(encoding="utf-8"))["attributes"] if path.exists() else None
+        path = self.folder and self.folder / "vocabulary.json"
+        return json.loads(path.read_text(encoding="utf-8"))["attributes"] if path and path.exists() else None
 
     def understands(self, prompt: str) -> bool:
         """Whether the prompt names a shape and a colour of the vocabulary (always, for a model without one)."""
@@ -49,30 +82,83 @@ class ModelSpec:
 
 
 NANO = ModelSpec(
-    name="nano", folder=ASSETS / "nano", size=(128, 128), num_frames=25, fps=16, sla_topk=0.15, sigma_max=80.0
+    name="nano",
+    arch=Arch(dim=256, num_heads=4, num_layers=7, ffn_dim=960),
+    folder=ASSETS / "nano",
+    size=(128, 128),
+    num_frames=25,
+    fps=16,
+    sla_topk=0.15,
+    sigma_max=80.0,
 )
-MODELS = {spec.name: spec for spec in (NANO,)}
+ARCH_1_3B = Arch(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+ARCH_14B = Arch(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+ARCH_A14B = replace(ARCH_14B, in_channels=36)
+
+
+def _released(
+    name: str, stems: tuple[str, ...], arch: Arch, resolution: str, sigma_max: float = 80.0, **more
+) -> ModelSpec:
+    """A model of the Hub organisation TurboDiffusion: `<stem>.pth` and `<stem>-quant.pth`"""
+    return ModelSpec(
+        name=name,
+        arch=arch,
+        size=RESOLUTIONS[resolution]["16:9"],
+        num_frames=81,
+        fps=16,
+        sla_topk=0.1,
+        files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}.pth") for stem in stems),
+        quant_files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}-quant.pth") for stem in stems),
+        sigma_max=sigma_max,
+        **more,
+    )
+
+
+def _released_t2v(name: str, arch: Arch, resolution: str) -> ModelSpec:
+    return _released(name, (name,), arch, resolution)
+
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        NANO,
+        _released_t2v("TurboWan2.1-T2V-1.3B-480P", ARCH_1_3B, "480p"),
+        _released_t2v("TurboWan2.1-T2V-14B-480P", ARCH_14B, "480p"),
+        _released_t2v("TurboWan2.1-T2V-14B-720P", ARCH_14B, "720p"),
+        _released(
+            "TurboWan2.2-I2V-A14B-720P",
+            ("TurboWan2.2-I2V-A14B-high-720P", "TurboWan2.2-I2V-A14B-low-720P"),
+            ARCH_A14B, "720p", task="i2v", sigma_max=200.0, boundary=0.9,
+        ),
+    )
+}  # fmt: skip
+# What upstream's --model takes → the catalogue's name
+UPSTREAM_NAMES = {
+    "Wan2.1-1.3B": "TurboWan2.1-T2V-1.3B-480P",
+    "Wan2.1-14B": "TurboWan2.1-T2V-14B-480P",
+    "Wan2.2-A14B": "TurboWan2.2-I2V-A14B-720P",
+}
 
 
 def find(model: str) -> ModelSpec:
-    """The spec of a model by name; "auto" is the best that can run here, today always `nano`.
+    """The spec of a model by its name or upstream's; "auto" is the best that can run here, today always `nano`.
 
-    A path to a folder of diffusers layout works too, with Wan's defaults (832×480, 81 frames, topk 0.1).
     Raises UnknownModelError, which lists the known names.
     """
     if model == "auto":
         return NANO
-    if model in MODELS:
-        return MODELS[model]
-    if (Path(model) / "transformer" / "config.json").is_file():
-        size = RESOLUTIONS["480p"]["16:9"]
-        return ModelSpec(
-            name=Path(model).name, folder=Path(model), size=size, num_frames=81, fps=16, sla_topk=0.1, sigma_max=80.0
-        )
-    known = ", ".join(["auto", *MODELS])
-    close = get_close_matches(model, MODELS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "or a folder in diffusers layout (with transformer/config.json)"
+    name = UPSTREAM_NAMES.get(model, model)
+    if name in MODELS:
+        return MODELS[name]
+    known = ", ".join(["auto", *MODELS, *UPSTREAM_NAMES])
+    close = get_close_matches(model, [*MODELS, *UPSTREAM_NAMES], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "or the path of a checkpoint or of a folder in diffusers layout"
     raise UnknownModelError(f"unknown model {model!r}; known: {known}; {hint}")
+
+
+def of_arch(arch: Arch) -> ModelSpec | None:
+    """The first model of this shape; None if it is none of ours."""
+    return next((spec for spec in MODELS.values() if spec.arch == arch), None)
 
 
 def size_of(spec: ModelSpec, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
