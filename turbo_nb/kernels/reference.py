@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK_ELEMENTS = 1 << 27  # most elements of an attention mask that are held at once
+TILE, TILE_LEVELS = 128, 128  # side of a tile of an 8-bit linear, and its int8 levels on either side of zero
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
@@ -84,3 +85,48 @@ def sparse_linear_attention(
     sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
     linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
     return (sparse + linear).to(q.dtype)
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """(M, K), padded with zeros → (⌈M/128⌉, 128, ⌈K/128⌉, 128)"""
+    rows, columns = x.shape
+    return F.pad(x, (0, -columns % TILE, 0, -rows % TILE)).unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE))
+
+
+def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit form in tiles of 128×128 (TurboDiffusion): x (M, K) → q (M, K) int8, scale (⌈M/128⌉, ⌈K/128⌉) float32
+
+    scale = max(amax, 10⁻⁸) / 128; q = x / scale to the nearest even, saturated to [−128, 127].
+    """
+    tiles = _tiles(x.float())
+    amax = tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-8)
+    q = (tiles * (TILE_LEVELS / amax)).round().clamp(-TILE_LEVELS, TILE_LEVELS - 1).to(torch.int8)
+    return q.flatten(2).flatten(0, 1)[: x.shape[0], : x.shape[1]].contiguous(), (amax / TILE_LEVELS)[:, 0, :, 0]
+
+
+def int8_dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `int8_quantize`: q (M, K), scale (⌈M/128⌉, ⌈K/128⌉) → (M, K) float32"""
+    rows, columns = q.shape
+    tiles = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
+    return q.float() * tiles
+
+
+def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · dequantised wᵀ + bias with both operands in 8 bits (TurboDiffusion): x (…, K), w_q (N, K) → (…, N)
+
+    x is quantised as `int8_quantize` does. Each 128 deep slice is an exact integer product, scaled and summed in
+    float32; the sum goes to x's dtype, and the bias is added there.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    q, scale = int8_quantize(rows)
+    out = torch.zeros(rows.shape[0], w_q.shape[0], device=x.device)
+    for index, begin in enumerate(range(0, rows.shape[1], TILE)):
+        deep = slice(begin, begin + TILE)
+        product = q[:, deep].float() @ w_q[:, deep].float().T  # integers below 2²⁴: exact
+        across = scale[:, index].repeat_interleave(TILE)[: rows.shape[0], None]
+        down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
+        out.addcmul_(product, across * down)
+    out = out.to(x.dtype)
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return out.unflatten(0, x.shape[:-1])
