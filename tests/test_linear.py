@@ -6,6 +6,7 @@ from helpers import assert_close, golden, relative_error
 from torch import nn
 
 from turbo_nb.errors import InputError
+from turbo_nb.kernels import reference
 from turbo_nb.linear import (
     Int8Linear,
     dequantize_linears,
@@ -55,6 +56,13 @@ def test_a_linear_keeps_dtype_and_leading_dimensions(dtype):
     out = quantised(x)
     assert out.dtype == dtype and out.shape == (2, 3, 72)
     assert relative_error(out, linear(x)) < 0.02
+
+
+def test_many_rows_are_worked_through_in_parts(monkeypatch):
+    x, (w_q, scale) = torch.randn(300, 256), int8_quantize(torch.randn(64, 256))
+    whole = int8_linear(x, w_q, scale)
+    monkeypatch.setattr(reference, "LINEAR_ROWS", 128)
+    assert torch.equal(int8_linear(x, w_q, scale), whole)
 
 
 def test_the_bias_is_added_in_the_output_dtype():

@@ -1,4 +1,4 @@
-"""Sparse-linear attention (SLA, arXiv:2509.24006; TurboDiffusion), as a module and as a processor for diffusers.
+"""Sparse-linear attention (SLA, arXiv:2509.24006; TurboDiffusion) and SageSLA, as modules and in diffusers' processor.
 
 `set_attention_type(transformer, "sla", topk)` puts it into the self-attention of a `WanTransformer3DModel`; the
 learned projection of the linear branch is then an ordinary parameter of the transformer, under
@@ -14,14 +14,23 @@ from .kernels.reference import block_map
 __all__ = [
     "ATTENTION_TYPES",
     "SLAProcessor",
+    "SageSparseLinearAttention",
     "SparseLinearAttention",
     "attention_type",
     "block_map",
     "set_attention_type",
+    "topk_of",
 ]
 
 ATTENTION_TYPES = ("sla", "sagesla", "original")
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
+SAGE_BLOCK_Q, SAGE_BLOCK_K = 64, 128
+NO_SAGE = (
+    "attention_type 'sagesla' has no fast kernel here: it needs an NVIDIA GPU with SpargeAttn built from source (pip "
+    "install git+https://github.com/thu-ml/SpargeAttn.git --no-build-isolation, with the CUDA toolkit of your torch). "
+    "Use --attention_type sla, which runs the same checkpoints, or ask for the slow reference by name: "
+    "attention_backend='reference'"
+)
 
 
 class SparseLinearAttention(nn.Module):
@@ -42,11 +51,42 @@ class SparseLinearAttention(nn.Module):
         nn.init.zeros_(self.proj_l.bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        proj = self.proj_l
-        return reference.sparse_linear_attention(q, k, v, proj.weight, proj.bias, self.topk, self.block_q, self.block_k)
+        return self._attend(q, k, v, reference.sparse_attention)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sparse_attention) -> Tensor:
+        weight, bias = self.proj_l.weight, self.proj_l.bias
+        return reference.sparse_linear_attention(
+            q, k, v, weight, bias, self.topk, self.block_q, self.block_k, sparse_attention
+        )
 
     def extra_repr(self) -> str:
         return f"topk={self.topk}, block_q={self.block_q}, block_k={self.block_k}"
+
+
+class SageSparseLinearAttention(SparseLinearAttention):
+    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), with the blocks of a Hopper GPU.
+
+    backend: "auto", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to a picture; it
+    is slower than SLA. Raises BackendError with "auto", as no fast kernel runs here yet; InputError for another one.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        topk: float = 0.1,
+        block_q: int = SAGE_BLOCK_Q,
+        block_k: int = SAGE_BLOCK_K,
+        backend: str = "auto",
+    ):
+        super().__init__(head_dim, topk, block_q, block_k)
+        if backend not in ("auto", "reference"):
+            raise InputError(f"the backend of SageSLA is {backend!r}; it is auto or reference")
+        if backend == "auto":
+            raise BackendError(NO_SAGE)
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, reference.sage_sparse_attention)
 
 
 class SLAProcessor(nn.Module):
@@ -55,9 +95,9 @@ class SLAProcessor(nn.Module):
     _attention_backend = None  # diffusers sets these two on every processor
     _parallel_config = None
 
-    def __init__(self, head_dim: int, topk: float):
+    def __init__(self, sla: SparseLinearAttention):
         super().__init__()
-        self.sla = SparseLinearAttention(head_dim, topk)
+        self.sla = sla
 
     def forward(
         self,
@@ -78,21 +118,28 @@ class SLAProcessor(nn.Module):
 
 
 def attention_type(transformer: nn.Module) -> str:
-    """The attention that `set_attention_type` put in: "sla" or "original"."""
-    return "sla" if isinstance(transformer.blocks[0].attn1.processor, SLAProcessor) else "original"
+    """The attention that `set_attention_type` put in: "sla", "sagesla" or "original"."""
+    processor = transformer.blocks[0].attn1.processor
+    if not isinstance(processor, SLAProcessor):
+        return "original"
+    return "sagesla" if isinstance(processor.sla, SageSparseLinearAttention) else "sla"
 
 
-def set_attention_type(transformer: nn.Module, attention_type: str, topk: float = 0.1) -> None:
-    """Give every block's self-attention SLA ("sla") or diffusers' own dense attention ("original").
+def topk_of(transformer: nn.Module) -> float | None:
+    """The share of key blocks that the transformer attends to; None with dense attention."""
+    processor = transformer.blocks[0].attn1.processor
+    return processor.sla.topk if isinstance(processor, SLAProcessor) else None
 
-    `proj_l` starts at zero, and keeps its values when only `topk` changes; "original" drops it.
-    Raises InputError for an unknown type and BackendError for "sagesla", which nothing here can run yet.
+
+def set_attention_type(
+    transformer: nn.Module, attention_type: str, topk: float = 0.1, *, backend: str = "auto"
+) -> None:
+    """Give every block's self-attention SLA ("sla"), SageSLA ("sagesla") or diffusers' dense attention ("original").
+
+    `proj_l` starts at zero and keeps its values from one sparse attention to another; "original" drops it. backend:
+    "auto", or "reference" to run SageSLA in plain PyTorch. Raises InputError for an unknown type and BackendError for
+    "sagesla" where it has no fast kernel.
     """
-    if attention_type == "sagesla":
-        raise BackendError(
-            "attention_type 'sagesla' needs SpargeAttn (github.com/thu-ml/SpargeAttn) on an NVIDIA GPU and is not "
-            "supported yet; use --attention_type sla, which runs the same checkpoints"
-        )
     if attention_type not in ATTENTION_TYPES:
         raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(ATTENTION_TYPES)}")
     for block in transformer.blocks:
@@ -101,7 +148,10 @@ def set_attention_type(transformer: nn.Module, attention_type: str, topk: float 
             attn.set_processor(type(attn)._default_processor_cls())
             continue
         head_dim = attn.to_q.out_features // attn.heads
-        processor = SLAProcessor(head_dim, topk)
+        if attention_type == "sagesla":
+            sla = SageSparseLinearAttention(head_dim, topk, backend=backend)
+        else:
+            sla = SparseLinearAttention(head_dim, topk)
         if isinstance(attn.processor, SLAProcessor):
-            processor.sla.proj_l = attn.processor.sla.proj_l
-        attn.set_processor(processor.to(attn.to_q.weight.device))
+            sla.proj_l = attn.processor.sla.proj_l
+        attn.set_processor(SLAProcessor(sla).to(next(attn.parameters()).device))

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK_ELEMENTS = 1 << 27  # most elements of an attention mask that are held at once
+LINEAR_ROWS = 64 * 128  # rows of an 8-bit linear's input that are held in float32 at once
+V_LARGEST, P_LARGEST = 2.25, 448.0  # magnitudes that SageSLA scales v and the probabilities to, for e4m3
 TILE, TILE_LEVELS = 128, 128  # side of a tile of an 8-bit linear, and its int8 levels on either side of zero
 
 
@@ -66,6 +68,53 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
+def sage_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
+    """`sparse_attention` in 8 bits (SageAttention2, arXiv:2411.10958; SpargeAttn, arXiv:2502.18137): (B, L, H, D)
+
+    q and k less its mean over the sequence are int8 with one scale a block, v is fp8 e4m3 with one scale a channel over
+    the sequence, the probabilities are e4m3 in the product with v and float32 in the denominator. Keeps equally many
+    blocks in every row of block_map, one after the other, each in a fresh float32 accumulator.
+    """
+    batch, length, heads, dim = q.shape
+    q8, q_scale = _int8_blocks(q, block_q)
+    k8, k_scale = _int8_blocks(k - k.mean(1, keepdim=True), block_k)
+    v_scale = (v.float().abs().amax(1, keepdim=True) / V_LARGEST).clamp(min=1e-12)  # (B, 1, H, D)
+    v8 = _blocks((v.float() / v_scale).to(torch.float8_e4m3fn).float(), block_k)
+    kept = block_map.nonzero()[:, -1].view(*block_map.shape[:3], -1)  # (B, H, Q_blocks, n), ascending
+    rows = torch.arange(batch, device=q.device)[:, None, None], torch.arange(heads, device=q.device)[None, :, None]
+    within = torch.arange(block_k, device=q.device)
+
+    largest = torch.full((*q8.shape[:4], 1), -torch.inf, device=q.device)
+    total = torch.zeros_like(largest)
+    out = torch.zeros_like(q8)
+    for block in kept.unbind(-1):  # (B, H, Q_blocks)
+        score = q8 @ k8[*rows, block].transpose(-1, -2)  # integers below 2²⁴: exact
+        score = score * (q_scale * k_scale[*rows, block] * dim**-0.5)[..., None, None]
+        padding = (block[..., None] * block_k + within >= length)[..., None, :]
+        score = score.masked_fill(padding, -torch.inf)
+        following = torch.maximum(largest, score.amax(-1, keepdim=True))
+        p, shrink = (score - following).exp(), (largest - following).exp()
+        p8 = (p * P_LARGEST).to(torch.float8_e4m3fn).float() / P_LARGEST
+        out = out * shrink + p8 @ v8[*rows, block]
+        total = total * shrink + p.sum(-1, keepdim=True)
+        largest = following
+    out = (out / total).flatten(2, 3)[:, :, :length].transpose(1, 2)  # (B, L, H, D)
+    return (out * v_scale).to(q.dtype)
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """Blocks of tokens, padded with zeros: (B, L, H, D) → (B, H, ⌈L/block⌉, block, D) float32"""
+    return F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block)).transpose(1, 2).unflatten(2, (-1, block))
+
+
+def _int8_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Blocks as integers of int8 (half away from zero) in float32, and a scale for each, (B, H, ⌈L/block⌉)"""
+    blocks = _blocks(x, block)
+    scale = blocks.abs().amax((-1, -2)) / 127 + 1e-7
+    scaled = blocks / scale[..., None, None]
+    return (scaled + 0.5 * scaled.sign()).trunc(), scale
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """φ(q) · φ(k)ᵀv / (10⁻⁵ + φ(q) · Σφ(k)) with φ = softmax over D (SLA, arXiv:2509.24006): (B, L, H, D)"""
     phi_q, phi_k = (x.float().softmax(-1).to(x.dtype) for x in (q, k))
@@ -76,11 +125,19 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sparse_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    sparse_attention=sparse_attention,
 ) -> Tensor:
     """SLA (arXiv:2509.24006): sparse attention plus the projected linear attention, in q's dtype: (B, L, H, D)
 
-    weight (D, D) and bias (D,) are `proj_l`; they are cast to q's dtype.
+    weight (D, D) and bias (D,) are `proj_l`; they are cast to q's dtype. With `sage_sparse_attention` it is SageSLA.
     """
     sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
     linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
@@ -117,16 +174,20 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
     x is quantised as `int8_quantize` does. Each 128 deep slice is an exact integer product, scaled and summed in
     float32; the sum goes to x's dtype, and the bias is added there.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    q, scale = int8_quantize(rows)
-    out = torch.zeros(rows.shape[0], w_q.shape[0], device=x.device)
-    for index, begin in enumerate(range(0, rows.shape[1], TILE)):
-        deep = slice(begin, begin + TILE)
-        product = q[:, deep].float() @ w_q[:, deep].float().T  # integers below 2²⁴: exact
-        across = scale[:, index].repeat_interleave(TILE)[: rows.shape[0], None]
-        down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
-        out.addcmul_(product, across * down)
-    out = out.to(x.dtype)
+    out = torch.cat([_int8_product(rows, w_q, w_scale) for rows in x.reshape(-1, x.shape[-1]).split(LINEAR_ROWS)])
     if bias is not None:
         out = out + bias.to(x.dtype)
     return out.unflatten(0, x.shape[:-1])
+
+
+def _int8_product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
+    """x (M, K) · dequantised wᵀ → (M, N)"""
+    q, scale = int8_quantize(x)
+    out = torch.zeros(x.shape[0], w_q.shape[0], device=x.device)
+    for index, begin in enumerate(range(0, x.shape[1], TILE)):
+        deep = slice(begin, begin + TILE)
+        product = q[:, deep].float() @ w_q[:, deep].float().T  # integers below 2²⁴: exact
+        across = scale[:, index].repeat_interleave(TILE)[: x.shape[0], None]
+        down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
+        out.addcmul_(product, across * down)
+    return out.to(x.dtype)

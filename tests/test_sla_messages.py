@@ -1,0 +1,91 @@
+"""SageSLA: what it says where it cannot run, and that its reference computes what upstream's compiled kernel does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_close, golden, relative_error
+
+import turbo_nb
+from turbo_nb.errors import BackendError, InputError
+from turbo_nb.sla import SageSparseLinearAttention, SparseLinearAttention, attention_type, set_attention_type
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: SageSparseLinearAttention(64, 0.1),
+        lambda: turbo_nb.load_pipeline("nano", attention_type="sagesla", device="cpu"),
+    ],
+    ids=["module", "pipeline"],
+)
+def test_sagesla_on_a_cpu_names_spargeattn_how_to_get_it_and_sla(call):
+    with pytest.raises(BackendError) as caught:
+        call()
+    for words in ("SpargeAttn", "pip install git+https://github.com/thu-ml/SpargeAttn", "--attention_type sla"):
+        assert words in str(caught.value)
+
+
+@NO_GPU
+def test_the_command_line_says_so_in_one_line_and_exits_with_2(tmp_path):
+    command = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", "a red circle", "--attention_type", "sagesla"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and not list(tmp_path.iterdir())
+    assert (
+        result.stderr.strip().startswith("error: attention_type 'sagesla'") and "--attention_type sla" in result.stderr
+    )
+
+
+def test_an_unknown_backend_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"'cuda'.*auto or reference"):
+        SageSparseLinearAttention(64, backend="cuda")
+
+
+@pytest.fixture(scope="module")
+def attention():
+    ops = golden("ops")
+    q, k, v = (ops[f"attn_a.{name}"] for name in "qkv")
+    sage = SageSparseLinearAttention(128, ops["attn_a.topk"].item(), backend="reference")
+    sage.load_state_dict({"proj_l.weight": ops["attn_a.proj_w"], "proj_l.bias": ops["attn_a.proj_b"]})
+    return sage, q, k, v, ops["attn_a.sagesla"]
+
+
+def test_the_reference_is_upstreams_compiled_kernel(attention):
+    sage, q, k, v, ref = attention
+    assert_close("sagesla", ref, sage(q, k, v), 1e-2)
+
+
+def test_the_8_bits_are_really_there(attention):
+    sage, q, k, v, _ = attention
+    exact = SparseLinearAttention(128, sage.topk, sage.block_q, sage.block_k)
+    exact.load_state_dict(sage.state_dict())
+    error = relative_error(sage(q, k, v), exact(q, k, v))
+    assert 0.02 < error < 0.05  # upstream's compiled kernel: 0.036
+
+
+@pytest.mark.parametrize("length", [1, 63, 129, 700])
+def test_odd_lengths(length):
+    q, k, v = torch.randn(3, 2, length, 2, 64).bfloat16()
+    sage = SageSparseLinearAttention(64, 0.3, backend="reference")
+    exact = SparseLinearAttention(64, 0.3, sage.block_q, sage.block_k)
+    assert_close("sagesla", exact(q, k, v), sage(q, k, v), 6e-2)
+
+
+def test_padding_never_counts():
+    q, k = torch.randn(2, 1, 70, 1, 64)
+    sage = SageSparseLinearAttention(64, 1.0, backend="reference")
+    assert_close("constant", torch.full((1, 70, 1, 64), 2.0), sage(q, k - 100, torch.full_like(k, 2.0)), 0.05)
+
+
+def test_a_transformer_keeps_proj_l_from_sla_to_sagesla(nano):
+    weight = nano.transformer.blocks[0].attn1.processor.sla.proj_l.weight
+    set_attention_type(nano.transformer, "sagesla", 0.15, backend="reference")
+    try:
+        assert attention_type(nano.transformer) == "sagesla"
+        assert nano.transformer.blocks[0].attn1.processor.sla.proj_l.weight is weight
+    finally:
+        set_attention_type(nano.transformer, "sla", 0.15)
