@@ -24,3 +24,74 @@ def assert_close(name: str, ref: torch.Tensor, out: torch.Tensor, bound: float) 
     assert out.isfinite().all(), f"{name}: not finite"
     error = relative_error(out, ref)
     assert error <= bound, f"{name}: rel. L2 {error:.3g} > {bound:.3g}"
+
+
+def write_upstream(path: Path, more: dict | None = None, drop: list[str] = (), state: str = "dit_state") -> Path:
+    """A golden checkpoint as upstream's .pth, with some tensors more or fewer"""
+    tensors = golden(state) | (more or {})
+    torch.save({key: tensor for key, tensor in tensors.items() if key not in drop}, path)
+    return path
+
+
+def upstream_names(arch, *, sla: bool, int8: bool, text_dim: int = 4096, device="cpu") -> dict[str, torch.Tensor]:
+    """A random state dict of a whole model with upstream's names, float32 but for int8 weights"""
+    dim, ffn, head_dim = arch.dim, arch.ffn_dim, arch.dim // arch.num_heads
+    state = {}
+
+    def add(name: str, *shape: int) -> None:
+        state[name] = torch.randn(shape, device=device) * 0.02
+
+    def linear(name: str, rows: int, columns: int, quantised: bool = False) -> None:
+        if quantised:
+            state[f"{name}.int8_weight"] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
+            add(f"{name}.scale", -(-rows // 128), -(-columns // 128))
+        else:
+            add(f"{name}.weight", rows, columns)
+        add(f"{name}.bias", rows)
+
+    linear("patch_embedding", dim, arch.in_channels * 4)
+    linear("text_embedding.0", dim, text_dim)
+    linear("text_embedding.2", dim, dim)
+    linear("time_embedding.0", dim, 256)
+    linear("time_embedding.2", dim, dim)
+    linear("time_projection.1", 6 * dim, dim)
+    linear("head.head", 64, dim)
+    add("head.modulation", 1, 2, dim)
+    for index in range(arch.num_layers):
+        block = f"blocks.{index}"
+        for attention in ("self_attn", "cross_attn"):
+            for name in "qkvo":
+                linear(f"{block}.{attention}.{name}", dim, dim, int8)
+            add(f"{block}.{attention}.norm_q.weight", dim)
+            add(f"{block}.{attention}.norm_k.weight", dim)
+        linear(f"{block}.ffn.0", ffn, dim, int8)
+        linear(f"{block}.ffn.2", dim, ffn, int8)
+        add(f"{block}.norm3.weight", dim)
+        add(f"{block}.norm3.bias", dim)
+        add(f"{block}.modulation", 1, 6, dim)
+        if sla:
+            linear(f"{block}.self_attn.attn_op.local_attn.proj_l", head_dim, head_dim)
+    return state
+
+
+def tiny_transformer(arch, *, text_dim: int, sla: bool = True, int8: bool = False):
+    """diffusers' transformer of this shape"""
+    from diffusers import WanTransformer3DModel
+
+    from turbo_nb.linear import empty_linears
+    from turbo_nb.sla import set_attention_type
+
+    model = WanTransformer3DModel(
+        attention_head_dim=arch.dim // arch.num_heads,
+        num_attention_heads=arch.num_heads,
+        num_layers=arch.num_layers,
+        ffn_dim=arch.ffn_dim,
+        in_channels=arch.in_channels,
+        out_channels=16,
+        text_dim=text_dim,
+    )
+    if sla:
+        set_attention_type(model, "sla")
+    if int8:
+        empty_linears(model, torch.bfloat16)
+    return model

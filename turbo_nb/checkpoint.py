@@ -1,79 +1,236 @@
-"""A model folder in diffusers layout becomes diffusers and transformers modules."""
+"""Checkpoints become diffusers and transformers modules: upstream's files and diffusers folders alike.
+
+What a file is comes from its tensors (`weights.read`), so no flag has to be right. Loading maps the file and gives its
+tensors to a model without storage: nothing is held twice.
+"""
 
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from .errors import CheckpointError
+from . import catalog, linear
+from .errors import CheckpointError, InputError
 from .sla import set_attention_type
+from .weights import PROJ_L, Contents, listed, read
 
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
-        raise CheckpointError(f"no diffusion_pytorch_model*.safetensors in {str(folder)!r}; is it a diffusers folder?")
-    return {key: tensor for file in files for key, tensor in load_file(file).items()}
-
-
 def load_transformer(
-    path: str | Path,
+    path: str | Path | Contents,
     *,
     attention_type: str = "sla",
     sla_topk: float = 0.1,
+    quant_linear: bool | str = "auto",
+    attention_backend: str = "auto",
+    expected: catalog.ModelSpec | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> WanTransformer3DModel:
-    """The transformer in folder `path`, in eval mode; norms, embeddings of time and `proj_l` stay fp32.
+    """The transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
 
-    A file without `proj_l` run as "sla" gets a zero linear branch, with a warning. Raises CheckpointError if any other
-    key is missing or left over, InputError or BackendError for an attention_type that cannot be had.
+    Norms, the embedding of time, scales and `proj_l` stay float32, the rest goes to `dtype` (None: the file's own).
+    quant_linear: "auto" as the file has it, True for 8-bit linears, False for plain ones; what has to be quantised or
+    dequantised for that is said. A file without `proj_l` run as "sla" has no linear branch, one with it run as
+    "original" does without, and unexpected tensors are left out, each with a warning. `expected`: the model asked for.
+
+    Raises CheckpointError if the file is damaged, is something else, lacks a tensor or has one that doesn't fit or is
+    not finite; InputError or BackendError for an attention_type that cannot be had.
     """
-    path = Path(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    with init_empty_weights():
-        model = WanTransformer3DModel.from_config(config)
+    if quant_linear not in (True, False, "auto"):
+        raise InputError(f"quant_linear is {quant_linear!r}; it is auto (as the file has it), True or False")
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "transformer", expected)
+    with init_empty_weights(include_buffers=True):
+        model = WanTransformer3DModel.from_config(_config(contents))
         set_attention_type(model, "sla", sla_topk)
-    state = _read_weights(path)
-    for key, parameter in model.state_dict().items():
-        if "proj_l" in key and key not in state:
-            if attention_type == "sla" and key.endswith("blocks.0.attn1.processor.sla.proj_l.weight"):
-                warnings.warn(f"{str(path)!r} has no SLA weights: the linear branch is zero", stacklevel=2)
-            state[key] = torch.zeros(parameter.shape)
-    missing, unexpected = model.state_dict().keys() - state.keys(), state.keys() - model.state_dict().keys()
-    if missing or unexpected:
-        raise CheckpointError(
-            f"the weights in {str(path)!r} do not fit its config.json: {len(missing)} keys missing "
-            f"({', '.join(sorted(missing)[:3])}), {len(unexpected)} unexpected ({', '.join(sorted(unexpected)[:3])})"
-        )
-    for key, tensor in state.items():
-        state[key] = tensor.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype)
-    model.load_state_dict(state, assign=True)
+        if contents.quantized:
+            linear.empty_linears(model, contents.dtype)
+        set_attention_type(model, attention_type, sla_topk, backend=attention_backend)
+
+    tensors = dict(contents.tensors)
+    wanted = model.state_dict()
+    projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
+    if projections and attention_type == "original":
+        warnings.warn(f"{str(contents.path)!r} has SLA's projections; dense attention does without them", stacklevel=2)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in projections}
+    elif projections and not contents.sla:
+        warnings.warn(f"{str(contents.path)!r} has no SLA projections: the linear branch is zero", stacklevel=2)
+        tensors |= {key: torch.zeros(wanted[key].shape) for key in projections}
+    tensors = _matched(tensors, wanted, contents)
+
+    dtype = dtype or contents.dtype
+    for key in list(tensors):
+        tensor = _finite(key, tensors.pop(key).to(device), contents)
+        if tensor.is_floating_point():
+            keep = any(part in key for part in KEEP_FP32) or key.endswith(".scale")
+            tensor = tensor.to(torch.float32 if keep else dtype)
+        _assign(model, key, tensor)
     rope = model.rope
-    model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
-    set_attention_type(model, attention_type, sla_topk)
-    return model.to(device).eval()
+    model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
+    _follow(model, quant_linear, dtype, contents)
+    return model.requires_grad_(False).eval()
 
 
-def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype=torch.float32) -> AutoencoderKLWan:
-    """The VAE in folder `path`."""
-    return AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, local_files_only=True).to(device).eval()
+def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = None) -> None:
+    """Raises CheckpointError if a file holds something else, or not the model that was asked for."""
+    path = str(contents.path)
+    if contents.kind == "LoRA":
+        raise CheckpointError(
+            f"{path!r} is a LoRA, which changes a model and is none; load the model and add it with load_lora_weights, "
+            "or merge it with turbo-nb convert --lora"
+        )
+    if contents.kind != kind:
+        raise CheckpointError(f"{path!r} is {contents}; a {kind} was asked for")
+    if expected and expected.arch and contents.arch != expected.arch:
+        shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
+        raise CheckpointError(f"{path!r} is {contents}; {expected.name} was asked for, which has {shape}")
 
 
-def load_text_encoder(path: str | Path, *, device: str | torch.device = "cpu", dtype=torch.float32) -> UMT5EncoderModel:
-    """The text encoder in folder `path`."""
-    return UMT5EncoderModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+def _config(contents: Contents) -> dict:
+    """diffusers' config of a transformer: the folder's own, else from the shapes"""
+    if contents.path.is_dir():
+        return json.loads((contents.path / "config.json").read_text(encoding="utf-8"))
+    arch = contents.arch
+    return {
+        "attention_head_dim": contents.head_dim,
+        "num_attention_heads": arch.num_heads,
+        "num_layers": arch.num_layers,
+        "ffn_dim": arch.ffn_dim,
+        "in_channels": arch.in_channels,
+        "out_channels": 16,
+        "text_dim": contents.text_dim,
+    }
+
+
+def _matched(tensors: dict[str, Tensor], wanted: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+    """The tensors that a module wants; unexpected ones are left out with a warning. Raises CheckpointError."""
+    path, missing, unexpected = str(contents.path), wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path!r} looks like {contents}, but {len(missing)} of {len(wanted)} tensors are missing: "
+            f"{listed(missing)}"
+        )
+    if unexpected:
+        warnings.warn(
+            f"{path!r} has {len(unexpected)} tensors that no part of the model takes; left out: {listed(unexpected)}",
+            stacklevel=3,
+        )
+    for key, target in wanted.items():
+        if tensors[key].shape != target.shape:
+            raise CheckpointError(
+                f"{key} in {path!r} has shape {tuple(tensors[key].shape)}; in {contents} it is {tuple(target.shape)}"
+            )
+    return {key: tensors[key] for key in wanted}
+
+
+def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
+    """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
+    if tensor.is_floating_point() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise CheckpointError(f"{key} in {str(contents.path)!r} holds NaN or Inf; the file is damaged, fetch it again")
+    return tensor
+
+
+def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
+    """Give a module's parameter or buffer this storage."""
+    owner, _, leaf = key.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _follow(model: WanTransformer3DModel, quant_linear: bool | str, dtype: torch.dtype, contents: Contents) -> None:
+    """Quantise or dequantise where something else was asked for than the file has."""
+    path = str(contents.path)
+    if quant_linear is True and not contents.quantized:
+        count = linear.quantize_linears(model)
+        warnings.warn(f"{path!r} has {contents.dtype} linears; {count} were quantised to int8", stacklevel=3)
+    elif quant_linear is False and contents.quantized:
+        count = linear.dequantize_linears(model, dtype)
+        warnings.warn(f"{path!r} has int8 linears; {count} were dequantised to {dtype}", stacklevel=3)
+
+
+def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Give a model without storage the tensors of a file."""
+    for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
+        _assign(model, key, _finite(key, tensor.to(device), contents).to(dtype or tensor.dtype))
+
+
+def load_vae(
+    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> AutoencoderKLWan:
+    """The VAE in upstream's `Wan2.1_VAE.pth`, a file of diffusers' names or a diffusers folder; dtype None: its own.
+
+    Raises CheckpointError as `load_transformer` does.
+    """
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "vae")
+    if contents.path.is_dir():
+        config = json.loads((contents.path / "config.json").read_text(encoding="utf-8"))
+    else:
+        config = {
+            "base_dim": contents.tensors["encoder.conv_in.weight"].shape[0],
+            "z_dim": contents.tensors["decoder.conv_in.weight"].shape[1],
+        }
+    with init_empty_weights():
+        model = AutoencoderKLWan.from_config(config)
+    _fill(model, contents, device, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def load_text_encoder(
+    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> UMT5EncoderModel:
+    """The encoder in upstream's `models_t5_umt5-xxl-enc-bf16.pth` or a transformers folder; dtype None: the file's own.
+
+    Raises CheckpointError as `load_transformer` does.
+    """
+    if not isinstance(path, Contents) and Path(path).is_dir():
+        dtype = dtype or "auto"
+        return UMT5EncoderModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "text encoder")
+    tensors = contents.tensors
+    first = "encoder.block.0.layer."
+    buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
+    vocabulary, width = tensors["shared.weight"].shape
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
+        d_ff=tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],
+        num_layers=1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.block.")),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    with init_empty_weights():
+        model = UMT5EncoderModel(config)
+    tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
+    _fill(model, contents, device, dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(path: str | Path):
-    """The tokenizer in folder `path`."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    """The tokenizer in folder `path`, or of a Hub repository that is in the cache.
+
+    Raises CheckpointError if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
+            "as that of google/umt5-xxl"
+        ) from error

@@ -14,6 +14,7 @@ from .kernels.reference import TILE, int8_dequantize
 __all__ = [
     "Int8Linear",
     "dequantize_linears",
+    "empty_linears",
     "int8_dequantize",
     "int8_linear",
     "int8_quantize",
@@ -91,6 +92,15 @@ def _replace(module: nn.Module, kind: type[nn.Module], make) -> int:
     for parent, name, child in found:
         setattr(parent, name, make(child))
     return len(found)
+
+
+def empty_linears(transformer: nn.Module, dtype: torch.dtype) -> int:
+    """Put 8-bit linears without storage in the place of the blocks' linears; how many. In place."""
+
+    def empty(linear: nn.Linear) -> Int8Linear:
+        return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
+
+    return _replace(transformer.blocks, nn.Linear, empty)
 
 
 def quantize_linears(transformer: nn.Module) -> int:

@@ -1,0 +1,326 @@
+"""Upstream's checkpoints: what they are, that they compute what upstream computes, and what bad ones say."""
+
+import pickle
+import time
+import warnings
+import zipfile
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from helpers import assert_close, golden, tiny_transformer, upstream_names, write_upstream
+from safetensors.torch import save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+from turbo_nb import catalog
+from turbo_nb.checkpoint import load_text_encoder, load_transformer, load_vae
+from turbo_nb.errors import CheckpointError, InputError
+from turbo_nb.linear import is_quantized
+from turbo_nb.scheduler import RCMScheduler
+from turbo_nb.sla import attention_type
+from turbo_nb.weights import UMT5_NAMES, read, recognise
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Upstream's golden state dicts as the files that users have."""
+    folder = tmp_path_factory.mktemp("checkpoints_of_upstream")
+    i2v = {key.removeprefix("sd."): value for key, value in golden("i2v").items() if key.startswith("sd.")}
+    states = {"bf16": golden("dit_state"), "int8": golden("dit_state_int8"), "i2v": i2v, "vae": golden("vae_state")}
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def io():
+    return golden("dit_io")
+
+
+def run(model, x, t, text):
+    with torch.no_grad():
+        return model(x, t.float().flatten(), text, return_dict=False)[0]
+
+
+# --- The numbers of upstream ---
+
+
+@pytest.mark.parametrize(
+    ("file", "attention", "bound"),
+    [
+        ("bf16", "original", 1e-2), ("bf16", "sla", 1e-2), ("bf16", "sagesla", 5e-2),
+        ("int8", "original", 2e-2), ("int8", "sla", 2e-2), ("int8", "sagesla", 5e-2),
+    ],
+)  # fmt: skip
+def test_one_forward_is_upstreams(files, io, file, attention, bound):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dense attention leaves proj_l out
+        model = load_transformer(
+            files / f"{file}.pth", attention_type=attention, sla_topk=0.4, attention_backend="reference"
+        )
+    assert attention_type(model) == attention and is_quantized(model) == (file == "int8")
+    assert_close(f"{file} {attention}", io[f"out.{attention}.{file}"], run(model, io["x"], io["t"], io["ctx"]), bound)
+
+
+def test_one_forward_of_image_to_video_is_upstreams(files):
+    i2v = golden("i2v")
+    model = load_transformer(files / "i2v.pth", sla_topk=0.4)
+    assert_close("i2v", i2v["out.sla.bf16"], run(model, torch.cat([i2v["x"], i2v["y"]], 1), i2v["t"], i2v["ctx"]), 1e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["sde", "ode"])
+def test_a_whole_sampling_run_is_upstreams(files, io, kind, steps, monkeypatch):
+    model = load_transformer(files / "bf16.pth", sla_topk=0.4)
+    scheduler = RCMScheduler(80.0, ode=kind == "ode")
+    noises = iter(io[f"noise.{index}"].double() for index in range(5))
+    monkeypatch.setattr(scheduler, "_noise", lambda shape, device: next(noises))
+    scheduler.set_timesteps(steps)
+    x = scheduler.start_latents(io["x"].shape)
+    for t in scheduler.timesteps:
+        x = scheduler.step(run(model, x.bfloat16(), t, io["ctx"]), t, x, return_dict=False)[0]
+    assert_close(kind, io[f"sample.{kind}.{steps}"], x.float(), 3e-2)
+
+
+def test_the_vae_is_upstreams(files):
+    vae, io = load_vae(files / "vae.pth"), golden("vae_io")
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        z = (vae.encode(io["video"]).latent_dist.mode() - mean) / std
+        frames = vae.decode(io["z"] * std + mean).sample
+    assert_close("encode", io["z"], z, 1e-3)
+    assert_close("decode", io["dec"].clamp(-1, 1), frames, 3e-3)
+
+
+def test_the_text_encoder_is_transformers_own(tmp_path):
+    config = UMT5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    model = UMT5EncoderModel(config).eval()
+    raw = {}
+    for key, tensor in model.state_dict().items():
+        for name, hf in sorted(UMT5_NAMES.items(), key=lambda pair: -len(pair[1])):
+            key = key.replace(hf, name)
+        raw["norm.weight" if key == "encoder.final_layer_norm.weight" else key] = tensor
+    raw.pop("encoder.embed_tokens.weight", None)
+    assert {"token_embedding.weight", "blocks.1.ffn.gate.0.weight", "blocks.1.attn.q.weight", "norm.weight"} <= set(raw)
+    torch.save(raw, tmp_path / "umt5.pth")
+    model.save_pretrained(tmp_path / "folder")
+    ids = torch.randint(0, 99, (1, 7))
+    for path in (tmp_path / "umt5.pth", tmp_path / "folder"):
+        with torch.no_grad():
+            assert torch.equal(load_text_encoder(path)(ids)[0], model(ids)[0])
+
+
+# --- What a file is ---
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("bf16", "a Wan text-to-video transformer with dim 256, 2 layers, ffn 512, SLA, bfloat16 linears"),
+        ("int8", "SLA, int8 linears"),
+        ("i2v", "a Wan image-to-video transformer with dim 256"),
+        ("vae", "a vae"),
+    ],
+)
+def test_a_file_says_what_it_is(files, file, words):
+    assert words in str(read(files / f"{file}.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "model.diffusion_model.", "module.", "module.net."])
+@pytest.mark.parametrize("kind", ["pth", "nested.pth", "safetensors"])
+def test_prefixes_and_wrappings_make_no_difference(files, io, tmp_path, prefix, kind):
+    state = {prefix + key: tensor for key, tensor in golden("dit_state").items()}
+    path = tmp_path / f"model.{kind}"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "step": 7} if kind == "nested.pth" else state, path)
+    ours, theirs = load_transformer(path).state_dict(), load_transformer(files / "bf16.pth").state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("kind", ["plain", "SLA", "SLA + int8"])
+@pytest.mark.parametrize("model", ["1.3B", "14B", "A14B"])
+def test_full_size_names_and_shapes_fit_without_rest(model, kind):
+    arch = {"1.3B": catalog.ARCH_1_3B, "14B": catalog.ARCH_14B, "A14B": catalog.ARCH_A14B}[model]
+    state = upstream_names(arch, sla=kind != "plain", int8=kind.endswith("int8"), device="meta")
+    contents = recognise(state, None)
+    assert (contents.arch, contents.head_dim, contents.text_dim) == (arch, 128, 4096)
+    assert contents.sla == (kind != "plain") and contents.quantized == kind.endswith("int8")
+    with torch.device("meta"):
+        wanted = tiny_transformer(arch, text_dim=4096, sla=contents.sla, int8=contents.quantized).state_dict()
+    assert {key: t.shape for key, t in contents.tensors.items()} == {key: t.shape for key, t in wanted.items()}
+
+
+# --- Tolerant, and never silently wrong ---
+
+
+def test_unexpected_tensors_are_counted_and_named(tmp_path):
+    path = write_upstream(tmp_path / "x.pth", {f"extra.{i}": torch.zeros(1) for i in range(5)})
+    with pytest.warns(UserWarning, match=r"5 tensors that no part .*extra.0, extra.1, extra.2 and 2 more"):
+        load_transformer(path)
+
+
+def test_missing_tensors_are_an_error_that_says_what_the_file_is(tmp_path):
+    path = write_upstream(tmp_path / "x.pth", drop=["blocks.1.ffn.2.bias"])
+    with pytest.raises(CheckpointError, match=r"looks like a Wan text-to-video.*1 of \d+ .*blocks.1.ffn.net.2.bias"):
+        load_transformer(path)
+
+
+def test_a_shape_that_does_not_fit_names_the_tensor(tmp_path):
+    path = write_upstream(tmp_path / "x.pth", {"blocks.1.self_attn.q.bias": torch.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"blocks.1.attn1.to_q.bias .* \(7,\); .* \(256,\)"):
+        load_transformer(path)
+
+
+def test_sla_projections_that_dense_attention_leaves_out_are_said(files):
+    with pytest.warns(UserWarning, match="SLA's projections; dense attention does without"):
+        load_transformer(files / "bf16.pth", attention_type="original")
+
+
+def test_a_file_without_projections_runs_as_sla_with_a_zero_branch(tmp_path):
+    state = {key: tensor for key, tensor in golden("dit_state").items() if "proj_l" not in key}
+    torch.save(state, tmp_path / "plain.pth")
+    with pytest.warns(UserWarning, match="no SLA projections: the linear branch is zero"):
+        model = load_transformer(tmp_path / "plain.pth")
+    assert not any(p.any() for name, p in model.named_parameters() if "proj_l" in name)
+
+
+def test_some_projections_missing_is_an_error(tmp_path):
+    path = write_upstream(tmp_path / "x.pth", drop=["blocks.1.self_attn.attn_op.local_attn.proj_l.bias"])
+    with pytest.raises(CheckpointError, match=r"missing: blocks.1.attn1.processor.sla.proj_l.bias"):
+        load_transformer(path)
+
+
+def test_quantising_on_load_is_said_and_close_to_the_quantised_file(files, io):
+    with pytest.warns(UserWarning, match="20 were quantised to int8"):
+        model = load_transformer(files / "bf16.pth", sla_topk=0.4, quant_linear=True)
+    ref = load_transformer(files / "int8.pth").state_dict()
+    ours = model.state_dict()
+    same = [(ours[key] == ref[key]).float().mean() for key in ref if key.endswith("int8_weight")]
+    assert len(same) == 20 and min(same) >= 0.9999
+    assert_close("int8", io["out.sla.int8"], run(model, io["x"], io["t"], io["ctx"]), 2e-2)
+
+
+def test_dequantising_on_load_is_said_and_close_to_the_plain_file(files):
+    with pytest.warns(UserWarning, match="20 were dequantised"):
+        model = load_transformer(files / "int8.pth", quant_linear=False)
+    ref = load_transformer(files / "bf16.pth")
+    assert not is_quantized(model)
+    assert_close("weight", ref.blocks[0].attn1.to_q.weight, model.blocks[0].attn1.to_q.weight, 1e-2)
+
+
+def test_the_right_dtypes_survive(files):
+    model = load_transformer(files / "int8.pth")
+    dtypes = {name.rpartition(".")[2]: t.dtype for name, t in model.state_dict().items() if "to_q" in name}
+    assert dtypes == {"int8_weight": torch.int8, "scale": torch.float32, "bias": torch.bfloat16}
+    block = model.blocks[0]
+    assert block.scale_shift_table.dtype == block.attn1.processor.sla.proj_l.weight.dtype == torch.float32
+    assert model.rope.freqs_cos.device.type == "cpu"
+
+
+@pytest.mark.parametrize("quant_linear", ["yes", None, 2])
+def test_quant_linear_is_checked(files, quant_linear):
+    with pytest.raises(InputError, match="auto"):
+        load_transformer(files / "bf16.pth", quant_linear=quant_linear)
+
+
+# --- Bad files: a typed error, soon, and nothing is run ---
+
+
+class Marker:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def truncated(path):
+    write_upstream(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bomb(path):
+    torch.save({"patch_embedding.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
+
+
+def compressed(path):
+    write_upstream(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def bent(key, value):
+    def make(path):
+        state = golden("dit_state")
+        state[key] = state[key].clone()
+        state[key].view(-1)[3] = value
+        torch.save(state, path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "damaged or cut short"),
+        (lambda path: torch.save({"a": Marker(path.parent / "ran")}, path), "could run code: refused"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": Marker(path.parent / "ran")})), "neither a torch file"),
+        (bomb, "claims more than the file holds"),
+        (compressed, "compressed entries"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"), "is a web page"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
+        (lambda path: torch.save({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 4)}, path), "is a LoRA"),
+        (lambda path: torch.save(golden("vae_state"), path), "is a vae.*a transformer was asked for"),
+        (lambda path: torch.save({"epoch": 3}, path), "holds no state dict"),
+        (lambda path: torch.save([torch.zeros(1)], path), "holds no state dict but list"),
+        (lambda path: torch.save({"a.b": torch.zeros(1)}, path), "no kind known here"),
+        (
+            lambda path: write_upstream(path, state="dit_state_int8", drop=["blocks.0.ffn.0.scale"]),
+            r"missing: blocks.0.ffn.net.0.proj.scale",
+        ),
+        (bent("blocks.1.ffn.0.weight", float("nan")), "blocks.1.ffn.net.0.proj.weight .*holds NaN or Inf"),
+        (bent("head.head.bias", float("inf")), "proj_out.bias .*holds NaN or Inf"),
+        (lambda path: path.mkdir(), "no safetensors weights"),
+        (lambda path: None, "no file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_file_is_a_typed_error_soon(tmp_path, make, words):
+    path = tmp_path / "model.pth"
+    make(path)
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match=words):
+        load_transformer(path)
+    assert time.perf_counter() - begin < 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_safetensors_file_is_a_typed_error(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(golden("dit_state"), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        load_transformer(path)
+
+
+def test_one_model_asked_for_as_another_says_both(files):
+    with pytest.raises(CheckpointError, match=r"dim 256.*TurboWan2.1-T2V-14B-480P was asked for, which has dim 5120"):
+        load_transformer(files / "bf16.pth", expected=catalog.find("Wan2.1-14B"))
+
+
+def test_a_transformer_given_as_vae_or_text_encoder(files):
+    for load, kind in ((load_vae, "vae"), (load_text_encoder, "text encoder")):
+        with pytest.raises(CheckpointError, match=f"transformer.*a {kind} was asked for"):
+            load(files / "bf16.pth")
+
+
+def test_the_model_is_diffusers_own(files):
+    assert type(load_transformer(files / "bf16.pth")) is WanTransformer3DModel
