@@ -1,6 +1,7 @@
 """The choice of backends: a table of machines that nobody has all of, and the probes against real failures."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from dataclasses import FrozenInstanceError
 from itertools import product
 
 import pytest
+import torch
 
 from turbo_nb import backends
 from turbo_nb.backends import Choice, Library, Machine, choose, detect
@@ -198,6 +200,28 @@ def test_without_a_gpu_nothing_is_imported(package):
 def test_the_trial_kernel_fails_in_its_own_process(tmp_path, code, words):
     (tmp_path / "script.py").write_text(code)
     assert backends._probe_triton(tmp_path / "script.py") == words
+
+
+def test_the_trial_kernel_adds_one():
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from turbo_nb.kernels.probe import add_one\n"
+        "x = torch.arange(63.); out = torch.full_like(x, torch.nan)\n"
+        "add_one[(1,)](x, out, 63, BLOCK=64); assert torch.equal(out, x + 1)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_the_trial_kernel_without_a_gpu_fails_in_words():
+    assert re.match(r"its trial kernel failed: \w+(Error|Exception): .*(CUDA|NVIDIA)", backends._probe_triton())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_trial_kernel_on_a_gpu(monkeypatch, tmp_path):
+    assert backends._probe_triton() is None
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert "none" in backends._probe_triton()
 
 
 def test_a_trial_kernel_that_hangs_is_ended_with_what_it_started(tmp_path):

@@ -171,7 +171,7 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
     """
     if operation not in CANDIDATES:
         raise InputError(f"operation is {operation!r}; it is one of {', '.join(CANDIDATES)}")
-    machine = probe() if machine is None else machine
+    machine = _probe_once() if machine is None else machine
     variable, candidates = VARIABLES[operation], CANDIDATES[operation]
     asked = override or os.environ.get(variable) or "auto"
     source = f"{operation} backend {asked!r}" if override else f"{variable}={asked}"
@@ -224,7 +224,7 @@ def _probe_once() -> Machine:
     try:
         import torch
 
-        facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+        facts |= {"torch": str(torch.__version__), "cuda": torch.version.cuda}
         if torch.version.cuda and torch.cuda.is_available():
             (torch.zeros(1, device="cuda") + 1).item()  # fails where torch has no code for this GPU
             facts |= {
