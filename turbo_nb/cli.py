@@ -89,6 +89,26 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made.")
         print(f"{name:15} {value}")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste or to parse.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on warnings.")] = False,
+) -> None:
+    """Check this machine: what runs here, on what, and what to mend. Exit code 2 where nothing can run."""
+    from . import preflight
+
+    report = preflight.doctor()
+    if as_json:
+        import json
+
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        from rich import print as rich_print
+
+        rich_print(report)
+    raise typer.Exit(report.exit_code(strict))
+
+
 def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note

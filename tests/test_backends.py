@@ -1,0 +1,273 @@
+"""The choice of backends: a table of machines that nobody has all of, and the probes against real failures."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import FrozenInstanceError
+from itertools import product
+
+import pytest
+import torch
+
+from turbo_nb import backends
+from turbo_nb.backends import Choice, Library, Machine, choose, detect
+from turbo_nb.errors import BackendError, InputError
+
+CARDS = {
+    "none": None, "T4": (7, 5), "RTX 3090": (8, 6), "A100": (8, 0), "L40S": (8, 9), "RTX 4090": (8, 9), "H100": (9, 0),
+    "RTX 5090": (12, 0), "B200": (10, 0),
+}  # fmt: skip
+SYMBOL = "import failed: undefined symbol: _ZN3c105ErrorC2E"
+NO_COMPILER = "its trial kernel failed: RuntimeError: Failed to find C compiler."
+WORKS = Library(version="2.8.3")
+
+
+@pytest.fixture(autouse=True)
+def no_overrides(monkeypatch):
+    for variable in backends.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+def machine(card, flash_attn=None, spas_sage_attn=None, triton=WORKS):
+    """flash_attn, spas_sage_attn, triton: a Library, None for not installed"""
+    named = {"flash_attn": flash_attn, "spas_sage_attn": spas_sage_attn, "triton": triton}
+    libraries = {name: library for name, library in named.items() if library}
+    if CARDS[card] is None:
+        return Machine(libraries=libraries)
+    return Machine(gpu=card, gpu_count=1, arch=CARDS[card], libraries=libraries)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_machine_gets_a_choice_and_reasons(card):
+    broken = Library(version="2.8.3", error=SYMBOL)
+    for flash, sparge, triton in product((None, WORKS, broken), (None, WORKS, broken), (None, WORKS, broken)):
+        here = machine(card, flash, sparge, triton)
+        fast_rope = card != "none" and flash is WORKS and triton is WORKS
+        assert choose("rope", here).chosen == ("flash_attn" if fast_rope else "reference")
+        sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
+        assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
+        for operation, only in (("sla", "reference"), ("original", "sdpa"), ("linear", "reference")):
+            assert choose(operation, here) == Choice(operation, only)
+        for operation in backends.CANDIDATES:
+            assert all(reason for _, reason in choose(operation, here).passed_over)
+
+
+@pytest.mark.parametrize(
+    ("here", "operation", "reason"),
+    [
+        (machine("none", WORKS), "rope", "no CUDA GPU"),
+        (machine("none"), "sagesla", "no CUDA GPU"),
+        (machine("H100"), "rope", "flash_attn not installed"),
+        (machine("H100"), "sagesla", "SpargeAttn not installed"),
+        (machine("L40S", Library(version="2.8.3", error=SYMBOL)), "rope", f"flash_attn 2.8.3 found but {SYMBOL}"),
+        (machine("A100", spas_sage_attn=Library(error=SYMBOL)), "sagesla", f"SpargeAttn found but {SYMBOL}"),
+        (machine("A100", WORKS, triton=None), "rope", "Triton not installed"),
+        (machine("A100", WORKS, triton=Library(version="3.5.0", error=NO_COMPILER)), "rope",
+         f"Triton 3.5.0 found but {NO_COMPILER}"),
+        (machine("T4", spas_sage_attn=WORKS), "sagesla",
+         "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_75"),
+        (machine("RTX 5090", spas_sage_attn=WORKS), "sagesla",
+         "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),
+        (Machine(gpu="H100", cuda_error="torch 2.9.0+cpu is built without CUDA"), "rope",
+         "torch cannot use the H100: torch 2.9.0+cpu is built without CUDA"),
+    ],
+)  # fmt: skip
+def test_reasons_in_words(here, operation, reason):
+    assert choose(operation, here).passed_over[0][1] == reason
+
+
+def test_sagesla_where_nothing_runs_it_says_what_to_do():
+    choice = choose("sagesla", machine("RTX 5090"))
+    assert [name for name, _ in choice.passed_over] == ["spargeattn", "reference"]
+    with pytest.raises(BackendError, match=r"SpargeAttn.*sm_120.*--attention_type sla"):
+        choice.require()
+    assert choose("sla", machine("RTX 5090")).require() == "reference"
+
+
+def test_an_override_by_argument_or_variable(monkeypatch):
+    here = machine("H100", WORKS, WORKS)
+    assert choose("rope", here, "reference") == Choice(
+        "rope", "reference", (("flash_attn", "rope backend 'reference' was asked for"),)
+    )
+    monkeypatch.setenv("TURBO_NB_ROPE", "reference")
+    assert choose("rope", here).passed_over == (("flash_attn", "TURBO_NB_ROPE=reference was asked for"),)
+    assert choose("rope", here, "flash_attn").chosen == "flash_attn"  # the argument is nearer
+    assert choose("rope", here, "auto").chosen == "flash_attn"
+    monkeypatch.setenv("TURBO_NB_ROPE", "")
+    assert choose("rope", here).chosen == "flash_attn"
+
+
+def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "reference")
+    here = machine("H100", spas_sage_attn=WORKS)
+    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "reference", "sdpa"]
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "spargeattn")
+    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "spargeattn", "sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "override", "words"),
+    [
+        ("rope", "flash_attn", r"rope backend 'flash_attn' cannot run here: no CUDA GPU"),
+        ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
+        ("sagesla", "spargeattn", r"no CUDA GPU"),
+        ("linear", "int4", r"give one of auto, reference"),
+        ("sla", "int4", r"give one of auto, reference, spargeattn, sdpa"),
+    ],
+)
+def test_an_impossible_override_says_why(operation, override, words, monkeypatch):
+    with pytest.raises(BackendError, match=words):
+        choose(operation, Machine(), override)
+    variable = backends.VARIABLES[operation]
+    monkeypatch.setenv(variable, override)
+    with pytest.raises(BackendError, match=f"{variable}={override}"):
+        choose(operation, Machine())
+
+
+def test_an_unknown_operation():
+    with pytest.raises(InputError, match="rope, sla, sagesla, original, linear"):
+        choose("attention", Machine())
+
+
+def test_detect_is_the_machine_with_its_choices(monkeypatch):
+    here = machine("H100", WORKS, WORKS)
+    monkeypatch.setattr(backends, "probe", lambda: here)
+    found = detect(attention="reference")
+    assert (found.gpu, found.arch, found.libraries) == ("H100", (9, 0), here.libraries)
+    assert found.rope.chosen == "flash_attn" and found.attention is found.sla
+    assert (found.sagesla.chosen, found.linear.operation) == ("reference", "linear")
+    with pytest.raises(FrozenInstanceError):
+        found.rope = None
+    with pytest.raises(BackendError, match="'none' is unknown"):
+        detect(linear="none")
+
+
+def test_detect_here():
+    found = detect()
+    assert found.torch and found.rope.chosen in ("flash_attn", "reference")
+    assert (found.arch is None) == (found.free_memory is None)
+    assert backends._probe_once() is backends._probe_once()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes an importable module of a name that has none yet"""
+
+    def make(name, code):
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        path = tmp_path / name / "layers"
+        path.mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text(code)
+        (path / "__init__.py").write_text("")
+        (path / "rotary.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for module in [m for m in sys.modules if m.split(".")[0] in ("flash_attn", "spas_sage_attn")]:
+        del sys.modules[module]
+
+
+def test_an_import_that_fails_is_a_result(package):
+    package("flash_attn", "raise OSError('libfoo.so: undefined symbol: bar\\nand more')")
+    found = backends._probe_library("flash_attn", usable=True)
+    assert found.error == "import failed: libfoo.so: undefined symbol: bar"
+
+
+def test_without_a_gpu_nothing_is_imported(package):
+    package("spas_sage_attn", "raise SystemExit('imported')")
+    assert backends._probe_library("spas_sage_attn", usable=False).error == "not imported: no CUDA GPU"
+    package("flash_attn", "")
+    assert backends._probe_library("flash_attn", usable=True) == Library()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("pass", None),
+        ("import os; os.kill(os.getpid(), 11)", "its trial kernel crashed (SIGSEGV)"),
+        ("raise RuntimeError('Failed to find C compiler.')",
+         "its trial kernel failed: RuntimeError: Failed to find C compiler."),
+        ("import sys; print('main.c:3:10: fatal error: Python.h: No such file or directory', file=sys.stderr); 1/0",
+         "its trial kernel failed: main.c:3:10: fatal error: Python.h: No such file or directory"),
+        ("raise SystemExit(3)", "its trial kernel failed: exit code 3"),
+        ("import os; assert os.listdir(os.environ['TRITON_CACHE_DIR']) == ['stderr']", None),  # a fresh cache
+    ],
+)  # fmt: skip
+def test_the_trial_kernel_fails_in_its_own_process(tmp_path, code, words):
+    (tmp_path / "script.py").write_text(code)
+    assert backends._probe_triton(tmp_path / "script.py") == words
+
+
+def test_the_trial_kernel_adds_one():
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from turbo_nb.kernels.probe import add_one\n"
+        "x = torch.arange(63.); out = torch.full_like(x, torch.nan)\n"
+        "add_one[(1,)](x, out, 63, BLOCK=64); assert torch.equal(out, x + 1)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_the_trial_kernel_without_a_gpu_fails_in_words():
+    assert re.match(r"its trial kernel failed: \w+(Error|Exception): .*(CUDA|NVIDIA)", backends._probe_triton())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_trial_kernel_on_a_gpu(monkeypatch, tmp_path):
+    assert backends._probe_triton() is None
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert "none" in backends._probe_triton()
+
+
+def test_a_trial_kernel_that_hangs_is_ended_with_what_it_started(tmp_path):
+    pid = tmp_path / "pid"
+    (tmp_path / "script.py").write_text(
+        "import subprocess, time\n"
+        f"open({str(pid)!r}, 'w').write(str(subprocess.Popen(['sleep', '60']).pid))\n"
+        "time.sleep(60)\n"
+    )
+    begin = time.monotonic()
+    assert backends._probe_triton(tmp_path / "script.py", 2) == "its trial kernel gave no answer in 2 s"
+    assert time.monotonic() - begin < 10
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True).stdout
+    assert state.strip() in ("", "Z")
+
+
+def test_nvidia_smi_as_it_answers(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 580.65.06\\nNVIDIA H100 80GB HBM3, 580.65.06\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert backends._nvidia_smi() == ("NVIDIA H100 80GB HBM3", "580.65.06")
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert backends._nvidia_smi() == (None, None)
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 550.54'\n")
+    smi.chmod(0o755)
+    code = """
+        import torch
+        torch.version.cuda = {cuda!r}
+        torch.cuda.is_available = lambda: {available}
+        def no(*a, **k): raise RuntimeError('no kernel image is available\\nmore')
+        torch.zeros = torch.cuda.init = no
+        from turbo_nb import backends
+        print(backends.choose("rope").passed_over[0][1])
+    """
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for cuda, available, words in (
+        (None, False, "is built without CUDA"),
+        ("12.8", True, "no kernel image is available"),
+        ("12.8", False, "no kernel image is available"),
+    ):
+        script = textwrap.dedent(code.format(cuda=cuda, available=available))
+        told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+        assert told.stdout.startswith("torch cannot use the NVIDIA L4: ") and words in told.stdout, told.stderr
+        assert len(told.stdout.splitlines()) == 1
