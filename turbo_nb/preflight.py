@@ -181,7 +181,7 @@ def doctor() -> Report:
             Problem(
                 level="warning",
                 text=f"the Hub at {hub.endpoint} does not answer: {hub.error}",
-                remedy="check the network, the proxy and HF_ENDPOINT; models here already run with HF_HUB_OFFLINE=1",
+                remedy="check network, proxy and HF_ENDPOINT; models already downloaded run with HF_HUB_OFFLINE=1",
             )
         )
     models = tuple(fit(spec, found, Path(seen.caches[0].path), seen.caches[0].free) for spec in catalog.MODELS.values())
