@@ -317,6 +317,30 @@ def test_main_moves_in_the_cache_when_its_files_are_there(hub, cache):
     assert download.cached(SPEC) == after != before
 
 
+def test_a_new_commit_with_the_same_files_fetches_nothing(hub, cache):
+    download.fetch(SPEC)
+    hub.commits[WAN] = "e" * 40
+    hub.log.clear()
+    assert download.plan(SPEC).to_fetch == 0
+    files = download.fetch(SPEC)
+    assert_whole(hub, files)
+    assert hub.fetched() == [] and files.vae.parent.name == "e" * 40 and download.cached(SPEC) == files
+
+
+def test_a_cache_without_links(hub, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    hub.faults[T5] = ("wrong",)
+    assert "wrong bytes" in fails()
+    hub.faults.clear()
+    files = download.fetch(SPEC)
+    assert_whole(hub, files)
+    assert not files.vae.is_symlink() and download.cached(SPEC) == files
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download.fetch(SPEC) == files
+    files.vae.write_bytes(b"half")
+    assert download.cached(SPEC) is None
+
+
 def test_files_that_another_program_fetched_are_only_checked(hub, cache):
     for file in download.plan(SPEC).files:
         hf_hub_download(file.file.repo, file.file.path)

@@ -312,7 +312,7 @@ def _in_cache(file: HubFile) -> PlannedFile | None:
         file=file,
         commit=path.parents[file.path.count("/")].name,
         size=path.stat().st_size,
-        blob=Path(os.readlink(path)).name if path.is_symlink() else None,  # no links, no blobs: some file systems
+        blob=Path(os.readlink(path)).name if path.is_symlink() else None,  # some file systems have no links
         cached=True,
     )
 
@@ -353,17 +353,16 @@ def _check(file: PlannedFile) -> Iterator[int]:
             f"{file.file.repo}/{file.file.path} came with wrong bytes: the hash is {digest.hexdigest()[:12]}…, the Hub "
             f"says {file.blob[:12]}…; it is removed, run it again to fetch it anew"
         )
-    marker = _marker(file)
     with suppress(OSError):  # a cache that cannot be written is hashed every time
-        marker.parent.mkdir(exist_ok=True)
-        _write(marker, _stamp(status))
+        _write(_markers(file) / file.blob, _stamp(status))
 
 
 def _is_checked(file: PlannedFile) -> bool:
     """Whether the file was hashed and has not been touched since."""
-    if file.blob is None or not _pointer(file).is_file() or not _marker(file).is_file():
+    if not (path := _pointer(file)).is_file():
         return False
-    return _marker(file).read_text() == _stamp(_pointer(file).stat())
+    stamp = _stamp(path.stat())
+    return any(marker.read_text() == stamp for marker in _markers(file).glob(file.blob or "*"))
 
 
 def _stamp(status: os.stat_result) -> str:
@@ -376,12 +375,12 @@ def _move_branch(file: PlannedFile) -> None:
     if file.file.revision == file.commit or (ref.is_file() and ref.read_text() == file.commit):
         return
     with _plainly(str(ref)):
-        ref.parent.mkdir(parents=True, exist_ok=True)
         _write(ref, file.commit)
 
 
 def _write(path: Path, text: str) -> None:
     """Write a small file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -404,8 +403,9 @@ def _pointer(file: PlannedFile) -> Path:
     return _repo_folder(file.file.repo) / "snapshots" / file.commit / file.file.path
 
 
-def _marker(file: PlannedFile) -> Path:
-    return _repo_folder(file.file.repo) / "turbo_nb" / file.blob
+def _markers(file: PlannedFile) -> Path:
+    """The folder of the markers of checked files, each named as the blob is."""
+    return _repo_folder(file.file.repo) / "turbo_nb"
 
 
 def _branch(file: HubFile) -> str:
