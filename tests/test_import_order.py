@@ -10,7 +10,7 @@ import turbo_nb
 
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
-    ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope", "sla", "linear", "scheduler"),
+    ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope",), ("sla", "linear", "scheduler"),
     ("fuse",), ("weights",), ("checkpoint",), ("download",), ("media",), ("history",), ("plan",), ("pipeline",),
     ("batch",), ("preflight",), ("ui",), ("cli",),
 ]  # fmt: skip

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_close, golden, relative_error
 
 import turbo_nb
-from turbo_nb.errors import BackendError, InputError
+from turbo_nb import backends
+from turbo_nb.backends import Library, Machine
+from turbo_nb.errors import BackendError
+from turbo_nb.kernels import reference
 from turbo_nb.sla import SageSparseLinearAttention, SparseLinearAttention, attention_type, set_attention_type
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")
@@ -41,8 +45,31 @@ def test_the_command_line_says_so_in_one_line_and_exits_with_2(tmp_path):
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"'cuda'.*auto or reference"):
+    with pytest.raises(BackendError, match=r"'cuda' is unknown.*reference.*spargeattn"):
         SageSparseLinearAttention(64, backend="cuda")
+
+
+def test_spargeattn_is_used_where_it_works(monkeypatch, attention):
+    asked = {}
+
+    def kernel(q, k, v, mask_id, pvthreshd):
+        asked.update(shape=q.shape, map=mask_id, pvthreshd=pvthreshd)
+        return reference.sage_sparse_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_id.bool(), 64, 128
+        ).transpose(1, 2)
+
+    here = Machine(gpu="H100", arch=(9, 0), libraries={"spas_sage_attn": Library(version="0.1")})
+    monkeypatch.setattr(backends, "probe", lambda: here)
+    monkeypatch.setattr(backends, "_probe_once", lambda: here)
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", SimpleNamespace(block_sparse_sage2_attn_cuda=kernel))
+    slow, q, k, v, ref = attention
+    sage = SageSparseLinearAttention(128, slow.topk)
+    assert (sage.backend, sage.block_q, sage.block_k) == ("spargeattn", 64, 128)
+    sage.load_state_dict(slow.state_dict())
+    assert_close("sagesla", ref, sage(q, k, v), 1e-2)
+    assert asked["shape"] == (1, 2, 700, 128) and asked["map"].shape == (1, 2, 11, 6)
+    asked.clear()
+    assert sage(q[:, :100], k[:, :100], v[:, :100]).isfinite().all() and not asked  # too short for it
 
 
 @pytest.fixture(scope="module")

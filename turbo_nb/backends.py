@@ -72,8 +72,9 @@ class Choice:
         if self.chosen is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over)
             raise BackendError(
-                f"attention_type {self.operation!r} needs SpargeAttn (github.com/thu-ml/SpargeAttn) on an NVIDIA GPU, "
-                f"and cannot run here ({reasons}); use --attention_type sla, which runs the same checkpoints"
+                f"attention_type {self.operation!r} cannot run here ({reasons}). Use --attention_type sla, which runs "
+                "the same checkpoints; or, on an NVIDIA GPU with the CUDA toolkit of your torch, build SpargeAttn: pip "
+                "install git+https://github.com/thu-ml/SpargeAttn.git --no-build-isolation"
             )
         return self.chosen
 

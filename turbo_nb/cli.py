@@ -109,6 +109,22 @@ def doctor(
     raise typer.Exit(report.exit_code(strict))
 
 
+def download(
+    model: Annotated[str, typer.Argument(help="A model's name.")],
+    quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
+) -> None:
+    """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
+    from . import catalog, download
+
+    spec = catalog.find(model)
+    planned = download.plan(spec, quantised=quant)
+    print(planned, flush=True)
+    if planned.files:
+        with download.progress_bars() as show:
+            files = download.fetch(spec, quantised=quant, planned=planned, on_progress=show)
+        print(files)
+
+
 def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note

@@ -23,3 +23,7 @@ class BackendError(TurboNbError, RuntimeError):
 
 class CheckpointError(TurboNbError, ValueError):
     """A model file or folder that is not what it was taken for."""
+
+
+class DownloadError(TurboNbError, OSError):
+    """A file that cannot be fetched from the Hub, or that came with wrong bytes; files that are whole stay."""

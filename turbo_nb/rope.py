@@ -1,14 +1,21 @@
 """Rotary position embedding of Wan: three axes, interleaved pairs, and the part of flash_attn's interface that it uses.
 
 Upstream calls `flash_attn.layers.rotary.apply_rotary_emb` and fails where flash_attn is missing;
-`apply_rotary_emb_torch` takes its place, with the same arguments, and needs nothing but torch.
+`apply_rotary_emb_torch` takes its place, with the same arguments, and needs nothing but torch; `apply_rotary_emb` uses
+whichever works.
 """
 
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import backends
 from .errors import InputError
 from .kernels import reference
 
@@ -71,6 +78,25 @@ def apply_rotary_emb_torch(
     return x.copy_(out) if inplace else out
 
 
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, inplace: bool = False) -> Tensor:
+    """`apply_rotary_emb_torch`, by flash_attn where it works and x is of a GPU in bf16 or fp16."""
+    fast = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    apply = (fast and _flash_attn()) or apply_rotary_emb_torch
+    return apply(x, cos, sin, interleaved=interleaved, inplace=inplace)
+
+
+@cache
+def _flash_attn() -> Callable | None:
+    """flash_attn's function, or None where it is not there. Warns, once, where it is there and cannot be used."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    choice = backends.choose("rope")
+    if choice.chosen == "flash_attn":
+        return importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
+    warnings.warn(f"RoPE runs in plain PyTorch: {dict(choice.passed_over)['flash_attn']}", stacklevel=3)
+    return None
+
+
 def rope_apply(x: Tensor, video_size: VideoSize, freqs: Tensor) -> Tensor:
     """Rotate x (B, T·H·W, H, D) by the angles of `rope_freqs(video_size, D)`. Raises InputError on another length."""
     tokens = video_size[0] * video_size[1] * video_size[2]
@@ -78,4 +104,4 @@ def rope_apply(x: Tensor, video_size: VideoSize, freqs: Tensor) -> Tensor:
         raise InputError(
             f"x has shape {tuple(x.shape)}; for video_size {tuple(video_size)} it is (batch, {tokens}, heads, head_dim)"
         )
-    return apply_rotary_emb_torch(x, freqs.cos(), freqs.sin())
+    return apply_rotary_emb(x, freqs.cos(), freqs.sin())

@@ -5,9 +5,11 @@ learned projection of the linear branch is then an ordinary parameter of the tra
 `blocks.N.attn1.processor.sla.proj_l`.
 """
 
+import torch
 from torch import Tensor, nn
 
-from .errors import BackendError, InputError
+from . import backends, rope
+from .errors import InputError
 from .kernels import reference
 from .kernels.reference import block_map
 
@@ -24,13 +26,9 @@ __all__ = [
 
 ATTENTION_TYPES = ("sla", "sagesla", "original")
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
-SAGE_BLOCK_Q, SAGE_BLOCK_K = 64, 128
-NO_SAGE = (
-    "attention_type 'sagesla' has no fast kernel here: it needs an NVIDIA GPU with SpargeAttn built from source (pip "
-    "install git+https://github.com/thu-ml/SpargeAttn.git --no-build-isolation, with the CUDA toolkit of your torch). "
-    "Use --attention_type sla, which runs the same checkpoints, or ask for the slow reference by name: "
-    "attention_backend='reference'"
-)
+SPARGEATTN_TOKENS = 128  # fewest that SpargeAttn takes
+NEVER = 1e6  # SpargeAttn's threshold for leaving out products that count for little
+SAGE_BLOCKS = {(9, 0): (64, 128)}  # of SageSLA by arch of the GPU; 128×64 on any other, and 64×128 without one
 
 
 class SparseLinearAttention(nn.Module):
@@ -64,29 +62,37 @@ class SparseLinearAttention(nn.Module):
 
 
 class SageSparseLinearAttention(SparseLinearAttention):
-    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), with the blocks of a Hopper GPU.
+    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of this machine's GPU.
 
-    backend: "auto", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to a picture; it
-    is slower than SLA. Raises BackendError with "auto", as no fast kernel runs here yet; InputError for another one.
+    backend: "auto", "spargeattn", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to
+    a picture; it is slower than SLA. Raises BackendError for one that cannot run here, "auto" where no fast one can.
     """
 
     def __init__(
         self,
         head_dim: int,
         topk: float = 0.1,
-        block_q: int = SAGE_BLOCK_Q,
-        block_k: int = SAGE_BLOCK_K,
+        block_q: int | None = None,
+        block_k: int | None = None,
         backend: str = "auto",
     ):
-        super().__init__(head_dim, topk, block_q, block_k)
-        if backend not in ("auto", "reference"):
-            raise InputError(f"the backend of SageSLA is {backend!r}; it is auto or reference")
-        if backend == "auto":
-            raise BackendError(NO_SAGE)
-        self.backend = backend
+        arch = backends.probe().arch
+        blocks = SAGE_BLOCKS.get(arch or (9, 0), (BLOCK_Q, BLOCK_K))
+        super().__init__(head_dim, topk, block_q or blocks[0], block_k or blocks[1])
+        self.backend = backends.choose("sagesla", override=backend).require()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v, reference.sage_sparse_attention)
+        fast = self.backend == "spargeattn" and q.shape[1] >= SPARGEATTN_TOKENS
+        return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
+
+
+def _spargeattn(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
+    """`reference.sage_sparse_attention` by SpargeAttn's compiled kernel, whose blocks are those of its arch"""
+    from spas_sage_attn import block_sparse_sage2_attn_cuda
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+    out = block_sparse_sage2_attn_cuda(q, k, v, mask_id=block_map.to(torch.int8), pvthreshd=NEVER)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 class SLAProcessor(nn.Module):
@@ -112,7 +118,7 @@ class SLAProcessor(nn.Module):
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)  # diffusers repeats each angle for its pair
-        q, k = reference.apply_rotary_emb(q, cos, sin).to(v.dtype), reference.apply_rotary_emb(k, cos, sin).to(v.dtype)
+        q, k = (rope.apply_rotary_emb(x, cos, sin).to(v.dtype) for x in (q, k))
         out = self.sla(q, k, v).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -136,8 +142,8 @@ def set_attention_type(
 ) -> None:
     """Give every block's self-attention SLA ("sla"), SageSLA ("sagesla") or diffusers' dense attention ("original").
 
-    `proj_l` starts at zero and keeps its values from one sparse attention to another; "original" drops it. backend:
-    "auto", or "reference" to run SageSLA in plain PyTorch. Raises InputError for an unknown type and BackendError for
+    `proj_l` starts at zero and keeps its values from one sparse attention to another; "original" drops it. backend: of
+    SageSLA, as in `SageSparseLinearAttention`. Raises InputError for an unknown type and BackendError for
     "sagesla" where it has no fast kernel.
     """
     if attention_type not in ATTENTION_TYPES:
