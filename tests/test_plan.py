@@ -1,0 +1,89 @@
+"""The plan: what fits which GPU, before anything is loaded."""
+
+import pytest
+
+from turbo_nb import catalog
+from turbo_nb.errors import InputError
+from turbo_nb.plan import GB, NAMES, PLANS, Plan, choose, next_plan, sizes
+
+SMALL, LARGE, I2V = (
+    catalog.find(name)
+    for name in ("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-720P", "TurboWan2.2-I2V-A14B-720P")
+)
+
+
+def plan_for(spec, gigabytes, quantised=False, **kwargs):
+    width, height = spec.size
+    weights = sizes(spec, quantised=quantised)
+    return choose(weights, spec.arch, width, height, spec.num_frames, budget=gigabytes * GB, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes"),
+    [(SMALL, False, 2.8), (SMALL, True, 1.4), (LARGE, False, 28.6), (LARGE, True, 14.5)],
+)
+def test_weights_are_as_large_as_the_released_files(spec, quantised, gigabytes):
+    assert sizes(spec, quantised=quantised).transformer / GB == pytest.approx(gigabytes, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes", "name"),
+    [
+        (SMALL, False, 80, "resident"),
+        (SMALL, False, 24, "resident"),
+        (SMALL, False, 16, "free-text"),
+        (SMALL, True, 12, "cpu-text"),
+        (LARGE, True, 80, "resident"),
+        (LARGE, True, 24, "group"),
+        (LARGE, False, 48, "free-text"),
+        (I2V, True, 80, "resident"),
+        (I2V, True, 48, "free-text"),
+        (I2V, True, 32, "offload"),
+        (SMALL, True, 6, "offload-cpu-text"),
+        (SMALL, True, 4.5, "offload-tiled"),
+        (LARGE, False, 4, "group"),
+    ],
+)
+def test_the_first_plan_that_fits(spec, quantised, gigabytes, name):
+    plan = plan_for(spec, gigabytes, quantised)
+    assert plan.name == name, str(plan)
+    assert plan.fits or plan.name == PLANS[-1].name
+
+
+def test_less_memory_never_gets_a_hungrier_plan():
+    needs = [plan_for(I2V, gigabytes, quantised=True).needs for gigabytes in (100, 60, 40, 30, 20, 10)]
+    assert needs == sorted(needs, reverse=True)
+
+
+def test_a_plan_says_what_it_does():
+    assert str(plan_for(SMALL, 12, quantised=True)).startswith("plan cpu-text: needs ")
+    assert "of 12.0 GB: text encoder on the CPU" in str(plan_for(SMALL, 12, quantised=True))
+    assert "may run out of memory" in str(plan_for(LARGE, 4))
+    assert "everything stays loaded" in str(plan_for(SMALL, 80))
+
+
+def test_a_plan_can_be_asked_for_by_name_even_if_it_is_too_large():
+    plan = plan_for(LARGE, 4, name="resident")
+    assert plan.name == "resident" and not plan.fits
+    with pytest.raises(InputError, match="one of auto, resident"):
+        plan_for(SMALL, 4, name="magic")
+    with pytest.raises(InputError, match="resident, free-text"):
+        plan_for(SMALL, 4, name="group", device="cpu")
+
+
+def test_on_a_cpu_only_the_text_encoder_can_go():
+    assert plan_for(SMALL, 64, device="cpu").name == "resident"
+    assert plan_for(SMALL, 13, device="cpu").name == "free-text"
+
+
+def test_the_next_plan_frees_more_until_there_is_none():
+    names, plan = [], plan_for(SMALL, 80)
+    while plan:
+        names.append(plan.name)
+        plan = next_plan(plan)
+    assert names == ["resident", "offload-tiled", "group"]
+    assert set(names) < set(NAMES)
+    assert (
+        next_plan(Plan(name="resident", text_encoder="resident", offload="none", vae_tiling=False, device="cpu"))
+        is None
+    )

@@ -1,0 +1,188 @@
+"""What goes where in memory, decided before anything is loaded.
+
+`choose(sizes, arch, …)` takes the first plan whose peak fits the budget; they go from all on the GPU to one block at a
+time. A plan is data: print it, or ask for another by name. `apply` carries it out through diffusers and accelerate.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from . import catalog
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+GB = 1e9
+USABLE = 0.95  # of the budget; the rest is the CUDA context's and the allocator's
+# Peaks measured in bf16 on one H100 (facts of the README's table): bytes a pixel of a frame, and with tiling in all
+DECODE_PER_PIXEL, DECODE_TILED = 12_500, 1.2 * GB
+TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes of the weights as they are loaded: of one expert, how many experts, the text encoder, the VAE."""
+
+    transformer: float
+    experts: int
+    text_encoder: float
+    vae: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where the parts of a pipeline are while it works.
+
+    text_encoder: "resident", "freed" after each new prompt is encoded, or "cpu", where it runs and stays. offload:
+    "none", "model" (the expert that works is on the GPU) or "group" (only the blocks that work are). needs: the peak in
+    bytes of `budget`, on `device`.
+    """
+
+    name: str
+    text_encoder: str
+    offload: str
+    vae_tiling: bool
+    needs: float = 0
+    budget: float = 0
+    device: str = "cuda"
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.budget * USABLE
+
+    def __str__(self) -> str:
+        text = {"resident": None, "freed": "text encoder freed after encoding", "cpu": "text encoder on the CPU"}
+        offload = {
+            "none": None,
+            "model": "one model at a time on the GPU",
+            "group": "one block at a time on the GPU (slow)",
+        }
+        does = [text[self.text_encoder], offload[self.offload], "VAE in tiles" if self.vae_tiling else None]
+        how = ", ".join(filter(None, does)) or "everything stays loaded"
+        doubt = "" if self.fits else "; it may run out of memory"
+        return f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}{doubt}"
+
+
+PLANS = tuple(
+    Plan(name=name, text_encoder=text, offload=offload, vae_tiling=tiling)
+    for name, text, offload, tiling in (
+        ("resident", "resident", "none", False),
+        ("free-text", "freed", "none", False),
+        ("cpu-text", "cpu", "none", False),
+        ("offload", "freed", "model", False),
+        ("offload-cpu-text", "cpu", "model", False),
+        ("offload-tiled", "cpu", "model", True),
+        ("group", "cpu", "group", True),
+    )
+)
+NAMES = ("auto", *(plan.name for plan in PLANS))
+
+
+def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
+    """Estimated from a model's shape, for one that is not here yet. Raises InputError for a spec without one."""
+    if spec.arch is None:
+        raise InputError(f"the shape of {spec.name} is not known before it is loaded")
+    dim, ffn = spec.arch.dim, spec.arch.ffn_dim
+    linears = spec.arch.num_layers * (8 * dim * dim + 2 * dim * ffn)
+    rest = 8 * dim * dim + 4096 * dim + spec.arch.in_channels * 4 * dim
+    return Sizes(
+        transformer=linears * (1 if quantised else 2) + 2 * rest,
+        experts=2 if spec.task == "i2v" else 1,
+        text_encoder=2 * TEXT_PARAMETERS,
+        vae=2 * VAE_PARAMETERS,
+    )
+
+
+def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
+    """Bytes at work in one forward: the feed-forward's two tensors and ten of the model's width, in bf16"""
+    tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
+    return 2.0 * tokens * (2 * arch.ffn_dim + 10 * arch.dim)
+
+
+def _needs(plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
+    """Peak bytes over the stages text, denoise and decode"""
+    denoise = _activations(arch, width, height, num_frames)
+    decode = DECODE_TILED if plan.vae_tiling else DECODE_PER_PIXEL * width * height
+    text = 0 if plan.text_encoder == "cpu" else sizes.text_encoder
+    if plan.offload == "none":
+        models = sizes.transformer * sizes.experts + sizes.vae
+        if plan.text_encoder == "resident":  # "freed" and "cpu" part here: the first needs the room while it encodes
+            return models + text + max(denoise, decode)
+        return models + max(text, denoise, decode)
+    at_work = sizes.transformer if plan.offload == "model" else 3 * sizes.transformer / arch.num_layers
+    return max(text, at_work + sizes.vae + denoise, sizes.vae + decode)
+
+
+def choose(
+    sizes: Sizes,
+    arch: catalog.Arch,
+    width: int,
+    height: int,
+    num_frames: int,
+    *,
+    budget: float,
+    device: str = "cuda",
+    name: str = "auto",
+) -> Plan:
+    """The first plan that fits `budget` bytes (or the one asked for by name), with what it needs.
+
+    If none fits it is the most frugal one, and its text says so. Without a GPU everything is in memory, and only the
+    text encoder can be freed. Raises InputError for an unknown name.
+    """
+    if name not in NAMES:
+        raise InputError(f"plan is {name!r}; it is one of {', '.join(NAMES)}")
+    plans = [
+        replace(plan, needs=_needs(plan, sizes, arch, width, height, num_frames), budget=budget, device=device)
+        for plan in PLANS
+        if device != "cpu" or plan.name in CPU_PLANS
+    ]
+    if name != "auto":
+        asked = [plan for plan in plans if plan.name == name]
+        if not asked:
+            raise InputError(
+                f"plan {name!r} moves things to a GPU, and the device is the CPU; use {', '.join(CPU_PLANS)}"
+            )
+        return asked[0]
+    return next((plan for plan in plans if plan.fits), plans[-1])
+
+
+CPU_PLANS = ("resident", "free-text")
+
+
+def next_plan(plan: Plan) -> Plan | None:
+    """A plan that needs less, for when memory ran out after all; None after the last."""
+    rest = PLANS[[other.name for other in PLANS].index(plan.name) + 1 :]
+    frugal = [other for other in rest if other.vae_tiling]  # half measures would fail again
+    if plan.device == "cpu" or not frugal:
+        return None
+    return replace(frugal[0], needs=plan.needs, budget=plan.budget, device=plan.device)
+
+
+def apply(plan: Plan, pipeline: "DiffusionPipeline", device: str) -> None:
+    """Put the pipeline's transformers and VAE where the plan has them; the text encoder is `pipeline.py`'s own."""
+    pipeline.remove_all_hooks()
+    transformers = [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
+    if plan.vae_tiling:
+        pipeline.vae.enable_tiling()
+    else:
+        pipeline.vae.disable_tiling()
+    if plan.offload == "model":
+        pipeline.to("cpu")
+        pipeline.enable_model_cpu_offload(device=device)
+    elif plan.offload == "group":
+        import torch
+
+        for transformer in transformers:
+            transformer.to("cpu")
+            transformer.enable_group_offload(
+                onload_device=torch.device(device),
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=True,
+            )
+        pipeline.vae.to(device)
+    else:
+        for module in (*transformers, pipeline.vae):
+            module.to(device)
