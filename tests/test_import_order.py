@@ -11,8 +11,8 @@ import turbo_nb
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
     ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope",), ("sla", "linear", "scheduler"),
-    ("fuse",), ("weights",), ("checkpoint",), ("download",), ("media",), ("history",), ("plan",), ("pipeline",),
-    ("batch",), ("preflight",), ("ui",), ("cli",),
+    ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",), ("history",), ("plan",),
+    ("text",), ("pipeline",), ("batch",), ("preflight",), ("ui",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 

@@ -161,6 +161,18 @@ def of_arch(arch: Arch) -> ModelSpec | None:
     return next((spec for spec in MODELS.values() if spec.arch == arch), None)
 
 
+def unnamed(name: str, arch: Arch, task: str) -> ModelSpec:
+    """A spec with Wan's defaults for a model of another shape."""
+    like = find("Wan2.2-A14B" if task == "i2v" else "Wan2.1-1.3B")
+    return replace(like, name=name, arch=arch, size=RESOLUTIONS["480p"]["16:9"], files=(), quant_files=())
+
+
+def adaptive_size(area: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height, multiples of 16, of about `area` pixels, with the aspect of an image of width × height."""
+    sides = ((area * width / height) ** 0.5, (area * height / width) ** 0.5)
+    return tuple(max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in sides)
+
+
 def size_of(spec: ModelSpec, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
     """Width and height in pixels from "480p", "720p" or "WxH" (None: the model's own) and an aspect ratio.
 

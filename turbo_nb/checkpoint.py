@@ -6,20 +6,21 @@ tensors to a model without storage: nothing is held twice.
 
 import json
 import warnings
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog, linear
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, OutputError
+from .scheduler import RCMScheduler
 from .sla import set_attention_type
-from .weights import PROJ_L, Contents, listed, read
+from .weights import PROJ_L, Contents, first_line, listed, read, require
 
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
@@ -78,21 +79,6 @@ def load_transformer(
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     _follow(model, quant_linear, dtype, contents)
     return model.requires_grad_(False).eval()
-
-
-def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = None) -> None:
-    """Raises CheckpointError if a file holds something else, or not the model that was asked for."""
-    path = str(contents.path)
-    if contents.kind == "LoRA":
-        raise CheckpointError(
-            f"{path!r} is a LoRA, which changes a model and is none; load the model and add it with load_lora_weights, "
-            "or merge it with turbo-nb convert --lora"
-        )
-    if contents.kind != kind:
-        raise CheckpointError(f"{path!r} is {contents}; a {kind} was asked for")
-    if expected and expected.arch and contents.arch != expected.arch:
-        shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
-        raise CheckpointError(f"{path!r} is {contents}; {expected.name} was asked for, which has {shape}")
 
 
 def _config(contents: Contents) -> dict:
@@ -234,3 +220,55 @@ def load_tokenizer(path: str | Path):
             f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
             "as that of google/umt5-xxl"
         ) from error
+
+
+def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = (), low_noise: bool = False) -> str:
+    """Write a checkpoint as a part of a diffusers folder, in its own dtypes; what was written where, in words.
+
+    loras: "FILE" or "FILE:SCALE", merged into the transformer first. low_noise: it is the second of two experts.
+    Raises CheckpointError, also for LoRAs and int8 linears, and OutputError if the folder cannot be written.
+    """
+    contents, folder = read(source), Path(folder)
+    if loras and (contents.kind != "transformer" or contents.quantized):
+        raise CheckpointError(f"{str(source)!r} is {contents}; a LoRA is merged into a transformer with plain linears")
+    if contents.kind == "transformer":
+        kind = "sla" if contents.sla else "original"
+        module = load_transformer(contents, attention_type=kind, dtype=None)
+        for lora in loras:
+            _merge_lora(module, lora)
+        place = folder / ("transformer_2" if low_noise else "transformer")
+    elif contents.kind == "vae":
+        module, place = load_vae(contents, dtype=None), folder / "vae"
+    else:
+        require(contents, "text encoder")
+        module, place = load_text_encoder(contents, dtype=None), folder / "text_encoder"
+    try:
+        module.save_pretrained(place)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(place)!r}: {error}; free some space or choose another folder") from error
+    merged = f", with {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged" if loras else ""
+    return f"{place}: {contents}{merged}"
+
+
+def _merge_lora(transformer: WanTransformer3DModel, lora: str) -> None:
+    """Add a LoRA's weights to the transformer's own"""
+    path, _, scale = lora.rpartition(":")
+    if not path or not _is_number(scale):
+        path, scale = lora, "1"
+    if not Path(path).is_file():
+        raise CheckpointError(f"no LoRA {path!r}; give FILE or FILE:SCALE")
+    pipeline = WanPipeline(None, None, None, RCMScheduler(), transformer)
+    try:
+        pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name, adapter_name="merged")
+        pipeline.fuse_lora(components=["transformer"], lora_scale=float(scale))
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path!r} cannot be merged as a LoRA of this model: {first_line(error)}") from error
+    pipeline.unload_lora_weights()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

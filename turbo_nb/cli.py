@@ -4,12 +4,13 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .errors import TurboNbError
+from .errors import InputError, TurboNbError
 
 app = typer.Typer(
     help="TurboDiffusion video models, from wheels alone.",
@@ -28,32 +29,147 @@ def turbo_nb() -> None:
     """TurboDiffusion video models, from wheels alone."""
 
 
+Prompt = Annotated[str, typer.Option(help="What to show.")]
+SavePath = Annotated[Path, typer.Option("--save-path", help="The mp4 to write.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same video.")]
+NumSteps = Annotated[int, typer.Option(help="1 to 4.")]
+NumFrames = Annotated[int | None, typer.Option(help="4n + 1; the model's own if left out.")]
+Resolution = Annotated[str | None, typer.Option(help="480p, 720p or WIDTHxHEIGHT.")]
+AspectRatio = Annotated[str | None, typer.Option(help="1:1, 4:3, 3:4, 16:9 or 9:16, with 480p or 720p.")]
+SigmaMax = Annotated[float | None, typer.Option(help="First noise level; larger is sharper, less diverse.")]
+Ode = Annotated[bool, typer.Option("--ode", help="Sample the ODE: sharper, less robust.")]
+NumSamples = Annotated[int, typer.Option(help="Videos to make, with seed, seed + 1, …")]
+Grid = Annotated[bool, typer.Option("--grid", help="Put the samples side by side into one file.")]
+AttentionType = Annotated[str, typer.Option(help="sla, sagesla or original (dense).")]
+AttentionBackend = Annotated[str, typer.Option(help="auto, or reference: SageSLA in plain PyTorch, slow.")]
+SlaTopk = Annotated[float | None, typer.Option(help="Share of key blocks that SLA attends to.")]
+QuantLinear = Annotated[
+    bool | None, typer.Option("--quant-linear/--no-quant-linear", help="8-bit linears or not; else as the file has it.")
+]
+DefaultNorm = Annotated[bool, typer.Option("--default-norm", help="Upstream's flag; norms here are always plain ones.")]
+VaePath = Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder in diffusers layout.")]
+TextEncoderPath = Annotated[Path | None, typer.Option(help="models_t5_umt5-xxl-enc-bf16.pth, or a folder.")]
+TokenizerPath = Annotated[Path | None, typer.Option(help="The folder of umT5's tokenizer.")]
+MemoryPlan = Annotated[str, typer.Option("--plan", help="Where the parts go; auto takes the fastest that fits.")]
+Memory = Annotated[float | None, typer.Option(help="Plan for this many GB of GPU memory, not for what is free.")]
+NoiseDevice = Annotated[str, typer.Option(help="cpu: the same clip everywhere; cuda: upstream's seeds.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
 @app.command()
 def t2v(
-    prompt: Annotated[str, typer.Option(help="What to show.")],
-    save_path: Annotated[Path, typer.Option("--save-path", help="The mp4 to write.")] = Path("video.mp4"),
-    model: Annotated[str, typer.Option(help="A model's name, auto, or a folder in diffusers layout.")] = "auto",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
-    num_steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
-    num_frames: Annotated[int | None, typer.Option(help="4n + 1; the model's own if left out.")] = None,
-    resolution: Annotated[str | None, typer.Option(help="480p, 720p or WIDTHxHEIGHT.")] = None,
-    aspect_ratio: Annotated[str | None, typer.Option(help="1:1, 4:3, 3:4, 16:9 or 9:16, with 480p or 720p.")] = None,
-    sigma_max: Annotated[float | None, typer.Option(help="First noise level; larger is sharper, less diverse.")] = None,
-    ode: Annotated[bool, typer.Option("--ode", help="Sample the ODE: sharper, less robust.")] = False,
-    attention_type: Annotated[str, typer.Option(help="sla or original (dense).")] = "sla",
-    sla_topk: Annotated[float | None, typer.Option(help="Share of key blocks that SLA attends to.")] = None,
-    noise_device: Annotated[str, typer.Option(help="cpu: the same clip everywhere; cuda: upstream's seeds.")] = "cpu",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    prompt: Prompt,
+    save_path: SavePath = Path("video.mp4"),
+    model: Annotated[str, typer.Option(help="A model's name, auto, a checkpoint or a diffusers folder.")] = "auto",
+    dit_path: Annotated[Path | None, typer.Option(help="The checkpoint; the model is what its tensors say.")] = None,
+    seed: Seed = 0,
+    num_steps: NumSteps = 4,
+    num_frames: NumFrames = None,
+    resolution: Resolution = None,
+    aspect_ratio: AspectRatio = None,
+    sigma_max: SigmaMax = None,
+    ode: Ode = False,
+    num_samples: NumSamples = 1,
+    grid: Grid = False,
+    attention_type: AttentionType = "sla",
+    attention_backend: AttentionBackend = "auto",
+    sla_topk: SlaTopk = None,
+    quant_linear: QuantLinear = None,
+    default_norm: DefaultNorm = False,
+    vae_path: VaePath = None,
+    text_encoder_path: TextEncoderPath = None,
+    tokenizer_path: TokenizerPath = None,
+    memory_plan: MemoryPlan = "auto",
+    memory: Memory = None,
+    noise_device: NoiseDevice = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Make a video from a prompt."""
-    from . import catalog, media, pipeline
+    if dit_path and model == "auto":
+        model, dit_path = dit_path, None
+    _make(
+        prompt, save_path, num_samples, grid,
+        {
+            "num_frames": num_frames, "num_steps": num_steps, "seed": seed, "resolution": resolution,
+            "aspect_ratio": aspect_ratio, "sigma_max": sigma_max, "ode": ode, "noise_device": noise_device,
+        },
+        {
+            "model": model, "checkpoint": dit_path, "attention_type": attention_type, "sla_topk": sla_topk,
+            "attention_backend": attention_backend, "quant_linear": "auto" if quant_linear is None else quant_linear,
+            "vae": vae_path, "text_encoder": text_encoder_path, "tokenizer": tokenizer_path,
+            "memory_plan": memory_plan, "memory": memory and memory * 1e9, "device": device,
+        },
+    )  # fmt: skip
 
-    settings = {
-        "num_frames": num_frames, "num_steps": num_steps, "seed": seed, "resolution": resolution,
-        "aspect_ratio": aspect_ratio, "sigma_max": sigma_max, "ode": ode, "noise_device": noise_device,
-    }  # fmt: skip
-    pipeline.check_settings(catalog.find(model), prompt, **settings)
-    media.check_output(save_path)
+
+@app.command()
+def i2v(
+    prompt: Prompt,
+    image_path: Annotated[Path, typer.Option(help="The picture that the video begins with.")],
+    save_path: SavePath = Path("video.mp4"),
+    model: Annotated[str, typer.Option(help="A model's name, or a diffusers folder.")] = "Wan2.2-A14B",
+    high_noise_model_path: Annotated[Path | None, typer.Option(help="Checkpoint of the high-noise expert.")] = None,
+    low_noise_model_path: Annotated[Path | None, typer.Option(help="Checkpoint of the low-noise expert.")] = None,
+    boundary: Annotated[float | None, typer.Option(help="Noise level where the low-noise expert takes over.")] = None,
+    adaptive_resolution: Annotated[
+        bool, typer.Option("--adaptive-resolution", help="Keep the picture's aspect, at the resolution's area.")
+    ] = False,
+    seed: Seed = 0,
+    num_steps: NumSteps = 4,
+    num_frames: NumFrames = None,
+    resolution: Resolution = None,
+    aspect_ratio: AspectRatio = None,
+    sigma_max: SigmaMax = None,
+    ode: Ode = False,
+    num_samples: NumSamples = 1,
+    grid: Grid = False,
+    attention_type: AttentionType = "sla",
+    attention_backend: AttentionBackend = "auto",
+    sla_topk: SlaTopk = None,
+    quant_linear: QuantLinear = None,
+    default_norm: DefaultNorm = False,
+    vae_path: VaePath = None,
+    text_encoder_path: TextEncoderPath = None,
+    tokenizer_path: TokenizerPath = None,
+    memory_plan: MemoryPlan = "auto",
+    memory: Memory = None,
+    noise_device: NoiseDevice = "cpu",
+    device: Device = "auto",
+) -> None:
+    """Make a video from a picture and a prompt."""
+    experts = (high_noise_model_path, low_noise_model_path)
+    if any(experts) and not all(experts):
+        raise InputError("give both experts, --high_noise_model_path and --low_noise_model_path, or none of them")
+    _make(
+        prompt, save_path, num_samples, grid,
+        {
+            "image": image_path, "num_frames": num_frames, "num_steps": num_steps, "seed": seed, "ode": ode,
+            "resolution": resolution, "aspect_ratio": aspect_ratio, "adaptive_resolution": adaptive_resolution,
+            "sigma_max": sigma_max, "boundary": boundary, "noise_device": noise_device,
+        },
+        {
+            "model": model, "checkpoint": experts if all(experts) else None, "attention_type": attention_type,
+            "sla_topk": sla_topk, "attention_backend": attention_backend,
+            "quant_linear": "auto" if quant_linear is None else quant_linear,
+            "vae": vae_path, "text_encoder": text_encoder_path, "tokenizer": tokenizer_path,
+            "memory_plan": memory_plan, "memory": memory and memory * 1e9, "device": device,
+        },
+    )  # fmt: skip
+
+
+def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
+    """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
+    from . import media, pipeline
+
+    if num_samples < 1:
+        raise InputError(f"num_samples is {num_samples}; it is 1 or more")
+    seeds = range(clip["seed"], clip["seed"] + num_samples)
+    paths = [save_path]
+    if num_samples > 1 and not grid:
+        paths = [save_path.with_name(f"{save_path.stem}-{seed}{save_path.suffix}") for seed in seeds]
+    for path in paths:
+        media.check_output(path)
+    width, height, num_frames = pipeline.check_clip(load["model"], prompt, **clip)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -61,32 +177,70 @@ def t2v(
     columns = (TextColumn("{task.description:8}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("load", total=None)
-        loaded = pipeline.load_pipeline(model, attention_type=attention_type, sla_topk=sla_topk, device=device)
-        video = pipeline.generate(
-            loaded,
-            prompt,
-            **settings,
-            on_stage=lambda name: progress.reset(bar, description=name, total=num_steps if name == "denoise" else None),
-            on_step=lambda done, total, latents: progress.update(bar, completed=done),
+        loaded = pipeline.load_pipeline(
+            **load,
+            clip=width and (width, height, num_frames),
+            on_plan=lambda plan: plan.name == "resident" or progress.console.print(str(plan)),
+            on_progress=lambda fetched: progress.update(
+                bar, description=fetched.stage, completed=fetched.done, total=fetched.total
+            ),
         )
-        progress.reset(bar, description="write", total=None)
-        begin = time.perf_counter()
-        video.save(save_path)
-    timings = video.timings | {"write": time.perf_counter() - begin}
-    frames, height, width, _ = video.frames.shape
-    print(f"{save_path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
-    print("  ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()))
+        steps, clips = clip["num_steps"], []
+        for seed in seeds:
+            video = pipeline.generate(
+                loaded,
+                prompt,
+                **clip | {"seed": seed},
+                on_stage=lambda name: progress.reset(bar, description=name, total=steps if name == "denoise" else None),
+                on_step=lambda done, total, latents: progress.update(bar, completed=done),
+            )
+            clips.append(video)
+            if grid and seed != seeds[-1]:
+                continue
+            if grid:
+                video = replace(video, frames=media.grid([clip.frames for clip in clips]))
+            progress.reset(bar, description="write", total=None)
+            begin = time.perf_counter()
+            path = paths[0 if grid else seed - seeds[0]]
+            video.save(path)
+            timings = video.timings | {"write": time.perf_counter() - begin}
+            frames, height, width, _ = video.frames.shape
+            print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
+            peak = f"  peak {max(video.peaks.values()) / 1e9:.1f} GB" if video.peaks else ""
+            print("  ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()) + peak)
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made.")]) -> None:
-    """Print how a video was made."""
-    from . import media
+def info(
+    file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, or a checkpoint.")],
+) -> None:
+    """Print how a video was made, or what a checkpoint is."""
+    if file.suffix == ".mp4" or not file.exists():
+        from . import media
 
-    for name, value in media.read_metadata(file).items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
-        print(f"{name:15} {value}")
+        for name, value in media.read_metadata(file).items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {item}" for key, item in value.items())
+            print(f"{name:15} {value}")
+        return
+    from . import weights
+
+    print(weights.read(file))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: transformer, VAE or text encoder.")],
+    folder: Annotated[Path, typer.Argument(help="The diffusers folder to write it into.")],
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE to merge first; may be repeated.")] = None,
+    low_noise: Annotated[
+        bool, typer.Option("--low-noise", help="The transformer is an image-to-video model's low-noise expert.")
+    ] = False,
+) -> None:
+    """Write a checkpoint as a part of a diffusers folder (safetensors). LoRAs can be merged into a bf16 transformer."""
+    from . import checkpoint
+
+    print(checkpoint.convert(source, folder, loras=lora or (), low_noise=low_noise))
 
 
 @app.command()
@@ -109,6 +263,7 @@ def doctor(
     raise typer.Exit(report.exit_code(strict))
 
 
+@app.command()
 def download(
     model: Annotated[str, typer.Argument(help="A model's name.")],
     quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
@@ -129,6 +284,7 @@ def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bar is on the screen
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for the user of a command
     try:
         app()
     except TurboNbError as error:

@@ -119,7 +119,10 @@ def plan(spec: ModelSpec, *, quantised: bool = False) -> DownloadPlan:
     a token would go to an HF_ENDPOINT that is not the Hub. Raises DownloadError if neither the Hub nor the cache
     knows a file.
     """
-    needed = _needed(spec, quantised)
+    return _plan(spec.name, _needed(spec, quantised))
+
+
+def _plan(name: str, needed: list[HubFile]) -> DownloadPlan:
     if needed:
         _warn_of_token()
     groups: dict[tuple[str, str | None], list[HubFile]] = {}
@@ -129,7 +132,7 @@ def plan(spec: ModelSpec, *, quantised: bool = False) -> DownloadPlan:
     for (repo, revision), files in groups.items():
         found |= _look_up(repo, revision, files)
     return DownloadPlan(
-        model=spec.name, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
+        model=name, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
     )
 
 
@@ -149,13 +152,28 @@ def fetch(
     needed = _needed(spec, quantised)
     if not needed:
         raise InputError(f"{spec.name} comes with the package and needs no download; load it by its name")
-    for repo in {file.repo for file in needed}:
+    return _arranged(_fetch(planned or plan(spec, quantised=quantised), on_progress))
+
+
+def part(file: HubFile, *, on_progress: Callable[[Progress], None] | None = None) -> Path:
+    """Where a file (or a tokenizer's folder) lies: in the cache if it was checked, else fetched as `fetch` does it."""
+    files = _expanded(file)
+    found = [_in_cache(one) for one in files]
+    if all(one and _is_checked(one) for one in found):
+        first = _pointer(found[0])
+    else:
+        first = _fetch(_plan(file.repo, files), on_progress)[0]
+    return first.parent if file.path == "/" else first
+
+
+def _fetch(planned: DownloadPlan, on_progress: Callable[[Progress], None] | None) -> list[Path]:
+    """Fetch and check the files of a plan, and say where they lie"""
+    for repo in {file.file.repo for file in planned.files}:
         _remove_stale(repo)
-    planned = planned or plan(spec, quantised=quantised)
     if planned.to_fetch > (free := _free()):
         raise DownloadError(
-            f"{spec.name} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} free; "
-            "free some space, or set HF_HOME to a folder on a larger disk"
+            f"{planned.model} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} "
+            "free; free some space, or set HF_HOME to a folder on a larger disk"
         )
     done, paths = 0, []
     for file in planned.files:
@@ -163,7 +181,7 @@ def fetch(
         done += 0 if file.cached else file.size
     for file in planned.files:
         _move_branch(file)
-    return _arranged(paths)
+    return paths
 
 
 def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
@@ -237,7 +255,12 @@ def _needed(spec: ModelSpec, quantised: bool) -> list[HubFile]:
     weights = spec.quant_files if quantised else spec.files
     if not weights:
         return []
-    return [*weights, VAE, TEXT_ENCODER, *(replace(TOKENIZER, path=name) for name in TOKENIZER_FILES)]
+    return [*weights, VAE, TEXT_ENCODER, *_expanded(TOKENIZER)]
+
+
+def _expanded(file: HubFile) -> list[HubFile]:
+    """The file, or those of the tokenizer whose folder it is"""
+    return [replace(file, path=name) for name in TOKENIZER_FILES] if file.path == "/" else [file]
 
 
 def _arranged(paths: list[Path]) -> Files:

@@ -1,4 +1,4 @@
-"""Frames in, files out: mp4 with metadata (imageio-ffmpeg), and contact sheets."""
+"""Images in, mp4 with metadata out (imageio-ffmpeg), and several clips in one picture."""
 
 import json
 import os
@@ -15,6 +15,52 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METADATA_KEY = "turbo_nb"
+
+
+def load_image(image: "str | os.PathLike | Image | np.ndarray") -> "Image":
+    """An RGB image from a file, a PIL image or an array (H, W, 3) uint8, upright. Raises InputError if it is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, str | os.PathLike):
+        if getattr(image, "shape", ())[2:] != (3,) or str(image.dtype) != "uint8":
+            got = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+            raise InputError(f"image is {got}; give a file, a PIL image, or an array (height, width, 3) of uint8")
+        return Image.fromarray(image)
+    path = Path(image)
+    if not path.is_file():
+        raise InputError(f"no image {str(path)!r}; give the path of a png, jpg or webp file")
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{str(path)!r} is no image that can be read ({error}); give a png, jpg or webp file"
+        ) from error
+
+
+def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
+    """The image's middle at width × height, and what was cut off in words (None: nothing worth saying)."""
+    from PIL import Image, ImageOps
+
+    scale = max(width / image.width, height / image.height)
+    lost_x, lost_y = 1 - width / (image.width * scale), 1 - height / (image.height * scale)
+    note = None
+    if max(lost_x, lost_y) > 0.02:
+        sides = "left and right" if lost_x > lost_y else "top and bottom"
+        note = (
+            f"the image of {image.width}x{image.height} was cropped to {width}x{height}: {max(lost_x, lost_y):.0%} cut"
+        )
+        note += f" at {sides}; adaptive_resolution keeps its aspect"
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), note
+
+
+def grid(clips: "list[np.ndarray]") -> "np.ndarray":
+    """Clips (T, H, W, 3) side by side as one, as upstream shows several samples."""
+    import numpy as np
+
+    return np.concatenate(clips, axis=2)
 
 
 def check_output(path: str | os.PathLike) -> Path:

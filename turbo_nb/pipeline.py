@@ -1,10 +1,11 @@
 """A prompt becomes frames: `load_pipeline()` and `generate()`.
 
-The pipeline is diffusers' `WanPipeline`, unchanged, with our scheduler; `generate` encodes, denoises and decodes one
-after the other, so that each can be timed and shown. Importing this module is cheap: torch and diffusers are
-loaded with the first model.
+The pipeline is diffusers' `WanPipeline` or `WanImageToVideoPipeline`, unchanged, with our scheduler; `generate`
+encodes, denoises and decodes one after the other, so that each can be timed and shown. Importing this module is cheap:
+torch and diffusers are loaded with the first model.
 """
 
+import gc
 import math
 import time
 import warnings
@@ -14,17 +15,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, media
-from .errors import InputError, TurboNbError
+from . import catalog, media, plan, text
+from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import WanPipeline
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+    from PIL.Image import Image
 
 MAX_STEPS = 4
 MAX_SEED = 2**63 - 1
-TEXT_LENGTH = 512  # tokens that a prompt is padded to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +42,21 @@ class Settings:
     sigma_max: float
     ode: bool
     noise_device: str
+    boundary: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
     """A finished clip.
 
-    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise and decode; settings as in
-    `Settings`, with attention and versions.
+    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise and decode; peaks: the most bytes
+    of GPU memory in each of these; settings as in `Settings`, with attention and versions.
     """
 
     frames: "np.ndarray"
     fps: int
     timings: dict[str, float]
+    peaks: dict[str, int] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
@@ -73,8 +76,13 @@ def check_settings(
     sigma_max: float | None = None,
     ode: bool = False,
     noise_device: str = "cpu",
+    boundary: float | None = None,
+    adaptive_to: tuple[int, int] | None = None,
 ) -> Settings:
-    """Settings with the model's defaults filled in. Raises InputError for the first that cannot be used."""
+    """Settings with the model's defaults filled in. Raises InputError for the first that cannot be used.
+
+    adaptive_to: width and height of an image whose aspect the clip takes on, at the area of the resolution.
+    """
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError('the prompt is empty; say what to show, such as "a small green square growing"')
     num_frames = spec.num_frames if num_frames is None else num_frames
@@ -94,28 +102,81 @@ def check_settings(
         raise InputError(
             f"noise_device is {noise_device!r}; it is cpu (the same clip everywhere) or cuda (upstream's seeds)"
         )
+    boundary = spec.boundary if boundary is None else boundary
+    if boundary is not None and not 0 <= boundary <= 1:
+        raise InputError(f"boundary is {boundary}; it is a noise level from 0 to 1, such as {spec.boundary or 0.9}")
     width, height = catalog.size_of(spec, resolution, aspect_ratio)
+    if adaptive_to:
+        width, height = catalog.adaptive_size(width * height, *adaptive_to)
     return Settings(
         model=spec.name, prompt=prompt, seed=seed, num_steps=num_steps, num_frames=num_frames,
-        width=width, height=height, sigma_max=float(sigma_max), ode=ode, noise_device=noise_device,
+        width=width, height=height, sigma_max=float(sigma_max), ode=ode, noise_device=noise_device, boundary=boundary,
     )  # fmt: skip
 
 
-def load_pipeline(
-    model: str = "auto", *, attention_type: str = "sla", sla_topk: float | None = None, device: str = "auto"
-) -> "WanPipeline":
-    """A diffusers `WanPipeline` with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults.
+def check_clip(model, prompt: str, *, image=None, adaptive_resolution: bool = False, **settings):
+    """Check what can be checked before a model is read: width, height and frames of the clip, None where not known yet.
 
-    model: a name of the catalogue, "auto", or a folder of diffusers layout. attention_type: "sla" or "original" (dense
-    attention). sla_topk: share of key blocks, None for the model's own. device: "auto", "cpu", "cuda", "cuda:1", …
-
-    Raises UnknownModelError, CheckpointError, InputError, or BackendError.
+    Raises as `generate` does.
     """
+    if not isinstance(model, str) or Path(model).exists():
+        check_settings(catalog.NANO, prompt, **settings)
+        return None, None, None
     spec = catalog.find(model)
+    image = check_image(spec, image)
+    checked = check_settings(
+        spec, prompt, adaptive_to=image.size if image and adaptive_resolution else None, **settings
+    )
+    return checked.width, checked.height, checked.num_frames
+
+
+def load_pipeline(
+    model: "str | Path | tuple[str | Path, str | Path]" = "auto",
+    *,
+    attention_type: str = "sla",
+    sla_topk: float | None = None,
+    quant_linear: bool | str = "auto",
+    device: str = "auto",
+    attention_backend: str = "auto",
+    checkpoint: "str | Path | tuple[str | Path, str | Path] | None" = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    memory_plan: str = "auto",
+    memory: float | None = None,
+    clip: tuple[int, int, int] | None = None,
+    on_plan: Callable[[plan.Plan], None] | None = None,
+    on_progress: Callable | None = None,
+) -> "WanPipeline | WanImageToVideoPipeline":
+    """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults.
+
+    model: a name of the catalogue, "auto", a checkpoint, two of them (high-noise, low-noise), or a diffusers folder.
+    checkpoint: the file or files to take for a model given by name; vae, text_encoder, tokenizer: paths to take in
+    place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
+    attention); attention_backend "reference" runs SageSLA in plain PyTorch. sla_topk: share of key blocks, None for the
+    model's own. quant_linear: 8-bit linears as the file has them ("auto"), or True or False. device: "auto", "cpu",
+    "cuda", "cuda:1", …
+
+    The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
+    None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is
+    `pipeline.plan` afterwards. on_progress is told of downloads, as by `download.fetch`.
+
+    Raises UnknownModelError, CheckpointError, InputError, DownloadError or BackendError.
+    """
+    from . import backends, sla
+
+    if attention_type not in sla.ATTENTION_TYPES:
+        raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
+    if attention_type == "sagesla":
+        backends.choose("sagesla", override=attention_backend).require()
+    if isinstance(model, str) and checkpoint is None and not Path(model).exists():
+        catalog.find(model)  # an unknown name is found before torch is loaded
     import torch
     from diffusers import WanPipeline
 
-    from . import checkpoint
+    from . import checkpoint as loading
+    from . import sources
+    from .linear import is_quantized
     from .scheduler import RCMScheduler
 
     if device == "auto":
@@ -125,75 +186,191 @@ def load_pipeline(
             f"device is {device!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
         )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
-    transformer = checkpoint.load_transformer(
-        spec.folder / "transformer",
-        attention_type=attention_type,
-        sla_topk=spec.sla_topk if sla_topk is None else sla_topk,
+    found = sources.resolve(
+        model,
+        checkpoint=checkpoint,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        quantised=None if quant_linear == "auto" else quant_linear,
+        on_progress=on_progress,
+    )
+    spec = found.spec
+    chosen = plan.choose(
+        _sizes(found, quant_linear, dtype),
+        found.transformers[0].arch,
+        *(clip or (*spec.size, spec.num_frames)),
+        budget=memory or _free_memory(device),
         device=device,
-        dtype=dtype,
+        name=memory_plan,
     )
-    pipeline = WanPipeline(
-        tokenizer=checkpoint.load_tokenizer(spec.folder / "tokenizer"),
-        text_encoder=checkpoint.load_text_encoder(spec.folder / "text_encoder", device=device, dtype=dtype),
-        vae=checkpoint.load_vae(spec.folder / "vae", device=device, dtype=dtype),
-        scheduler=RCMScheduler(spec.sigma_max),
-        transformer=transformer,
-    )
+    (on_plan or _tell)(chosen)
+    transformers = [
+        loading.load_transformer(
+            contents,
+            attention_type=attention_type,
+            sla_topk=spec.sla_topk if sla_topk is None else sla_topk,
+            quant_linear=quant_linear,
+            attention_backend=attention_backend,
+            device=device if chosen.offload == "none" else "cpu",
+            dtype=dtype,
+        )
+        for contents in found.transformers
+    ]
+    parts = {
+        "tokenizer": loading.load_tokenizer(found.tokenizer),
+        "text_encoder": None,
+        "vae": loading.load_vae(found.vae, device=device if chosen.offload == "none" else "cpu", dtype=dtype),
+        "scheduler": RCMScheduler(spec.sigma_max),
+        "transformer": transformers[0],
+    }
+    if spec.task == "i2v":
+        from diffusers import WanImageToVideoPipeline
+
+        pipeline = WanImageToVideoPipeline(**parts, transformer_2=transformers[1], boundary_ratio=spec.boundary)
+    else:
+        pipeline = WanPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.spec = spec
+    pipeline.encoder = text.PromptEncoder(
+        pipeline, lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype)
+    )
+    _apply(pipeline, chosen)
+    if any(map(is_quantized, transformers)):
+        pipeline.load_lora_weights = _no_lora
     return pipeline
 
 
+def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
+    """Bytes of the parts as they will be loaded"""
+    width = dtype.itemsize
+    one = found.transformers[0]
+    count = sum(tensor.numel() for tensor in one.tensors.values())
+    in_8_bits = one.quantized if quant_linear == "auto" else quant_linear
+    paths = (found.text_encoder, found.vae)
+    encoder, vae = (sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file()) for p in paths)
+    return plan.Sizes(
+        transformer=count * (1.03 if in_8_bits else width),
+        experts=len(found.transformers),
+        text_encoder=encoder * width / 2,  # the files are in 16 bits
+        vae=vae * width / 2,
+    )
+
+
+def _free_memory(device: str) -> float:
+    if device == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _tell(chosen: plan.Plan) -> None:
+    """A plan that moves things is worth a line."""
+    if chosen.name != "resident":
+        print(chosen)
+
+
+def _apply(pipeline, chosen: plan.Plan) -> None:
+    pipeline.plan = chosen
+    pipeline.encoder.follow(chosen)
+    plan.apply(chosen, pipeline)
+
+
+def _no_lora(*args, **kwargs):
+    raise CheckpointError(
+        "a LoRA cannot be added to int8 linears; merge it into the bf16 file first (turbo-nb convert IN OUT --lora "
+        "FILE) and load that, with quant_linear=True if it should be 8-bit"
+    )
+
+
 def generate(
-    pipeline: "WanPipeline",
+    pipeline: "WanPipeline | WanImageToVideoPipeline",
     prompt: str,
     *,
-    image=None,
+    image: "str | Path | Image | np.ndarray | None" = None,
     num_frames: int | None = None,
     num_steps: int = 4,
     seed: int = 0,
     resolution: str | None = None,
     aspect_ratio: str | None = None,
+    adaptive_resolution: bool = False,
     sigma_max: float | None = None,
     ode: bool = False,
+    boundary: float | None = None,
     noise_device: str = "cpu",
     on_stage: "Callable[[str], None] | None" = None,
     on_step: "Callable[[int, int, torch.Tensor], None] | None" = None,
 ) -> Video:
     """Make a clip. None stands for the model's own value.
 
-    on_stage(name) is called as "text", "denoise" and "decode" begin; on_step(done, total, latents) after every step,
-    latents (1, C, T, H, W). What these raise ends the run, which is how to cancel it.
+    image: where an image-to-video model begins, as a file, a PIL image or an array (H, W, 3) uint8; it is cropped to
+    the size, or with adaptive_resolution the size takes its aspect. boundary: the noise level below which the low-noise
+    expert works.
 
-    Raises InputError for settings that cannot be used, TurboNbError if the model's output is not finite.
+    on_stage(name) is called as "text", "denoise" and "decode" begin; on_step(done, total, latents) after every step,
+    latents (1, C, T, H, W). What these raise ends the run, which is how to cancel it. If memory runs out, the next plan
+    is taken, once, with a warning.
+
+    Raises InputError for settings that cannot be used, TurboNbError if the model's output is not finite or memory runs
+    out for good.
     """
-    if image is not None:
-        raise InputError(f"{pipeline.spec.name} makes videos from text alone; leave image out")
+    spec = pipeline.spec
+    image = check_image(spec, image)
     settings = check_settings(
-        pipeline.spec, prompt, num_frames=num_frames, num_steps=num_steps, seed=seed, resolution=resolution,
-        aspect_ratio=aspect_ratio, sigma_max=sigma_max, ode=ode, noise_device=noise_device,
+        spec, prompt, num_frames=num_frames, num_steps=num_steps, seed=seed, resolution=resolution,
+        aspect_ratio=aspect_ratio, sigma_max=sigma_max, ode=ode, noise_device=noise_device, boundary=boundary,
+        adaptive_to=image.size if image and adaptive_resolution else None,
     )  # fmt: skip
-    if not pipeline.spec.understands(prompt):
+    if not spec.understands(prompt):
         warnings.warn(
-            f"{pipeline.spec.name} only knows moving shapes, such as 'a large red circle moving from left to right on "
+            f"{spec.name} only knows moving shapes, such as 'a large red circle moving from left to right on "
             "a black background'; this prompt gives some video, but not of what it says",
             stacklevel=2,
         )
+    if image:
+        image, note = media.crop(image, settings.width, settings.height)
+        if note:
+            warnings.warn(note, stacklevel=2)
     import torch
 
+    from .linear import is_quantized
     from .scheduler import RCMScheduler
-    from .sla import attention_type
+    from .sla import attention_type, topk_of
 
     if noise_device == "cuda" and not torch.cuda.is_available():
         raise InputError("noise_device is 'cuda', and torch sees no GPU here; leave it at cpu")
-    timings, on_stage = {}, on_stage or (lambda name: None)
+    timings, peaks, on_stage = {}, {}, on_stage or (lambda name: None)
+    fallen = False
 
     def stage(name: str, work: Callable):
+        nonlocal fallen
         on_stage(name)
         begin = time.perf_counter()
-        result = work()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            result = work()
+        except torch.OutOfMemoryError as error:
+            following = plan.next_plan(pipeline.plan)
+            if fallen or following is None:
+                raise TurboNbError(
+                    f"out of memory while at {name}, with plan {pipeline.plan.name}; take fewer frames, a smaller "
+                    "resolution, or the int8 checkpoint"
+                ) from error
+            result = None
+        if result is None:
+            warnings.warn(f"out of memory while at {name}; going on with {following}", stacklevel=3)
+            fallen = True
+            gc.collect()
+            text.empty_cache()
+            _apply(pipeline, following)
+            result = work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated()
         timings[name] = time.perf_counter() - begin
         return result
 
@@ -202,7 +379,7 @@ def generate(
         scheduler.seed(settings.seed, settings.noise_device)
         latents_shape = (
             1,
-            pipeline.transformer.config.in_channels,
+            pipeline.vae.config.z_dim,
             1 + (settings.num_frames - 1) // pipeline.vae_scale_factor_temporal,
             settings.height // pipeline.vae_scale_factor_spatial,
             settings.width // pipeline.vae_scale_factor_spatial,
@@ -214,7 +391,8 @@ def generate(
             return {}
 
         return pipeline(
-            prompt_embeds=embeds,
+            **({"image": image} if image else {}),
+            prompt_embeds=embeds.to(pipeline._execution_device),
             latents=scheduler.start_latents(latents_shape),
             height=settings.height,
             width=settings.width,
@@ -225,37 +403,48 @@ def generate(
             callback_on_step_end=after_step,
         ).frames
 
+    if settings.boundary is not None:
+        pipeline.register_to_config(boundary_ratio=settings.boundary)
     with torch.inference_mode():
-        embeds, _ = stage(
-            "text",
-            lambda: pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH),
-        )
+        embeds = stage("text", lambda: pipeline.encoder(prompt))
         latents = stage("denoise", denoise)
         if not latents.isfinite().all():
             raise TurboNbError(
                 "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
             )
         frames = stage("decode", lambda: decode(pipeline, latents))
-    sla = attention_type(pipeline.transformer)
     details = {
-        "attention_type": sla,
-        "sla_topk": pipeline.transformer.blocks[0].attn1.processor.sla.topk if sla == "sla" else None,
-        "device": pipeline.device.type,
-        "fps": pipeline.spec.fps,
+        "attention_type": attention_type(pipeline.transformer),
+        "sla_topk": topk_of(pipeline.transformer),
+        "quant_linear": is_quantized(pipeline.transformer),
+        "memory_plan": pipeline.plan.name,
+        "device": pipeline.plan.device,
+        "fps": spec.fps,
         "versions": {name: version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
     }
-    return Video(frames=frames, fps=pipeline.spec.fps, timings=timings, settings=asdict(settings) | details)
+    return Video(frames=frames, fps=spec.fps, timings=timings, peaks=peaks, settings=asdict(settings) | details)
 
 
-def decode(pipeline: "WanPipeline", latents: "torch.Tensor") -> "np.ndarray":
+def check_image(spec: catalog.ModelSpec, image) -> "Image | None":
+    """The image that a clip begins with, opened. Raises InputError if the model takes none or needs one."""
+    if spec.task == "t2v" and image is not None:
+        raise InputError(f"{spec.name} makes videos from text alone; leave image out")
+    if spec.task == "i2v" and image is None:
+        raise InputError(f"{spec.name} makes videos from an image; give image (--image_path)")
+    return None if image is None else media.load_image(image)
+
+
+def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Tensor") -> "np.ndarray":
     """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them."""
     import torch
 
     vae = pipeline.vae
+    device = pipeline._execution_device
     mean, std = (
-        torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+        torch.tensor(values, device=device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    sample = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+    sample = vae.decode(latents.to(device, vae.dtype) * std + mean, return_dict=False)[0]
+    pipeline.maybe_free_model_hooks()
     frames = sample[0].float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)  # (3, T, H, W)
     return frames.permute(1, 2, 3, 0).cpu().numpy()

@@ -159,8 +159,9 @@ def next_plan(plan: Plan) -> Plan | None:
     return replace(frugal[0], needs=plan.needs, budget=plan.budget, device=plan.device)
 
 
-def apply(plan: Plan, pipeline: "DiffusionPipeline", device: str) -> None:
-    """Put the pipeline's transformers and VAE where the plan has them; the text encoder is `pipeline.py`'s own."""
+def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
+    """Put the pipeline's transformers and VAE where the plan has them; `text.PromptEncoder` has the text encoder."""
+    device = plan.device
     pipeline.remove_all_hooks()
     transformers = [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
     if plan.vae_tiling:

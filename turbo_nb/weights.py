@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -107,19 +107,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{str(path)!r} holds more than tensors, and loading it could run code: refused ({_first_line(error)})"
+            f"{str(path)!r} holds more than tensors, and loading it could run code: refused ({first_line(error)})"
         ) from error
     except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is damaged or cut short; fetch it again ({_first_line(error)})"
-        ) from error
+        raise CheckpointError(f"{str(path)!r} is damaged or cut short; fetch it again ({first_line(error)})") from error
     raise CheckpointError(
         f"{str(path)!r} is neither a torch file (zip format) nor safetensors; an old torch file opens after "
         "torch.save(torch.load(path, weights_only=True), new_path)"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line"""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
@@ -226,6 +225,21 @@ def _umt5_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace(raw, name)
         renamed["encoder.final_layer_norm.weight" if key == "norm.weight" else key] = tensor
     return renamed
+
+
+def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = None) -> None:
+    """Raises CheckpointError if a file holds something else, or not the model that was asked for."""
+    path = str(contents.path)
+    if contents.kind == "LoRA":
+        raise CheckpointError(
+            f"{path!r} is a LoRA, which changes a model and is none; load the model and add it with load_lora_weights, "
+            "or merge it with turbo-nb convert --lora"
+        )
+    if contents.kind != kind:
+        raise CheckpointError(f"{path!r} is {contents}; a {kind} was asked for")
+    if expected and expected.arch and contents.arch != expected.arch:
+        shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
+        raise CheckpointError(f"{path!r} is {contents}; {expected.name} was asked for, which has {shape}")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

@@ -1,0 +1,140 @@
+"""What the commands do when little is said, and that upstream's own command lines are understood to the letter."""
+
+import inspect
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import turbo_nb
+from turbo_nb import catalog, cli, pipeline
+
+# From upstream's README, but for the length of the prompts
+UPSTREAM_T2V = """python turbodiffusion/inference/wan2.1_t2v_infer.py \\
+    --model Wan2.1-1.3B \\
+    --dit_path checkpoints/TurboWan2.1-T2V-1.3B-480P-quant.pth \\
+    --resolution 480p \\
+    --prompt "A stylish woman walks down a Tokyo street." \\
+    --num_samples 1 \\
+    --num_steps 4 \\
+    --quant_linear \\
+    --attention_type sagesla \\
+    --sla_topk 0.1"""
+UPSTREAM_I2V = """python turbodiffusion/inference/wan2.2_i2v_infer.py \\
+    --model Wan2.2-A14B \\
+    --low_noise_model_path checkpoints/TurboWan2.2-I2V-A14B-low-720P-quant.pth \\
+    --high_noise_model_path checkpoints/TurboWan2.2-I2V-A14B-high-720P-quant.pth \\
+    --resolution 720p \\
+    --adaptive_resolution \\
+    --image_path assets/i2v_inputs/i2v_input_0.jpg \\
+    --prompt "POV selfie video, ultra-messy and extremely fast." \\
+    --num_samples 1 \\
+    --num_steps 4 \\
+    --quant_linear \\
+    --attention_type sagesla \\
+    --sla_topk 0.1 \\
+    --ode"""
+FLAGS = """
+    --model --vae_path --text_encoder_path --num_samples --num_steps --sigma_max --num_frames --prompt --resolution
+    --aspect_ratio --seed --save_path --attention_type --sla_topk --quant_linear --default_norm --ode --tokenizer_path
+"""
+ONLY_T2V = {"--dit_path"}
+ONLY_I2V = {
+    "--high_noise_model_path", "--low_noise_model_path", "--image_path", "--adaptive_resolution", "--boundary"
+}  # fmt: skip
+
+
+def arguments(command):
+    return shlex.split(command.replace("\\\n", " "))[2:]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a command line asks of the package"""
+    calls = []
+    monkeypatch.setattr(cli, "_make", lambda *args: calls.append(args))
+    monkeypatch.setattr(cli, "app", cli.app)
+
+    def ask(command, line):
+        result = CliRunner().invoke(cli.app, [command, *line])
+        assert result.exit_code == 0, result.output
+        return calls[-1]
+
+    return ask
+
+
+def test_sla_is_the_default_attention_everywhere(asked):
+    assert inspect.signature(turbo_nb.load_pipeline).parameters["attention_type"].default == "sla"
+    for command, line in (("t2v", ["--prompt", "x"]), ("i2v", ["--prompt", "x", "--image_path", "x.png"])):
+        *_, load = asked(command, line)
+        assert load["attention_type"] == "sla" and load["sla_topk"] is None and load["quant_linear"] == "auto"
+
+
+def test_defaults_are_the_models_own(asked):
+    prompt, path, samples, grid, clip, load = asked("t2v", ["--prompt", "x"])
+    assert (prompt, str(path), samples, grid, load["model"]) == ("x", "video.mp4", 1, False, "auto")
+    assert clip == {
+        "num_frames": None, "num_steps": 4, "seed": 0, "resolution": None, "aspect_ratio": None, "sigma_max": None,
+        "ode": False, "noise_device": "cpu",
+    }  # fmt: skip
+    settings = pipeline.check_settings(catalog.find("Wan2.2-A14B"), "x")
+    assert (settings.sigma_max, settings.boundary, settings.width, settings.num_frames) == (200.0, 0.9, 1280, 81)
+    settings = pipeline.check_settings(catalog.find("Wan2.1-1.3B"), "x")
+    assert (settings.sigma_max, settings.boundary, settings.width, settings.num_steps) == (80.0, None, 832, 4)
+
+
+def test_upstreams_text_to_video_line_is_understood(asked):
+    prompt, _, samples, _, clip, load = asked("t2v", arguments(UPSTREAM_T2V))
+    assert prompt.startswith("A stylish woman") and samples == 1
+    assert (clip["resolution"], clip["num_steps"], clip["ode"]) == ("480p", 4, False)
+    assert load["model"] == "Wan2.1-1.3B" and str(load["checkpoint"]).endswith("1.3B-480P-quant.pth")
+    assert (load["quant_linear"], load["attention_type"], load["sla_topk"]) == (True, "sagesla", 0.1)
+
+
+def test_upstreams_image_to_video_line_is_understood(asked):
+    *_, clip, load = asked("i2v", arguments(UPSTREAM_I2V))
+    assert [path.stem for path in load["checkpoint"]] == [
+        "TurboWan2.2-I2V-A14B-high-720P-quant",
+        "TurboWan2.2-I2V-A14B-low-720P-quant",
+    ]
+    assert clip["adaptive_resolution"] and clip["ode"] and clip["resolution"] == "720p"
+    assert str(clip["image"]) == "assets/i2v_inputs/i2v_input_0.jpg" and load["attention_type"] == "sagesla"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")
+@pytest.mark.parametrize(("command", "line"), [("t2v", UPSTREAM_T2V), ("i2v", UPSTREAM_I2V)])
+def test_upstreams_sagesla_lines_end_with_2_and_the_way_out_on_a_cpu(tmp_path, command, line):
+    image = tmp_path / "assets" / "i2v_inputs" / "i2v_input_0.jpg"
+    image.parent.mkdir(parents=True)
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(image)
+    result = subprocess.run(
+        [sys.executable, "-m", "turbo_nb.cli", command, *arguments(line)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: attention_type 'sagesla'")
+    for words in ("--attention_type sla", "build SpargeAttn: pip install git+https"):
+        assert words in line
+
+
+def test_every_flag_of_upstream_exists():
+    commands = typer.main.get_command(cli.app).commands
+    options = {name: {opt for p in command.params for opt in p.opts} for name, command in commands.items()}
+    both = set(FLAGS.split())
+    for command, flags in (("t2v", both | ONLY_T2V), ("i2v", both | ONLY_I2V)):
+        assert {flag.replace("_", "-") for flag in flags} <= options[command]
+
+
+def test_dashes_and_underscores_are_the_same(asked):
+    assert asked("t2v", ["--prompt", "x", "--num_steps", "2"]) == asked("t2v", ["--prompt", "x", "--num-steps", "2"])
+
+
+def test_upstreams_model_names_are_aliases():
+    for name in ("Wan2.1-1.3B", "Wan2.1-14B", "Wan2.2-A14B"):
+        assert catalog.find(name).files

@@ -1,0 +1,110 @@
+"""Where the parts of a model come from: a name of the catalogue, a checkpoint, two of them, or a diffusers folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import catalog, download, weights
+from .errors import InputError
+from .weights import Contents
+
+Checkpoint = str | Path | tuple[str | Path, str | Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a pipeline is made of: what the file of a transformer holds, or two (high-noise, low-noise); paths."""
+
+    spec: catalog.ModelSpec
+    transformers: tuple[Contents, ...]
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+
+
+def resolve(
+    model: Checkpoint,
+    *,
+    checkpoint: Checkpoint | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    quantised: bool | None = None,
+    on_progress: Callable | None = None,
+) -> Sources:
+    """Find the parts of `model`, fetching what is on the Hub and not in the cache.
+
+    model: a name; a path; or (high-noise, low-noise) paths. checkpoint: the file or files to take for a named model,
+    whose shape they must have. vae, text_encoder, tokenizer: paths that take the place of the model's own. quantised:
+    whether to take the released files with int8 linears; None takes those in the cache, the plain ones first.
+
+    Raises UnknownModelError, InputError, CheckpointError or DownloadError.
+    """
+    name, paths = (model, _pair(checkpoint)) if checkpoint is not None else _name_or_paths(model)
+    spec = catalog.find(str(name)) if name is not None else None
+    if not paths and spec.folder:
+        paths = (spec.folder / "transformer",)
+    if not paths:
+        paths = _released(spec, quantised, on_progress)
+    contents = tuple(weights.read(path) for path in paths)
+    weights.require(contents[0], "transformer", spec)
+    spec = spec or _spec_of(contents[0], paths[0])
+    for one in contents[1:]:
+        weights.require(one, "transformer", spec)
+    experts = 2 if spec.task == "i2v" else 1
+    if len(contents) != experts:
+        raise InputError(
+            f"{spec.name} takes {experts} checkpoint{'s (high-noise, low-noise)' if experts > 1 else ''}, and got "
+            f"{len(contents)}: {', '.join(str(path) for path in paths)}"
+        )
+    near = paths[0].parent  # a diffusers folder, or where upstream's README puts its files
+
+    def part(given: str | Path | None, folder: str, file: catalog.HubFile) -> Path:
+        if given is not None:
+            return Path(given)
+        own = [near / folder, near / Path(file.path).name if file.path != "/" else near / "umt5-xxl"]
+        if spec.folder:
+            own.append(spec.folder / folder)
+        return next((path for path in own if path.exists()), None) or download.part(file, on_progress=on_progress)
+
+    return Sources(
+        spec=spec,
+        transformers=contents,
+        vae=part(vae, "vae", catalog.VAE),
+        text_encoder=part(text_encoder, "text_encoder", catalog.TEXT_ENCODER),
+        tokenizer=part(tokenizer, "tokenizer", catalog.TOKENIZER),
+    )
+
+
+def _pair(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    return tuple(map(Path, checkpoint)) if isinstance(checkpoint, tuple | list) else (Path(checkpoint),)
+
+
+def _name_or_paths(model: Checkpoint) -> tuple[str | None, tuple[Path, ...]]:
+    """A catalogue name, or the paths of transformers"""
+    if isinstance(model, tuple | list):
+        return None, _pair(model)
+    path = Path(model)
+    if path.is_dir():
+        folders = [path / name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
+        return None, tuple(folders or [path])
+    if path.suffix in (".pth", ".pt", ".safetensors") or path.is_file():
+        return None, (path,)
+    return str(model), ()
+
+
+def _released(spec: catalog.ModelSpec, quantised: bool | None, on_progress: Callable | None) -> tuple[Path, ...]:
+    """The transformers of a released model"""
+    choices = (False, True) if quantised is None else (quantised,)
+    for choice in choices:
+        if files := download.cached(spec, quantised=choice):
+            return files.transformers
+    return download.fetch(spec, quantised=choices[0], on_progress=on_progress).transformers
+
+
+def _spec_of(contents: Contents, path: Path) -> catalog.ModelSpec:
+    """The spec of the first model with this shape; for another shape, Wan's defaults for its task"""
+    if known := catalog.of_arch(contents.arch):
+        return known
+    i2v = contents.arch.in_channels != catalog.ARCH_1_3B.in_channels
+    return catalog.unnamed(path.stem, contents.arch, "i2v" if i2v else "t2v")
