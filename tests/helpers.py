@@ -95,3 +95,34 @@ def tiny_transformer(arch, *, text_dim: int, sla: bool = True, int8: bool = Fals
     if int8:
         empty_linears(model, torch.bfloat16)
     return model
+
+
+UPSTREAM_PARTS = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "attn1.processor.sla.proj_l": "self_attn.attn_op.local_attn.proj_l",
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_out.0": "o",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    ".norm2.": ".norm3.",
+    "proj_out": "head.head",
+}
+
+
+def to_upstream(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A diffusers transformer's state dict under upstream's names"""
+    renamed = {}
+    for key, tensor in state.items():
+        for ours, theirs in UPSTREAM_PARTS.items():
+            key = key.replace(ours, theirs)
+        key = key.replace("scale_shift_table", "modulation" if key.startswith("blocks") else "head.modulation")
+        renamed[key] = tensor.flatten(1) if key == "patch_embedding.weight" else tensor
+    return renamed

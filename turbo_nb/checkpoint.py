@@ -181,11 +181,11 @@ def load_text_encoder(
 
     Raises CheckpointError as `load_transformer` does.
     """
-    if not isinstance(path, Contents) and Path(path).is_dir():
-        dtype = dtype or "auto"
-        return UMT5EncoderModel.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "text encoder")
+    if contents.path.is_dir():
+        module = UMT5EncoderModel.from_pretrained(contents.path, dtype=dtype or "auto", local_files_only=True)
+        return module.to(device).eval()
     tensors = contents.tensors
     first = "encoder.block.0.layer."
     buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape

@@ -107,7 +107,7 @@ def i2v(
     prompt: Prompt,
     image_path: Annotated[Path, typer.Option(help="The picture that the video begins with.")],
     save_path: SavePath = Path("video.mp4"),
-    model: Annotated[str, typer.Option(help="A model's name, or a diffusers folder.")] = "Wan2.2-A14B",
+    model: Annotated[str, typer.Option(help="A name, a folder, or auto: what the checkpoints are.")] = "Wan2.2-A14B",
     high_noise_model_path: Annotated[Path | None, typer.Option(help="Checkpoint of the high-noise expert.")] = None,
     low_noise_model_path: Annotated[Path | None, typer.Option(help="Checkpoint of the low-noise expert.")] = None,
     boundary: Annotated[float | None, typer.Option(help="Noise level where the low-noise expert takes over.")] = None,
@@ -140,6 +140,9 @@ def i2v(
     experts = (high_noise_model_path, low_noise_model_path)
     if any(experts) and not all(experts):
         raise InputError("give both experts, --high_noise_model_path and --low_noise_model_path, or none of them")
+    checkpoint = experts if all(experts) else None
+    if checkpoint and model == "auto":
+        model, checkpoint = checkpoint, None
     _make(
         prompt, save_path, num_samples, grid,
         {
@@ -148,7 +151,7 @@ def i2v(
             "sigma_max": sigma_max, "boundary": boundary, "noise_device": noise_device,
         },
         {
-            "model": model, "checkpoint": experts if all(experts) else None, "attention_type": attention_type,
+            "model": model, "checkpoint": checkpoint, "attention_type": attention_type,
             "sla_topk": sla_topk, "attention_backend": attention_backend,
             "quant_linear": "auto" if quant_linear is None else quant_linear,
             "vae": vae_path, "text_encoder": text_encoder_path, "tokenizer": tokenizer_path,
@@ -169,7 +172,7 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
         paths = [save_path.with_name(f"{save_path.stem}-{seed}{save_path.suffix}") for seed in seeds]
     for path in paths:
         media.check_output(path)
-    width, height, num_frames = pipeline.check_clip(load["model"], prompt, **clip)
+    size = pipeline.check_clip(load["model"], prompt, **clip)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -179,7 +182,7 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
         bar = progress.add_task("load", total=None)
         loaded = pipeline.load_pipeline(
             **load,
-            clip=width and (width, height, num_frames),
+            clip=size,
             on_plan=lambda plan: plan.name == "resident" or progress.console.print(str(plan)),
             on_progress=lambda fetched: progress.update(
                 bar, description=fetched.stage, completed=fetched.done, total=fetched.total

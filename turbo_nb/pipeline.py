@@ -114,19 +114,22 @@ def check_settings(
     )  # fmt: skip
 
 
-def check_clip(model, prompt: str, *, image=None, adaptive_resolution: bool = False, **settings):
-    """Check what can be checked before a model is read: width, height and frames of the clip, None where not known yet.
+def check_clip(
+    model, prompt: str, *, image=None, adaptive_resolution: bool = False, **settings
+) -> tuple[int, int, int]:
+    """Width, height and frames of the clip that `generate` would make, checked before a model is loaded.
 
-    Raises as `generate` does.
+    model: as for `load_pipeline`. Raises what `generate` raises, and what finding a model raises.
     """
-    if not isinstance(model, str) or Path(model).exists():
-        check_settings(catalog.NANO, prompt, **settings)
-        return None, None, None
-    spec = catalog.find(model)
+    if isinstance(model, str) and not Path(model).exists():
+        spec = catalog.find(model)
+    else:
+        from . import sources
+
+        spec = sources.spec_of(model)
     image = check_image(spec, image)
-    checked = check_settings(
-        spec, prompt, adaptive_to=image.size if image and adaptive_resolution else None, **settings
-    )
+    adaptive_to = image.size if image and adaptive_resolution else None
+    checked = check_settings(spec, prompt, adaptive_to=adaptive_to, **settings)
     return checked.width, checked.height, checked.num_frames
 
 

@@ -62,9 +62,11 @@ def resolve(
     def part(given: str | Path | None, folder: str, file: catalog.HubFile) -> Path:
         if given is not None:
             return Path(given)
-        own = [near / folder, near / Path(file.path).name if file.path != "/" else near / "umt5-xxl"]
+        own = [near / folder]
         if spec.folder:
             own.append(spec.folder / folder)
+        elif file.path != "/":
+            own.append(near / file.path)
         return next((path for path in own if path.exists()), None) or download.part(file, on_progress=on_progress)
 
     return Sources(
@@ -74,6 +76,16 @@ def resolve(
         text_encoder=part(text_encoder, "text_encoder", catalog.TEXT_ENCODER),
         tokenizer=part(tokenizer, "tokenizer", catalog.TOKENIZER),
     )
+
+
+def spec_of(model: Checkpoint) -> catalog.ModelSpec:
+    """The spec of a checkpoint, two of them, or a folder, from its tensors. Raises CheckpointError or InputError."""
+    _, paths = _name_or_paths(model)
+    if not paths:
+        return catalog.find(str(model))
+    contents = weights.read(paths[0])
+    weights.require(contents, "transformer")
+    return _spec_of(contents, paths[0])
 
 
 def _pair(checkpoint: Checkpoint) -> tuple[Path, ...]:
@@ -107,4 +119,5 @@ def _spec_of(contents: Contents, path: Path) -> catalog.ModelSpec:
     if known := catalog.of_arch(contents.arch):
         return known
     i2v = contents.arch.in_channels != catalog.ARCH_1_3B.in_channels
-    return catalog.unnamed(path.stem, contents.arch, "i2v" if i2v else "t2v")
+    name = path.parent.name if path.name == "transformer" else path.stem
+    return catalog.unnamed(name, contents.arch, "i2v" if i2v else "t2v")

@@ -1,0 +1,351 @@
+"""From upstream's files to an mp4, through the command line and in Python; tiny models, the real path."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from helpers import golden, to_upstream, upstream_names
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import turbo_nb
+from turbo_nb import catalog, plan
+from turbo_nb.checkpoint import convert, load_transformer
+from turbo_nb.errors import CheckpointError, InputError, TurboNbError
+
+NANO = catalog.NANO.folder
+TINY = catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256)
+TINY_I2V = catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256, in_channels=36)
+CLIP = {"num_frames": 5, "num_steps": 2, "resolution": "64x48"}
+PROMPT = "a large red circle moving from left to right on a black background"
+
+
+def linears_in_8_bits(state):
+    from turbo_nb.linear import int8_quantize
+
+    quantised = {}
+    for key, tensor in state.items():
+        if key.startswith("blocks.") and key.endswith(".weight") and tensor.ndim == 2 and "proj_l" not in key:
+            quantised[key.replace(".weight", ".int8_weight")], quantised[key.replace(".weight", ".scale")] = (
+                int8_quantize(tensor)
+            )
+        else:
+            quantised[key] = tensor
+    return quantised
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files that a user of upstream has, of tiny models"""
+    folder = tmp_path_factory.mktemp("upstream")
+    torch.manual_seed(0)
+
+    def state(arch, seed):
+        torch.manual_seed(seed)
+        return {k: t.bfloat16() for k, t in upstream_names(arch, sla=True, int8=False, text_dim=128).items()}
+
+    torch.save(state(TINY, 0), folder / "tiny.pth")
+    torch.save(linears_in_8_bits(state(TINY, 0)), folder / "tiny-quant.pth")
+    for name, seed in (("high", 1), ("low", 2)):
+        torch.save(state(TINY_I2V, seed), folder / f"{name}.pth")
+        torch.save(linears_in_8_bits(state(TINY_I2V, seed)), folder / f"{name}-quant.pth")
+    torch.save(
+        to_upstream(load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")), folder / "nano.pth"
+    )
+    torch.save(golden("vae_state"), folder / "Wan2.1_VAE.pth")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 100, 3), np.uint8)).save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    return {"text_encoder": NANO / "text_encoder", "tokenizer": NANO / "tokenizer", "device": "cpu"}
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+# --- Through the command line ---
+
+SHELL_PARTS = ["--text_encoder_path", NANO / "text_encoder", "--tokenizer_path", NANO / "tokenizer"]
+
+
+def test_upstreams_text_to_video_line_on_tiny_files(folder, tmp_path):
+    result = run(
+        "t2v", "--dit_path", folder / "tiny-quant.pth", "--resolution", "64x48", "--num_frames", 5,
+        "--prompt", "A street", "--num_samples", 2, "--num_steps", 4, "--quant_linear", "--attention_type", "sla",
+        "--sla_topk", 0.1, "--default_norm", "--save_path", "out/video.mp4", *SHELL_PARTS, cwd=tmp_path,
+    )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["video-0.mp4", "video-1.mp4"]
+    assert "video-1.mp4: 5 frames of 64x48 at 16 fps, seed 1" in result.stdout
+    told = [turbo_nb.read_metadata(tmp_path / "out" / f"video-{seed}.mp4") for seed in (0, 1)]
+    assert [t["seed"] for t in told] == [0, 1] and told[0]["quant_linear"] and told[0]["model"] == "tiny-quant"
+
+
+def test_upstreams_image_to_video_line_on_tiny_files(folder, tmp_path):
+    result = run(
+        "i2v", "--model", "auto", "--low_noise_model_path", folder / "low-quant.pth", "--high_noise_model_path",
+        folder / "high-quant.pth", "--resolution", "64x48", "--adaptive_resolution", "--image_path",
+        folder / "picture.png", "--prompt", "POV selfie", "--num_samples", 2, "--grid", "--num_steps", 4,
+        "--quant_linear", "--attention_type", "sla", "--sla_topk", 0.1, "--ode", "--num_frames", 5, "--save_path",
+        "video.mp4", *SHELL_PARTS, cwd=tmp_path,
+    )  # fmt: skip
+    assert "video.mp4: 5 frames of 128x48 at 16 fps" in result.stdout  # two of 64x48, side by side
+    assert [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_info_says_what_a_checkpoint_is(folder, tmp_path):
+    told = run("info", folder / "high-quant.pth", cwd=tmp_path).stdout
+    assert "a Wan image-to-video transformer with dim 128, 2 layers, ffn 256, SLA, int8 linears" in told
+    assert "a vae" in run("info", folder / "Wan2.1_VAE.pth", cwd=tmp_path).stdout
+
+
+def test_a_file_that_is_another_model_than_the_name_says_is_one_line_and_2(folder, tmp_path):
+    command = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", "x", "--model", "Wan2.1-14B", "--dit_path"]
+    result = subprocess.run([*command, folder / "tiny.pth"], capture_output=True, text=True, cwd=tmp_path)
+    (line,) = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and "dim 128" in line and "was asked for, which has dim 5120" in line
+
+
+# --- In Python ---
+
+
+def test_nano_as_upstreams_file_is_nano_to_the_bit(folder, nano):
+    pipeline = turbo_nb.load_pipeline(folder / "nano.pth", device="cpu")
+    assert pipeline.spec is catalog.NANO
+    ours, theirs = (turbo_nb.generate(p, PROMPT, num_frames=5, num_steps=2).frames for p in (nano, pipeline))
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def i2v(folder, parts):
+    return turbo_nb.load_pipeline((folder / "high.pth", folder / "low.pth"), **parts)
+
+
+class Heard(list):
+    """Which expert worked at which timestep"""
+
+    def __init__(self, pipeline):
+        self.hooks = [
+            getattr(pipeline, name).register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: self.append((name, kwargs["timestep"].item())), with_kwargs=True
+            )
+            for name in ("transformer", "transformer_2")
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("steps", "boundary", "experts"),
+    [
+        (4, None, [("transformer", 996), ("transformer", 932), ("transformer_2", 852), ("transformer_2", 608)]),
+        (2, None, [("transformer", 996), ("transformer", 932)]),
+        (2, 0.95, [("transformer", 996), ("transformer_2", 932)]),
+        (1, None, [("transformer", 996)]),
+    ],
+)
+def test_the_right_expert_works(i2v, folder, steps, boundary, experts):
+    assert type(i2v) is WanImageToVideoPipeline
+    with Heard(i2v) as heard, pytest.warns(UserWarning, match="cropped to 64x48"):
+        video = turbo_nb.generate(
+            i2v, "x", image=folder / "picture.png", boundary=boundary, **CLIP | {"num_steps": steps}
+        )
+    assert list(heard) == experts
+    assert video.settings["sigma_max"] == 200 and video.settings["boundary"] == (boundary or 0.9)
+
+
+def test_the_picture_counts_and_may_be_given_in_any_form(i2v, folder):
+    picture = Image.open(folder / "picture.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same = [turbo_nb.generate(i2v, "x", image=i, **CLIP).frames for i in (picture, np.array(picture))]
+        other = turbo_nb.generate(i2v, "x", image=np.zeros((60, 100, 3), np.uint8), **CLIP).frames
+    assert np.array_equal(*same) and not np.array_equal(same[0], other)
+
+
+def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make = lambda **more: turbo_nb.generate(i2v, "x", image=folder / "picture.png", **CLIP | more).frames  # noqa: E731
+        assert np.array_equal(make(), make()) and not np.array_equal(make(), make(ode=True))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "give image"),
+        ("no.png", "no image"),
+        (NANO / "vocabulary.json", "no image that can be read"),
+        (np.zeros((4, 4)), r"float64 \(4, 4\); give a file"),
+    ],
+    ids=["none", "missing", "not an image", "array"],
+)
+def test_a_picture_that_cannot_be_used(i2v, image, words):
+    with pytest.raises(InputError, match=words):
+        turbo_nb.generate(i2v, "x", image=image, **CLIP)
+
+
+def test_one_checkpoint_for_a_model_of_two_experts(folder, parts):
+    with pytest.raises(InputError, match=r"takes 2 checkpoints \(high-noise, low-noise\), and got 1"):
+        turbo_nb.load_pipeline(folder / "high.pth", **parts)
+
+
+# --- Memory ---
+
+
+def test_a_freed_text_encoder_is_loaded_once_a_prompt_and_makes_the_same_clip(folder, parts):
+    whole = turbo_nb.load_pipeline(folder / "tiny.pth", **parts)
+    freed = turbo_nb.load_pipeline(folder / "tiny.pth", **parts, memory_plan="free-text", on_plan=lambda chosen: None)
+    loads, load = [], freed.encoder._load
+    freed.encoder._load = lambda where: loads.append(where) or load(where)
+    clips = [turbo_nb.generate(p, text, **CLIP).frames for text in ("one", "two", "one") for p in (whole, freed)]
+    assert all(np.array_equal(a, b) for a, b in zip(clips[::2], clips[1::2], strict=True))
+    assert loads == ["cpu", "cpu"] and freed.text_encoder is None and whole.text_encoder is not None
+
+
+def test_the_plan_is_told_before_anything_is_loaded(folder, parts, monkeypatch):
+    told = []
+    monkeypatch.setattr("turbo_nb.checkpoint.load_transformer", lambda *a, **k: pytest.fail("loaded"))
+
+    class Stop(Exception):
+        pass
+
+    def stop(chosen):
+        told.append(str(chosen))
+        raise Stop
+
+    with pytest.raises(Stop):
+        turbo_nb.load_pipeline(folder / "tiny.pth", **parts, on_plan=stop, memory=4e9, clip=(64, 48, 5))
+    assert told[0].startswith("plan resident: needs ") and "of 4.0 GB" in told[0]
+
+
+def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeypatch):
+    frugal = plan.Plan(name="free-text", text_encoder="freed", offload="none", vae_tiling=False, device="cpu")
+    monkeypatch.setattr(plan, "next_plan", lambda chosen: frugal)
+    before, decode, failures = nano.plan, nano.vae.decode, [torch.OutOfMemoryError("full")]
+
+    def full(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(nano.vae, "decode", full)
+    try:
+        with pytest.warns(UserWarning, match="out of memory while at decode; going on with plan free-text"):
+            frames = turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames
+        assert nano.plan is frugal
+        failures += [torch.OutOfMemoryError("full"), torch.OutOfMemoryError("full")]
+        with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+            turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2)
+        monkeypatch.setattr(plan, "next_plan", lambda chosen: None)
+        failures[:] = [torch.OutOfMemoryError("full")]
+        with pytest.raises(TurboNbError, match=r"out of memory while at decode.*take fewer frames"):
+            turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2)
+    finally:
+        nano.plan = before
+        nano.encoder.follow(before)
+    assert np.array_equal(turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames, frames)
+
+
+def test_loading_holds_the_file_once(tmp_path):
+    arch = catalog.Arch(dim=1024, num_heads=8, num_layers=8, ffn_dim=4096)
+    state = {k: t.bfloat16() for k, t in upstream_names(arch, sla=True, int8=False, text_dim=512).items()}
+    torch.save(state, tmp_path / "model.pth")
+    del state
+    code = f"""
+        import resource
+        import turbo_nb.checkpoint
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = peak()
+        model = turbo_nb.checkpoint.load_transformer({str(tmp_path / "model.pth")!r})
+        print(peak() - before)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert int(result.stdout) <= 1.15 * (tmp_path / "model.pth").stat().st_size, result.stderr
+
+
+# --- LoRA and conversion ---
+
+
+def lora_for(state, rank=4):
+    """A LoRA with the original Wan names, and what it adds to a weight"""
+    torch.manual_seed(3)
+    lora, added = {}, {}
+    for key, tensor in state.items():
+        if key.endswith(("attn.q.weight", "ffn.0.weight")):
+            down, up = torch.randn(rank, tensor.shape[1]) * 0.1, torch.randn(tensor.shape[0], rank) * 0.1
+            stem = "diffusion_model." + key.removesuffix(".weight")
+            lora[f"{stem}.lora_A.weight"], lora[f"{stem}.lora_B.weight"] = down, up
+            added[key] = up @ down
+    return lora, added
+
+
+def test_a_lora_works_on_a_plain_pipeline_and_is_refused_on_int8(folder, parts, tmp_path):
+    lora, _ = lora_for(torch.load(folder / "tiny.pth"))
+    save_file(lora, tmp_path / "lora.safetensors")
+    pipeline = turbo_nb.load_pipeline(folder / "tiny.pth", **parts)
+    before = turbo_nb.generate(pipeline, "x", **CLIP).frames
+    pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    assert not np.array_equal(turbo_nb.generate(pipeline, "x", **CLIP).frames, before)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(turbo_nb.generate(pipeline, "x", **CLIP).frames, before)
+    quantised = turbo_nb.load_pipeline(folder / "tiny-quant.pth", **parts)
+    with pytest.raises(CheckpointError, match="merge it into the bf16 file first"):
+        quantised.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+
+
+def test_a_lora_is_merged_by_its_scale(folder, tmp_path):
+    state = torch.load(folder / "tiny.pth")
+    lora, added = lora_for(state)
+    save_file(lora, tmp_path / "lora.safetensors")
+    told = convert(folder / "tiny.pth", tmp_path / "out", loras=[f"{tmp_path / 'lora.safetensors'}:0.5"])
+    assert "with 1 LoRA merged" in told
+    merged = load_transformer(tmp_path / "out" / "transformer").state_dict()
+    key = "blocks.1.self_attn.q.weight"
+    ours, exact = merged["blocks.1.attn1.to_q.weight"].float(), state[key].float() + 0.5 * added[key]
+    assert (ours - exact).abs().max() < 2e-3 < (ours - state[key].float()).abs().max()
+    assert not any("lora" in key for key in merged)
+    with pytest.raises(CheckpointError, match="plain linears"):
+        convert(folder / "tiny-quant.pth", tmp_path / "no", loras=[str(tmp_path / "lora.safetensors")])
+    with pytest.raises(CheckpointError, match="no LoRA"):
+        convert(folder / "tiny.pth", tmp_path / "no", loras=["nothing.safetensors"])
+
+
+def test_a_converted_folder_loads_to_the_bit_and_makes_the_same_clip(folder, parts, tmp_path):
+    for name in ("tiny", "tiny-quant"):
+        out = tmp_path / name
+        for source in (folder / f"{name}.pth", folder / "Wan2.1_VAE.pth", NANO / "text_encoder"):
+            convert(source, out)
+        ours, theirs = load_transformer(folder / f"{name}.pth"), load_transformer(out / "transformer")
+        state = theirs.state_dict()
+        assert ours.state_dict().keys() == state.keys()
+        assert all(torch.equal(t, state[k]) and t.dtype == state[k].dtype for k, t in ours.state_dict().items())
+        a = turbo_nb.load_pipeline(folder / f"{name}.pth", **parts)
+        b = turbo_nb.load_pipeline(out, tokenizer=parts["tokenizer"], device="cpu")
+        clips = [turbo_nb.generate(p, "x", **CLIP).frames.astype(float) for p in (a, b)]
+        assert np.abs(clips[0] - clips[1]).mean() < 0.5  # a tensor's place in memory can change the last bit of a sum
+
+
+def test_two_experts_convert_into_one_folder(folder, i2v, parts, tmp_path):
+    run("convert", folder / "high.pth", tmp_path / "a14b", cwd=tmp_path)
+    run("convert", folder / "low.pth", tmp_path / "a14b", "--low-noise", cwd=tmp_path)
+    pipeline = turbo_nb.load_pipeline(tmp_path / "a14b", vae=folder / "Wan2.1_VAE.pth", **parts)
+    for name in ("transformer", "transformer_2"):
+        ours, theirs = (getattr(p, name).state_dict() for p in (i2v, pipeline))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
