@@ -209,8 +209,12 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
             timings = video.timings | {"write": time.perf_counter() - begin}
             frames, height, width, _ = video.frames.shape
             print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
-            peak = f"  peak {max(video.peaks.values()) / 1e9:.1f} GB" if video.peaks else ""
-            print("  ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()) + peak)
+            print("  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items()))
+
+
+def _timing(stage: str, seconds: float, peak: int | None) -> str:
+    """A stage's seconds, and the most GPU memory in it"""
+    return f"{stage} {seconds:.2f} s" + (f" ({peak / 1e9:.1f} GB)" if peak else "")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASK_ELEMENTS = 1 << 27  # most elements of an attention mask that are held at once
+MASK_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 29}  # most of an attention mask that are held at once
 LINEAR_ROWS = 64 * 128  # rows of an 8-bit linear's input that are held in float32 at once
 V_LARGEST, P_LARGEST = 2.25, 448.0  # magnitudes that SageSLA scales v and the probabilities to, for e4m3
 TILE, TILE_LEVELS = 128, 128  # side of a tile of an 8-bit linear, and its int8 levels on either side of zero
@@ -58,7 +58,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q
     """
     batch, length, heads, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    slab = max(1, MASK_ELEMENTS // (batch * heads * block_q * length))
+    slab = max(1, MASK_ELEMENTS[q.device.type] // (batch * heads * block_q * length))
     out = []
     for begin in range(0, block_map.shape[2], slab):
         rows = q[:, :, begin * block_q : (begin + slab) * block_q]
