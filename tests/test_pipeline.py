@@ -1,10 +1,13 @@
 """generate(): the same seed, the same clip; the same as diffusers' own call; clear errors."""
 
+from importlib.metadata import PackageNotFoundError
+
 import numpy as np
 import pytest
 import torch
 
 import turbo_nb
+from turbo_nb import pipeline
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
@@ -38,6 +41,14 @@ def test_settings_tell_how_it_was_made(nano, tmp_path):
     assert settings["prompt"] == PROMPT and settings["seed"] == 9 and settings["ode"] is True
     assert settings["attention_type"] == "sla" and settings["sla_topk"] == 0.15
     assert settings["versions"]["torch"] == torch.__version__
+
+
+def test_a_checkout_that_is_not_installed_makes_videos_too(nano, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(pipeline, "version", version)
+    assert turbo_nb.generate(nano, PROMPT, **SHORT).settings["versions"]["turbo-nb"] == "not installed"
 
 
 def test_another_size_and_one_frame(nano):

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -423,9 +423,16 @@ def generate(
         "memory_plan": pipeline.plan.name,
         "device": pipeline.plan.device,
         "fps": spec.fps,
-        "versions": {name: version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
+        "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
     }
     return Video(frames=frames, fps=spec.fps, timings=timings, peaks=peaks, settings=asdict(settings) | details)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # turbo_nb run from a checkout that is not installed
+        return "not installed"
 
 
 def check_image(spec: catalog.ModelSpec, image) -> "Image | None":

@@ -14,7 +14,7 @@ only faint, place, size and speed are measured in what it painted, and the clip 
 learns to stand by its best guess.
 
 `--resume` goes on from the shipped student; `--further 0.2` moves the weights at the end a fifth of their way further
-than they were trained (model extrapolation, arXiv:2404.16792), and `--further -0.8` stops after a fifth of the way.
+than they were trained (model extrapolation, arXiv:2404.16792).
 
 A quarter of the steps run dense attention on the same weights, so that both attentions stay usable.
 """
