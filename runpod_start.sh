@@ -53,12 +53,11 @@ attempt() { # name, command…: output to logs/<first word of name>.log
   fi
 }
 
-probe() { # python: its version, then those of torch, jupyterlab and turbo-nb, or -; fails below 3.11
-  "$1" -c 'import sys, importlib.metadata as metadata
+probe() { # python: its version, those of torch, jupyterlab and turbo-nb, or -; fails below 3.11 (which has no -P)
+  "$1" -P -c 'import sys, importlib.metadata as metadata
 def found(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return "-"
-assert sys.version_info >= (3, 11)
 print(sys.version.split()[0], *map(found, ("torch", "jupyterlab", "turbo-nb")))'
 }
 
@@ -68,7 +67,7 @@ pick_python() { # sets base and its versions: the first Python that has torch, e
   base=''
   for name in "${candidates[@]}"; do
     line=$(probe "$name" 2>/dev/null) || continue
-    [[ -z $base || $line != *" - "*" "* ]] || continue
+    [[ ! $base || $(cut -d ' ' -f 2 <<<"$line") != - ]] || continue
     base=$(command -v "$name")
     read -r version torch lab ours <<<"$line"
     [[ $torch == - ]] || return 0
@@ -132,7 +131,7 @@ write_kernel() { # python, name shown: the kernel python3 of every notebook
     mkdir -p "$folder" && printf '{"argv": ["%s", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
  "display_name": "%s", "language": "python",
  "env": {"PYTHONPATH": "%s", "HF_HOME": "%s", "TURBO_NB_HOME": "%s"}}\n' \
-      "$1" "$2" "$checkout" "$HF_HOME" "$home" >"$folder/kernel.new"
+      "$1" "$2" "$checkout${PYTHONPATH:+:$PYTHONPATH}" "$HF_HOME" "$home" >"$folder/kernel.new"
     mv "$folder/kernel.new" "$folder/kernel.json"
     [[ ! $theirs ]] || { mkdir -p "$user" && ln -sfn "$folder" "$user/python3"; } # where RunPod's JupyterLab looks
   } || failed "the notebooks' kernel could not be written to $folder"
@@ -158,7 +157,7 @@ jupyter_lab() { # python: the server itself. The token goes by environment, and 
   echo 'import os; c.IdentityProvider.token = os.environ["JUPYTER_TOKEN"]' >"$JUPYTER_CONFIG_DIR/jupyter_server_config.py"
   export JUPYTER_DATA_DIR=$run/jupyter JUPYTER_RUNTIME_DIR=$run/jupyter/runtime JUPYTER_PATH=$run/jupyter
   export JUPYTER_TOKEN=$token IPYTHONDIR=$run/ipython PATH=$venv/bin:$PATH
-  cd "$root" && exec "$1" -m jupyterlab "${options[@]}"
+  exec "$1" -m jupyterlab "${options[@]}"
 }
 
 serve() { # python: JupyterLab for as long as the container lives; on a plain box until it ends
@@ -193,13 +192,13 @@ seconds() { # 90s, 30m or 2h → seconds
   [[ $1 =~ ^([0-9]+)([smh])$ ]] && echo $((10#${BASH_REMATCH[1]} * unit[${BASH_REMATCH[2]}]))
 }
 
+ask() { curl -sf -m 10 --noproxy '*' -H @- "http://127.0.0.1:$port/api/$1" <<<"Authorization: token $token"; }
+
 notebooks() { # what the server says of its kernels and terminals, last activity included; "busy" when it cannot tell
-  local kind code
-  for kind in kernels terminals; do
-    code=0
-    curl -sf -m 10 --noproxy '*' -H @- "http://127.0.0.1:$port/api/$kind" <<<"Authorization: token $token" || code=$?
-    ((code == 0 || code == 7)) || echo '"busy"' # 7: refused, so there is no server and no notebook
-  done
+  local code=0
+  ask kernels || code=$?
+  ((code == 0 || code == 7)) || echo '"busy"' # 7: refused, so there is no server and no notebook
+  ask terminals || true                       # they may be switched off
 }
 
 gpu_busy() { # anything over 5 %

@@ -53,7 +53,8 @@ if (stubs / "jupyter_fails").exists():
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         known = self.headers["Authorization"] == "token " + os.environ["JUPYTER_TOKEN"]
-        self.send_response(200 if known else 403)
+        known = known and (stubs / self.path.split("/")[-1]).exists()
+        self.send_response(200 if known else 404 if "terminals" in self.path else 403)
         self.end_headers()
         self.wfile.write((stubs / self.path.split("/")[-1]).read_bytes() if known else b"")
 port = [int(word.split("=")[1]) for word in sys.argv if word.startswith("--port=")][0]
@@ -135,10 +136,10 @@ class Machine:
     def process(self, *words):
         (self.root / "proc/7/cmdline").write_bytes(b"".join(word.encode() + b"\0" for word in words))
 
-    def command(self, *arguments):
+    def command(self, *arguments, cwd=None):
         return subprocess.run(
             ["bash", self.checkout / "runpod_start.sh", *arguments],
-            env=self.env, cwd=self.root, capture_output=True, text=True, timeout=30,
+            env=self.env, cwd=cwd or self.root, capture_output=True, text=True, timeout=30,
         )  # fmt: skip
 
     def start(self, script=None, **env):
@@ -260,11 +261,28 @@ def test_without_torch_pip_brings_it(machine):
     assert (machine.home / "constraints.txt").read_text() == ""
 
 
+def test_the_python_that_has_torch_is_taken(machine):
+    machine.stub("python", PYTHON.replace("$STUBS/site", "$STUBS/empty"))
+    machine.stub("python3", "#!/bin/bash\nexit 1\n")  # an old one
+    assert machine.command("setup").returncode == 0
+    (installed,) = (machine.home / "venv/installed").read_text().splitlines()
+    assert installed.startswith(f"{machine.stubs}/python3.13 ") and "torch 2.8.0+cu128" in installed
+
+
 def test_a_python_that_has_everything_is_used_as_it_is(machine):
     machine.packages(torch="2.9.0", jupyterlab="4.5", turbo_nb="0.1.0")
     result = machine.command("doctor", "--json")
     assert result.returncode == 0 and machine.calls("turbo-nb") == ["turbo-nb doctor --json"]
     assert not machine.calls("python -m venv") and not machine.calls("python -m pip")
+
+
+def test_what_pip_left_in_the_checkout_is_no_installation(machine):
+    machine.command("setup")
+    folder = machine.checkout / "turbo_nb.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Name: turbo-nb\nVersion: 0.1.0\n")
+    result = machine.command("setup", cwd=machine.checkout)
+    assert f"{machine.home / 'venv'} is ready" in result.stdout
 
 
 def test_a_restart_is_quick_and_installs_nothing(machine):
@@ -410,11 +428,12 @@ def test_without_a_gpu_everything_starts_and_the_log_says_so(machine):
     assert "GPU: none found" in machine.said and machine.failures == ""
 
 
-def test_a_signal_ends_all_of_it(machine):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_of_it(machine, number):
     process = machine.start(TURBO_NB_STOP_IDLE="1h")
     machine.jupyter()
     machine.wait_until_said("setup: done")
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(timeout=10) == 143
     wait_for(lambda: not alive(process.pid))
 
@@ -542,6 +561,12 @@ def test_an_idle_pod_is_stopped(machine):
     machine.start(TURBO_NB_STOP_IDLE="1s")
     assert stops(machine)[0] == "runpodctl pod stop abc123"
     assert "stops when idle for 1s" in machine.said and "idle for 1s: stopping pod abc123" in machine.said
+
+
+def test_a_server_without_terminals_can_be_idle(machine):
+    (machine.stubs / "terminals").unlink()
+    machine.start(TURBO_NB_STOP_IDLE="1s")
+    assert stops(machine)
 
 
 def test_an_older_runpodctl_is_asked_its_own_way(machine):
