@@ -9,7 +9,7 @@
 #
 # On a pod it is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may be run again at
 # any time. Variables: JUPYTER_PASSWORD or JUPYTER_TOKEN, TURBO_NB_MODELS, TURBO_NB_STOP_IDLE, TURBO_NB_STOP_AFTER,
-# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP. The README says what each one does.
+# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP: see the README.
 
 set -euo pipefail
 
@@ -91,7 +91,7 @@ setup() { # an environment on the volume over the image's packages; a second run
   [[ $torch == - ]] || options=(--system-site-packages) need=3
   mkdir -p "$home"
   free=$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')
-  ((free >= need)) || { echo "$free GB free in $home, $need GB needed; free some, or set TURBO_NB_HOME" >&2 && return 1; }
+  ((free >= need)) || { echo "$home has $free GB free and needs $need; free some, or set TURBO_NB_HOME" && return 1; } >&2
   if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
     "$base" -m venv --clear "${options[@]}" "$venv"
     echo "$made" >"$venv/made"
@@ -120,7 +120,7 @@ running() { # regex: whether some process's command line matches
 
 make_secret() { # JupyterLab never starts without one; a reference that RunPod left unresolved is no secret
   token=${JUPYTER_PASSWORD:-${JUPYTER_TOKEN:-}}
-  [[ -z $token || $token == *"{{"* ]] || return 0
+  [[ -z $token || $token == *"{{"* ]] && [[ ! $theirs ]] || return 0
   token=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
   echo "JupyterLab's token, made for this start and printed only here: $token"
 }
@@ -145,18 +145,17 @@ place_notebooks() { # sets first; a checkout outside the server's root lends a c
 }
 
 jupyter_lab() { # python: the server itself. The token goes by environment, and no other configuration can empty it
-  local options=(
+  local config=$run/jupyter/config options=(
     --no-browser --ip="$ip" --port="$port" --ServerApp.port_retries=0 --ServerApp.root_dir="$root"
     --LabApp.default_url="/lab/tree/$first" --FileContentsManager.delete_to_trash=False
     --ServerApp.tornado_settings='{"websocket_max_message_size": 536870912}' # bytes, for uploads
   )
   [[ -z $pod ]] || options+=(--ServerApp.allow_origin="https://$pod-$port.proxy.runpod.net")
   ((EUID)) || options+=(--allow-root)
-  mkdir -p "$run/jupyter/config"
-  export JUPYTER_CONFIG_DIR=$run/jupyter/config JUPYTER_CONFIG_PATH=$run/jupyter/config
-  echo 'import os; c.IdentityProvider.token = os.environ["JUPYTER_TOKEN"]' >"$JUPYTER_CONFIG_DIR/jupyter_server_config.py"
-  export JUPYTER_DATA_DIR=$run/jupyter JUPYTER_RUNTIME_DIR=$run/jupyter/runtime JUPYTER_PATH=$run/jupyter
-  export JUPYTER_TOKEN=$token IPYTHONDIR=$run/ipython PATH=$venv/bin:$PATH
+  mkdir -p "$config"
+  echo 'import os; c.IdentityProvider.token = os.environ["JUPYTER_TOKEN"]' >"$config/jupyter_server_config.py"
+  export JUPYTER_CONFIG_DIR=$config JUPYTER_CONFIG_PATH=$config JUPYTER_DATA_DIR=$run/jupyter JUPYTER_PATH=$run/jupyter
+  export JUPYTER_RUNTIME_DIR=$run/jupyter/runtime IPYTHONDIR=$run/ipython JUPYTER_TOKEN=$token PATH=$venv/bin:$PATH
   exec "$1" -m jupyterlab "${options[@]}"
 }
 
@@ -216,6 +215,7 @@ watch_pod() { # money: stops the pod when it is idle, or when a batch has ended,
   local ours='((^|[ /])turbo-nb|turbo_nb\.cli)' others='(^|[ /])papermill |runpod_start\.sh (setup|generate|test)'
   limit=$(seconds "${TURBO_NB_STOP_IDLE:-0s}") || failed "TURBO_NB_STOP_IDLE is '$TURBO_NB_STOP_IDLE'; it is a number" \
     "with s, m or h, such as 30m; the pod will not stop when idle"
+  ((!limit)) || command -v curl >/dev/null || failed "without curl no one sees that the pod is idle; install it"
   ((!limit)) || log "money: the pod stops when idle for $TURBO_NB_STOP_IDLE (no kernel busy, no batch, no download)"
   [[ ${TURBO_NB_STOP_AFTER:-} != batch ]] || log "money: the pod stops when a batch has ended"
   while ((limit)) || [[ ${TURBO_NB_STOP_AFTER:-} == batch ]]; do
@@ -235,10 +235,9 @@ watch_pod() { # money: stops the pod when it is idle, or when a batch has ended,
   done
 }
 
-stay_up() { # on leaving: no failure may end the container
-  local code=$?
-  ((code)) || return 0
-  failed "start, exit $code"
+stay_up() { # exit code: no failure may end the container
+  (($1)) || return 0
+  failed "start, exit $1"
   [[ ! $hook ]] || exit 0
   log "the container stays up: connect by SSH or RunPod's web terminal"
   sleep infinity &
@@ -247,7 +246,7 @@ stay_up() { # on leaving: no failure may end the container
 
 start() {
   local server='' url="http://$ip:$port/lab"
-  [[ -z $pod ]] || trap stay_up EXIT
+  [[ -z $pod ]] || trap 'stay_up $?' EXIT
   # On a signal all of it ends: the process group, or, without one of our own, what was started here
   trap 'trap "" TERM; trap - EXIT; kill -- -$$ 2>/dev/null || jobs -p | xargs -r kill; wait; exit 143' TERM INT
   mkdir -p "$run"
@@ -264,11 +263,11 @@ start() {
     fi
   fi
   pick_python
-  make_secret
   if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || [[ $hook && ${JUPYTER_PASSWORD:-} ]]; then
     [[ $pod ]] || { log "port $port is taken by another program; set TURBO_NB_PORT" && return 1; }
-    theirs=1 && log "RunPod's own JupyterLab has port $port; no second one is started"
+    theirs=1 && log "a JupyterLab that is not ours, RunPod's own, has port $port; no second one is started"
   fi
+  make_secret
   place_notebooks || failed "no copy of the notebooks in $root"
   if [[ ! $theirs ]]; then
     [[ $lab != - ]] || attempt setup "$BASH" "$self" setup # nothing here to serve with yet

@@ -384,7 +384,7 @@ def test_a_failing_setup_keeps_jupyterlab_and_the_next_start_tries_again(machine
 def test_a_small_disk_is_told_before_anything_is_installed(machine):
     machine.stub("df", "#!/bin/bash\nprintf 'head\\nx 0 0 1100000 0%% /\\n'\n")
     result = machine.command("setup")
-    assert result.returncode == 1 and "1 GB free in" in result.stderr and "3 GB needed" in result.stderr
+    assert result.returncode == 1 and "has 1 GB free and needs 3;" in result.stderr
     assert not machine.calls("python -m venv")
 
 
@@ -396,7 +396,7 @@ def test_a_full_volume_does_not_keep_jupyterlab_from_starting(machine):
     machine.stub("df", "#!/bin/bash\nprintf 'head\\nx 0 0 0 100%% /\\n'\n")
     process = machine.start()
     machine.jupyter()
-    machine.wait_until_said("FAILED: setup, exit 1: 0 GB free in")
+    machine.wait_until_said("has 0 GB free and needs 3")
     assert process.poll() is None
 
 
@@ -447,7 +447,7 @@ def test_as_a_hook_it_returns_and_starts_no_second_jupyterlab(machine):
     hook.symlink_to(machine.checkout / "runpod_start.sh")
     assert machine.start(hook).wait(timeout=10) == 0
     machine.wait_until_said("setup: done")
-    assert not machine.calls("jupyter") and "RunPod's own JupyterLab" in machine.said
+    assert not machine.calls("jupyter") and "RunPod's own, has port" in machine.said
     kernel = machine.root / "user/.local/share/jupyter/kernels/python3/kernel.json"
     wait_for(lambda: json.loads(kernel.read_text())["display_name"] == "turbo_nb")
 
@@ -458,6 +458,14 @@ def test_as_a_hook_without_runpods_jupyterlab_it_starts_one(machine):
     assert machine.jupyter()["env"]["JUPYTER_TOKEN"]
 
 
+def test_beside_a_server_that_listens_already_it_starts_none_and_makes_no_token(machine):
+    machine.process("bash", "/start.sh")
+    with socket.create_server(("127.0.0.1", machine.port)):
+        assert machine.start(JUPYTER_PASSWORD="").wait(timeout=10) == 0
+        machine.wait_until_said("setup: done")
+    assert not machine.calls("jupyter") and "token" not in machine.said
+
+
 def test_a_failing_hook_does_not_fail_runpods_start(machine):
     machine.process("bash", "/start.sh")
     assert machine.start(TURBO_NB_PYTHON="python2.7").wait(timeout=10) == 0
@@ -466,11 +474,14 @@ def test_a_failing_hook_does_not_fail_runpods_start(machine):
 
 def test_as_start_command_it_leaves_ssh_to_runpods_script_and_jupyterlab_to_itself(machine):
     script = machine.root / "start.sh"
-    script.write_text('#!/bin/bash\necho "start.sh with [$JUPYTER_PASSWORD]" >>"$STUBS/calls"\nsleep 1000\n')
+    hook = f"bash {machine.checkout}/runpod_start.sh"  # as RunPod's script would call it, if it is linked there as well
+    script.write_text(f'#!/bin/bash\necho "start.sh with [$JUPYTER_PASSWORD]" >>"$STUBS/calls"\n{hook}\nsleep 1000\n')
     script.chmod(0o755)
     process = machine.start()
     assert machine.jupyter()["env"]["JUPYTER_TOKEN"] == "hunter2"
-    assert wait_for(lambda: machine.calls("start.sh")) == ["start.sh with []"] and process.poll() is None
+    assert wait_for(lambda: machine.calls("start.sh")) == ["start.sh with []"]
+    machine.wait_until_said("already started")
+    assert process.poll() is None and len(machine.calls("jupyter")) == 1
 
 
 # ---- a plain Linux box
@@ -554,6 +565,9 @@ def test_usage(machine, arguments, code, words):
 
 
 def stops(machine):
+    """How the pod was stopped, once it is. The script asks JupyterLab through curl."""
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
     return wait_for(lambda: machine.calls("runpodctl"))
 
 
@@ -572,6 +586,7 @@ def test_a_server_without_terminals_can_be_idle(machine):
 def test_an_older_runpodctl_is_asked_its_own_way(machine):
     machine.stub("runpodctl", '#!/bin/bash\necho "runpodctl $*" >>"$STUBS/calls"\n[[ $1 == stop ]]\n')
     machine.start(TURBO_NB_STOP_IDLE="1s")
+    assert stops(machine)
     wait_for(lambda: machine.calls("runpodctl") == ["runpodctl pod stop abc123", "runpodctl stop pod abc123"])
 
 
@@ -803,3 +818,11 @@ def test_the_template():
     from turbo_nb import catalog
 
     assert catalog.find(template["env"]["TURBO_NB_MODELS"])
+
+
+def test_every_variable_is_documented():
+    text = "".join(path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")))
+    ours = {"TURBO_NB_ROOT", "TURBO_NB_CHECK_SECONDS", "TURBO_NB_RETRY_SECONDS"}  # the tests'
+    template = json.loads((REPOSITORY / "runpod-template.json").read_text())["env"]
+    named = {*re.findall(r"TURBO_NB_[A-Z_]+", SCRIPT.read_text()), *template} - ours
+    assert not {name for name in named if f"`{name}" not in text}
