@@ -91,7 +91,10 @@ setup() { # an environment on the volume over the image's packages; a second run
   [[ $torch == - ]] || options=(--system-site-packages) need=3
   mkdir -p "$home"
   free=$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')
-  ((free >= need)) || { echo "$home has $free GB free and needs $need; free some, or set TURBO_NB_HOME" && return 1; } >&2
+  if ((free < need)); then
+    echo "$home has $free GB free and needs $need; free some, or set TURBO_NB_HOME" >&2
+    return 1
+  fi
   if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
     "$base" -m venv --clear "${options[@]}" "$venv"
     echo "$made" >"$venv/made"

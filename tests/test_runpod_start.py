@@ -78,13 +78,15 @@ def wait_for(condition, seconds=15):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
-def alive(group: int) -> bool:
-    """Whether any process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def alive(group: int) -> list[int]:
+    """The processes of a group; those that have ended and wait to be collected are not counted."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(process_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 class Machine:
@@ -158,6 +160,7 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            wait_for(lambda group=process.pid: not alive(group))
         self.begun.clear()
 
     @property
