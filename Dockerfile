@@ -1,0 +1,15 @@
+# turbo_nb on RunPod's PyTorch image: docker build -t REGISTRY/turbo_nb:0.1.0 .
+# What is installed here is found at start, so a pod's JupyterLab is up within seconds and nothing is set up on its volume.
+ARG BASE=runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404
+FROM ${BASE}
+
+COPY pyproject.toml README.md LICENSE runpod_start.sh /opt/turbo_nb/
+COPY turbo_nb /opt/turbo_nb/turbo_nb
+COPY notebooks /opt/turbo_nb/notebooks
+
+# The image's torch was built for the image's CUDA; pip may not replace it
+RUN python -c 'import torch; print(f"torch=={torch.__version__}")' >/opt/turbo_nb/constraints.txt && \
+    python -m pip install --no-cache-dir --constraint /opt/turbo_nb/constraints.txt --editable '/opt/turbo_nb[notebook]' && \
+    turbo-nb --help >/dev/null
+
+CMD ["/opt/turbo_nb/runpod_start.sh"]

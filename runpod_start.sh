@@ -1,0 +1,303 @@
+#!/usr/bin/env bash
+# From an empty RunPod pod, or any Linux box, to a JupyterLab with turbo_nb in it.
+#
+#   runpod_start.sh [start]                        JupyterLab up, then setup and downloads behind it
+#   runpod_start.sh setup                          only the Python environment
+#   runpod_start.sh generate "prompt" out.mp4 […]  one video; further options go to turbo-nb t2v
+#   runpod_start.sh doctor [--json …]              what this machine can do
+#   runpod_start.sh test [pytest options]          the package's tests
+#
+# On a pod it is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may be run again at
+# any time. Variables: JUPYTER_PASSWORD or JUPYTER_TOKEN, TURBO_NB_MODELS, TURBO_NB_STOP_IDLE, TURBO_NB_STOP_AFTER,
+# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP: see the README.
+
+set -euo pipefail
+
+self=$(readlink -f "${BASH_SOURCE[0]}")
+checkout=$(dirname "$self")
+prefix=${TURBO_NB_ROOT:-} # where the tests put /workspace, /tmp, /proc and /start.sh
+pod=${RUNPOD_POD_ID:-}
+port=${TURBO_NB_PORT:-8888}
+hook='' theirs='' # set by start: run under RunPod's /start.sh; JupyterLab is RunPod's own
+if [[ $pod ]]; then
+  root=$prefix/workspace ip=${TURBO_NB_IP:-0.0.0.0}
+  home=${TURBO_NB_HOME:-$root/turbo_nb_home}
+  run=$prefix/tmp/turbo_nb # the container's disk: a full volume must not keep JupyterLab from starting
+  export HF_HOME=${HF_HOME:-$root/.cache/huggingface}
+else
+  root=$checkout ip=${TURBO_NB_IP:-127.0.0.1}
+  home=${TURBO_NB_HOME:-$checkout/.turbo_nb}
+  run=$home/run
+  export HF_HOME=${HF_HOME:-$home/huggingface}
+fi
+logs=$home/logs venv=$home/venv
+export TURBO_NB_HOME=$home PIP_CACHE_DIR=${PIP_CACHE_DIR:-$home/pip}
+
+log() { printf '%(%T)T turbo_nb: %s\n' -1 "$*" | tee -a "$logs/start.log" 2>/dev/null || true; }
+
+failed() { # what went wrong: told, and kept where the first notebook finds it; never passed on
+  log "FAILED: $*"
+  { echo "$*" >>"$logs/failed.txt"; } 2>/dev/null || true
+}
+
+attempt() { # name, command…: output to logs/<first word of name>.log
+  local name=$1 file="$logs/${1%% *}.log" code=0
+  shift
+  { : >>"$file"; } 2>/dev/null || file=/dev/stderr
+  log "$name: begun, log in $file"
+  "$@" >>"$file" 2>&1 || code=$?
+  if ((code)); then
+    failed "$name, exit $code: $(tail -n 1 "$file" 2>/dev/null); see $file; to try again: bash $self"
+  else
+    log "$name: done"
+  fi
+}
+
+probe() { # python: its version, those of torch, jupyterlab and turbo-nb, or -; fails below 3.11 (which has no -P)
+  "$1" -P -c 'import sys, importlib.metadata as metadata
+def found(name):
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return "-"
+print(sys.version.split()[0], *map(found, ("torch", "jupyterlab", "turbo-nb")))'
+}
+
+pick_python() { # sets base and its versions: the first Python that has torch, else the first that is new enough
+  local name line candidates=("${TURBO_NB_PYTHON:-python}")
+  [[ ${TURBO_NB_PYTHON:-} ]] || candidates+=(python3 python3.13 python3.12 python3.11)
+  base=''
+  for name in "${candidates[@]}"; do
+    line=$(probe "$name" 2>/dev/null) || continue
+    [[ ! $base || $(cut -d ' ' -f 2 <<<"$line") != - ]] || continue
+    base=$(command -v "$name")
+    read -r version torch lab ours <<<"$line"
+    [[ $torch == - ]] || return 0
+  done
+  [[ ! $base ]] || return 0
+  failed "no Python 3.11 or newer among: ${candidates[*]}; install one, or name it in TURBO_NB_PYTHON"
+  return 1
+}
+
+complete() { [[ $torch != - && $lab != - && $ours != - ]]; } # base needs no environment of its own
+
+python_now() { # what runs turbo_nb at this moment
+  if ! complete && [[ -e $venv/installed ]]; then echo "$venv/bin/python"; else echo "$base"; fi
+}
+
+setup() { # an environment on the volume over the image's packages; a second run finds it ready
+  local made="$base $version torch $torch" want options=() need=12 free
+  complete && { log "setup: $base has turbo-nb $ours, torch $torch and jupyterlab $lab" && return; }
+  want="$made $(cksum <"$checkout/pyproject.toml")"
+  [[ $(cat "$venv/installed" 2>/dev/null) != "$want" ]] || { log "setup: $venv is ready" && return; }
+  [[ $torch == - ]] || options=(--system-site-packages) need=3
+  mkdir -p "$home"
+  free=$(df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }')
+  if ((free < need)); then
+    echo "$home has $free GB free and needs $need; free some, or set TURBO_NB_HOME" >&2
+    return 1
+  fi
+  if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
+    "$base" -m venv --clear "${options[@]}" "$venv"
+    echo "$made" >"$venv/made"
+  fi
+  install "$venv/bin/python" notebook
+  echo "$want" >"$venv/installed"
+}
+
+install() { # python, extras: pip may not replace a torch that is here, it was built for this image's CUDA and driver
+  local constraints=$home/constraints.txt
+  if [[ $torch == - ]]; then : >"$constraints"; else echo "torch==$torch" >"$constraints"; fi
+  "$1" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    --constraint "$constraints" --editable "${checkout}[$2]"
+}
+
+cli() { "$(python_now)" -m turbo_nb.cli "$@"; }
+
+running() { # regex: whether some process's command line matches
+  local file words
+  for file in "$prefix"/proc/[0-9]*/cmdline; do
+    { mapfile -d '' -t words <"$file"; } 2>/dev/null || continue
+    [[ ${words[*]} =~ $1 ]] && return
+  done
+  return 1
+}
+
+make_secret() { # JupyterLab never starts without one; a reference that RunPod left unresolved is no secret
+  token=${JUPYTER_PASSWORD:-${JUPYTER_TOKEN:-}}
+  [[ -z $token || $token == *"{{"* ]] && [[ ! $theirs ]] || return 0
+  token=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
+  echo "JupyterLab's token, made for this start and printed only here: $token"
+}
+
+write_kernel() { # python, name shown: the kernel python3 of every notebook
+  local folder=$run/jupyter/kernels/python3 user=~/.local/share/jupyter/kernels
+  {
+    mkdir -p "$folder" && printf '{"argv": ["%s", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+ "display_name": "%s", "language": "python",
+ "env": {"PYTHONPATH": "%s", "HF_HOME": "%s", "TURBO_NB_HOME": "%s"}}\n' \
+      "$1" "$2" "$checkout${PYTHONPATH:+:$PYTHONPATH}" "$HF_HOME" "$home" >"$folder/kernel.new"
+    mv "$folder/kernel.new" "$folder/kernel.json"
+    [[ ! $theirs ]] || { mkdir -p "$user" && ln -sfn "$folder" "$user/python3"; } # where RunPod's JupyterLab looks
+  } || failed "the notebooks' kernel could not be written to $folder"
+}
+
+place_notebooks() { # sets first; a checkout outside the server's root lends a copy
+  first=$(realpath -m --relative-to="$root" "$checkout/notebooks/01_setup.ipynb")
+  [[ $first == ../* ]] || return 0
+  first=turbo_nb_notebooks/01_setup.ipynb
+  [[ -e $root/turbo_nb_notebooks ]] || cp -r "$checkout/notebooks" "$root/turbo_nb_notebooks"
+}
+
+jupyter_lab() { # python: the server itself. The token goes by environment, and no other configuration can empty it
+  local config=$run/jupyter/config options=(
+    --no-browser --ip="$ip" --port="$port" --ServerApp.port_retries=0 --ServerApp.root_dir="$root"
+    --LabApp.default_url="/lab/tree/$first" --FileContentsManager.delete_to_trash=False
+    --ServerApp.tornado_settings='{"websocket_max_message_size": 536870912}' # bytes, for uploads
+  )
+  [[ -z $pod ]] || options+=(--ServerApp.allow_origin="https://$pod-$port.proxy.runpod.net")
+  ((EUID)) || options+=(--allow-root)
+  mkdir -p "$config"
+  echo 'import os; c.IdentityProvider.token = os.environ["JUPYTER_TOKEN"]' >"$config/jupyter_server_config.py"
+  export JUPYTER_CONFIG_DIR=$config JUPYTER_CONFIG_PATH=$config JUPYTER_DATA_DIR=$run/jupyter JUPYTER_PATH=$run/jupyter
+  export JUPYTER_RUNTIME_DIR=$run/jupyter/runtime IPYTHONDIR=$run/ipython JUPYTER_TOKEN=$token PATH=$venv/bin:$PATH
+  exec "$1" -m jupyterlab "${options[@]}"
+}
+
+serve() { # python: JupyterLab for as long as the container lives; on a plain box until it ends
+  local server code
+  trap 'kill "$server" || true; wait; exit 143' TERM
+  while true; do
+    code=0
+    jupyter_lab "$1" 9>&- >>"$run/jupyter.log" 2>&1 &
+    server=$!
+    wait "$server" || code=$?
+    ((!code)) || failed "JupyterLab ended, exit $code: $(tail -n 1 "$run/jupyter.log"); see $run/jupyter.log"
+    [[ $pod ]] || return "$code"
+    sleep "${TURBO_NB_RETRY_SECONDS:-30}"
+  done
+}
+
+work() { # what follows JupyterLab: setup, then one download after the other
+  local models model
+  IFS=', ' read -ra models <<<"${TURBO_NB_MODELS:-}"
+  write_kernel "$(python_now)" "turbo_nb (setting up: wait for its log, then restart the kernel)"
+  attempt setup "$BASH" "$self" setup
+  if ! complete && [[ ! -e $venv/installed ]]; then
+    write_kernel "$base" "turbo_nb (setup failed: see logs/setup.log)" && return
+  fi
+  write_kernel "$(python_now)" turbo_nb
+  [[ -z $pod ]] || complete || ln -sfn "$venv/bin/turbo-nb" "$prefix/usr/local/bin/turbo-nb" || true # for any shell
+  for model in "${models[@]}"; do attempt "download $model" cli download "$model"; done
+}
+
+seconds() { # 90s, 30m or 2h → seconds
+  local -A unit=([s]=1 [m]=60 [h]=3600)
+  [[ $1 =~ ^([0-9]+)([smh])$ ]] && echo $((10#${BASH_REMATCH[1]} * unit[${BASH_REMATCH[2]}]))
+}
+
+ask() { curl -sf -m 10 --noproxy '*' -H @- "http://127.0.0.1:$port/api/$1" <<<"Authorization: token $token"; }
+
+notebooks() { # what the server says of its kernels and terminals, last activity included; "busy" when it cannot tell
+  local code=0
+  ask kernels || code=$?
+  ((code == 0 || code == 7)) || echo '"busy"' # 7: refused, so there is no server and no notebook
+  ask terminals || true                       # they may be switched off
+}
+
+gpu_busy() { # anything over 5 %
+  nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader 2>/dev/null | awk '$1 > 5 { b = 1 } END { exit !b }'
+}
+
+stop_pod() { # reason
+  log "$1: stopping pod $pod"
+  runpodctl pod stop "$pod" || runpodctl stop pod "$pod" || # the second is how older ones say it
+    failed "runpodctl could not stop the pod: stop it in RunPod's console"
+}
+
+watch_pod() { # money: stops the pod when it is idle, or when a batch has ended, if asked to
+  local limit every=${TURBO_NB_CHECK_SECONDS:-30} since=$SECONDS batch='' before='' now
+  local ours='((^|[ /])turbo-nb|turbo_nb\.cli)' others='(^|[ /])papermill |runpod_start\.sh (setup|generate|test)'
+  limit=$(seconds "${TURBO_NB_STOP_IDLE:-0s}") || failed "TURBO_NB_STOP_IDLE is '$TURBO_NB_STOP_IDLE'; it is a number" \
+    "with s, m or h, such as 30m; the pod will not stop when idle"
+  ((!limit)) || command -v curl >/dev/null || failed "without curl no one sees that the pod is idle; install it"
+  ((!limit)) || log "money: the pod stops when idle for $TURBO_NB_STOP_IDLE (no kernel busy, no batch, no download)"
+  [[ ${TURBO_NB_STOP_AFTER:-} != batch ]] || log "money: the pod stops when a batch has ended"
+  while ((limit)) || [[ ${TURBO_NB_STOP_AFTER:-} == batch ]]; do
+    sleep "$every"
+    now=$(notebooks)
+    if [[ $now == *'"busy"'* || $now != "$before" ]] || running "$ours [a-z]|$others" || gpu_busy; then
+      since=$SECONDS
+    fi
+    before=$now
+    if running "$ours batch|(^|[ /])papermill "; then
+      batch=1
+    elif [[ $batch && ${TURBO_NB_STOP_AFTER:-} == batch ]]; then
+      batch='' && stop_pod "the batch has ended"
+    elif ((limit && SECONDS - since >= limit)); then
+      since=$SECONDS && stop_pod "idle for $TURBO_NB_STOP_IDLE"
+    fi
+  done
+}
+
+stay_up() { # exit code: no failure may end the container
+  (($1)) || return 0
+  failed "start, exit $1"
+  [[ ! $hook ]] || exit 0
+  log "the container stays up: connect by SSH or RunPod's web terminal"
+  sleep infinity &
+  wait
+}
+
+start() {
+  local server='' url="http://$ip:$port/lab"
+  [[ -z $pod ]] || trap 'stay_up $?' EXIT
+  # On a signal all of it ends: the process group, or, without one of our own, what was started here
+  trap 'trap "" TERM; trap - EXIT; kill -- -$$ 2>/dev/null || jobs -p | xargs -r kill; wait; exit 143' TERM INT
+  mkdir -p "$run"
+  exec 9>"$run/lock"
+  flock -n 9 || { log "already started" && return; }
+  { mkdir -p "$logs" && : >"$logs/failed.txt"; } || log "FAILED: no logs in $logs; is the volume full or read-only?"
+  log "GPU: $(nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo 'none found')"
+  if [[ $pod ]]; then
+    url="https://$pod-$port.proxy.runpod.net/lab"
+    if running '(^| )/start\.sh( |$)'; then
+      hook=1
+    elif [[ -x $prefix/start.sh ]]; then
+      env -u JUPYTER_PASSWORD "$prefix/start.sh" 9>&- & # RunPod's SSH and hooks, without its JupyterLab
+    fi
+  fi
+  pick_python
+  if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || [[ $hook && ${JUPYTER_PASSWORD:-} ]]; then
+    [[ $pod ]] || { log "port $port is taken by another program; set TURBO_NB_PORT" && return 1; }
+    theirs=1 && log "a JupyterLab that is not ours, RunPod's own, has port $port; no second one is started"
+  fi
+  make_secret
+  place_notebooks || failed "no copy of the notebooks in $root"
+  if [[ ! $theirs ]]; then
+    [[ $lab != - ]] || attempt setup "$BASH" "$self" setup # nothing here to serve with yet
+    serve "$([[ $lab != - ]] && echo "$base" || echo "$venv/bin/python")" &
+    server=$!
+    log "JupyterLab: $url; log in $run/jupyter.log"
+  fi
+  work &
+  [[ -z $pod ]] || watch_pod &
+  [[ $hook ]] || wait $server
+}
+
+command=${1:-start}
+shift $(($# > 0))
+case $command in
+  start) start ;;
+  setup) pick_python; setup ;;
+  doctor) pick_python; setup >&2; cli doctor "$@" ;;
+  generate)
+    (($# > 1)) || { echo 'generate takes a prompt and the mp4 to write' >&2 && exit 2; }
+    pick_python; setup >&2; cli t2v --prompt "$1" --save_path "$2" "${@:3}"
+    ;;
+  test)
+    pick_python; setup >&2; install "$(python_now)" notebook,dev >&2
+    cd "$checkout"
+    "$(python_now)" -m pytest "$@"
+    ;;
+  -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' "$self" ;;
+  *) echo "unknown command '$command'; it is start, setup, generate, doctor or test" >&2 && exit 2 ;;
+esac
