@@ -1,6 +1,7 @@
 """Upstream's checkpoints: what they are, that they compute what upstream computes, and what bad ones say."""
 
 import pickle
+import random
 import time
 import warnings
 import zipfile
@@ -309,6 +310,21 @@ def test_a_damaged_safetensors_file_is_a_typed_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
         load_transformer(path)
+
+
+def test_bent_bytes_are_typed_errors_or_do_not_matter(tmp_path):
+    whole = write_upstream(tmp_path / "whole.pth").read_bytes()
+    bent, rng, told = tmp_path / "bent.pth", random.Random(0), 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(5):
+            data[rng.randrange(12_000)] = rng.randrange(256)  # the pickle comes first
+        bent.write_bytes(data)
+        try:
+            read(bent)
+        except CheckpointError:
+            told += 1
+    assert told > 20
 
 
 def test_one_model_asked_for_as_another_says_both(files):
