@@ -74,7 +74,9 @@ def differences(english: str, chinese: str) -> list[str]:
     """What the Chinese README lacks or has too much, a line each."""
     sections, others = parse(english), parse(chinese)
     if [s.level for s in sections] != [s.level for s in others]:
-        pairs = zip_longest(*([f"{'#' * s.level} {s.title}" for s in part[1:]] for part in (sections, others)))
+        pairs = zip_longest(
+            *([f"{'#' * s.level} {s.title}" for s in part[1:]] for part in (sections, others)), fillvalue="(none)"
+        )
         return [f"the levels of the headings differ: {ENGLISH} | {CHINESE}", *(f"{a} | {b}" for a, b in pairs)]
     wrong = []
     for ours, theirs in zip(sections, others, strict=True):
@@ -163,7 +165,8 @@ def test_each_links_to_the_other_in_its_first_lines():
 
 def test_the_chinese_readme_has_all_that_the_english_one_has():
     wrong = differences(read(ENGLISH), read(CHINESE))
-    assert not wrong, "\n" + "\n".join(wrong)
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
 
 
 @pytest.mark.parametrize("name", [ENGLISH, CHINESE])
@@ -171,12 +174,14 @@ def test_links_tree_and_commands_are_real(name):
     text = read(name)
     assert any(map(links, parse(text))) and list(calls(text))  # they are found at all
     wrong = missing_targets(name, text) + tree_faults(text) + call_faults(text)
-    assert not wrong, "\n" + "\n".join(wrong)
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
 
 
 def test_ci_finds_the_test_command(tmp_path):
     command = ci_test_command(read(ENGLISH), tmp_path)
-    assert command.endswith("&& pytest") and command in [line for s in parse(read(ENGLISH)) for line in s.code]
+    blocks = [line for section in parse(read(ENGLISH)) for line in section.code]
+    assert command.endswith("&& pytest") and command in blocks, f".ci/run takes '{command}' for the test command"
 
 
 def planted(old: str, new: str) -> str:
