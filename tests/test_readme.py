@@ -66,7 +66,7 @@ def tables(section: Section) -> list[str]:
 
 def facts(section: Section) -> list[str]:
     """What no translation changes: inline code and numbers."""
-    prose = re.sub(r"\]\([^)]*\)", "]", "\n".join(section.prose))
+    prose = re.sub(r"\]\([^)]*\)", "]", " ".join(section.prose))
     return sorted(set(re.findall(r"`[^`]+`|\d+(?:\.\d+)*", prose)))
 
 
