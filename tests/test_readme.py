@@ -187,7 +187,7 @@ def test_ci_finds_the_test_command(tmp_path):
 def planted(old: str, new: str) -> str:
     """README.md with a fault in it."""
     text = read(ENGLISH)
-    assert old in text
+    assert old in text, f"{ENGLISH} no longer has {old!r}: plant this fault in other words"
     return text.replace(old, new, 1)
 
 
