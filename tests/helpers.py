@@ -93,7 +93,7 @@ def tiny_transformer(arch, *, text_dim: int, sla: bool = True, int8: bool = Fals
     if sla:
         set_attention_type(model, "sla")
     if int8:
-        empty_linears(model, torch.bfloat16)
+        empty_linears(model, True, torch.bfloat16)
     return model
 
 

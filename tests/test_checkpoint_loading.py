@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import shutil
 import time
 import warnings
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from helpers import assert_close, golden, tiny_transformer, upstream_names, write_upstream
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from turbo_nb import catalog
@@ -19,7 +20,7 @@ from turbo_nb.errors import CheckpointError, InputError
 from turbo_nb.linear import is_quantized
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
-from turbo_nb.weights import UMT5_NAMES, read, recognise
+from turbo_nb.weights import read, recognise
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +94,25 @@ def test_the_vae_is_upstreams(files):
     assert_close("decode", io["dec"].clamp(-1, 1), frames, 3e-3)
 
 
+RAW_UMT5 = {
+    "norm1": "0.layer_norm", "norm2": "1.layer_norm", "attn.q": "0.SelfAttention.q", "attn.k": "0.SelfAttention.k",
+    "attn.v": "0.SelfAttention.v", "attn.o": "0.SelfAttention.o", "ffn.gate.0": "1.DenseReluDense.wi_0",
+    "ffn.fc1": "1.DenseReluDense.wi_1", "ffn.fc2": "1.DenseReluDense.wo",
+    "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias",
+}  # fmt: skip
+
+
 def test_the_text_encoder_is_transformers_own(tmp_path):
     config = UMT5Config(
         vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
     model = UMT5EncoderModel(config).eval()
-    raw = {}
-    for key, tensor in model.state_dict().items():
-        for name, hf in sorted(UMT5_NAMES.items(), key=lambda pair: -len(pair[1])):
-            key = key.replace(hf, name)
-        raw["norm.weight" if key == "encoder.final_layer_norm.weight" else key] = tensor
-    raw.pop("encoder.embed_tokens.weight", None)
-    assert {"token_embedding.weight", "blocks.1.ffn.gate.0.weight", "blocks.1.attn.q.weight", "norm.weight"} <= set(raw)
+    state = model.state_dict()
+    raw = {"token_embedding.weight": state["shared.weight"], "norm.weight": state["encoder.final_layer_norm.weight"]}
+    for index in range(2):
+        for theirs, ours in RAW_UMT5.items():
+            raw[f"blocks.{index}.{theirs}.weight"] = state[f"encoder.block.{index}.layer.{ours}.weight"]
+    assert len(raw) == len(state) - 1  # transformers ties the embedding, and has it twice
     torch.save(raw, tmp_path / "umt5.pth")
     model.save_pretrained(tmp_path / "folder")
     ids = torch.randint(0, 99, (1, 7))
@@ -288,6 +296,20 @@ def bent(key, value):
             r"missing: blocks.0.ffn.net.0.proj.scale",
         ),
         (bent("blocks.1.ffn.0.weight", float("nan")), "blocks.1.ffn.net.0.proj.weight .*holds NaN or Inf"),
+        (
+            lambda path: write_upstream(
+                path, {"head.head.weight": golden("dit_state")["head.head.weight"].to(torch.float8_e4m3fn)}
+            ),
+            "float8_e4m3fn, which no released model is",
+        ),
+        (
+            lambda path: write_upstream(path, {"patch_embedding.weight": torch.zeros(256, 63)}),
+            "shapes that are none's",
+        ),
+        (
+            lambda path: write_upstream(path, {"text_embedding.0.weight": torch.zeros(5)}),
+            "shapes that are none's",
+        ),
         (bent("head.head.bias", float("inf")), "proj_out.bias .*holds NaN or Inf"),
         (lambda path: path.mkdir(), "no safetensors weights"),
         (lambda path: None, "no file"),
@@ -336,6 +358,28 @@ def test_a_transformer_given_as_vae_or_text_encoder(files):
     for load, kind in ((load_vae, "vae"), (load_text_encoder, "text encoder")):
         with pytest.raises(CheckpointError, match=f"transformer.*a {kind} was asked for"):
             load(files / "bf16.pth")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda state: state.pop("encoder.block.1.layer.1.DenseReluDense.wi_0.weight"), "missing: .*wi_0"),
+        (lambda state: state["shared.weight"].view(-1)[7].fill_(torch.nan), "holds NaN or Inf"),
+        (lambda state: state.update({"encoder.final_layer_norm.weight": torch.zeros(3)}), "has shape"),
+        (None, "no config.json"),
+    ],
+    ids=["missing", "NaN", "shape", "no config"],
+)
+def test_a_text_encoders_folder_is_checked_as_files_are(tmp_path, fault, words):
+    folder = shutil.copytree(catalog.NANO.folder / "text_encoder", tmp_path / "text_encoder")
+    if fault:
+        state = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
+        fault(state)
+        save_file(state, folder / "model.safetensors")
+    else:
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=words):
+        load_text_encoder(folder)
 
 
 def test_the_model_is_diffusers_own(files):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,9 @@ class Heard(list):
 )
 def test_the_right_expert_works(i2v, folder, steps, boundary, experts):
     assert type(i2v) is WanImageToVideoPipeline
+    for expert, name in ((i2v.transformer, "high"), (i2v.transformer_2, "low")):
+        state = torch.load(folder / f"{name}.pth", mmap=True)
+        assert torch.equal(expert.blocks[0].attn1.to_q.weight, state["blocks.0.self_attn.q.weight"].float())
     with Heard(i2v) as heard, pytest.warns(UserWarning, match="cropped to 64x48"):
         video = turbo_nb.generate(
             i2v, "x", image=folder / "picture.png", boundary=boundary, **CLIP | {"num_steps": steps}
@@ -201,6 +205,19 @@ def test_a_picture_that_cannot_be_used(i2v, image, words):
         turbo_nb.generate(i2v, "x", image=image, **CLIP)
 
 
+def test_a_boundary_is_refused_where_there_is_no_second_expert(nano):
+    with pytest.raises(InputError, match="no second expert"):
+        turbo_nb.generate(nano, PROMPT, boundary=0.9, num_frames=5, num_steps=1)
+    assert turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=1).frames.shape[0] == 5
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_wrong_path_is_found_before_anything_large_is_loaded(folder, parts, monkeypatch, part):
+    monkeypatch.setattr("turbo_nb.checkpoint.load_transformer", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(CheckpointError, match="nope"):
+        turbo_nb.load_pipeline(folder / "tiny.pth", **parts | {part: folder / "nope"})
+
+
 def test_one_checkpoint_for_a_model_of_two_experts(folder, parts):
     with pytest.raises(InputError, match=r"takes 2 checkpoints \(high-noise, low-noise\), and got 1"):
         turbo_nb.load_pipeline(folder / "high.pth", **parts)
@@ -237,8 +254,8 @@ def test_the_plan_is_told_before_anything_is_loaded(folder, parts, monkeypatch):
 
 def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeypatch):
     frugal = plan.Plan(name="free-text", text_encoder="freed", offload="none", vae_tiling=False, device="cpu")
-    monkeypatch.setattr(plan, "next_plan", lambda chosen: frugal)
     before, decode, failures = nano.plan, nano.vae.decode, [torch.OutOfMemoryError("full")]
+    nano.plan = replace(before, next=frugal)
 
     def full(*args, **kwargs):
         if failures:
@@ -250,10 +267,10 @@ def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeyp
         with pytest.warns(UserWarning, match="out of memory while at decode; going on with plan free-text"):
             frames = turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames
         assert nano.plan is frugal
+        nano.plan = replace(before, next=frugal)
         failures += [torch.OutOfMemoryError("full"), torch.OutOfMemoryError("full")]
-        with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        with pytest.warns(UserWarning), pytest.raises(TurboNbError, match="with plan free-text; take fewer frames"):
             turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2)
-        monkeypatch.setattr(plan, "next_plan", lambda chosen: None)
         failures[:] = [torch.OutOfMemoryError("full")]
         with pytest.raises(TurboNbError, match=r"out of memory while at decode.*take fewer frames"):
             turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2)
@@ -323,8 +340,9 @@ def test_a_lora_is_merged_by_its_scale(folder, tmp_path):
     assert not any("lora" in key for key in merged)
     with pytest.raises(CheckpointError, match="plain linears"):
         convert(folder / "tiny-quant.pth", tmp_path / "no", loras=[str(tmp_path / "lora.safetensors")])
-    with pytest.raises(CheckpointError, match="no LoRA"):
-        convert(folder / "tiny.pth", tmp_path / "no", loras=["nothing.safetensors"])
+    for lora in ("nothing.safetensors", f"{tmp_path / 'lora.safetensors'}:nan"):
+        with pytest.raises(CheckpointError, match="no LoRA"):
+            convert(folder / "tiny.pth", tmp_path / "no", loras=[lora])
 
 
 def test_a_converted_folder_loads_to_the_bit_and_makes_the_same_clip(folder, parts, tmp_path):

@@ -57,7 +57,6 @@ def asked(monkeypatch):
     """What a command line asks of the package"""
     calls = []
     monkeypatch.setattr(cli, "_make", lambda *args: calls.append(args))
-    monkeypatch.setattr(cli, "app", cli.app)
 
     def ask(command, line):
         result = CliRunner().invoke(cli.app, [command, *line])
@@ -85,6 +84,11 @@ def test_defaults_are_the_models_own(asked):
     assert (settings.sigma_max, settings.boundary, settings.width, settings.num_frames) == (200.0, 0.9, 1280, 81)
     settings = pipeline.check_settings(catalog.find("Wan2.1-1.3B"), "x")
     assert (settings.sigma_max, settings.boundary, settings.width, settings.num_steps) == (80.0, None, 832, 4)
+
+
+def test_memory_is_given_in_gigabytes(asked):
+    *_, load = asked("t2v", ["--prompt", "x", "--memory", "12", "--plan", "offload"])
+    assert (load["memory"], load["memory_plan"]) == (12e9, "offload")
 
 
 def test_upstreams_text_to_video_line_is_understood(asked):
@@ -137,4 +141,4 @@ def test_dashes_and_underscores_are_the_same(asked):
 
 def test_upstreams_model_names_are_aliases():
     for name in ("Wan2.1-1.3B", "Wan2.1-14B", "Wan2.2-A14B"):
-        assert catalog.find(name).files
+        assert name.partition("-")[2] in catalog.find(name).name

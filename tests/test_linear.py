@@ -9,12 +9,11 @@ from turbo_nb.errors import InputError
 from turbo_nb.kernels import reference
 from turbo_nb.linear import (
     Int8Linear,
-    dequantize_linears,
+    empty_linears,
     int8_dequantize,
     int8_linear,
     int8_quantize,
     is_quantized,
-    quantize_linears,
 )
 
 
@@ -71,17 +70,15 @@ def test_the_bias_is_added_in_the_output_dtype():
     assert int8_linear(x, w_q, scale, bias).item() == int8_linear(x, w_q, scale).add(bias).item()
 
 
-def test_blocks_are_quantised_but_proj_l_and_back():
-    block = nn.ModuleDict({"to_q": nn.Linear(128, 256), "proj_l": nn.Linear(64, 64)})
-    model = nn.ModuleDict({"blocks": nn.ModuleList([block]), "proj_out": nn.Linear(128, 8)})
-    model.blocks = model["blocks"]
-    weight = block["to_q"].weight.detach().clone()
-    assert quantize_linears(model) == 1 and is_quantized(model)
+def test_the_blocks_linears_change_their_kind_but_proj_l():
+    model, block = nn.Module(), nn.ModuleDict({"to_q": nn.Linear(128, 256), "proj_l": nn.Linear(64, 64)})
+    model.blocks, model.proj_out = nn.ModuleList([block]), nn.Linear(128, 8)
+    assert empty_linears(model, True, torch.bfloat16) == 1 and is_quantized(model)
     assert isinstance(block["to_q"], Int8Linear)
-    assert type(block["proj_l"]) is type(model["proj_out"]) is nn.Linear
+    assert type(block["proj_l"]) is type(model.proj_out) is nn.Linear
     assert {"to_q.int8_weight", "to_q.scale", "to_q.bias"} < set(block.state_dict())
-    assert dequantize_linears(model, torch.float32) == 1 and not is_quantized(model)
-    assert_close("dequantised", weight, block["to_q"].weight.detach(), 0.01)
+    assert empty_linears(model, False, torch.float16) == 1 and not is_quantized(model)
+    assert block["to_q"].weight.dtype == torch.float16 and block["to_q"].weight.is_meta
 
 
 def test_shapes_that_do_not_fit_are_errors():

@@ -92,6 +92,7 @@ def test_a_prompt_outside_the_vocabulary_is_made_and_said(nano, recwarn):
         ({"num_steps": 0}, "1 to 4"),
         ({"resolution": "100x100"}, "multiples of 16"),
         ({"seed": -1}, "from 0"),
+        ({"seed": 1.0}, "whole number"),
         ({"seed": 2**64}, "from 0"),
         ({"sigma_max": float("nan")}, "sigma_max"),
         ({"noise_device": "tpu"}, "cpu"),
@@ -122,6 +123,9 @@ def test_load_pipeline_errors():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no GPU"):
             turbo_nb.load_pipeline(device="cuda")
+    for device in ("gpu", "mps", "meta"):
+        with pytest.raises(InputError, match="auto, cpu, cuda"):
+            turbo_nb.load_pipeline(device=device)
 
 
 def test_attention_is_sla_by_default_and_dense_on_request(nano):

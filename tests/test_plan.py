@@ -4,7 +4,7 @@ import pytest
 
 from turbo_nb import catalog
 from turbo_nb.errors import InputError
-from turbo_nb.plan import GB, NAMES, PLANS, Plan, choose, next_plan, sizes
+from turbo_nb.plan import GB, PLANS, apply, choose, sizes
 
 SMALL, LARGE, I2V = (
     catalog.find(name)
@@ -77,13 +77,41 @@ def test_on_a_cpu_only_the_text_encoder_can_go():
 
 
 def test_the_next_plan_frees_more_until_there_is_none():
-    names, plan = [], plan_for(SMALL, 80)
+    told, plan = [], plan_for(SMALL, 80)
     while plan:
-        names.append(plan.name)
-        plan = next_plan(plan)
-    assert names == ["resident", "offload-tiled", "group"]
-    assert set(names) < set(NAMES)
-    assert (
-        next_plan(Plan(name="resident", text_encoder="resident", offload="none", vae_tiling=False, device="cpu"))
-        is None
-    )
+        told.append((plan.name, plan.needs))
+        plan = plan.next
+    assert [name for name, _ in told] == ["resident", "offload-tiled", "group"]
+    assert [needs for _, needs in told] == sorted((needs for _, needs in told), reverse=True)
+    assert plan_for(SMALL, 80).next == plan_for(SMALL, 80, name="offload-tiled")
+    assert plan_for(SMALL, 64, device="cpu").next is None
+
+
+class Recorder:
+    """A pipeline that records what is asked of it"""
+
+    def __init__(self, told, name=""):
+        self._told, self._name = told, name
+
+    def __getattr__(self, name):
+        if name in ("transformer", "transformer_2", "vae"):
+            return Recorder(self._told, name)
+        return lambda *args, **kwargs: self._told.append(
+            " ".join([self._name, name, *map(str, (*args, *kwargs.values()))])
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "done"),
+    [
+        ("resident", {"transformer to cuda", "transformer_2 to cuda", "vae to cuda", "vae disable_tiling"}),
+        ("offload", {" to cpu", " enable_model_cpu_offload cuda", "vae disable_tiling"}),
+        ("offload-tiled", {" enable_model_cpu_offload cuda", "vae enable_tiling"}),
+        ("group", {"transformer to cpu", "vae to cuda", "vae enable_tiling",
+                   "transformer_2 enable_group_offload cuda cpu block_level 1 True"}),
+    ],
+)  # fmt: skip
+def test_a_plan_is_carried_out(name, done):
+    told = []
+    apply(plan_for(I2V, 40, quantised=True, name=name), Recorder(told))
+    assert told[0] == " remove_all_hooks" and done <= set(told)

@@ -1,14 +1,17 @@
 """flash_attn absent, working or broken: RoPE always runs, and says once why it runs without."""
 
+import os
 import subprocess
 import sys
 import textwrap
 import warnings
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import turbo_nb
 from turbo_nb import backends, rope
 from turbo_nb.backends import Library, Machine
 
@@ -21,7 +24,7 @@ def gpu(monkeypatch):
         libraries = {"triton": Library(version="3.6"), "flash_attn": Library(version="2.8.3", error=error)}
         here = Machine(gpu="H100", arch=(9, 0), libraries=libraries)
         monkeypatch.setattr(backends, "_probe_once", lambda: here)
-        monkeypatch.setattr(rope.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(backends, "installed", lambda name: True)
 
     monkeypatch.delenv("TURBO_NB_ROPE", raising=False)
     rope._flash_attn.cache_clear()
@@ -29,7 +32,8 @@ def gpu(monkeypatch):
     rope._flash_attn.cache_clear()
 
 
-def test_absent_it_is_not_missed(gpu):
+def test_absent_it_is_not_missed(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "installed", lambda name: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rope._flash_attn() is None
@@ -50,6 +54,19 @@ def test_broken_it_is_passed_over_with_one_warning_that_says_why(gpu):
         assert rope._flash_attn() is None
         assert rope._flash_attn() is None
     assert len(caught) == 1
+
+
+def test_a_module_that_only_looks_like_it_is_not_it(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert rope._flash_attn() is None
+
+
+def test_passed_over_on_request_it_is_not_spoken_of(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setenv("TURBO_NB_ROPE", "reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rope._flash_attn() is None
 
 
 def test_on_a_cpu_nothing_of_it_is_asked(gpu):
@@ -78,7 +95,7 @@ def test_a_broken_flash_attn_never_breaks_the_import(tmp_path, body):
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(turbo_nb.__file__).parents[1]}"},
         cwd=tmp_path.parent,
     )
     assert result.returncode == 0, result.stderr

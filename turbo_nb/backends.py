@@ -17,7 +17,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import BackendError, InputError
+from .errors import BackendError, InputError, first_line
 
 PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilation, one launch
 SMI_SECONDS = 10.0
@@ -174,7 +174,7 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
         raise InputError(f"operation is {operation!r}; it is one of {', '.join(CANDIDATES)}")
     machine = _probe_once() if machine is None else machine
     variable, candidates = VARIABLES[operation], CANDIDATES[operation]
-    asked = override or os.environ.get(variable) or "auto"
+    asked = override or asked_for(operation) or "auto"
     source = f"{operation} backend {asked!r}" if override else f"{variable}={asked}"
     known = [c.name for other in CANDIDATES if VARIABLES[other] == variable for c in CANDIDATES[other]]
     if asked not in ("auto", *known):
@@ -194,6 +194,11 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
             raise BackendError(f"{source} cannot run here: {reason}; leave it out to use what can")
         passed_over.append((candidate.name, reason))
     return Choice(operation, None, tuple(passed_over))
+
+
+def asked_for(operation: str) -> str | None:
+    """The implementation that the operation's variable in the environment asks for, if any."""
+    return os.environ.get(VARIABLES[operation]) or None
 
 
 def detect(*, rope: str | None = None, attention: str | None = None, linear: str | None = None) -> Backends:
@@ -239,12 +244,17 @@ def _probe_once() -> Machine:
             torch.cuda.init()  # fails, and says why
             facts["cuda_error"] = "torch sees no GPU; is it hidden by CUDA_VISIBLE_DEVICES?"
     except Exception as error:  # whatever a broken driver, torch or GPU raises is a fact about it
-        facts["cuda_error"] = _first_line(error)
+        facts["cuda_error"] = first_line(error)
     usable = "arch" in facts
     libraries = {name: library for name in LIBRARIES if (library := _probe_library(name, usable))}
     if usable and "triton" in libraries and not libraries["triton"].error:
         libraries["triton"] = replace(libraries["triton"], error=_probe_triton())
     return Machine(**facts, libraries=libraries)
+
+
+def installed(name: str) -> bool:
+    """Whether a library of `LIBRARIES` is there, working or not; nothing is imported."""
+    return _probe_library(name, usable=False) is not None
 
 
 def _nvidia_smi() -> tuple[str | None, str | None]:
@@ -280,7 +290,7 @@ def _probe_library(name: str, usable: bool) -> Library | None:
     try:
         import_module(LIBRARIES[name][1])
     except Exception as error:  # an undefined symbol, a wrong torch, a missing dependency of theirs
-        return Library(version=version, error=f"import failed: {_first_line(error)}")
+        return Library(version=version, error=f"import failed: {first_line(error)}")
     return Library(version=version)
 
 
@@ -313,7 +323,3 @@ def _probe_triton(script: Path = Path(__file__).parent / "kernels" / "probe.py",
     # a compiler's own complaint comes before Python's traceback about it
     line = next((line for line in lines if "fatal error:" in line or "cannot find" in line), lines[-1])
     return f"its trial kernel failed: {line}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -43,6 +43,11 @@ class Arch:
     ffn_dim: int
     in_channels: int = 16
 
+    @property
+    def task(self) -> str | None:
+        """ "t2v" or "i2v"; None for a number of channels that none of ours has."""
+        return {16: "t2v", 36: "i2v"}.get(self.in_channels)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

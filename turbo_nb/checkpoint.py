@@ -5,8 +5,10 @@ tensors to a model without storage: nothing is held twice.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +18,14 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from . import catalog, linear
-from .errors import CheckpointError, InputError, OutputError
+from . import catalog
+from .errors import CheckpointError, InputError, OutputError, first_line
+from .linear import Int8Linear, empty_linears, held, int8_dequantize, int8_quantize
 from .scheduler import RCMScheduler
 from .sla import set_attention_type
-from .weights import PROJ_L, Contents, first_line, listed, read, require
+from .weights import PROJ_L, Contents, listed, read, require
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
 
@@ -46,45 +50,70 @@ def load_transformer(
     Raises CheckpointError if the file is damaged, is something else, lacks a tensor or has one that doesn't fit or is
     not finite; InputError or BackendError for an attention_type that cannot be had.
     """
-    if quant_linear not in (True, False, "auto"):
+    if quant_linear is not True and quant_linear is not False and quant_linear != "auto":
         raise InputError(f"quant_linear is {quant_linear!r}; it is auto (as the file has it), True or False")
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "transformer", expected)
+    quantized = contents.quantized if quant_linear == "auto" else quant_linear
+    dtype = dtype or contents.dtype
     with init_empty_weights(include_buffers=True):
         model = WanTransformer3DModel.from_config(_config(contents))
         set_attention_type(model, "sla", sla_topk)
-        if contents.quantized:
-            linear.empty_linears(model, contents.dtype)
+        empty_linears(model, contents.quantized, dtype)
         set_attention_type(model, attention_type, sla_topk, backend=attention_backend)
 
-    tensors = dict(contents.tensors)
-    wanted = model.state_dict()
-    projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
-    if projections and attention_type == "original":
-        warnings.warn(f"{str(contents.path)!r} has SLA's projections; dense attention does without them", stacklevel=2)
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in projections}
-    elif projections and not contents.sla:
-        warnings.warn(f"{str(contents.path)!r} has no SLA projections: the linear branch is zero", stacklevel=2)
-        tensors |= {key: torch.zeros(wanted[key].shape) for key in projections}
-    tensors = _matched(tensors, wanted, contents)
-
-    dtype = dtype or contents.dtype
+    tensors = _matched(_fitting_attention(contents, model, attention_type), model.state_dict(), contents)
+    if quantized != contents.quantized:
+        count = empty_linears(model, quantized, dtype)
+        change = "quantised to int8" if quantized else f"dequantised to {dtype}"
+        warnings.warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}", stacklevel=2)
     for key in list(tensors):
+        if key not in tensors:  # the scale of a weight that was dequantised
+            continue
         tensor = _finite(key, tensors.pop(key).to(device), contents)
-        if tensor.is_floating_point():
-            keep = any(part in key for part in KEEP_FP32) or key.endswith(".scale")
-            tensor = tensor.to(torch.float32 if keep else dtype)
-        _assign(model, key, tensor)
+        name, _, leaf = key.rpartition(".")
+        if leaf == "weight" and isinstance(module := model.get_submodule(name), Int8Linear):
+            module.int8_weight, module.scale = map(held, int8_quantize(tensor))
+        elif leaf == "int8_weight" and not quantized:
+            scale = _finite(f"{name}.scale", tensors.pop(f"{name}.scale").to(device), contents)
+            _assign(model, f"{name}.weight", int8_dequantize(tensor, scale).to(dtype))
+        else:
+            if tensor.is_floating_point():
+                keep = any(part in key for part in KEEP_FP32) or leaf == "scale"
+                tensor = tensor.to(torch.float32 if keep else dtype)
+            _assign(model, key, tensor)
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
-    _follow(model, quant_linear, dtype, contents)
     return model.requires_grad_(False).eval()
+
+
+def _fitting_attention(contents: Contents, model: nn.Module, attention_type: str) -> dict[str, Tensor]:
+    """The file's tensors less the projections that dense attention does without, or with zeros for those it lacks."""
+    tensors, wanted = contents.tensors, model.state_dict()
+    projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
+    if projections and attention_type == "original":
+        warnings.warn(f"{str(contents.path)!r} has SLA's projections; dense attention does without them", stacklevel=3)
+        return {key: tensor for key, tensor in tensors.items() if key not in projections}
+    if projections and not contents.sla:
+        warnings.warn(f"{str(contents.path)!r} has no SLA projections: the linear branch is zero", stacklevel=3)
+        return tensors | {key: torch.zeros(wanted[key].shape) for key in projections}
+    return tensors
+
+
+def _folder_config(folder: Path) -> dict:
+    """config.json of a folder. Raises CheckpointError if there is none, or it cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no config.json that can be read in {str(folder)!r} ({first_line(error)}); a diffusers folder has one"
+        ) from error
 
 
 def _config(contents: Contents) -> dict:
     """diffusers' config of a transformer: the folder's own, else from the shapes"""
     if contents.path.is_dir():
-        return json.loads((contents.path / "config.json").read_text(encoding="utf-8"))
+        return _folder_config(contents.path)
     arch = contents.arch
     return {
         "attention_head_dim": contents.head_dim,
@@ -119,7 +148,11 @@ def _matched(tensors: dict[str, Tensor], wanted: dict[str, Tensor], contents: Co
 
 
 def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
-    """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
+    """The tensor itself. Raises CheckpointError if it holds NaN or Inf, or floats of a kind that no model has."""
+    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{key} in {str(contents.path)!r} is {tensor.dtype}, which no released model is; take the bf16 or int8 file"
+        )
     if tensor.is_floating_point() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise CheckpointError(f"{key} in {str(contents.path)!r} holds NaN or Inf; the file is damaged, fetch it again")
     return tensor
@@ -133,17 +166,6 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[leaf] = tensor
-
-
-def _follow(model: WanTransformer3DModel, quant_linear: bool | str, dtype: torch.dtype, contents: Contents) -> None:
-    """Quantise or dequantise where something else was asked for than the file has."""
-    path = str(contents.path)
-    if quant_linear is True and not contents.quantized:
-        count = linear.quantize_linears(model)
-        warnings.warn(f"{path!r} has {contents.dtype} linears; {count} were quantised to int8", stacklevel=3)
-    elif quant_linear is False and contents.quantized:
-        count = linear.dequantize_linears(model, dtype)
-        warnings.warn(f"{path!r} has int8 linears; {count} were dequantised to {dtype}", stacklevel=3)
 
 
 def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtype: torch.dtype | None) -> None:
@@ -162,7 +184,7 @@ def load_vae(
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "vae")
     if contents.path.is_dir():
-        config = json.loads((contents.path / "config.json").read_text(encoding="utf-8"))
+        config = _folder_config(contents.path)
     else:
         config = {
             "base_dim": contents.tensors["encoder.conv_in.weight"].shape[0],
@@ -183,14 +205,23 @@ def load_text_encoder(
     """
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "text encoder")
-    if contents.path.is_dir():
-        module = UMT5EncoderModel.from_pretrained(contents.path, dtype=dtype or "auto", local_files_only=True)
-        return module.to(device).eval()
+    config = UMT5Config(**_folder_config(contents.path)) if contents.path.is_dir() else _umt5_config(contents)
+    with init_empty_weights():
+        model = UMT5EncoderModel(config)
     tensors = contents.tensors
-    first = "encoder.block.0.layer."
+    embeddings = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    tensors = tensors | {"shared.weight": embeddings, "encoder.embed_tokens.weight": embeddings}
+    _fill(model, replace(contents, tensors=tensors), device, dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model.requires_grad_(False).eval()
+
+
+def _umt5_config(contents: Contents) -> UMT5Config:
+    """The configuration of a text encoder, from its shapes"""
+    tensors, first = contents.tensors, "encoder.block.0.layer."
     buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
     vocabulary, width = tensors["shared.weight"].shape
-    config = UMT5Config(
+    return UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
         d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
@@ -200,12 +231,6 @@ def load_text_encoder(
         relative_attention_num_buckets=buckets,
         feed_forward_proj="gated-gelu",
     )
-    with init_empty_weights():
-        model = UMT5EncoderModel(config)
-    tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
-    _fill(model, contents, device, dtype)
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(path: str | Path):
@@ -215,7 +240,7 @@ def load_tokenizer(path: str | Path):
     """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever tokenizers raises on a file that is none
         raise CheckpointError(
             f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
             "as that of google/umt5-xxl"
@@ -239,8 +264,9 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
         place = folder / ("transformer_2" if low_noise else "transformer")
     elif contents.kind == "vae":
         module, place = load_vae(contents, dtype=None), folder / "vae"
+    elif contents.kind != "text encoder":
+        raise CheckpointError(f"{str(source)!r} is {contents}; a transformer, a VAE or a text encoder can be converted")
     else:
-        require(contents, "text encoder")
         module, place = load_text_encoder(contents, dtype=None), folder / "text_encoder"
     try:
         module.save_pretrained(place)
@@ -252,11 +278,11 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
 
 def _merge_lora(transformer: WanTransformer3DModel, lora: str) -> None:
     """Add a LoRA's weights to the transformer's own"""
-    path, _, scale = lora.rpartition(":")
-    if not path or not _is_number(scale):
-        path, scale = lora, "1"
-    if not Path(path).is_file():
-        raise CheckpointError(f"no LoRA {path!r}; give FILE or FILE:SCALE")
+    path, scale = lora, "1"
+    if not Path(lora).is_file() and ":" in lora:
+        path, _, scale = lora.rpartition(":")
+    if not Path(path).is_file() or not _is_number(scale):
+        raise CheckpointError(f"no LoRA {lora!r}; give FILE or FILE:SCALE, such as style.safetensors:0.8")
     pipeline = WanPipeline(None, None, None, RCMScheduler(), transformer)
     try:
         pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name, adapter_name="merged")
@@ -268,7 +294,6 @@ def _merge_lora(transformer: WanTransformer3DModel, lora: str) -> None:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

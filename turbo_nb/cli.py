@@ -197,11 +197,11 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
                 on_stage=lambda name: progress.reset(bar, description=name, total=steps if name == "denoise" else None),
                 on_step=lambda done, total, latents: progress.update(bar, completed=done),
             )
-            clips.append(video)
-            if grid and seed != seeds[-1]:
-                continue
             if grid:
-                video = replace(video, frames=media.grid([clip.frames for clip in clips]))
+                clips.append(video.frames)
+                if seed != seeds[-1]:
+                    continue
+                video = replace(video, frames=media.grid(clips), settings=video.settings | {"seed": [*seeds]})
             progress.reset(bar, description="write", total=None)
             begin = time.perf_counter()
             path = paths[0 if grid else seed - seeds[0]]
@@ -222,7 +222,9 @@ def info(
     file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, or a checkpoint.")],
 ) -> None:
     """Print how a video was made, or what a checkpoint is."""
-    if file.suffix == ".mp4" or not file.exists():
+    if not file.exists():
+        raise InputError(f"no file {str(file)!r}; give an mp4 that turbo-nb made, or a checkpoint")
+    if file.suffix == ".mp4":
         from . import media
 
         for name, value in media.read_metadata(file).items():
@@ -298,7 +300,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("cancelled; nothing was written", file=sys.stderr)
+        print("cancelled; only what was finished is there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -27,3 +27,8 @@ class CheckpointError(TurboNbError, ValueError):
 
 class DownloadError(TurboNbError, OSError):
     """A file that cannot be fetched from the Hub, or that came with wrong bytes; files that are whole stay."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 160 characters"""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

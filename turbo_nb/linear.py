@@ -1,7 +1,6 @@
 """8-bit linears in tiles of 128×128 (TurboDiffusion): weights are stored, activations quantised as they come.
 
-`quantize_linears(transformer)` turns the linears of a transformer's blocks into `Int8Linear`, with the buffers of
-upstream's quantised checkpoints; `dequantize_linears` turns them back.
+`Int8Linear` has the tensors of upstream's quantised checkpoints; `empty_linears` makes room for them in a transformer.
 """
 
 import torch
@@ -13,13 +12,12 @@ from .kernels.reference import TILE, int8_dequantize
 
 __all__ = [
     "Int8Linear",
-    "dequantize_linears",
     "empty_linears",
+    "held",
     "int8_dequantize",
     "int8_linear",
     "int8_quantize",
     "is_quantized",
-    "quantize_linears",
 ]
 
 
@@ -47,32 +45,24 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with upstream's buffers: int8_weight (out, in), scale (⌈out/128⌉, ⌈in/128⌉), bias (out,)."""
+    """A linear layer with upstream's tensors: int8_weight (out, in), scale (⌈out/128⌉, ⌈in/128⌉), bias (out,)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=torch.bfloat16):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         tiles = -(-out_features // TILE), -(-in_features // TILE)
-        self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.zeros(tiles, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self.int8_weight = held(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.scale = held(torch.zeros(tiles, device=device))
+        self.bias = held(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
         """The 8-bit form of `linear`."""
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta")
-        module.int8_weight, module.scale = int8_quantize(weight)
-        module.bias = None if linear.bias is None else linear.bias.detach()
+        module.int8_weight, module.scale = map(held, int8_quantize(weight))
+        module.bias = None if linear.bias is None else held(linear.bias.detach())
         return module
-
-    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A linear with the weights that this one stands for, in `dtype`."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(int8_dequantize(self.int8_weight, self.scale).to(dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.int8_weight, self.scale, self.bias)
@@ -81,36 +71,26 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def _replace(module: nn.Module, kind: type[nn.Module], make) -> int:
-    """Replace each `kind` inside `module`, but `proj_l`, by make(it); how many"""
+def held(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is not trained: unlike buffers, diffusers' group offload moves these both ways"""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def empty_linears(transformer: nn.Module, quantized: bool, dtype: torch.dtype) -> int:
+    """Put linears without storage, 8-bit or plain, in the place of the blocks' linears (not `proj_l`); how many.
+
+    In place, and before the weights are there: which ones upstream quantises is decided here.
+    """
     found = [
         (parent, name, child)
-        for parent in module.modules()
+        for parent in transformer.blocks.modules()
         for name, child in parent.named_children()
-        if type(child) is kind and name != "proj_l"
+        if type(child) in (nn.Linear, Int8Linear) and name != "proj_l"
     ]
     for parent, name, child in found:
-        setattr(parent, name, make(child))
+        kind = Int8Linear if quantized else nn.Linear
+        setattr(parent, name, kind(child.in_features, child.out_features, child.bias is not None, "meta", dtype))
     return len(found)
-
-
-def empty_linears(transformer: nn.Module, dtype: torch.dtype) -> int:
-    """Put 8-bit linears without storage in the place of the blocks' linears; how many. In place."""
-
-    def empty(linear: nn.Linear) -> Int8Linear:
-        return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, "meta", dtype)
-
-    return _replace(transformer.blocks, nn.Linear, empty)
-
-
-def quantize_linears(transformer: nn.Module) -> int:
-    """Quantise the linears of the transformer's blocks as upstream does (not `proj_l`); how many. In place."""
-    return _replace(transformer.blocks, nn.Linear, Int8Linear.from_linear)
-
-
-def dequantize_linears(transformer: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Turn the 8-bit linears of the transformer's blocks into plain ones in `dtype`; how many. In place."""
-    return _replace(transformer.blocks, Int8Linear, lambda linear: linear.to_linear(dtype))
 
 
 def is_quantized(transformer: nn.Module) -> bool:

@@ -19,12 +19,13 @@ METADATA_KEY = "turbo_nb"
 
 def load_image(image: "str | os.PathLike | Image | np.ndarray") -> "Image":
     """An RGB image from a file, a PIL image or an array (H, W, 3) uint8, upright. Raises InputError if it is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     if not isinstance(image, str | os.PathLike):
-        if getattr(image, "shape", ())[2:] != (3,) or str(image.dtype) != "uint8":
+        shape = getattr(image, "shape", ())
+        if shape[2:] != (3,) or 0 in shape or str(image.dtype) != "uint8":
             got = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
             raise InputError(f"image is {got}; give a file, a PIL image, or an array (height, width, 3) of uint8")
         return Image.fromarray(image)
@@ -34,7 +35,7 @@ def load_image(image: "str | os.PathLike | Image | np.ndarray") -> "Image":
     try:
         with Image.open(path) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder raises on bytes that are no image
         raise InputError(
             f"{str(path)!r} is no image that can be read ({error}); give a png, jpg or webp file"
         ) from error
@@ -52,7 +53,7 @@ def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
         note = (
             f"the image of {image.width}x{image.height} was cropped to {width}x{height}: {max(lost_x, lost_y):.0%} cut"
         )
-        note += f" at {sides}; adaptive_resolution keeps its aspect"
+        note += f" at {sides}"
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), note
 
 

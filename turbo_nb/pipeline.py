@@ -7,6 +7,7 @@ torch and diffusers are loaded with the first model.
 
 import gc
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -85,7 +86,8 @@ def check_settings(
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError('the prompt is empty; say what to show, such as "a small green square growing"')
-    num_frames = spec.num_frames if num_frames is None else num_frames
+    num_frames = _whole("num_frames", spec.num_frames if num_frames is None else num_frames)
+    num_steps, seed = _whole("num_steps", num_steps), _whole("seed", seed)
     if num_frames < 1 or num_frames % 4 != 1:
         near = 4 * max(0, round((num_frames - 1) / 4)) + 1
         raise InputError(f"num_frames is {num_frames}; it is 4n + 1 (1, 5, 9, …), such as {near}")
@@ -102,6 +104,8 @@ def check_settings(
         raise InputError(
             f"noise_device is {noise_device!r}; it is cpu (the same clip everywhere) or cuda (upstream's seeds)"
         )
+    if boundary is not None and spec.boundary is None:
+        raise InputError(f"boundary is {boundary}, and {spec.name} has no second expert to take over; leave it out")
     boundary = spec.boundary if boundary is None else boundary
     if boundary is not None and not 0 <= boundary <= 1:
         raise InputError(f"boundary is {boundary}; it is a noise level from 0 to 1, such as {spec.boundary or 0.9}")
@@ -112,6 +116,13 @@ def check_settings(
         model=spec.name, prompt=prompt, seed=seed, num_steps=num_steps, num_frames=num_frames,
         width=width, height=height, sigma_max=float(sigma_max), ode=ode, noise_device=noise_device, boundary=boundary,
     )  # fmt: skip
+
+
+def _whole(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}; it is a whole number") from None
 
 
 def check_clip(
@@ -170,10 +181,12 @@ def load_pipeline(
 
     if attention_type not in sla.ATTENTION_TYPES:
         raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
-    if attention_type == "sagesla":
-        backends.choose("sagesla", override=attention_backend).require()
     if isinstance(model, str) and checkpoint is None and not Path(model).exists():
         catalog.find(model)  # an unknown name is found before torch is loaded
+    device = _device(device)
+    if attention_type == "sagesla":
+        machine = backends.Machine() if device == "cpu" else None
+        backends.choose("sagesla", machine, attention_backend).require()
     import torch
     from diffusers import WanPipeline
 
@@ -182,12 +195,6 @@ def load_pipeline(
     from .linear import is_quantized
     from .scheduler import RCMScheduler
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {device!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
-        )
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
     found = sources.resolve(
         model,
@@ -208,6 +215,7 @@ def load_pipeline(
         name=memory_plan,
     )
     (on_plan or _tell)(chosen)
+    tokens = loading.load_tokenizer(found.tokenizer)  # first, as the quickest to be wrong
     transformers = [
         loading.load_transformer(
             contents,
@@ -221,7 +229,7 @@ def load_pipeline(
         for contents in found.transformers
     ]
     parts = {
-        "tokenizer": loading.load_tokenizer(found.tokenizer),
+        "tokenizer": tokens,
         "text_encoder": None,
         "vae": loading.load_vae(found.vae, device=device if chosen.offload == "none" else "cpu", dtype=dtype),
         "scheduler": RCMScheduler(spec.sigma_max),
@@ -244,19 +252,37 @@ def load_pipeline(
     return pipeline
 
 
+def _device(device: str) -> str:
+    """The device to load on. Raises InputError for one that is not here."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {str(device)!r}; it is auto, cpu, cuda, or one GPU of several, such as cuda:1")
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {str(device)!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
+        )
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} GPU, from cuda:0 on")
+    return str(asked)
+
+
 def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
     """Bytes of the parts as they will be loaded"""
-    width = dtype.itemsize
     one = found.transformers[0]
-    count = sum(tensor.numel() for tensor in one.tensors.values())
     in_8_bits = one.quantized if quant_linear == "auto" else quant_linear
-    paths = (found.text_encoder, found.vae)
-    encoder, vae = (sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file()) for p in paths)
+    counts = [sum(t.numel() for t in part.tensors.values()) for part in (one, found.text_encoder, found.vae)]
     return plan.Sizes(
-        transformer=count * (1.03 if in_8_bits else width),
+        transformer=counts[0] * (1.03 if in_8_bits else dtype.itemsize),
         experts=len(found.transformers),
-        text_encoder=encoder * width / 2,  # the files are in 16 bits
-        vae=vae * width / 2,
+        text_encoder=counts[1] * dtype.itemsize,
+        vae=counts[2] * dtype.itemsize,
     )
 
 
@@ -336,7 +362,9 @@ def generate(
     if image:
         image, note = media.crop(image, settings.width, settings.height)
         if note:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(
+                note + ("" if adaptive_resolution else "; adaptive_resolution keeps its aspect"), stacklevel=2
+            )
     import torch
 
     from .linear import is_quantized
@@ -345,37 +373,45 @@ def generate(
 
     if noise_device == "cuda" and not torch.cuda.is_available():
         raise InputError("noise_device is 'cuda', and torch sees no GPU here; leave it at cpu")
-    timings, peaks, on_stage = {}, {}, on_stage or (lambda name: None)
-    fallen = False
+    timings, peaks, fallen, on_stage = {}, {}, False, on_stage or (lambda name: None)
+    on_gpu = pipeline.plan.device != "cpu"
 
     def stage(name: str, work: Callable):
-        nonlocal fallen
         on_stage(name)
         begin = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(pipeline.plan.device)
         try:
             result = work()
-        except torch.OutOfMemoryError as error:
-            following = plan.next_plan(pipeline.plan)
-            if fallen or following is None:
-                raise TurboNbError(
-                    f"out of memory while at {name}, with plan {pipeline.plan.name}; take fewer frames, a smaller "
-                    "resolution, or the int8 checkpoint"
-                ) from error
-            result = None
+        except torch.OutOfMemoryError:
+            result = None  # outside of this clause, so that what the error holds on to can go
         if result is None:
-            warnings.warn(f"out of memory while at {name}; going on with {following}", stacklevel=3)
-            fallen = True
-            gc.collect()
-            text.empty_cache()
-            _apply(pipeline, following)
-            result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            peaks[name] = torch.cuda.max_memory_allocated()
+            result = again(name, work)
+        if on_gpu:
+            torch.cuda.synchronize(pipeline.plan.device)
+            peaks[name] = torch.cuda.max_memory_allocated(pipeline.plan.device)
         timings[name] = time.perf_counter() - begin
         return result
+
+    def again(name: str, work: Callable):
+        """Once more, with the next plan; once a run"""
+        nonlocal fallen
+        failed, following = pipeline.plan.name, None if fallen else pipeline.plan.next
+        try:
+            if following:
+                warnings.warn(f"out of memory while at {name}; going on with {following}", stacklevel=5)
+                fallen = True
+                pipeline.maybe_free_model_hooks()
+                gc.collect()
+                text.empty_cache()
+                _apply(pipeline, following)
+                return work()
+        except torch.OutOfMemoryError:
+            failed = following.name
+        raise TurboNbError(
+            f"out of memory while at {name}, with plan {failed}; take fewer frames, a smaller resolution, or the "
+            "int8 checkpoint"
+        )
 
     def denoise() -> torch.Tensor:
         scheduler = pipeline.scheduler = RCMScheduler(settings.sigma_max, settings.ode)
@@ -406,16 +442,19 @@ def generate(
             callback_on_step_end=after_step,
         ).frames
 
-    if settings.boundary is not None:
+    if spec.task == "i2v":
         pipeline.register_to_config(boundary_ratio=settings.boundary)
-    with torch.inference_mode():
-        embeds = stage("text", lambda: pipeline.encoder(prompt))
-        latents = stage("denoise", denoise)
-        if not latents.isfinite().all():
-            raise TurboNbError(
-                "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
-            )
-        frames = stage("decode", lambda: decode(pipeline, latents))
+    try:
+        with torch.inference_mode():
+            embeds = stage("text", lambda: pipeline.encoder(prompt))
+            latents = stage("denoise", denoise)
+            if not latents.isfinite().all():
+                raise TurboNbError(
+                    "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
+                )
+            frames = stage("decode", lambda: decode(pipeline, latents))
+    finally:
+        pipeline.maybe_free_model_hooks()  # a run that was cancelled leaves nothing on the GPU either
     details = {
         "attention_type": attention_type(pipeline.transformer),
         "sla_topk": topk_of(pipeline.transformer),
@@ -455,6 +494,5 @@ def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Te
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     sample = vae.decode(latents.to(device, vae.dtype) * std + mean, return_dict=False)[0]
-    pipeline.maybe_free_model_hooks()
     frames = sample[0].float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)  # (3, T, H, W)
     return frames.permute(1, 2, 3, 0).cpu().numpy()

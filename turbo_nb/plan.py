@@ -4,7 +4,7 @@
 time. A plan is data: print it, or ask for another by name. `apply` carries it out through diffusers and accelerate.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from . import catalog
@@ -46,6 +46,7 @@ class Plan:
     needs: float = 0
     budget: float = 0
     device: str = "cuda"
+    next: "Plan | None" = field(default=None, repr=False)  # for when memory runs out after all
 
     @property
     def fits(self) -> bool:
@@ -132,11 +133,13 @@ def choose(
     """
     if name not in NAMES:
         raise InputError(f"plan is {name!r}; it is one of {', '.join(NAMES)}")
-    plans = [
-        replace(plan, needs=_needs(plan, sizes, arch, width, height, num_frames), budget=budget, device=device)
-        for plan in PLANS
-        if device != "cpu" or plan.name in CPU_PLANS
-    ]
+    plans = []
+    for plan in reversed(PLANS):
+        if device != "cpu" or plan.name in CPU_PLANS:
+            needs = _needs(plan, sizes, arch, width, height, num_frames)
+            # half measures would fail again, so the next plan is one in tiles
+            following = next((other for other in plans if other.vae_tiling), None)
+            plans.insert(0, replace(plan, needs=needs, budget=budget, device=device, next=following))
     if name != "auto":
         asked = [plan for plan in plans if plan.name == name]
         if not asked:
@@ -148,15 +151,6 @@ def choose(
 
 
 CPU_PLANS = ("resident", "free-text")
-
-
-def next_plan(plan: Plan) -> Plan | None:
-    """A plan that needs less, for when memory ran out after all; None after the last."""
-    rest = PLANS[[other.name for other in PLANS].index(plan.name) + 1 :]
-    frugal = [other for other in rest if other.vae_tiling]  # half measures would fail again
-    if plan.device == "cpu" or not frugal:
-        return None
-    return replace(frugal[0], needs=plan.needs, budget=plan.budget, device=plan.device)
 
 
 def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:

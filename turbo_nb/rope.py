@@ -5,11 +5,10 @@ Upstream calls `flash_attn.layers.rotary.apply_rotary_emb` and fails where flash
 whichever works.
 """
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -88,12 +87,13 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
 @cache
 def _flash_attn() -> Callable | None:
     """flash_attn's function, or None where it is not there. Warns, once, where it is there and cannot be used."""
-    if importlib.util.find_spec("flash_attn") is None:
+    if not backends.installed("flash_attn"):
         return None
     choice = backends.choose("rope")
     if choice.chosen == "flash_attn":
-        return importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
-    warnings.warn(f"RoPE runs in plain PyTorch: {dict(choice.passed_over)['flash_attn']}", stacklevel=3)
+        return import_module("flash_attn.layers.rotary").apply_rotary_emb
+    if not backends.asked_for("rope"):
+        warnings.warn(f"RoPE runs in plain PyTorch: {dict(choice.passed_over)['flash_attn']}", stacklevel=3)
     return None
 
 

@@ -82,7 +82,7 @@ class SageSparseLinearAttention(SparseLinearAttention):
         self.backend = backends.choose("sagesla", override=backend).require()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fast = self.backend == "spargeattn" and q.shape[1] >= SPARGEATTN_TOKENS
+        fast = self.backend == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
         return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
 
 

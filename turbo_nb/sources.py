@@ -13,12 +13,12 @@ Checkpoint = str | Path | tuple[str | Path, str | Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a pipeline is made of: what the file of a transformer holds, or two (high-noise, low-noise); paths."""
+    """What a pipeline is made of: what its files hold (transformers: one, or high-noise and low-noise)."""
 
     spec: catalog.ModelSpec
     transformers: tuple[Contents, ...]
-    vae: Path
-    text_encoder: Path
+    vae: Contents
+    text_encoder: Contents
     tokenizer: Path
 
 
@@ -69,11 +69,15 @@ def resolve(
             own.append(near / file.path)
         return next((path for path in own if path.exists()), None) or download.part(file, on_progress=on_progress)
 
+    found_vae = weights.read(part(vae, "vae", catalog.VAE))
+    found_encoder = weights.read(part(text_encoder, "text_encoder", catalog.TEXT_ENCODER))
+    weights.require(found_vae, "vae")
+    weights.require(found_encoder, "text encoder")
     return Sources(
         spec=spec,
         transformers=contents,
-        vae=part(vae, "vae", catalog.VAE),
-        text_encoder=part(text_encoder, "text_encoder", catalog.TEXT_ENCODER),
+        vae=found_vae,
+        text_encoder=found_encoder,
         tokenizer=part(tokenizer, "tokenizer", catalog.TOKENIZER),
     )
 
@@ -97,6 +101,8 @@ def _name_or_paths(model: Checkpoint) -> tuple[str | None, tuple[Path, ...]]:
     if isinstance(model, tuple | list):
         return None, _pair(model)
     path = Path(model)
+    if str(model) in (*catalog.MODELS, *catalog.UPSTREAM_NAMES, "auto"):
+        return str(model), ()  # whatever lies here under that name
     if path.is_dir():
         folders = [path / name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
         return None, tuple(folders or [path])
@@ -118,6 +124,9 @@ def _spec_of(contents: Contents, path: Path) -> catalog.ModelSpec:
     """The spec of the first model with this shape; for another shape, Wan's defaults for its task"""
     if known := catalog.of_arch(contents.arch):
         return known
-    i2v = contents.arch.in_channels != catalog.ARCH_1_3B.in_channels
+    if contents.arch.task is None:
+        raise InputError(
+            f"{str(path)!r} is {contents}; models of 16 channels (text-to-video) and 36 (image-to-video) run here"
+        )
     name = path.parent.name if path.name == "transformer" else path.stem
-    return catalog.unnamed(name, contents.arch, "i2v" if i2v else "t2v")
+    return catalog.unnamed(name, contents.arch, contents.arch.task)

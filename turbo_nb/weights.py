@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import catalog
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 
 PREFIXES = ("net.", "model.diffusion_model.", "module.")
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
@@ -62,7 +62,7 @@ class Contents:
         name = (
             f"of {spec.name}'s shape" if spec else f"with dim {arch.dim}, {arch.num_layers} layers, ffn {arch.ffn_dim}"
         )
-        task = "image-to-video" if arch.in_channels == catalog.ARCH_A14B.in_channels else "text-to-video"
+        task = {"t2v": "text-to-video", "i2v": "image-to-video", None: f"{arch.in_channels}-channel"}[arch.task]
         attention = "SLA" if self.sla else "no SLA"
         linears = "int8 linears" if self.quantized else f"{str(self.dtype).removeprefix('torch.')} linears"
         return f"a Wan {task} transformer {name}, {attention}, {linears}, {parameters}, {self.layout} layout"
@@ -85,7 +85,12 @@ def read(path: str | Path) -> Contents:
     tensors = {}
     for file in files:
         tensors |= _read_file(file)
-    return recognise(tensors, path)
+    try:
+        return recognise(tensors, path)
+    except (RuntimeError, IndexError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} has the names of a model and shapes that are none's ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -116,11 +121,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         f"{str(path)!r} is neither a torch file (zip format) nor safetensors; an old torch file opens after "
         "torch.save(torch.load(path, weights_only=True), new_path)"
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line"""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
