@@ -162,8 +162,10 @@ def i2v(
 
 def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
     """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
-    from . import media, pipeline
+    from . import auto, media, pipeline
 
+    if load["model"] == "auto":
+        load["model"], load["quant_linear"] = auto.choose(**{k: load[k] for k in ("device", "memory", "quant_linear")})
     if num_samples < 1:
         raise InputError(f"num_samples is {num_samples}; it is 1 or more")
     seeds = range(clip["seed"], clip["seed"] + num_samples)
@@ -272,18 +274,14 @@ def doctor(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(help="A model's name.")],
+    model: Annotated[str, typer.Argument(help="A model's name, or auto: the best that fits this GPU.")],
     quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
 ) -> None:
     """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
-    from . import catalog, download
+    from . import auto
 
-    spec = catalog.find(model)
-    planned = download.plan(spec, quantised=quant)
-    print(planned, flush=True)
-    if planned.files:
-        with download.progress_bars() as show:
-            files = download.fetch(spec, quantised=quant, planned=planned, on_progress=show)
+    files = auto.download_model(model, quantised=None if model == "auto" and not quant else quant)
+    if files:
         print(files)
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, media, plan, text
+from . import auto, catalog, media, plan, text
 from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def check_clip(
 
     model: as for `load_pipeline`. Raises what `generate` raises, and what finding a model raises.
     """
+    if model == "auto":
+        model, _ = auto.choose()
     if isinstance(model, str) and not Path(model).exists():
         spec = catalog.find(model)
     else:
@@ -153,7 +155,8 @@ def load_pipeline(
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults.
 
-    model: a name of the catalogue, "auto", a checkpoint, two of them (high-noise, low-noise), or a diffusers folder.
+    model: a name of the catalogue, a checkpoint, two of them (high-noise, low-noise), a diffusers folder, or "auto":
+    the best text-to-video model that was downloaded and fits the GPU, nano on a CPU; see `auto.choose`.
     checkpoint: the file or files to take for a model given by name; vae, text_encoder, tokenizer: paths to take in
     place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
     attention); attention_backend "reference" runs SageSLA in plain PyTorch. sla_topk: share of key blocks, None for the
@@ -172,7 +175,7 @@ def load_pipeline(
         raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
     if attention_type == "sagesla":
         backends.choose("sagesla", override=attention_backend).require()
-    if isinstance(model, str) and checkpoint is None and not Path(model).exists():
+    if isinstance(model, str) and model != "auto" and checkpoint is None and not Path(model).exists():
         catalog.find(model)  # an unknown name is found before torch is loaded
     import torch
     from diffusers import WanPipeline
@@ -182,12 +185,9 @@ def load_pipeline(
     from .linear import is_quantized
     from .scheduler import RCMScheduler
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {device!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
-        )
+    device = plan.device_of(device)
+    if model == "auto" and checkpoint is None:
+        model, quant_linear = auto.choose(device=device, memory=memory, quant_linear=quant_linear)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
     found = sources.resolve(
         model,
@@ -203,7 +203,7 @@ def load_pipeline(
         _sizes(found, quant_linear, dtype),
         found.transformers[0].arch,
         *(clip or (*spec.size, spec.num_frames)),
-        budget=memory or _free_memory(device),
+        budget=memory or plan.free_memory(device),
         device=device,
         name=memory_plan,
     )
@@ -258,16 +258,6 @@ def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
         text_encoder=encoder * width / 2,  # the files are in 16 bits
         vae=vae * width / 2,
     )
-
-
-def _free_memory(device: str) -> float:
-    if device == "cpu":
-        import psutil
-
-        return psutil.virtual_memory().available
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def _tell(chosen: plan.Plan) -> None:

@@ -94,6 +94,35 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
     )
 
 
+def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, budget: float) -> Plan:
+    """The plan that a model of the catalogue would get in `budget` bytes of a GPU, for a clip of its own size."""
+    return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, budget=budget)
+
+
+def device_of(device: str) -> str:
+    """ "auto" → "cuda" where torch sees a GPU, else "cpu". Raises InputError for a GPU that isn't there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {device!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
+        )
+    return device
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on a GPU, or of main memory for "cpu"."""
+    if device == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
     """Bytes at work in one forward: the feed-forward's two tensors and ten of the model's width, in bf16"""
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
