@@ -285,6 +285,28 @@ def download(
         print(files)
 
 
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model's name; a released one must have been downloaded.")] = "nano",
+    quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste or to parse.")] = False,
+) -> None:
+    """Try this machine and a model: operations, files, a step, a short clip. Exit code 2 where something is wrong."""
+    from . import verify
+
+    result = verify.verify(model, quantised=quant, device=device)
+    if as_json:
+        import json
+
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        from rich import print as rich_print
+
+        rich_print(result)
+    raise typer.Exit(result.exit_code)
+
+
 def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note

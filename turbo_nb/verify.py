@@ -259,7 +259,7 @@ def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
     from . import sla
 
     config = transformer.config
-    latents = _noise(1, config.in_channels, 2, 32, 32)
+    latents = _noise(1, config.in_channels, 2, 24, 24)  # 288 tokens, ragged in blocks of 128 and 64
     embeds = _noise(1, 512, config.text_dim)
 
     def velocity(attention_type: str) -> "Tensor":
