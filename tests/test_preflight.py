@@ -163,6 +163,13 @@ def test_html_and_text_say_the_same_and_nothing_in_them_is_markup(report, monkey
             assert len(row) == len(head) and all(cell in text for cell in row)
 
 
+def test_a_notebook_shows_it_once(report, monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
+    assert "Machine" in repr(report(CPU)) and shown == [] and capsys.readouterr().out == ""
+
+
 def test_the_dict_is_json(report):
     found = report(libraries(flash_attn=Library(version="2.8.3")))
     told = json.loads(json.dumps(found.to_dict()))

@@ -93,7 +93,8 @@ class Tables:
     def __repr__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
+        width = shutil.get_terminal_size((120, 24)).columns
+        console = Console(file=io.StringIO(), width=width, force_jupyter=False)  # else a notebook shows it twice
         console.print(self)
         return console.file.getvalue()
 
