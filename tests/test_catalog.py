@@ -6,8 +6,15 @@ from turbo_nb import catalog
 from turbo_nb.errors import InputError, UnknownModelError
 
 
-def test_auto_is_nano():
-    assert catalog.find("auto") is catalog.find("nano") is catalog.NANO
+def test_the_catalogue_knows_no_machine_and_so_no_auto():
+    assert catalog.find("nano") is catalog.NANO
+    with pytest.raises(UnknownModelError):
+        catalog.find("auto")
+
+
+def test_every_model_has_a_prompt_that_suits_it():
+    assert all(spec.understands(spec.example) for spec in catalog.MODELS.values())
+    assert catalog.NANO.example != catalog.find("Wan2.1-14B").example
 
 
 def test_unknown_model_lists_the_known_ones_and_a_close_one():

@@ -14,12 +14,19 @@ from dataclasses import replace
 import pytest
 
 import turbo_nb
-from turbo_nb import backends, catalog, environment, preflight
+from turbo_nb import backends, catalog, download, environment, preflight
 from turbo_nb.backends import Library, Machine
 from turbo_nb.environment import Cache, Disk, Environment, Memory, Package
+from turbo_nb.plan import GB
 from turbo_nb.preflight import GIB, Hub, ask_hub, fit
 
-VARIABLES = (*backends.VARIABLES.values(), "TURBO_NB_PRICE_PER_HOUR", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE")
+VARIABLES = (
+    *backends.VARIABLES.values(),
+    "TURBO_NB_PRICE_PER_HOUR",
+    "TURBO_NB_HOME",
+    "HF_ENDPOINT",
+    "TRANSFORMERS_OFFLINE",
+)
 TRITON = {"triton": Library(version="3.5.0")}
 H100 = Machine(
     gpu="NVIDIA H100", gpu_count=1, arch=(9, 0), free_memory=79 * GIB, total_memory=80 * GIB, driver="580.65",
@@ -86,8 +93,8 @@ def libraries(**named):
          {}, "warning", "no compiler", "apt-get install -y gcc"),
         (libraries(flash_attn=Library(version="2.8.3", error="import failed: undefined symbol: _ZN")), {}, "warning",
          "flash_attn 2.8.3 import failed: undefined symbol: _ZN", "pip uninstall"),
-        (replace(H100, total_memory=3 * GIB, free_memory=3 * GIB), {}, "warning",
-         "only nano fits: too large for the GPU: int8 weights, about 3.0 GiB of 3.0 GiB", "more memory"),
+        (replace(H100, total_memory=2 * GIB, free_memory=2 * GIB), {}, "warning",
+         "only nano fits: plan group: needs 2.6 GB of 2.1 GB", "more memory"),
     ],
 )  # fmt: skip
 def test_every_problem_has_its_remedy(report, machine, changes, level, words, remedy):
@@ -156,50 +163,95 @@ def test_html_and_text_say_the_same_and_nothing_in_them_is_markup(report, monkey
             assert len(row) == len(head) and all(cell in text for cell in row)
 
 
+def test_a_notebook_shows_it_once(report, monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
+    assert "Machine" in repr(report(CPU)) and shown == [] and capsys.readouterr().out == ""
+
+
 def test_the_dict_is_json(report):
     found = report(libraries(flash_attn=Library(version="2.8.3")))
     told = json.loads(json.dumps(found.to_dict()))
     assert told["backends"]["rope"]["chosen"] == "flash_attn" and told["backends"]["arch"] == [9, 0]
-    assert [model["model"] for model in told["models"]] == list(catalog.MODELS)
+    assert [(model["model"], model["int8"]) for model in told["models"]] == [
+        ("nano", False),
+        *((name, int8) for name in catalog.MODELS if name != "nano" for int8 in (False, True)),
+    ]
     assert told["problems"] == [] and told["hub"]["state"] == "offline"
 
 
+SMALL, LARGE = catalog.find("Wan2.1-1.3B"), catalog.find("TurboWan2.1-T2V-14B-720P")
+
+
 @pytest.mark.parametrize(
-    ("gpu", "plans"),
+    ("spec", "quantised", "gigabytes", "fits", "plan"),
     [
-        (12, {"1.3B-480P": "bf16", "14B-480P": None, "14B-720P": None, "A14B-720P": None}),
-        (24, {"1.3B-480P": "bf16", "14B-480P": "int8", "14B-720P": "int8", "A14B-720P": "int8"}),
-        (80, {"1.3B-480P": "bf16", "14B-480P": "bf16", "14B-720P": "bf16", "A14B-720P": "bf16"}),
+        (SMALL, False, 24, True, "resident"),
+        (SMALL, True, 12, True, "cpu-text"),
+        (LARGE, False, 80, True, "resident"),
+        (LARGE, True, 24, True, "group"),
+        (LARGE, False, 8, False, "group"),
     ],
 )
-def test_which_models_fit_which_gpu(gpu, plans, tmp_path):
-    machine = replace(H100, total_memory=gpu * GIB)
-    fits = {name: fit(spec, machine, tmp_path, 10**12) for name, spec in catalog.MODELS.items()}
-    assert fits.pop("nano").plan == "on the GPU; comes with the package"
-    for (name, found), (end, plan) in zip(fits.items(), plans.items(), strict=True):
-        assert name.endswith(end) and found.fits is (plan is not None)
-        assert found.plan.startswith(f"{plan} weights" if plan else "too large for the GPU: int8 weights"), found
+def test_a_model_is_told_with_the_plan_it_would_get(spec, quantised, gigabytes, fits, plan):
+    machine = replace(H100, free_memory=gigabytes * GB)
+    found = fit(spec, quantised, machine, 10**12)
+    assert (found.model, found.int8, found.fits, found.plan) == (spec.name, quantised, fits, plan)
+    assert found.text.startswith(f"plan {plan}: needs ") and f" of {gigabytes:.1f} GB: " in found.text
+    assert ("may run out of memory" in found.text) is not fits
 
 
-def test_weights_as_they_were_counted():
-    assert preflight._weight_bytes(catalog.ARCH_14B, False) / GIB == pytest.approx(26.6, rel=0.02)
-    assert preflight._weight_bytes(catalog.ARCH_14B, True) / GIB == pytest.approx(13.5, rel=0.02)
-    assert preflight._weight_bytes(catalog.ARCH_1_3B, False) / GIB == pytest.approx(2.6, rel=0.05)
-    assert preflight._weight_bytes(catalog.ARCH_1_3B, True) / GIB == pytest.approx(1.3, rel=0.1)
+def test_without_a_gpu_only_nano_fits(report):
+    nano, *rest = report(CPU).models
+    assert (nano.fits, nano.plan, nano.text) == (True, "resident", "on the CPU; comes with the package")
+    assert {(fit.fits, fit.plan, fit.text, fit.downloaded) for fit in rest} == {
+        (False, None, "needs a CUDA GPU", False)
+    }
+    assert report(H100).models[0].text == "on the GPU; comes with the package"
 
 
-def test_what_is_cached_is_not_downloaded_again_and_the_rest_must_fit_the_disk(tmp_path):
-    spec = catalog.find("TurboWan2.1-T2V-14B-720P")
-    whole = fit(spec, H100, tmp_path, 10**12)
-    assert whole.fits and whole.to_fetch == pytest.approx((26.6 + 10.6 + 0.5) * GIB, rel=0.02)
-    assert fit(spec, H100, tmp_path, whole.to_fetch).fits
-    short = fit(spec, H100, tmp_path, whole.to_fetch - 1)
-    assert not short.fits and short.plan.startswith("too large for the disk: 40.")
-    snapshot = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "models_t5_umt5-xxl-enc-bf16.pth").touch()
-    rest = fit(spec, H100, tmp_path, whole.to_fetch - 1)
-    assert rest.fits and whole.to_fetch - rest.to_fetch == int(10.6 * GIB)
+def test_what_is_here_is_not_fetched_again_and_the_rest_must_fit_the_disk(monkeypatch):
+    missing = [*LARGE.files, catalog.VAE, catalog.TEXT_ENCODER, *download.TOKENIZER_FILES]
+    monkeypatch.setattr(download, "missing", lambda spec, quantised: tuple(missing))
+    whole = fit(LARGE, False, H100, 10**12)
+    assert whole.fits and not whole.downloaded and whole.to_fetch == pytest.approx(40.2 * GB, rel=0.02)
+    assert fit(LARGE, False, H100, whole.to_fetch).fits
+    short = fit(LARGE, False, H100, whole.to_fetch - 1)
+    assert not short.fits and short.text.startswith("too large for the disk: 40.")
+    missing.remove(catalog.TEXT_ENCODER)
+    assert whole.to_fetch - fit(LARGE, False, H100, 10**12).to_fetch == pytest.approx(11.36 * GB)
+    missing.clear()
+    here = fit(LARGE, False, H100, 0)
+    assert here.fits and here.downloaded and here.to_fetch == 0
+
+
+def test_a_hub_library_that_is_missing_is_no_crash(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "turbo_nb.download", None)
+    monkeypatch.delattr(turbo_nb, "download", raising=False)
+    assert not any(fit.downloaded for fit in report(H100).models[1:])
+
+
+def test_one_table_by_itself(report):
+    models = report(H100).only("Models")
+    assert [title for title, _, _ in models.tables()] == ["Models"]
+    assert "comes with the package" in repr(models) and models._repr_html_().count("<caption>") == 1
+
+
+def test_what_failed_at_the_start_of_the_pod_is_a_problem(report, monkeypatch, tmp_path):
+    monkeypatch.setenv("TURBO_NB_HOME", str(tmp_path))
+    assert report().problems == ()
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "failed.txt").write_text("")
+    assert report().problems == ()
+    (logs / "failed.txt").write_text("setup, exit 1: <no space>; see setup.log\n\ndownload nano, exit 2\n")
+    found = report()
+    assert [(p.level, p.text, p.remedy) for p in found.problems] == [
+        ("warning", "setup, exit 1: <no space>; see setup.log", f"see the log in {logs}"),
+        ("warning", "download nano, exit 2", f"see the log in {logs}"),
+    ]
+    assert found.exit_code() == 0 and "&lt;no space&gt;" in found._repr_html_()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ _HOMES = {
     "load_pipeline": "pipeline",
     "Video": "pipeline",
     "contact_sheet": "media",
+    "download_model": "auto",
     "doctor": "preflight",
     "read_metadata": "media",
     "TurboNbError": "errors",

@@ -19,6 +19,14 @@ RESOLUTIONS = {
 SIZE_MULTIPLE = 16  # pixels: 8 of the VAE times a patch of 2
 
 
+# Prompts for a model that reads anything, which was trained on long ones, and for one with a vocabulary
+EXAMPLES = (
+    "A small wooden boat drifts across a calm mountain lake at sunrise, mist rising slowly from the water, pine woods "
+    "and snowy peaks mirrored on its surface; soft golden light, gentle ripples, the camera glides forward, cinematic.",
+    "a large red circle moving from left to right on a black background",
+)
+
+
 @dataclass(frozen=True)
 class HubFile:
     """A file of a Hub repository. revision: a branch, tag or commit; None is main. A `path` ending in / is a folder."""
@@ -71,6 +79,11 @@ class ModelSpec:
     folder: Path | None = None
     files: tuple[HubFile, ...] = ()
     quant_files: tuple[HubFile, ...] = ()
+
+    @property
+    def example(self) -> str:
+        """A prompt that suits the model."""
+        return EXAMPLES[self.vocabulary is not None]
 
     @cached_property
     def vocabulary(self) -> dict[str, dict[str, list[str]]] | None:
@@ -146,12 +159,10 @@ UPSTREAM_NAMES = {
 
 
 def find(model: str) -> ModelSpec:
-    """The spec of a model by its name or upstream's; "auto" is the best that can run here, today always `nano`.
+    """The spec of a model by its name or upstream's; what "auto" stands for depends on the machine: `auto.choose`.
 
     Raises UnknownModelError, which lists the known names.
     """
-    if model == "auto":
-        return NANO
     name = UPSTREAM_NAMES.get(model, model)
     if name in MODELS:
         return MODELS[name]

@@ -35,7 +35,7 @@ def load_transformer(
     attention_type: str = "sla",
     sla_topk: float = 0.1,
     quant_linear: bool | str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | None = None,
     expected: catalog.ModelSpec | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.bfloat16,

@@ -41,7 +41,7 @@ Ode = Annotated[bool, typer.Option("--ode", help="Sample the ODE: sharper, less 
 NumSamples = Annotated[int, typer.Option(help="Videos to make, with seed, seed + 1, …")]
 Grid = Annotated[bool, typer.Option("--grid", help="Put the samples side by side into one file.")]
 AttentionType = Annotated[str, typer.Option(help="sla, sagesla or original (dense).")]
-AttentionBackend = Annotated[str, typer.Option(help="auto, or reference: SageSLA in plain PyTorch, slow.")]
+AttentionBackend = Annotated[str | None, typer.Option(help="reference: SageSLA in plain PyTorch, slow.")]
 SlaTopk = Annotated[float | None, typer.Option(help="Share of key blocks that SLA attends to.")]
 QuantLinear = Annotated[
     bool | None, typer.Option("--quant-linear/--no-quant-linear", help="8-bit linears or not; else as the file has it.")
@@ -72,7 +72,7 @@ def t2v(
     num_samples: NumSamples = 1,
     grid: Grid = False,
     attention_type: AttentionType = "sla",
-    attention_backend: AttentionBackend = "auto",
+    attention_backend: AttentionBackend = None,
     sla_topk: SlaTopk = None,
     quant_linear: QuantLinear = None,
     default_norm: DefaultNorm = False,
@@ -124,7 +124,7 @@ def i2v(
     num_samples: NumSamples = 1,
     grid: Grid = False,
     attention_type: AttentionType = "sla",
-    attention_backend: AttentionBackend = "auto",
+    attention_backend: AttentionBackend = None,
     sla_topk: SlaTopk = None,
     quant_linear: QuantLinear = None,
     default_norm: DefaultNorm = False,
@@ -162,8 +162,10 @@ def i2v(
 
 def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
     """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
-    from . import media, pipeline
+    from . import auto, media, pipeline
 
+    if load["model"] == "auto":
+        load["model"], load["quant_linear"] = auto.choose(**{k: load[k] for k in ("device", "memory", "quant_linear")})
     if num_samples < 1:
         raise InputError(f"num_samples is {num_samples}; it is 1 or more")
     seeds = range(clip["seed"], clip["seed"] + num_samples)
@@ -274,19 +276,37 @@ def doctor(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(help="A model's name.")],
+    model: Annotated[str, typer.Argument(help="A model's name, or auto: the best that fits this GPU.")],
     quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
 ) -> None:
     """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
-    from . import catalog, download
+    from . import auto
 
-    spec = catalog.find(model)
-    planned = download.plan(spec, quantised=quant)
-    print(planned, flush=True)
-    if planned.files:
-        with download.progress_bars() as show:
-            files = download.fetch(spec, quantised=quant, planned=planned, on_progress=show)
+    files = auto.download_model(model, quantised=None if model == "auto" and not quant else quant)
+    if files:
         print(files)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model's name; a released one must have been downloaded.")] = "nano",
+    quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste or to parse.")] = False,
+) -> None:
+    """Try this machine and a model: operations, files, a step, a short clip. Exit code 2 where something is wrong."""
+    from . import verify
+
+    result = verify.verify(model, quantised=quant, device=device)
+    if as_json:
+        import json
+
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        from rich import print as rich_print
+
+        rich_print(result)
+    raise typer.Exit(result.exit_code)
 
 
 def main() -> None:

@@ -189,10 +189,16 @@ def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
 
     For files that another program fetched, `fetch` only has to check them.
     """
-    found = [_in_cache(file) for file in _needed(spec, quantised)]
-    if not found or not all(file and _is_checked(file) for file in found):
+    needed = _needed(spec, quantised)
+    if not needed or missing(spec, quantised=quantised):
         return None
-    return _arranged([_pointer(file) for file in found])
+    return _arranged([_pointer(_in_cache(file)) for file in needed])
+
+
+def missing(spec: ModelSpec, *, quantised: bool = False) -> tuple[HubFile, ...]:
+    """The files of a model that are not in the cache, or not checked: what `cached` waits for."""
+    found = {file: _in_cache(file) for file in _needed(spec, quantised)}
+    return tuple(file for file, here in found.items() if not (here and _is_checked(here)))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, media, plan, text
+from . import auto, catalog, media, plan, text
 from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def check_clip(
 
     model: as for `load_pipeline`. Raises what `generate` raises, and what finding a model raises.
     """
+    if model == "auto":
+        model, _ = auto.choose()
     if isinstance(model, str) and not Path(model).exists():
         spec = catalog.find(model)
     else:
@@ -151,7 +153,7 @@ def load_pipeline(
     sla_topk: float | None = None,
     quant_linear: bool | str = "auto",
     device: str = "auto",
-    attention_backend: str = "auto",
+    attention_backend: str | None = None,
     checkpoint: "str | Path | tuple[str | Path, str | Path] | None" = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
@@ -164,7 +166,8 @@ def load_pipeline(
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults.
 
-    model: a name of the catalogue, "auto", a checkpoint, two of them (high-noise, low-noise), or a diffusers folder.
+    model: a name of the catalogue, a checkpoint, two of them (high-noise, low-noise), a diffusers folder, or "auto":
+    the best text-to-video model that was downloaded and fits the GPU, nano on a CPU; see `auto.choose`.
     checkpoint: the file or files to take for a model given by name; vae, text_encoder, tokenizer: paths to take in
     place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
     attention); attention_backend "reference" runs SageSLA in plain PyTorch. sla_topk: share of key blocks, None for the
@@ -181,9 +184,9 @@ def load_pipeline(
 
     if attention_type not in sla.ATTENTION_TYPES:
         raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
-    if isinstance(model, str) and checkpoint is None and not Path(model).exists():
+    if isinstance(model, str) and model != "auto" and checkpoint is None and not Path(model).exists():
         catalog.find(model)  # an unknown name is found before torch is loaded
-    device = _device(device)
+    device = plan.device_of(device)
     if attention_type == "sagesla":
         machine = backends.Machine() if device == "cpu" else None
         backends.choose("sagesla", machine, attention_backend).require()
@@ -195,6 +198,8 @@ def load_pipeline(
     from .linear import is_quantized
     from .scheduler import RCMScheduler
 
+    if model == "auto" and checkpoint is None:
+        model, quant_linear = auto.choose(device=device, memory=memory, quant_linear=quant_linear)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
     found = sources.resolve(
         model,
@@ -210,7 +215,7 @@ def load_pipeline(
         _sizes(found, quant_linear, dtype),
         found.transformers[0].arch,
         *(clip or (*spec.size, spec.num_frames)),
-        budget=memory or _free_memory(device),
+        budget=memory or plan.free_memory(device),
         device=device,
         name=memory_plan,
     )
@@ -252,27 +257,6 @@ def load_pipeline(
     return pipeline
 
 
-def _device(device: str) -> str:
-    """The device to load on. Raises InputError for one that is not here."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        asked = torch.device(device)
-    except (RuntimeError, TypeError):
-        asked = None
-    if asked is None or asked.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {str(device)!r}; it is auto, cpu, cuda, or one GPU of several, such as cuda:1")
-    if asked.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {str(device)!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
-        )
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} GPU, from cuda:0 on")
-    return str(asked)
-
-
 def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
     """Bytes of the parts as they will be loaded"""
     one = found.transformers[0]
@@ -284,16 +268,6 @@ def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
         text_encoder=counts[1] * dtype.itemsize,
         vae=counts[2] * dtype.itemsize,
     )
-
-
-def _free_memory(device: str) -> float:
-    if device == "cpu":
-        import psutil
-
-        return psutil.virtual_memory().available
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def _tell(chosen: plan.Plan) -> None:

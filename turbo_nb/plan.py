@@ -95,6 +95,43 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
     )
 
 
+def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, budget: float) -> Plan:
+    """The plan that a model of the catalogue would get in `budget` bytes of a GPU, for a clip of its own size."""
+    return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, budget=budget)
+
+
+def device_of(device: str) -> str:
+    """The device to load on; "auto" is "cuda" where torch sees a GPU. Raises InputError for one that is not here."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {str(device)!r}; it is auto, cpu, cuda, or one GPU of several, such as cuda:1")
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {str(device)!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
+        )
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} GPU, from cuda:0 on")
+    return str(asked)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on a GPU, or of main memory for "cpu"."""
+    if device == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
     """Bytes at work in one forward: the feed-forward's two tensors and ten of the model's width, in bf16"""
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)

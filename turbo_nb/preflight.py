@@ -10,11 +10,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import backends, catalog, environment
+from . import backends, catalog, environment, plan
 from .backends import Backends, Choice
 from .environment import Environment
 from .errors import BackendError, InputError
@@ -23,6 +24,8 @@ HUB = "https://huggingface.co"
 HUB_SECONDS = 3.0
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # as huggingface_hub reads them
 GIB = 2**30
+STYLES = {"error": "red", "warning": "yellow", "FAILED": "red"}  # of a row by its first cell
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, head, rows, all plain text
 OPERATIONS = {
     "rope": "rotary embedding", "sla": "attention: sla", "sagesla": "attention: sagesla",
     "original": "attention: original (dense)", "linear": "8-bit linears",
@@ -50,16 +53,79 @@ class Hub:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Whether a model of the catalogue fits: `plan` is how it would run, or why not. to_fetch: bytes not cached yet."""
+    """Whether a model of the catalogue fits, plain or with int8 linears.
+
+    plan: the name of the plan it would get, None without a GPU; text: the plan in words, or why the model does not fit.
+    downloaded: its files are here and checked; to_fetch: bytes that are not, by its shape.
+    """
 
     model: str
+    int8: bool = False
     fits: bool
-    plan: str
-    to_fetch: int
+    plan: str | None = None
+    text: str
+    downloaded: bool = True
+    to_fetch: int = 0
+
+
+class Tables:
+    """Something whose `tables()` print as tables, and show as HTML in a notebook."""
+
+    def tables(self) -> Iterator[Table]:
+        raise NotImplementedError
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.table import Table as Drawing
+        from rich.text import Text
+
+        drawn = []
+        for title, head, rows in self.tables():
+            drawing = Drawing(title=title, title_justify="left", show_header=any(head))
+            for name in head:
+                drawing.add_column(name, overflow="fold")
+            for row in rows:
+                style = STYLES.get(row[0])
+                drawing.add_row(*map(Text, row), style=style)
+            drawn.append(drawing)
+        return Group(*drawn)
+
+    def __repr__(self) -> str:
+        from rich.console import Console
+
+        width = shutil.get_terminal_size((120, 24)).columns
+        console = Console(file=io.StringIO(), width=width, force_jupyter=False)  # else a notebook shows it twice
+        console.print(self)
+        return console.file.getvalue()
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for title, head, rows in self.tables():
+            top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+            lines = "".join(
+                f'<tr><th scope="row">{html.escape(row[0])}</th>'
+                + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+                + "</tr>"
+                for row in rows
+            )
+            header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
+            parts.append(f"<table><caption>{html.escape(title)}</caption>{header}<tbody>{lines}</tbody></table>")
+        return "".join(parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Shown(Tables):
+    """Tables by themselves."""
+
+    parts: tuple[Table, ...]
+
+    def tables(self) -> Iterator[Table]:
+        """The tables."""
+        yield from self.parts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Report:
+class Report(Tables):
     """What the doctor found. Prints as tables, shows as HTML in a notebook, and `to_dict()` is plain data."""
 
     environment: Environment
@@ -78,7 +144,11 @@ class Report:
         """Everything, as JSON takes it."""
         return asdict(self)
 
-    def tables(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    def only(self, title: str) -> Shown:
+        """One of the tables, by its title: "Machine", "Backends", "Disks and caches", "Models" or "Problems"."""
+        return Shown(tuple(table for table in self.tables() if table[0] == title))
+
+    def tables(self) -> Iterator[Table]:
         """(title, head, rows) of each table, all plain text."""
         yield "Machine", ("", ""), [*self._machine()]
         rows = [
@@ -92,10 +162,15 @@ class Report:
         rows += [(f"{c.name} cache", c.path, decimal(c.size), decimal(c.free)) for c in seen.caches]
         yield "Disks and caches", ("", "path", "size", "free on its disk"), rows
         rows = [
-            (fit.model, "yes" if fit.fits else "no", fit.plan, decimal(fit.to_fetch) if fit.to_fetch else "nothing")
+            (
+                f"{fit.model}{', int8' if fit.int8 else ''}",
+                "yes" if fit.fits else "no",
+                fit.text,
+                "yes" if fit.downloaded else f"no, {decimal(fit.to_fetch)} to fetch",
+            )
             for fit in self.models
         ]
-        yield "Models", ("model", "fits", "plan", "to download"), rows
+        yield "Models", ("model", "fits", "plan", "downloaded"), rows
         if self.problems:
             rows = [(problem.level, problem.text, problem.remedy) for problem in self.problems]
             yield "Problems", ("level", "what", "remedy"), rows
@@ -127,49 +202,13 @@ class Report:
         if self.price_per_hour is not None:
             yield "cost", f"${self.price_per_hour:.2f} an hour, ${self.price_per_hour / 60:.3f} a minute"
 
-    def __rich__(self):
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        drawn = []
-        for title, head, rows in self.tables():
-            table = Table(title=title, title_justify="left", show_header=any(head))
-            for name in head:
-                table.add_column(name, overflow="fold")
-            for row in rows:
-                style = {"error": "red", "warning": "yellow"}.get(row[0])
-                table.add_row(*map(Text, row), style=style)
-            drawn.append(table)
-        return Group(*drawn)
-
-    def __repr__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
-        console.print(self)
-        return console.file.getvalue()
-
-    def _repr_html_(self) -> str:
-        parts = []
-        for title, head, rows in self.tables():
-            top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-            lines = "".join(
-                f'<tr><th scope="row">{html.escape(row[0])}</th>'
-                + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-                + "</tr>"
-                for row in rows
-            )
-            header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-            parts.append(f"<table><caption>{html.escape(title)}</caption>{header}<tbody>{lines}</tbody></table>")
-        return "".join(parts)
-
 
 def doctor() -> Report:
     """Look at this machine and say what will run here. Takes seconds; sends one request to the Hub, unless offline."""
     seen = environment.survey()
     found, problems = _backends()
     problems += _problems(seen, found)
+    problems += _failed_steps()
     try:
         price = environment.price_per_hour()
     except InputError as error:
@@ -184,13 +223,13 @@ def doctor() -> Report:
                 remedy="check network, proxy and HF_ENDPOINT; models already downloaded run with HF_HUB_OFFLINE=1",
             )
         )
-    models = tuple(fit(spec, found, Path(seen.caches[0].path), seen.caches[0].free) for spec in catalog.MODELS.values())
+    models = tuple(_fits(found, seen.caches[0].free))
     released = [model for model in models if model.model != catalog.NANO.name]
     if found.arch and not any(model.fits for model in released):
         problems.append(
             Problem(
                 level="warning",
-                text=f"of the models only {catalog.NANO.name} fits: {released[0].plan}",
+                text=f"of the models only {catalog.NANO.name} fits: {released[1].text}",
                 remedy="take a GPU with more memory, or a larger disk (HF_HOME names the folder)",
             )
         )
@@ -260,6 +299,17 @@ def _problems(seen: Environment, found: Backends) -> list[Problem]:
     return problems
 
 
+def _failed_steps() -> Iterator[Problem]:
+    """What failed at the last start of the pod, a line for each step: runpod_start.sh writes it down"""
+    if not (home := os.environ.get("TURBO_NB_HOME")):
+        return
+    logs = Path(home) / "logs"
+    with suppress(OSError):  # no start has written there
+        for line in (logs / "failed.txt").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.strip():
+                yield Problem(level="warning", text=line.strip(), remedy=f"see the log in {logs}")
+
+
 def _gpu_problems(found: Backends) -> Iterator[Problem]:
     """What is wrong with a GPU that torch can use, and with the libraries for it."""
     if found.free_memory < found.total_memory / 2:
@@ -319,57 +369,39 @@ def ask_hub() -> Hub:
     return Hub(endpoint=shown, state="unreachable", error=answer[0] if answer else f"no answer in {HUB_SECONDS:g} s")
 
 
-# From here to the end: an estimate that stands until plan.plan() (memory, placement) and download.cached() take over.
+def _fits(found: Backends, free: int) -> Iterator[Fit]:
+    """Every model of the catalogue, plain and int8, on this GPU and on the disk of the Hub's cache with `free` bytes"""
+    for spec in catalog.MODELS.values():
+        if spec.folder:
+            where = "GPU" if found.arch else "CPU"
+            yield Fit(model=spec.name, fits=True, plan="resident", text=f"on the {where}; comes with the package")
+        else:
+            yield from (fit(spec, quantised, found, free) for quantised in (False, True))
 
-SHARED_BYTES = {catalog.VAE: 0.5 * GIB, catalog.TEXT_ENCODER: 10.6 * GIB, catalog.TOKENIZER: 0.02 * GIB}
 
-
-def fit(spec: catalog.ModelSpec, found: Backends, cache: Path, free: int) -> Fit:
-    """Whether `spec` fits the GPU, and the disk with `free` bytes that holds the Hub's cache, at its own size."""
-    if spec.folder:
-        where = "GPU" if found.arch else "CPU"
-        return Fit(model=spec.name, fits=True, plan=f"on the {where}; comes with the package", to_fetch=0)
+def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int) -> Fit:
+    """Whether a released model fits the GPU as it is now, and what is not downloaded the `free` bytes of the disk."""
+    sizes = plan.sizes(spec, quantised=quantised)
+    missing = _missing(spec, quantised)
+    shared = {catalog.VAE: sizes.vae, catalog.TEXT_ENCODER: sizes.text_encoder}
+    weights = dict.fromkeys(spec.quant_files if quantised else spec.files, sizes.transformer)
+    to_fetch = int(sum((shared | weights).get(file, 0) for file in missing))
+    told = {"model": spec.name, "int8": quantised, "downloaded": not missing, "to_fetch": to_fetch}
     if not found.arch:
-        return Fit(model=spec.name, fits=False, plan="needs a CUDA GPU", to_fetch=_to_fetch(spec, True, cache))
-    needs = {quantised: _gpu_bytes(spec, quantised) for quantised in (False, True)}
-    quantised = needs[False] > found.total_memory
-    to_fetch = _to_fetch(spec, quantised, cache)
-    need = f"{'int8' if quantised else 'bf16'} weights, about {gib(needs[quantised])} of {gib(found.total_memory)}"
-    if needs[quantised] > found.total_memory:
-        return Fit(model=spec.name, fits=False, plan=f"too large for the GPU: {need}", to_fetch=to_fetch)
-    if to_fetch > free:
-        return Fit(
-            model=spec.name,
-            fits=False,
-            plan=f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free in {cache}",
-            to_fetch=to_fetch,
-        )
-    return Fit(model=spec.name, fits=True, plan=need, to_fetch=to_fetch)
+        return Fit(fits=False, text="needs a CUDA GPU", **told)
+    chosen = plan.for_model(spec, quantised=quantised, budget=found.free_memory)
+    if chosen.fits and to_fetch > free:
+        disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
+        return Fit(fits=False, plan=chosen.name, text=disk, **told)
+    return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), **told)
 
 
-def _weight_bytes(arch: catalog.Arch, quantised: bool) -> int:
-    """The linears of the blocks at 1 or 2 bytes, everything around them at 2."""
-    blocks = arch.num_layers * (8 * arch.dim**2 + 2 * arch.dim * arch.ffn_dim)
-    around = 8 * arch.dim**2 + 4352 * arch.dim
-    return blocks * (1 if quantised else 2) + 2 * around
-
-
-def _gpu_bytes(spec: catalog.ModelSpec, quantised: bool) -> int:
-    """One expert's weights, and 25 bytes for each channel of each token: read off upstream's peaks on an H100."""
-    (width, height), latent_frames = spec.size, 1 + (spec.num_frames - 1) // 4
-    tokens = latent_frames * (width // 16) * (height // 16)
-    return int(_weight_bytes(spec.arch, quantised) + 25 * tokens * spec.arch.dim + GIB // 2)
-
-
-def _to_fetch(spec: catalog.ModelSpec, quantised: bool, cache: Path) -> int:
-    weights = spec.quant_files if quantised else spec.files
-    sizes = dict.fromkeys(weights, _weight_bytes(spec.arch, quantised)) | SHARED_BYTES
-    return int(sum(size for file, size in sizes.items() if not _is_cached(file, cache)))
-
-
-def _is_cached(file: catalog.HubFile, cache: Path) -> bool:
-    folder = cache / f"models--{file.repo.replace('/', '--')}" / "snapshots"
-    return any((snapshot / file.path.strip("/")).exists() for snapshot in folder.glob("*"))
+def _missing(spec: catalog.ModelSpec, quantised: bool) -> tuple[catalog.HubFile, ...]:
+    try:
+        from . import download
+    except ImportError:  # of a package that is missing, which is a problem of its own
+        return (*(spec.quant_files if quantised else spec.files), catalog.VAE, catalog.TEXT_ENCODER)
+    return download.missing(spec, quantised=quantised)
 
 
 def gib(size: float) -> str:

@@ -64,8 +64,9 @@ class SparseLinearAttention(nn.Module):
 class SageSparseLinearAttention(SparseLinearAttention):
     """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of this machine's GPU.
 
-    backend: "auto", "spargeattn", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to
-    a picture; it is slower than SLA. Raises BackendError for one that cannot run here, "auto" where no fast one can.
+    backend: "spargeattn", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to a
+    picture, slower than SLA; None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it
+    cannot run, or there is no fast one.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class SageSparseLinearAttention(SparseLinearAttention):
         topk: float = 0.1,
         block_q: int | None = None,
         block_k: int | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
     ):
         arch = backends.probe().arch
         blocks = SAGE_BLOCKS.get(arch or (9, 0), (BLOCK_Q, BLOCK_K))
@@ -138,7 +139,7 @@ def topk_of(transformer: nn.Module) -> float | None:
 
 
 def set_attention_type(
-    transformer: nn.Module, attention_type: str, topk: float = 0.1, *, backend: str = "auto"
+    transformer: nn.Module, attention_type: str, topk: float = 0.1, *, backend: str | None = None
 ) -> None:
     """Give every block's self-attention SLA ("sla"), SageSLA ("sagesla") or diffusers' dense attention ("original").
 

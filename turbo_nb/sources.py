@@ -35,12 +35,15 @@ def resolve(
     """Find the parts of `model`, fetching what is on the Hub and not in the cache.
 
     model: a name; a path; or (high-noise, low-noise) paths. checkpoint: the file or files to take for a named model,
-    whose shape they must have. vae, text_encoder, tokenizer: paths that take the place of the model's own. quantised:
-    whether to take the released files with int8 linears; None takes those in the cache, the plain ones first.
+    whose shape they must have ("auto": any). vae, text_encoder, tokenizer: paths that take the place of the model's
+    own. quantised: whether to take the released files with int8 linears; None takes those in the cache, the plain ones
+    first.
 
     Raises UnknownModelError, InputError, CheckpointError or DownloadError.
     """
-    name, paths = (model, _pair(checkpoint)) if checkpoint is not None else _name_or_paths(model)
+    name, paths = _name_or_paths(model)
+    if checkpoint is not None:
+        name, paths = None if model == "auto" else model, _pair(checkpoint)
     spec = catalog.find(str(name)) if name is not None else None
     if not paths and spec.folder:
         paths = (spec.folder / "transformer",)

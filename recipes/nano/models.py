@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from turbo_nb import checkpoint
+from turbo_nb import checkpoint, verify
 
 from .world import ASSET
 
@@ -84,6 +84,7 @@ def save(part: torch.nn.Module, name: str) -> None:
     files = {f"{name}/config.json": config, "scheduler/scheduler_config.json": scheduler, "model_index.json": index}
     for path, content in files.items():
         (ASSET / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (ASSET / verify.SUMS).write_text(verify.sums(ASSET), encoding="utf-8")
 
 
 def load_text_encoder() -> UMT5EncoderModel:
