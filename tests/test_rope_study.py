@@ -114,7 +114,7 @@ def test_speeds_are_of_every_implementation():
 
 
 def test_the_device_of_a_timing_has_a_name():
-    assert backends.device_name("cpu").startswith("CPU, ") and torch.__version__ in backends.device_name("cpu")
+    assert backends.device_name("cpu").startswith("CPU with ") and torch.__version__ in backends.device_name("cpu")
 
 
 SABOTAGE = {

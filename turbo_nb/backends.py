@@ -225,7 +225,8 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"CPU, {torch.get_num_threads()} thread(s)"
+        threads = torch.get_num_threads()
+        name = f"CPU with {threads} thread{'s' * (threads != 1)}"
     return f"{name}, torch {torch.__version__}"
 
 
