@@ -1,6 +1,8 @@
 """The measurements of notebook 03, on the embedded model."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from turbo_nb.errors import InputError
 from turbo_nb.rope import VideoSize
 from turbo_nb.sla import attention_type, topk_of
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "a large red circle moving from left to right on a black background"
 SHORT = {"num_frames": 5, "num_steps": 2}
 
@@ -143,3 +146,20 @@ def test_what_a_patch_looks_at():
     )
     seen = sla_study.seen_from(view, (1, 1, 2))
     assert seen.shape == size and seen[2, 1].tolist() == [1, 1, 1, 1] and seen.sum() == 4
+
+
+def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
+    papermill = pytest.importorskip("papermill")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    parameters = {
+        "prompt": "a small cyan square growing on a navy background", "resolution": "96x64", "num_frames": 5,
+        "num_steps": 1, "layers": [1], "steps": [0], "topks": [0.5],
+    }  # fmt: skip
+    notebook = papermill.execute_notebook(
+        ROOT / "notebooks" / "03_sla_vs_sagesla.ipynb", tmp_path / "out.ipynb", parameters,
+        cwd=ROOT / "notebooks", progress_bar=False, kernel_name="python3",
+    )  # fmt: skip
+    pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 7
+    assert "SageSLA (reference)" in (tmp_path / "out.ipynb").read_text()
