@@ -75,14 +75,15 @@ class Point:
     peak_bytes: int | None
 
 
-def sage_backend() -> str:
-    """What runs SageSLA here: a fast kernel, or "reference", which is slow and shows what the 8 bits do."""
-    return backends.choose("sagesla").chosen or "reference"
+def sage_backend(pipe) -> str:
+    """What runs SageSLA on the pipeline's device: a fast kernel, or "reference", which is slow and shows the 8 bits."""
+    on_gpu = pipe.plan.device.startswith("cuda")
+    return (on_gpu and backends.choose("sagesla").chosen) or "reference"
 
 
-def label(kind: str) -> str:
+def label(pipe, kind: str) -> str:
     """The name of a kind of attention, for a legend; SageSLA says what runs it."""
-    return {"original": "dense", "sla": "SLA", "sagesla": f"SageSLA ({sage_backend()})"}[kind]
+    return {"original": "dense", "sla": "SLA", "sagesla": f"SageSLA ({sage_backend(pipe)})"}[kind]
 
 
 def grid_of(pipe, video: pipeline.Video) -> VideoSize:
@@ -162,7 +163,7 @@ def attention(pipe, kind: str, topk: float | None = None) -> Iterator[None]:
     experts = [expert for expert in (pipe.transformer, getattr(pipe, "transformer_2", None)) if expert is not None]
     layers = [block.attn1 for expert in experts for block in expert.blocks]
     before = [layer.processor for layer in layers]
-    backend = sage_backend() if kind == "sagesla" else "auto"
+    backend = sage_backend(pipe) if kind == "sagesla" else "auto"
     topk = pipe.spec.sla_topk if topk is None else topk
     try:
         for expert in experts:
@@ -194,7 +195,7 @@ def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> 
         layer = processor.sla
         used, blocks = layer.topk, math.ceil(math.prod(grid_of(pipe, video)) / layer.block_k)
         kept = max(1, int(used * blocks)) / blocks
-    return Run(label=label(kind), kind=kind, topk=used, kept=kept, step_seconds=median(steps), video=video)
+    return Run(label=label(pipe, kind), kind=kind, topk=used, kept=kept, step_seconds=median(steps), video=video)
 
 
 def compare(baseline: Run, other: Run) -> Point:
