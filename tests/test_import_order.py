@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
     ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope",), ("sla", "linear", "scheduler"),
     ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",), ("history",), ("plan",),
-    ("auto",), ("text",), ("pipeline",), ("batch",), ("preflight",), ("verify",), ("ui",), ("cli",),
+    ("auto",), ("text",), ("pipeline",), ("rope_study", "sla_study"), ("batch",), ("preflight",), ("verify",),
+    ("studio",), ("ui",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 

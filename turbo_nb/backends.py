@@ -223,6 +223,18 @@ def probe() -> Machine:
     return replace(machine, free_memory=free, total_memory=total)
 
 
+def device_name(device: str) -> str:
+    """What a timing was measured on: the GPU's name, or the CPU's threads, with torch's version."""
+    import torch
+
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"CPU with {threads} thread{'s' * (threads != 1)}"
+    return f"{name}, torch {torch.__version__}"
+
+
 @cache
 def _probe_once() -> Machine:
     name, driver = _nvidia_smi()
