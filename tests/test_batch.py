@@ -138,6 +138,8 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
             batch.run(PROMPTS, load, tmp_path / "out", **settings)
     with pytest.raises(InputError, match="no prompts"):
         batch.run([], "nano", tmp_path / "out")
+    with pytest.raises(InputError, match="a: unknown setting 'model'"):
+        batch.run([batch.Job(prompt="red", settings={"model": "nano"}, source="a")], "nano", tmp_path / "out")
     with pytest.raises(OutputError, match="is a file"):
         batch.run(PROMPTS, "nano", path)
     assert list(tmp_path.iterdir()) == [path]
@@ -154,7 +156,8 @@ def ids(jobs, load="nano", **settings):
 def test_an_id_is_what_determines_the_video(nano):
     base = ids(["a red circle"])
     assert base == ids(["a red circle"], num_frames=25, resolution="128x128", seed=0)  # the model's own, spelled out
-    assert base == ids(["a red circle"], "auto") == ids(["a red circle"], nano)
+    assert base == ids(["a red circle"], "auto") == ids(["a red circle"], {"model": Path("nano")})
+    assert base == ids(["a red circle"], nano)
     assert base == ids(["a red circle"], {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15})
     others = [
         *ids(["a blue circle"]),
@@ -347,6 +350,29 @@ def test_two_runs_in_one_folder_are_kept_apart(nano, made, tmp_path):
     ):
         run(nano, tmp_path)
     assert made == [] and run(nano, tmp_path).made == 3
+
+
+def test_a_picture_is_known_by_its_pixels(tmp_path):
+    from PIL import Image
+
+    def picture(name, colour):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+        return [batch.Job(prompt="it moves", settings={"image": tmp_path / name})]
+
+    red, copy, blue = (
+        batch._check(picture(*kind), {"model": "Wan2.2-A14B"}, tmp_path, {}, 1)[0]
+        for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
+    )
+    assert red.id == copy.id != blue.id
+    assert red.record("failed")["image"] == str(tmp_path / "red.png")
+
+
+def test_a_damaged_video_of_another_batch_is_left_off_the_sheet(nano, made, tmp_path):
+    from PIL import Image
+
+    record = run(nano, tmp_path, PROMPTS[:2]).records[0]
+    (tmp_path / record["file"]).write_text("torn")
+    assert Image.open(run(nano, tmp_path, ["another"]).sheet).height == 128 + 18 + 8 + 8  # two clips, not three
 
 
 def test_a_pipeline_with_a_lora_is_refused(nano, tmp_path, monkeypatch):

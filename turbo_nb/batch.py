@@ -251,9 +251,12 @@ class _Task:
 
     def record(self, status: str, **more) -> dict:
         """A line of the manifest"""
+        image = self.arguments.get("image")
         record = {
             "id": self.id, "status": status, "file": self.path.name if status == "done" else None, "error": None,
-            "prompt": self.prompt, "source": self.source, "settings": asdict(self.settings), "timings": {},
+            "prompt": self.prompt, "source": self.source,
+            "image": str(image) if isinstance(image, str | Path) else None,
+            "settings": asdict(self.settings), "timings": {},
         }  # fmt: skip
         return record | more | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
 
@@ -281,6 +284,8 @@ def _check(jobs: Iterable[Job | str], load, folder: Path, settings: dict, num_sa
         arguments = settings | job.settings
         first = arguments.get("seed", 0)
         try:
+            for name in job.settings:
+                _known_setting(name)
             for seed in range(first, first + num_samples):
                 tasks.append(_task(job, arguments | {"seed": seed}, spec, model, folder))
         except InputError as error:
@@ -303,9 +308,7 @@ def _task(job: Job, arguments: dict, spec, model: dict, folder: Path) -> _Task:
     text = json.dumps(determines, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = folder / ("-".join(filter(None, (name, _slug(job.prompt)))) + ".mp4")
-    return _Task(
-        id=name, prompt=job.prompt, arguments=arguments, settings=settings, source=job.source, path=path
-    )  # fmt: skip
+    return _Task(id=name, prompt=job.prompt, arguments=arguments, settings=settings, source=job.source, path=path)
 
 
 def _slug(prompt: str) -> str:
@@ -317,7 +320,7 @@ def _slug(prompt: str) -> str:
 def _identity(made_of: dict, spec) -> dict:
     """What a pipeline's videos depend on, weights by their content: a moved file is the same, a changed one is not"""
     model = made_of["model"]
-    named = isinstance(model, str) and not Path(model).exists()
+    named = not isinstance(model, tuple | list) and not Path(model).exists()
     return {
         "model": spec.name if named else _fingerprints(model),
         "attention_type": made_of["attention_type"],
@@ -382,7 +385,8 @@ def _take(file: IO[str], folder: Path, *, shared: bool) -> None:
 def read_manifest(output_dir: str | os.PathLike) -> list[dict]:
     """The records of a folder's manifest, oldest first; a torn line is left out. Empty if there is none.
 
-    A record has id, status ("done" or "failed"), file, error, prompt, source, settings, timings in seconds, and time.
+    A record has id, status ("done" or "failed"), file, error, prompt, source, image, settings, timings in seconds, and
+    time.
     """
     return [record for _, record in _manifest_lines(Path(output_dir) / MANIFEST)]
 
@@ -459,9 +463,8 @@ def _found(task: _Task) -> dict | None:
 def _done(task: _Task, told: dict, **timings: float) -> dict:
     """The record of a finished video, from the metadata in it"""
     settings = {name: value for name, value in told.items() if name not in ("job", "timings")}
-    return task.record(
-        "done", settings=settings, timings=told["timings"] | timings, bytes=task.path.stat().st_size
-    )  # fmt: skip
+    size = task.path.stat().st_size
+    return task.record("done", settings=settings, timings=told["timings"] | timings, bytes=size)
 
 
 def _contact_sheet(folder: Path) -> Path | None:
@@ -479,12 +482,16 @@ def _contact_sheet(folder: Path) -> Path | None:
     sizes = [(record["settings"]["width"], record["settings"]["height"]) for record in shown]
     scales = [min(1, SHEET_SIDE / max(size)) for size in sizes]
     width, height = (max(round(size[i] * s) for size, s in zip(sizes, scales, strict=True)) for i in (0, 1))
-    clips = []
+    clips, captions = [], []
     for record in shown:
-        frames = media.read_frames(folder / record["file"], width, height)
-        clips.append(frames[np.linspace(0, len(frames) - 1, 3).round().astype(int)])
+        with suppress(InputError):  # damaged since; it has no place on the sheet
+            frames = media.read_frames(folder / record["file"], width, height)
+            clips.append(frames[np.linspace(0, len(frames) - 1, 3).round().astype(int)])
+            captions.append(f"seed {record['settings']['seed']} · {record['prompt']}")
+    if not clips:
+        return None
     with _whole(path) as temporary:
-        media.contact_sheet(clips, [f"{r['prompt']} · seed {r['settings']['seed']}" for r in shown]).save(temporary)
+        media.contact_sheet(clips, captions).save(temporary)
     return path
 
 
