@@ -462,7 +462,8 @@ def command(*arguments):
     ]
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster where other tests run beside it
     prompts = write(tmp_path / "p.txt", "\n".join(f"a red circle {n}" for n in range(3)))
     line = command(prompts, "--output_dir", tmp_path / "out", "--model", "nano")
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -493,7 +494,8 @@ def test_killed_three_times():
 # The notebook
 
 
-def test_the_notebook_takes_other_parameters(tmp_path):
+def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pytest.importorskip("papermill", reason="papermill is not installed")
     prompts = write(tmp_path / "p.csv", "prompt,seed\na large red circle,1\na large red circle,2\n")
     parameters = {"prompts_path": str(prompts), "output_dir": str(tmp_path / "made"), "num_frames": 1, "num_steps": 1}
