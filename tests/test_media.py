@@ -49,6 +49,30 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkey
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_ffmpeg_that_fails_leaves_nothing(tmp_path, frames, monkeypatch):
+    import imageio_ffmpeg
+
+    def failing(*args, **kwargs):
+        while True:
+            yield
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", failing)
+    with pytest.raises(OutputError, match="ffmpeg wrote 0 of 9 frames"):
+        media.write_mp4(tmp_path / "clip.mp4", frames, 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_fitted_into_the_size_asked_for(tmp_path, frames):
+    path = media.write_mp4(tmp_path / "clip.mp4", frames, 16)  # 96x64
+    read = media.read_frames(path, 48, 48)
+    assert read.shape == (9, 48, 48, 3)
+    assert np.abs(read[:, [0, 7, 40, 47]].astype(int) - 0xF4).max() < 8  # the ground, above and below
+    assert np.abs(read[:, 10:38].astype(int) - frames[:, 4:60:2, ::2]).mean() < 8
+    path.write_text("")
+    with pytest.raises(InputError, match="no video that can be read"):
+        media.read_frames(path, 48, 48)
+
+
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()

@@ -309,6 +309,79 @@ def verify(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def batch(
+    prompts: Annotated[
+        Path, typer.Argument(help="txt (a prompt a line), csv or jsonl (rows with their own settings).")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="The folder of videos and manifest.")] = Path("outputs/batch"),
+    model: Annotated[str, typer.Option(help="A model's name, auto, a checkpoint or a diffusers folder.")] = "auto",
+    dit_path: Annotated[Path | None, typer.Option(help="The checkpoint; the model is what its tensors say.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes, each with the model; one a GPU if left out.")] = None,
+    seed: Seed = 0,
+    num_steps: NumSteps = 4,
+    num_frames: NumFrames = None,
+    resolution: Resolution = None,
+    aspect_ratio: AspectRatio = None,
+    sigma_max: SigmaMax = None,
+    ode: Ode = False,
+    num_samples: NumSamples = 1,
+    attention_type: AttentionType = "sla",
+    attention_backend: AttentionBackend = None,
+    sla_topk: SlaTopk = None,
+    quant_linear: QuantLinear = None,
+    default_norm: DefaultNorm = False,
+    vae_path: VaePath = None,
+    text_encoder_path: TextEncoderPath = None,
+    tokenizer_path: TokenizerPath = None,
+    memory_plan: MemoryPlan = "auto",
+    memory: Memory = None,
+    noise_device: NoiseDevice = "cpu",
+    device: Device = "auto",
+) -> None:
+    """Make a video from every prompt of a file. Started again, it makes what is missing. Exit code 1 if any failed."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import batch
+
+    if dit_path and model == "auto":
+        model, dit_path = dit_path, None
+    made, console = 0, Console(stderr=True)
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("load", total=None)
+
+            def show(record: dict, number: int, total: int) -> None:
+                nonlocal made
+                made += record["status"] == "done"
+                progress.update(bar, description="make", completed=number, total=total)
+                print(f"{number}/{total}  {batch.describe(record)}", flush=True)
+
+            summary = batch.run(
+                batch.read_prompts(prompts),
+                {
+                    "model": model, "checkpoint": dit_path, "attention_type": attention_type, "sla_topk": sla_topk,
+                    "attention_backend": attention_backend, "device": device, "memory_plan": memory_plan,
+                    "quant_linear": "auto" if quant_linear is None else quant_linear,
+                    "vae": vae_path, "text_encoder": text_encoder_path, "tokenizer": tokenizer_path,
+                    "memory": memory and memory * 1e9,
+                },
+                output_dir, workers=workers, num_samples=num_samples, on_record=show,
+                on_progress=lambda fetched: progress.update(
+                    bar, description=fetched.stage, completed=fetched.done, total=fetched.total
+                ),
+                num_frames=num_frames, num_steps=num_steps, seed=seed, resolution=resolution,
+                aspect_ratio=aspect_ratio, sigma_max=sigma_max, ode=ode, noise_device=noise_device,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"cancelled; {made} made, which stay: the same command makes the rest", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(summary)
+    raise typer.Exit(int(bool(summary.failed)))
+
+
 def main() -> None:
     """Entry point: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_note

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METADATA_KEY = "turbo_nb"
+GROUND = "#f4f4f1"  # of a contact sheet
 
 
 def load_image(image: "str | os.PathLike | Image | np.ndarray") -> "Image":
@@ -110,6 +111,10 @@ def write_mp4(path: str | os.PathLike, frames: "np.ndarray", fps: int, metadata:
         for frame in frames:
             writer.send(frame.tobytes())
         writer.close()
+        if (written := _count_frames(temporary)) != len(frames):  # imageio-ffmpeg does not tell of a failed ffmpeg
+            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
@@ -118,6 +123,32 @@ def write_mp4(path: str | os.PathLike, frames: "np.ndarray", fps: int, metadata:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _count_frames(path: str) -> int:
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:  # no video at all
+        return 0
+
+
+def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray":
+    """All frames (T, height, width, 3) uint8 of a video, fitted into width × height on the contact sheet's ground.
+
+    Raises InputError if it is no video.
+    """
+    import imageio_ffmpeg
+    import numpy as np
+
+    fit = f"scale={width}:{height}:force_original_aspect_ratio=decrease,pad={width}:{height}:-1:-1:{GROUND}"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-vf", fit]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode or not result.stdout:
+        raise InputError(f"{str(path)!r} is no video that can be read; make it again")
+    return np.frombuffer(result.stdout, np.uint8).reshape(-1, height, width, 3)
 
 
 def _umask() -> int:
@@ -156,7 +187,7 @@ def contact_sheet(
     _, height, width, _ = clips[0].shape
     strip = frames * width + (frames - 1) * 2
     rows = -(-len(clips) // columns)
-    sheet = Image.new("RGB", (columns * (strip + gap) + gap, rows * (height + line + gap) + gap), "#f4f4f1")
+    sheet = Image.new("RGB", (columns * (strip + gap) + gap, rows * (height + line + gap) + gap), GROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for number, clip in enumerate(clips):
         left, top = gap + number % columns * (strip + gap), gap + number // columns * (height + line + gap)

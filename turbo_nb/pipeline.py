@@ -125,24 +125,32 @@ def _whole(name: str, value) -> int:
         raise InputError(f"{name} is {value!r}; it is a whole number") from None
 
 
-def check_clip(
-    model, prompt: str, *, image=None, adaptive_resolution: bool = False, **settings
-) -> tuple[int, int, int]:
+def find_spec(model: "str | Path | tuple[str | Path, str | Path]") -> catalog.ModelSpec:
+    """The spec of what `load_pipeline` takes as `model`; a name is found without torch. Raises what finding raises."""
+    if model == "auto":
+        model, _ = auto.choose()
+    if isinstance(model, str) and not Path(model).exists():
+        return catalog.find(model)
+    from . import sources
+
+    return sources.spec_of(model)
+
+
+def check_job(
+    spec: catalog.ModelSpec, prompt: str, *, image=None, adaptive_resolution: bool = False, **settings
+) -> Settings:
+    """The settings that `generate` would work with, checked without a model. Raises what `generate` raises."""
+    image = check_image(spec, image)
+    adaptive_to = image.size if image and adaptive_resolution else None
+    return check_settings(spec, prompt, adaptive_to=adaptive_to, **settings)
+
+
+def check_clip(model, prompt: str, **settings) -> tuple[int, int, int]:
     """Width, height and frames of the clip that `generate` would make, checked before a model is loaded.
 
     model: as for `load_pipeline`. Raises what `generate` raises, and what finding a model raises.
     """
-    if model == "auto":
-        model, _ = auto.choose()
-    if isinstance(model, str) and not Path(model).exists():
-        spec = catalog.find(model)
-    else:
-        from . import sources
-
-        spec = sources.spec_of(model)
-    image = check_image(spec, image)
-    adaptive_to = image.size if image and adaptive_resolution else None
-    checked = check_settings(spec, prompt, adaptive_to=adaptive_to, **settings)
+    checked = check_job(find_spec(model), prompt, **settings)
     return checked.width, checked.height, checked.num_frames
 
 
@@ -164,7 +172,8 @@ def load_pipeline(
     on_plan: Callable[[plan.Plan], None] | None = None,
     on_progress: Callable | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
-    """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults.
+    """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults,
+    `.made_of` the arguments that determine what it makes.
 
     model: a name of the catalogue, a checkpoint, two of them (high-noise, low-noise), a diffusers folder, or "auto":
     the best text-to-video model that was downloaded and fits the GPU, nano on a CPU; see `auto.choose`.
@@ -248,6 +257,10 @@ def load_pipeline(
         pipeline = WanPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.spec = spec
+    pipeline.made_of = {
+        "model": model, "checkpoint": checkpoint, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
+        "attention_type": attention_type, "sla_topk": sla_topk, "quant_linear": quant_linear,
+    }  # fmt: skip
     pipeline.encoder = text.PromptEncoder(
         pipeline, lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype)
     )
