@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
     ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope",), ("sla", "linear", "scheduler"),
     ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",), ("history",), ("plan",),
-    ("text",), ("pipeline",), ("batch",), ("preflight",), ("ui",), ("cli",),
+    ("text",), ("pipeline",), ("batch",), ("preflight",), ("studio",), ("ui",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 
