@@ -84,7 +84,7 @@ def test_wrong_settings_are_told_before_anything_starts(made):
         ({"prompt": " "}, "prompt is empty"),
         ({"num_frames": 6}, "4n"),
         ({"sla_topk": 0.0}, "above 0"),
-        ({"model": "nona"}, "did you mean"),
+        ({"model": "nona"}, "unknown model"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "text alone"),
     ]:
         with pytest.raises(InputError, match=words):

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from datetime import datetime
 
 import ipywidgets as w
 import numpy as np
@@ -87,7 +88,7 @@ def test_errors_are_words_on_the_page(generator):
     assert "the prompt is empty" in generator.status.value and 'role="alert"' in generator.status.value
     generator.frames.value = 6
     assert "4n + 1" in generator.estimate.value
-    generator.custom.value = "<b>"
+    generator.frames.value, generator.custom.value = 5, "<b>"
     assert "&lt;b&gt;" in generator.estimate.value and "<b>" not in generator.estimate.value
 
 
@@ -125,7 +126,13 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
     assert generator.request.image is None
     file = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(file, "PNG")
-    entry = {"name": "<b>.png", "type": "image/png", "size": 1, "last_modified": 0, "content": file.getvalue()}
+    entry = {
+        "name": "<b>.png",
+        "type": "image/png",
+        "size": 1,
+        "last_modified": datetime.now(),
+        "content": file.getvalue(),
+    }
     generator.upload.set_trait("value", (entry,))
     assert generator.request.image.size == (64, 32) and "&lt;b&gt;.png" in generator.image_note.value
     generator.image_path.value = str(tmp_path / "none.png")

@@ -11,13 +11,9 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import media
 from .errors import InputError, OutputError
-
-if TYPE_CHECKING:
-    from .pipeline import Video
 
 ARCHIVE = "turbo_nb.zip"
 
@@ -76,8 +72,8 @@ class History:
                     continue
         return found
 
-    def save(self, video: "Video", machine: str = "", timings: dict[str, float] | None = None) -> Run:
-        """Write a clip under a new name made of the time, its prompt and its seed.
+    def save(self, video, machine: str = "", timings: dict[str, float] | None = None) -> Run:
+        """Write a clip (a `pipeline.Video`) under a new name made of the time, its prompt and its seed.
 
         timings: more stages than the video's own. Raises OutputError.
         """

@@ -203,7 +203,7 @@ class Studio:
 
         spec = request.spec
         clip = {name: value for name, value in request.clip.items() if name not in ("image", "adaptive_resolution")}
-        settings = pipeline.check_settings(spec, request.prompt or "?", **clip)
+        settings = pipeline.check_settings(spec, request.prompt.strip() or "?", **clip)
         loaded = self._loaded == request.load
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size = (settings.width, settings.height, settings.num_frames)
@@ -245,9 +245,9 @@ class Studio:
 
     def _advance(self, job: Job, stage: str, done: int = 0, total: int = 0) -> None:
         """Note where the job is; here it ends if it was cancelled"""
-        job.stage, job.done, job.total = stage, done, total
         if job.cancelling.is_set():
             raise _Cancelled
+        job.stage, job.done, job.total = stage, done, total
         self._tell(job)
 
     def _work(self, job: Job) -> None:

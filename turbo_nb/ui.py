@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from . import backends, catalog, media
 from .errors import InputError, TurboNbError
-from .history import Run
-from .sla import ATTENTION_TYPES
-from .studio import STAGES, Job, Request, Studio
 
-try:
+try:  # before all that takes long to load
     import ipywidgets as w
 except ImportError as error:
     raise InputError("the generator needs ipywidgets; pip install 'turbo-nb[notebook]'") from error
+
+from . import backends, catalog, media
+from .history import Run
+from .sla import ATTENTION_TYPES
+from .studio import STAGES, Job, Request, Studio
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -143,7 +144,6 @@ class Generator:
         self._connect()
         self._stop = studio.listen(self._on_job)
         self._on_model()
-        self._show_gallery()
         if studio.job:
             self._on_job(studio.job)
         else:
@@ -248,8 +248,7 @@ class Generator:
     def close(self) -> None:
         """Take the widgets off the page; the studio, its job and its clips stay."""
         self._stop()
-        for widget in _family(self.root):
-            widget.close()
+        _close(_family(self.root))
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -288,6 +287,7 @@ class Generator:
     def _on_model(self) -> None:
         spec = self._spec()
         if spec is None:
+            self._show_gallery()
             return
         width, height = spec.size
         names = [(name, name) for name in catalog.RESOLUTIONS]
@@ -306,8 +306,8 @@ class Generator:
         self.image_note.value = (
             "<p>The clip begins with this image; the prompt says what happens. A file over 10 MB: give its path.</p>"
             if can
-            else f"<p>Not with {html.escape(spec.name)}: it makes videos from text alone. To begin with an image, choose "
-            "a model whose name says I2V.</p>"
+            else f"<p>Not with {html.escape(spec.name)}: it makes videos from text alone. To begin with an image, "
+            "choose a model whose name says I2V.</p>"
         )
         self.tabs.children[0].children[0].value = (
             f"<p>Not with {html.escape(spec.name)}: it needs an image. Choose a model whose name says T2V.</p>"
@@ -315,6 +315,7 @@ class Generator:
             else "<p>A clip from the prompt alone.</p>"
         )
         self._show_outlook()
+        self._show_gallery()
 
     def _on_example(self, change) -> None:
         if change["new"]:
@@ -414,8 +415,7 @@ class Generator:
             runs = self.studio.history.runs(self._count + 1)
             gone = _family(self.gallery)[1:]
             self.gallery.children = [self._item(run) for run in runs[: self._count]]
-            for widget in gone:
-                widget.close()
+            _close(gone)
         self.more.layout.display = None if len(runs) > self._count else "none"
         self.archive.disabled = not runs
         self.message.value = "" if runs else '<p class="tnb-dim">Nothing yet; what you generate is kept here.</p>'
@@ -529,6 +529,13 @@ def _attentions() -> list[tuple[str, str]]:
 def _family(widget: w.Widget) -> list[w.Widget]:
     """A widget and all inside it"""
     return [widget, *(one for child in getattr(widget, "children", ()) for one in _family(child))]
+
+
+def _close(widgets: list[w.Widget]) -> None:
+    for widget in widgets:
+        for part in (getattr(widget, "style", None), widget.layout, widget):
+            if part is not None:
+                part.close()
 
 
 def _seconds(seconds: float) -> str:
