@@ -158,7 +158,7 @@ class Generator:
 
         chosen = catalog.find("auto").name if model == "auto" else catalog.UPSTREAM_NAMES.get(str(model), str(model))
         self.prompt = w.Textarea(
-            description="Prompt", rows=4, style={"description_width": "92px"}, layout=w.Layout(width="100%"),
+            description="Prompt", rows=4, style={"description_width": "92px"}, layout=w.Layout(width="auto"),
             placeholder="What to show", continuous_update=True,
         )  # fmt: skip
         self.examples = short(w.Dropdown, "Examples", options=[("choose one…", "")])
@@ -169,14 +169,15 @@ class Generator:
         self.image_path = short(w.Text, "or its path", placeholder="a png, jpg or webp file on this machine")
         self.adaptive = short(w.Checkbox, "Keep the image's aspect", value=True, indent=False)
         self.image_note = w.HTML()
-        self.tabs = w.Tab(titles=("Text to video", "Image to video"))
+        self.tabs = w.Tab()
         self.tabs.children = (
             w.VBox([w.HTML("<p>A clip from the prompt alone.</p>")]),
             w.VBox([self.image_note, self.upload, self.image_path, self.adaptive]),
         )
+        self.tabs.titles = ("Text to video", "Image to video")
         self.model = short(w.Dropdown, "Model", options=_options(model), value=chosen)
         self.resolution = short(w.Dropdown, "Resolution")
-        self.custom = short(w.Text, "Width x height", placeholder="such as 128x128")
+        self.custom = short(w.Text, "Other size", placeholder="width x height: 128x128")
         self.aspect = short(w.Dropdown, "Aspect", options=list(catalog.RESOLUTIONS["480p"]), value="16:9")
         self.frames = short(w.BoundedIntText, "Frames", min=1, max=961, step=4)
         self.steps = short(w.Dropdown, "Steps", options=[1, 2, 3, 4], value=4)
@@ -190,12 +191,12 @@ class Generator:
             options=[("as the file has them", "auto"), ("8-bit", True), ("16-bit or more", False)],
         )
         self.estimate = w.HTML()
-        self.generate = w.Button(description="Generate", icon="play", button_style="primary")
-        self.cancel = w.Button(description="Cancel", icon="stop", disabled=True)
+        self.generate = w.Button(description="Generate", button_style="primary")
+        self.cancel = w.Button(description="Cancel", disabled=True)
         self.status = w.HTML(layout=w.Layout(width="100%"))
         self.preview = w.HTML()
         self.result = w.Output()
-        self.archive = w.Button(description="Zip all clips", icon="archive", layout=w.Layout(width="auto"))
+        self.archive = w.Button(description="Zip all clips", layout=w.Layout(width="auto"))
         self.archive_link = w.Output()
         self.more = w.Button(description="Show more", layout=w.Layout(width="auto"))
         self.gallery = w.Box(layout=w.Layout(flex_flow="row wrap", width="100%", grid_gap="12px"))
