@@ -91,6 +91,12 @@ class ModelSpec:
         path = self.folder and self.folder / "vocabulary.json"
         return json.loads(path.read_text(encoding="utf-8"))["attributes"] if path and path.exists() else None
 
+    @cached_property
+    def preview(self) -> list[list[float]] | None:
+        """The `factors` of `media.preview` that ship with the model; None for one whose first clip has to tell."""
+        path = self.folder and self.folder / "preview.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
+
     def understands(self, prompt: str) -> bool:
         """Whether the prompt names a shape and a colour of the vocabulary (always, for a model without one)."""
         if self.vocabulary is None:

@@ -1,10 +1,12 @@
-"""Images in, mp4 with metadata out (imageio-ffmpeg), and several clips in one picture."""
+"""Images in, mp4 with metadata out (imageio-ffmpeg), several clips in one picture, and previews of latents."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,34 +14,36 @@ from .errors import InputError, OutputError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from PIL.Image import Image
 
 METADATA_KEY = "turbo_nb"
 GROUND = "#f4f4f1"  # of a contact sheet
 
 
-def load_image(image: "str | os.PathLike | Image | np.ndarray") -> "Image":
-    """An RGB image from a file, a PIL image or an array (H, W, 3) uint8, upright. Raises InputError if it is none."""
+def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> "Image":
+    """An RGB image from a file or its bytes, a PIL image or an array (H, W, 3) uint8, upright.
+
+    Raises InputError if it is none.
+    """
     from PIL import Image, ImageOps
 
     if isinstance(image, Image.Image):
         return ImageOps.exif_transpose(image).convert("RGB")
-    if not isinstance(image, str | os.PathLike):
+    if not isinstance(image, str | os.PathLike | io.BytesIO):
         shape = getattr(image, "shape", ())
         if shape[2:] != (3,) or 0 in shape or str(image.dtype) != "uint8":
             got = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
             raise InputError(f"image is {got}; give a file, a PIL image, or an array (height, width, 3) of uint8")
         return Image.fromarray(image)
-    path = Path(image)
-    if not path.is_file():
-        raise InputError(f"no image {str(path)!r}; give the path of a png, jpg or webp file")
+    name = "the upload" if isinstance(image, io.BytesIO) else repr(str(image))
+    if not isinstance(image, io.BytesIO) and not Path(image).is_file():
+        raise InputError(f"no image {name}; give the path of a png, jpg or webp file")
     try:
-        with Image.open(path) as opened:
+        with Image.open(image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # whatever a decoder raises on bytes that are no image
-        raise InputError(
-            f"{str(path)!r} is no image that can be read ({error}); give a png, jpg or webp file"
-        ) from error
+        raise InputError(f"{name} is no image that can be read ({error}); give a png, jpg or webp file") from error
 
 
 def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
@@ -199,3 +203,55 @@ def contact_sheet(
                 text = text[:-2].rstrip("… ") + "…"
             pen.text((left, top + height + 1), text, fill="#333333", font=font)
     return sheet
+
+
+def last_frame(path: str | os.PathLike) -> "Image":
+    """The last frame of a video, as RGB. Raises InputError if it cannot be read."""
+    import imageio.v3 as iio
+    from PIL import Image
+
+    try:
+        last = deque(iio.imiter(path, plugin="FFMPEG"), maxlen=1)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read as a video ({error}); give an mp4 that turbo-nb made"
+        ) from error
+    if not last:
+        raise InputError(f"{str(path)!r} has no frames; give an mp4 that turbo-nb made")
+    return Image.fromarray(last[0])
+
+
+def fit_preview(latents: "torch.Tensor", frames: "np.ndarray") -> list[list[float]]:
+    """The linear map latents → RGB that comes nearest to a decoded clip, by least squares.
+
+    latents (1, C, T, h, w) as the transformer makes them; frames (4T − 3, 8h, 8w, 3) uint8, what the VAE makes of them.
+    Returns C + 1 rows of 3 in units of 8-bit RGB, the last row what is added: the `factors` of `preview`.
+    """
+    import torch
+
+    _, channels, count, height, width = latents.shape
+    clip = torch.from_numpy(frames).double()
+    clip = torch.cat([clip[:1].expand(3, -1, -1, -1), clip])  # the first latent frame stands for one frame, not four
+    cells = clip.view(count, 4, height, 8, width, 8, 3).mean((1, 3, 5)).view(-1, 3)
+    known = latents[0].double().cpu().permute(1, 2, 3, 0).reshape(-1, channels)
+    known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
+    return torch.linalg.lstsq(known, cells, driver="gelsd").solution.tolist()
+
+
+def preview(latents: "torch.Tensor", factors: list[list[float]]) -> "np.ndarray":
+    """Latents (1, C, T, h, w) → small frames (T, h, w, 3) uint8, without the VAE. factors: as by `fit_preview`."""
+    import torch
+
+    *rows, bias = torch.tensor(factors, dtype=torch.float32)
+    colours = torch.einsum("cthw,cr->thwr", latents[0].float().cpu(), torch.stack(rows)) + bias
+    return colours.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def animation(frames: "np.ndarray", fps: float) -> bytes:
+    """Frames (T, H, W, 3) uint8 as an animated WebP that repeats, for an <img>."""
+    from PIL import Image
+
+    first, *rest = map(Image.fromarray, frames)
+    out = io.BytesIO()
+    first.save(out, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=80)
+    return out.getvalue()

@@ -81,7 +81,14 @@ NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
 def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
-    """Estimated from a model's shape, for one that is not here yet. Raises InputError for a spec without one."""
+    """Estimated from a model's shape, for one that is not here yet; from its files, for one that ships with us.
+
+    Raises InputError for a spec without a shape.
+    """
+    if spec.folder:
+        parts = ("transformer", "text_encoder", "vae")
+        one, text, vae = (sum(f.stat().st_size for f in (spec.folder / part).iterdir()) for part in parts)
+        return Sizes(transformer=one, experts=1, text_encoder=text, vae=vae)
     if spec.arch is None:
         raise InputError(f"the shape of {spec.name} is not known before it is loaded")
     dim, ffn = spec.arch.dim, spec.arch.ffn_dim

@@ -32,7 +32,8 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
     num_train_timesteps: scale of a timestep, which the two-expert pipelines read.
 
     After `set_timesteps(n)`: `sigmas` (n + 1,) float64, noise levels sin t / (sin t + cos t), the last one 0;
-    `timesteps` (n,) float32, sigma · 1000 rounded to bf16, as the models saw it in training.
+    `timesteps` (n,) float32, sigma · 1000 rounded to bf16, as the models saw it in training. After each step `denoised`
+    is what the model takes the clip to be, before new noise is added: the latents to preview.
     """
 
     order = 1
@@ -48,6 +49,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self.generator: torch.Generator | None = None
         self.sigmas = self.timesteps = None
         self.num_inference_steps: int | None = None
+        self.denoised: Tensor | None = None
         self._index = 0
 
     def seed(self, seed: int, device: str | torch.device = "cpu") -> None:
@@ -96,9 +98,10 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         sigma, following = self.sigmas[self._index].item(), self.sigmas[self._index + 1].item()
         self._index += 1
         sample, velocity = sample.double(), model_output.double()
+        self.denoised = sample - sigma * velocity
         if self.config.ode:
             sample = sample - (sigma - following) * velocity
         else:
             noise = self._noise(sample.shape, sample.device)
-            sample = (1 - following) * (sample - sigma * velocity) + following * noise
+            sample = (1 - following) * self.denoised + following * noise
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)

@@ -31,6 +31,13 @@ NEVER = 1e6  # SpargeAttn's threshold for leaving out products that count for li
 SAGE_BLOCKS = {(9, 0): (64, 128)}  # of SageSLA by arch of the GPU; 128×64 on any other, and 64×128 without one
 
 
+def check_topk(topk: float) -> float:
+    """The same number. Raises InputError for one that is no share."""
+    if not 0 < topk <= 1:
+        raise InputError(f"sla_topk is {topk}; it is a share of the key blocks, above 0 and at most 1, such as 0.1")
+    return topk
+
+
 class SparseLinearAttention(nn.Module):
     """Attention over the best `topk` share of key blocks, plus linear attention over all keys through `proj_l`.
 
@@ -41,8 +48,7 @@ class SparseLinearAttention(nn.Module):
 
     def __init__(self, head_dim: int, topk: float = 0.1, block_q: int = BLOCK_Q, block_k: int = BLOCK_K):
         super().__init__()
-        if not 0 < topk <= 1:
-            raise InputError(f"sla_topk is {topk}; it is a share of the key blocks, above 0 and at most 1, such as 0.1")
+        check_topk(topk)
         self.topk, self.block_q, self.block_k = topk, block_q, block_k
         self.proj_l = nn.Linear(head_dim, head_dim)
         nn.init.zeros_(self.proj_l.weight)
@@ -136,6 +142,16 @@ def topk_of(transformer: nn.Module) -> float | None:
     """The share of key blocks that the transformer attends to; None with dense attention."""
     processor = transformer.blocks[0].attn1.processor
     return processor.sla.topk if isinstance(processor, SLAProcessor) else None
+
+
+def set_topk(transformer: nn.Module, topk: float) -> None:
+    """Change the share of key blocks of a transformer with sparse attention, as it stands; dense attention has none.
+
+    Raises InputError for a topk outside (0, 1].
+    """
+    for block in transformer.blocks:
+        if isinstance(block.attn1.processor, SLAProcessor):
+            block.attn1.processor.sla.topk = check_topk(topk)
 
 
 def set_attention_type(
