@@ -225,7 +225,7 @@ def test_comments_and_explanations_may_differ():
         (tree_faults, "    probe.py ", "  probe.py ", "lacks the module 'turbo_nb/kernels/probe.py'"),
         (tree_faults, "  01_setup.ipynb ", "  00_setup.ipynb ", "has 'notebooks/00_setup.ipynb'"),
         (tree_faults, "\n  __init__.py ", "\n  errors.py ", "lacks the module 'turbo_nb/__init__.py'"),
-        (call_faults, "&& turbo-nb t2v", "&& A=1 turbo-nb t3v", "no command 't3v'; it has convert"),
+        (call_faults, "&& turbo-nb t2v", "&& A=1 turbo-nb t3v", "no command 't3v'; it has batch"),
         (call_faults, "--adaptive_resolution", "--adaptive_resolutions", "i2v has no option '--adaptive_resolutions'"),
         (call_faults, "download TurboWan2.1-T2V-1.3B-480P ", "download A --quants=1; ls", "no option '--quants'"),
         (call_faults, "`turbo-nb info FILE`", "`turbo-nb inform FILE`", "no command 'inform'"),

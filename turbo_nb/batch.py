@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING
 
-from . import media, pipeline
+from . import catalog, media, pipeline
 from .errors import InputError, OutputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def _slug(prompt: str) -> str:
 def _identity(made_of: dict, spec) -> dict:
     """What a pipeline's videos depend on, weights by their content: a moved file is the same, a changed one is not"""
     model = made_of["model"]
-    named = not isinstance(model, tuple | list) and not Path(model).exists()
+    named = catalog.is_name(model)
     return {
         "model": spec.name if named else _fingerprints(model),
         "attention_type": made_of["attention_type"],

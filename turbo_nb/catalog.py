@@ -178,6 +178,13 @@ def find(model: str) -> ModelSpec:
     raise UnknownModelError(f"unknown model {model!r}; known: {known}; {hint}")
 
 
+def is_name(model) -> bool:
+    """Whether `model` is a name, known or not, and no path; a known name is one whatever lies in this folder."""
+    if isinstance(model, str | Path) and str(model) in ("auto", *MODELS, *UPSTREAM_NAMES):
+        return True
+    return isinstance(model, str) and not Path(model).exists()
+
+
 def of_arch(arch: Arch) -> ModelSpec | None:
     """The first model of this shape; None if it is none of ours."""
     return next((spec for spec in MODELS.values() if spec.arch == arch), None)

@@ -129,8 +129,8 @@ def find_spec(model: "str | Path | tuple[str | Path, str | Path]") -> catalog.Mo
     """The spec of what `load_pipeline` takes as `model`; a name is found without torch. Raises what finding raises."""
     if model == "auto":
         model, _ = auto.choose()
-    if isinstance(model, str) and not Path(model).exists():
-        return catalog.find(model)
+    if catalog.is_name(model):
+        return catalog.find(str(model))
     from . import sources
 
     return sources.spec_of(model)
@@ -193,8 +193,8 @@ def load_pipeline(
 
     if attention_type not in sla.ATTENTION_TYPES:
         raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
-    if isinstance(model, str) and model != "auto" and checkpoint is None and not Path(model).exists():
-        catalog.find(model)  # an unknown name is found before torch is loaded
+    if model != "auto" and checkpoint is None and catalog.is_name(model):
+        catalog.find(str(model))  # an unknown name is found before torch is loaded
     device = plan.device_of(device)
     if attention_type == "sagesla":
         machine = backends.Machine() if device == "cpu" else None

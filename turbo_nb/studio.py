@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, media, pipeline, plan, sla, sources, text
+from . import catalog, media, pipeline, plan, sla, text
 from .errors import InputError, TurboNbError
 from .history import Estimate, History, Run, estimate
 
@@ -50,7 +50,7 @@ class Request:
     @property
     def spec(self) -> catalog.ModelSpec:
         """Of the model. Raises UnknownModelError, CheckpointError or InputError."""
-        return catalog.find(self.model) if _is_name(self.model) else sources.spec_of(self.model)
+        return pipeline.find_spec(self.model)
 
     @property
     def clip(self) -> dict:
@@ -68,7 +68,7 @@ class Request:
     @property
     def load(self) -> dict:
         """The arguments of `load_pipeline`: where they change, the model is loaded anew. topk can change in place."""
-        model = self.spec.name if _is_name(self.model) else self.model  # "auto" is the model that it stands for
+        model = self.spec.name if catalog.is_name(self.model) else self.model  # "auto" is the model that it stands for
         return {"model": model, "attention_type": self.attention_type, "quant_linear": self.quant_linear}
 
 
@@ -113,10 +113,6 @@ class Outlook:
 
 class _Cancelled(Exception):
     pass
-
-
-def _is_name(model: str | Path) -> bool:
-    return isinstance(model, str) and not Path(model).exists()
 
 
 def machine() -> str:
@@ -215,7 +211,7 @@ class Studio:
                 plan.sizes(spec, quantised=request.quant_linear is True),
                 spec.arch,
                 *size,
-                budget=self.pipeline.plan.budget if loaded else pipeline._free_memory(device),
+                budget=self.pipeline.plan.budget if loaded else plan.free_memory(device),
                 device=device,
             ),
             time=estimate(

@@ -24,7 +24,7 @@ try:  # before all that takes long to load
 except ImportError as error:
     raise InputError("the generator needs ipywidgets; pip install 'turbo-nb[notebook]'") from error
 
-from . import backends, catalog, media
+from . import auto, backends, catalog, media
 from .history import Run
 from .sla import ATTENTION_TYPES
 from .studio import STAGES, Job, Request, Studio
@@ -156,7 +156,7 @@ class Generator:
             wide = w.Layout(width="auto", min_width="0")
             return kind(description=description, style={"description_width": "92px"}, layout=wide, **more)
 
-        chosen = catalog.find("auto").name if model == "auto" else catalog.UPSTREAM_NAMES.get(str(model), str(model))
+        chosen = auto.choose()[0] if model == "auto" else catalog.UPSTREAM_NAMES.get(str(model), str(model))
         self.prompt = w.Textarea(
             description="Prompt", rows=4, style={"description_width": "92px"}, layout=w.Layout(width="auto"),
             placeholder="What to show", continuous_update=True,
