@@ -165,7 +165,7 @@ def test_an_id_is_what_determines_the_video(nano):
             ids(["a red circle"], **{name: value})[0]
             for name, value in {
                 "seed": 1, "num_steps": 2, "num_frames": 5, "resolution": "64x64", "sigma_max": 90.0, "ode": True,
-                "noise_device": "cuda", "boundary": 0.5,
+                "noise_device": "cuda",
             }.items()
         ),
         *(
