@@ -173,7 +173,7 @@ def test_an_id_is_what_determines_the_video(nano):
             for name, value in {"sla_topk": 0.2, "attention_type": "original", "quant_linear": True}.items()
         ),
     ]  # fmt: skip
-    assert len({*base, *others}) == 1 + len(others) == 13
+    assert len({*base, *others}) == 1 + len(others) == 12
 
 
 def test_weights_are_known_by_content_not_by_name(tmp_path):
