@@ -8,7 +8,7 @@ import torch
 
 from turbo_nb import media
 
-from .models import load_vae
+from .models import load_vae, write_sums
 from .world import ASSET, TRAINING_SCENES, draw, indices
 
 
@@ -28,6 +28,7 @@ def main(count: int = 64) -> None:
     factors = media.fit_preview(wide, np.concatenate(list(frames), axis=2))
     rounded = [[round(value, 2) for value in row] for row in factors]
     (ASSET / "preview.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+    write_sums()
     cells = np.concatenate(list(frames), axis=2)[::4, 3::8, 3::8].astype(float)
     error = np.abs(media.preview(wide, rounded) - cells).mean()
     print(f"mean difference to the clips' own pixels: {error:.1f} of 255")
