@@ -14,9 +14,10 @@ from diffusers import WanImageToVideoPipeline
 from helpers import golden, to_upstream, upstream_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, plan
+from turbo_nb import catalog, cli, plan
 from turbo_nb.checkpoint import convert, load_transformer
 from turbo_nb.errors import CheckpointError, InputError, TurboNbError
 
@@ -105,10 +106,10 @@ def test_upstreams_image_to_video_line_on_tiny_files(folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
 
 
-def test_info_says_what_a_checkpoint_is(folder, tmp_path):
-    told = run("info", folder / "high-quant.pth", cwd=tmp_path).stdout
+def test_info_says_what_a_checkpoint_is(folder):
+    told = CliRunner().invoke(cli.app, ["info", str(folder / "high-quant.pth")]).output
     assert "a Wan image-to-video transformer with dim 128, 2 layers, ffn 256, SLA, int8 linears" in told
-    assert "a vae" in run("info", folder / "Wan2.1_VAE.pth", cwd=tmp_path).stdout
+    assert "a vae" in CliRunner().invoke(cli.app, ["info", str(folder / "Wan2.1_VAE.pth")]).output
 
 
 def test_a_file_that_is_another_model_than_the_name_says_is_one_line_and_2(folder, tmp_path):
@@ -361,8 +362,8 @@ def test_a_converted_folder_loads_to_the_bit_and_makes_the_same_clip(folder, par
 
 
 def test_two_experts_convert_into_one_folder(folder, i2v, parts, tmp_path):
-    run("convert", folder / "high.pth", tmp_path / "a14b", cwd=tmp_path)
-    run("convert", folder / "low.pth", tmp_path / "a14b", "--low-noise", cwd=tmp_path)
+    for line in ([folder / "high.pth", tmp_path / "a14b"], [folder / "low.pth", tmp_path / "a14b", "--low-noise"]):
+        assert CliRunner().invoke(cli.app, ["convert", *map(str, line)]).exit_code == 0
     pipeline = turbo_nb.load_pipeline(tmp_path / "a14b", vae=folder / "Wan2.1_VAE.pth", **parts)
     for name in ("transformer", "transformer_2"):
         ours, theirs = (getattr(p, name).state_dict() for p in (i2v, pipeline))
