@@ -49,8 +49,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         assert choose("rope", here).chosen == ("flash_attn" if fast_rope else "reference")
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
         assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
-        for operation, only in (("sla", "reference"), ("original", "sdpa"), ("linear", "reference")):
-            assert choose(operation, here) == Choice(operation, only)
+        assert choose("original", here) == Choice("original", "sdpa")
+        kernels = card != "none" and triton is WORKS
+        for operation in ("sla", "linear", "block"):
+            assert choose(operation, here).chosen == ("triton" if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
@@ -84,7 +86,7 @@ def test_sagesla_where_nothing_runs_it_says_what_to_do():
     assert [name for name, _ in choice.passed_over] == ["spargeattn", "reference"]
     with pytest.raises(BackendError, match=r"SpargeAttn.*sm_120.*--attention_type sla"):
         choice.require()
-    assert choose("sla", machine("RTX 5090")).require() == "reference"
+    assert choose("sla", machine("RTX 5090")).require() == "triton"
 
 
 def test_an_override_by_argument_or_variable(monkeypatch):
@@ -105,7 +107,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
     here = machine("H100", spas_sage_attn=WORKS)
     assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "reference", "sdpa"]
     monkeypatch.setenv("TURBO_NB_ATTENTION", "spargeattn")
-    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "spargeattn", "sdpa"]
+    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["triton", "spargeattn", "sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +116,8 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "flash_attn", r"rope backend 'flash_attn' cannot run here: no CUDA GPU"),
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
-        ("linear", "int4", r"give one of auto, reference"),
-        ("sla", "int4", r"give one of auto, reference, spargeattn, sdpa"),
+        ("linear", "int4", r"give one of auto, triton, reference"),
+        ("sla", "int4", r"give one of auto, triton, reference, spargeattn, sdpa"),
     ],
 )
 def test_an_impossible_override_says_why(operation, override, words, monkeypatch):

@@ -10,8 +10,8 @@ import turbo_nb
 
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
-    ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope",), ("sla", "linear", "scheduler"),
-    ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",), ("history",), ("plan",),
+    ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope", "scheduler"),
+    ("linear",), ("sla",), ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",), ("history",), ("plan",),
     ("auto",), ("text",), ("pipeline",), ("rope_study", "sla_study"), ("batch",), ("preflight",), ("verify",),
     ("studio",), ("ui",), ("cli",),
 ]  # fmt: skip

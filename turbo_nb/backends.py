@@ -88,6 +88,7 @@ class Backends(Machine):
     sagesla: Choice
     original: Choice
     linear: Choice
+    block: Choice
 
     @property
     def attention(self) -> Choice:
@@ -140,13 +141,16 @@ def _no_spargeattn(machine: Machine) -> str | None:
     return _no_library(machine, "spas_sage_attn")
 
 
-# Operation → implementations, the preferred first. A new kernel is one row here: Candidate("triton", no_triton).
+# Operation → implementations, the preferred first. A new kernel is one row here.
+TRITON = Candidate("triton", no_triton)
+REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
-    "rope": (Candidate("flash_attn", _no_flash_attn), Candidate("reference", _anywhere)),
-    "sla": (Candidate("reference", _anywhere),),
+    "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),
+    "sla": (TRITON, REFERENCE),
     "sagesla": (Candidate("spargeattn", _no_spargeattn), Candidate("reference", _anywhere, by_name_only=True)),
     "original": (Candidate("sdpa", _anywhere),),
-    "linear": (Candidate("reference", _anywhere),),
+    "linear": (TRITON, REFERENCE),
+    "block": (TRITON, REFERENCE),
 }
 VARIABLES = {
     "rope": "TURBO_NB_ROPE",
@@ -154,6 +158,7 @@ VARIABLES = {
     "sagesla": "TURBO_NB_ATTENTION",
     "original": "TURBO_NB_ATTENTION",
     "linear": "TURBO_NB_LINEAR",
+    "block": "TURBO_NB_BLOCK",
 }
 
 
@@ -163,12 +168,12 @@ def sm(arch: tuple[int, int]) -> str:
 
 
 def choose(operation: str, machine: Machine | None = None, override: str | None = None) -> Choice:
-    """What runs `operation` ("rope", "sla", "sagesla", "original" or "linear") on `machine` (None: this one).
+    """What runs `operation` ("rope", "sla", "sagesla", "original", "linear" or "block") on `machine` (None: this one).
 
-    override, else the operation's variable (TURBO_NB_ROPE, TURBO_NB_ATTENTION, TURBO_NB_LINEAR), asks for one by
-    name; "auto" or nothing takes the first that can run. A name that only another kind of attention has leaves this
-    kind as it is. `.chosen` is None where nothing can run it. Raises InputError for an unknown operation, and
-    BackendError for an unknown name or one that cannot run here.
+    override, else the operation's variable (TURBO_NB_ROPE, TURBO_NB_ATTENTION, TURBO_NB_LINEAR, TURBO_NB_BLOCK), asks
+    for one by name; "auto" or nothing takes the first that can run. A name that only another kind of attention has
+    leaves this kind as it is. `.chosen` is None where nothing can run it. Raises InputError for an unknown operation,
+    and BackendError for an unknown name or one that cannot run here.
     """
     if operation not in CANDIDATES:
         raise InputError(f"operation is {operation!r}; it is one of {', '.join(CANDIDATES)}")
@@ -196,6 +201,13 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
     return Choice(operation, None, tuple(passed_over))
 
 
+def on_triton(operation: str, *tensors) -> bool:
+    """Whether the Triton kernels of `operation` take these tensors: chosen, on a GPU and in bf16 or fp16."""
+    half = ("torch.bfloat16", "torch.float16")
+    fit = all(tensor.is_cuda and str(tensor.dtype) in half for tensor in tensors)
+    return fit and choose(operation).chosen == "triton"
+
+
 def asked_for(operation: str) -> str | None:
     """The implementation that the operation's variable in the environment asks for, if any."""
     return os.environ.get(VARIABLES[operation]) or None
@@ -208,7 +220,7 @@ def detect(*, rope: str | None = None, attention: str | None = None, linear: str
     """
     machine = probe()
     overrides = {"rope": rope, "sla": attention, "sagesla": attention, "original": attention, "linear": linear}
-    choices = {operation: choose(operation, machine, override) for operation, override in overrides.items()}
+    choices = {operation: choose(operation, machine, overrides.get(operation)) for operation in CANDIDATES}
     return Backends(**vars(machine), **choices)
 
 

@@ -3,9 +3,13 @@
 `Int8Linear` has the tensors of upstream's quantised checkpoints; `empty_linears` makes room for them in a transformer.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import backends
 from .errors import InputError
 from .kernels import reference
 from .kernels.reference import TILE, int8_dequantize
@@ -18,6 +22,7 @@ __all__ = [
     "int8_linear",
     "int8_quantize",
     "is_quantized",
+    "project",
 ]
 
 
@@ -41,7 +46,26 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
         raise InputError(f"x {tuple(x.shape)} and w_q {tuple(w_q.shape)} don't fit; their last dimensions are equal")
     if tuple(w_scale.shape) != tiles:
         raise InputError(f"w_scale has shape {tuple(w_scale.shape)}; for w_q {tuple(w_q.shape)} it is {tiles}")
+    if backends.on_triton("linear", x):
+        from .kernels import int8
+
+        return int8.int8_linear(x, w_q, w_scale, bias)
     return reference.int8_linear(x, w_q, w_scale, bias)
+
+
+def project(linears: Sequence[nn.Module], x: Tensor, gelu: bool = False) -> list[Tensor]:
+    """Each linear's x (B, L, K) → (B, L, N), and its GELU (tanh) where asked; 8-bit kernels quantise x once for all."""
+    if all(type(linear) is Int8Linear for linear in linears) and backends.on_triton("linear", x):
+        from .kernels import int8
+
+        q, scale = int8.int8_quantize(x.flatten(0, -2))
+        results = (
+            int8.int8_product(q, scale, linear.int8_weight, linear.scale, linear.bias, x.dtype, gelu)
+            for linear in linears
+        )
+        return [out.unflatten(0, x.shape[:-1]) for out in results]
+    results = [linear(x) for linear in linears]
+    return [F.gelu(out, approximate="tanh") for out in results] if gelu else results
 
 
 class Int8Linear(nn.Module):

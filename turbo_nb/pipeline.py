@@ -203,7 +203,7 @@ def load_pipeline(
     from diffusers import WanPipeline
 
     from . import checkpoint as loading
-    from . import sources
+    from . import fuse, sources
     from .linear import is_quantized
     from .scheduler import RCMScheduler
 
@@ -242,6 +242,8 @@ def load_pipeline(
         )
         for contents in found.transformers
     ]
+    for transformer in transformers:
+        fuse.fuse(transformer)
     parts = {
         "tokenizer": tokens,
         "text_encoder": None,

@@ -84,6 +84,19 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
     return apply(x, cos, sin, interleaved=interleaved, inplace=inplace)
 
 
+def norm_rope(x: Tensor, norm: torch.nn.Module, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """RMSNorm over all heads of x (B, L, H, D), then the rotation by cos and sin, each (L, D/2), if given: x's shape.
+
+    norm: an RMSNorm of width H·D. One Triton kernel where "block" has it, else one after the other.
+    """
+    if backends.on_triton("block", x):
+        from .kernels.norms import rms_norm_rope
+
+        return rms_norm_rope(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps)
+    x = norm(x.flatten(2)).unflatten(2, x.shape[2:])
+    return x if cos is None else apply_rotary_emb(x, cos, sin)
+
+
 @cache
 def _flash_attn() -> Callable | None:
     """flash_attn's function, or None where it is not there. Warns, once, where it is there and cannot be used."""

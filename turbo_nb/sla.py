@@ -12,6 +12,7 @@ from . import backends, rope
 from .errors import InputError
 from .kernels import reference
 from .kernels.reference import block_map
+from .linear import project
 
 __all__ = [
     "ATTENTION_TYPES",
@@ -26,6 +27,7 @@ __all__ = [
 
 ATTENTION_TYPES = ("sla", "sagesla", "original")
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
+KERNEL_HEAD_DIMS = (64, 128)  # that the Triton kernel takes
 SPARGEATTN_TOKENS = 128  # fewest that SpargeAttn takes
 NEVER = 1e6  # SpargeAttn's threshold for leaving out products that count for little
 SAGE_BLOCKS = {(9, 0): (64, 128)}  # of SageSLA by arch of the GPU; 128×64 on any other, and 64×128 without one
@@ -55,6 +57,11 @@ class SparseLinearAttention(nn.Module):
         nn.init.zeros_(self.proj_l.bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sla", q, k, v):
+            from .kernels.sparse_linear import sparse_linear_attention
+
+            weight, bias = self.proj_l.weight, self.proj_l.bias
+            return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k)
         return self._attend(q, k, v, reference.sparse_attention)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sparse_attention) -> Tensor:
@@ -121,11 +128,9 @@ class SLAProcessor(nn.Module):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states (B, L, heads · head_dim) → the same shape; rotary_emb: cos and sin, each (1, L, 1, head_dim)"""
-        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)  # diffusers repeats each angle for its pair
-        q, k = (rope.apply_rotary_emb(x, cos, sin).to(v.dtype) for x in (q, k))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_q, attn.to_k, attn.to_v), hidden_states))
+        q, k = (rope.norm_rope(x, norm, cos, sin).to(v.dtype) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
         out = self.sla(q, k, v).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 

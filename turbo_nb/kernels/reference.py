@@ -27,6 +27,30 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6
+) -> Tensor:
+    """RMSNorm over all heads of x (B, L, H·D), then `apply_rotary_emb` unless cos is None: (B, L, H, D)"""
+    x = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype).unflatten(2, (heads, -1))
+    return x if cos is None else apply_rotary_emb(x, cos, sin)
+
+
+def gated_norm(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor | None]:
+    """x + branch · gate, and its LayerNorm · scale + shift: x (B, L, C) → two of its shape and dtype
+
+    gate, scale and shift are (B, C) or (C,); no branch adds nothing, no gate is 1; without a scale there is no norm.
+    """
+    per_batch = [t if t is None or t.ndim == 1 else t[:, None] for t in (gate, scale, shift)]
+    gate, scale, shift = (None if t is None else t.float() for t in per_batch)
+    if branch is not None:
+        x = (x.float() + branch.float() * (1 if gate is None else gate)).to(x.dtype)
+    if scale is None:
+        return x, None
+    return x, (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift).to(x.dtype)
+
+
 def block_means(x: Tensor, block: int) -> Tensor:
     """Mean over blocks of tokens, the ragged last one over its own count: (B, L, H, D) → (B, H, ⌈L/block⌉, D)"""
     length = x.shape[1]
@@ -36,18 +60,22 @@ def block_means(x: Tensor, block: int) -> Tensor:
     return x.sum(2).transpose(1, 2) / count
 
 
+def kept_count(topk: float, blocks: int) -> int:
+    """How many of `blocks` key blocks a share of `topk` is; upstream lets it be 0 on short clips, and returns NaN"""
+    return max(1, int(min(topk, 1) * blocks))
+
+
 @torch.no_grad()
 def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
     """Which key blocks each query block attends to (SLA, arXiv:2509.24006): (B, H, Q_blocks, K_blocks) bool.
 
     The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps
-    its best n = max(1, int(topk · K_blocks)) blocks, all of them from topk 1 on.
+    its best max(1, int(topk · K_blocks)) blocks, all of them from topk 1 on.
     """
     pooled_q = block_means(q, block_q).to(q.dtype)
     pooled_k = block_means(k - k.mean(1, keepdim=True), block_k).to(k.dtype)
     score = pooled_q @ pooled_k.transpose(-1, -2)
-    n = max(1, int(min(topk, 1) * score.shape[-1]))  # upstream lets n be 0 on short clips, and returns NaN
-    kept = score.topk(n, dim=-1).indices
+    kept = score.topk(kept_count(topk, score.shape[-1]), dim=-1).indices
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, kept, True)
 
 
@@ -142,6 +170,11 @@ def sparse_linear_attention(
     sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
     linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
     return (sparse + linear).to(q.dtype)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention to the text, its padding too, scale D^-½: q (B, L, H, D), k, v (B, S, H, D) → (B, L, H, D)"""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def _tiles(x: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
+
+import pytest
+import torch
+
+from turbo_nb.kernels import reference
+
+pytest.importorskip("triton")
+from turbo_nb.kernels import cross, int8, norms, sparse_linear
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
+ROUNDING = 4e-3 if CUDA else 6e-4
+LENGTHS = [63, 700, 1000] + [32760] * CUDA
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What torch.empty gives is NaN, or −128 in int8, until a kernel writes it"""
+    empty, empty_like = torch.empty, torch.empty_like
+    poison = lambda t: t.fill_(float("nan") if t.is_floating_point() else -128)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def random(*shape, dtype=DTYPE, generator=torch.Generator().manual_seed(0)):  # noqa: B008: one for all
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def assert_close(name, out, expected, ratio=ROUNDING):
+    assert out.shape == expected.shape and out.dtype == expected.dtype, name
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert error <= ratio, f"{name}: rel. L2 {error:.2e}, allowed {ratio:.0e}"  # NaN fails too
+
+
+def smooth(batch, length, heads, dim):
+    """q, k, v whose neighbours are alike, so that block scores differ by more than rounding"""
+    blocks = [random(batch, -(-length // 64), heads, dim).repeat_interleave(64, 1)[:, :length] for _ in range(2)]
+    q, k = (block + 0.3 * random(batch, length, heads, dim) for block in blocks)
+    return q, k, random(batch, length, heads, dim)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sparse_linear_attention(length, heads, dim):
+    q, k, v = smooth(1, length, heads, dim)
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        exact = reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
+        assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args), exact)
+
+
+def test_a_batch_of_strided_operands():
+    fused = random(2, 200, 3 * 2 * 64)
+    q, k, v = (part.unflatten(2, (2, 64)) for part in fused.chunk(3, dim=2))
+    args = (random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 1.0, 128, 64)
+    exact = reference.sparse_linear_attention(q.float(), k.float(), v.float(), *args).to(DTYPE)
+    assert_close("strided", sparse_linear.sparse_linear_attention(q, k, v, *args), exact)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_kept_blocks_are_those_of_the_block_map(length):
+    q, k, _ = smooth(1, length, 2, 64)
+    kept = sparse_linear.kept_blocks(q, k, 0.3, 128, 64)
+    expected = reference.block_map(q, k, 0.3, 128, 64)
+    found = torch.zeros_like(expected).scatter(-1, kept.long(), True)
+    assert kept.diff(dim=-1).gt(0).all()
+    assert (found == expected).float().mean() > 0.995  # a tie may fall either way
+
+
+@pytest.mark.parametrize("shape", [(1, 63, 256), (2, 100, 1536)], ids=str)
+def test_gated_norm(shape):
+    batch, _, width = shape
+    x, branch = random(*shape) + 0.3, random(*shape)
+    gate, scale, shift = (random(batch, width, dtype=torch.float32) for _ in range(3))
+    cases = {
+        "norm": (x, None, None, scale, shift),
+        "branch, gate and norm": (x, branch, gate, scale, shift),
+        "branch, no gate, weights of a module": (x, branch, None, scale[0], shift[0]),
+        "residual alone": (x, branch, gate, None, None),
+    }
+    for name, args in cases.items():
+        for out, expected in zip(norms.gated_norm(*args), reference.gated_norm(*args), strict=True):
+            if expected is None:
+                assert out is None, name
+            else:
+                assert_close(name, out, expected)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (12, 128)])
+def test_rms_norm_rope(heads, dim):
+    x, weight = random(2, 63, heads * dim), random(heads * dim, dtype=torch.float32)
+    angles = random(63, dim // 2, dtype=torch.float32)
+    repeated = angles.repeat_interleave(2, 1)
+    for cos, sin in [(angles.cos(), angles.sin()), (repeated.cos()[:, 0::2], repeated.sin()[:, 0::2]), (None, None)]:
+        expected = reference.rms_norm_rope(x.float(), weight, cos, sin, heads).to(DTYPE)
+        assert_close("rms_norm_rope", norms.rms_norm_rope(x, weight, cos, sin, heads), expected)
+
+
+@pytest.mark.parametrize("prompt", [5, 70, 100], ids="{} tokens of 100".format)
+def test_cross_attention(prompt):
+    text = random(2, 100, 32)
+    text[:, prompt:] = random(32)
+    repeats = cross.repeats(text)
+    assert repeats.tolist() == [max(1, 100 - prompt)] * 2
+    q, (k, v) = random(2, 130, 2, 64), (random(2, 100, 2, 64) for _ in range(2))
+    k[:, 100 - repeats[0] :], v[:, 100 - repeats[0] :] = k[:, -1:], v[:, -1:]
+    exact = reference.cross_attention(q.float(), k.float(), v.float()).to(DTYPE)
+    assert_close("cross", cross.cross_attention(q, k, v, repeats), exact)
+
+
+@pytest.mark.parametrize("shape", [(63, 100), (256, 384), (130, 1000)], ids=str)
+def test_int8_quantize_is_exact(shape):
+    x = random(*shape)
+    for out, expected in zip(int8.int8_quantize(x), reference.int8_quantize(x), strict=True):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(63, 100, 70), (300, 384, 256)], ids=str)
+def test_int8_linear(shape):
+    rows, depth, columns = shape
+    x, bias = random(2, rows, depth), random(columns)
+    w_q, w_scale = reference.int8_quantize(random(columns, depth))
+    assert_close("linear", int8.int8_linear(x, w_q, w_scale, bias), reference.int8_linear(x, w_q, w_scale, bias))
+    assert_close("no bias", int8.int8_linear(x, w_q, w_scale), reference.int8_linear(x, w_q, w_scale))
+    q, scale = int8.int8_quantize(x.flatten(0, 1))
+    expected = torch.nn.functional.gelu(reference.int8_linear(x, w_q, w_scale, bias).float(), approximate="tanh")
+    out = int8.int8_product(q, scale, w_q, w_scale, bias, DTYPE, gelu=True)
+    assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))

@@ -1,0 +1,104 @@
+"""Fused blocks compute what diffusers' blocks compute, take LoRA and come out again."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from torch import nn
+
+from turbo_nb import backends, fuse, sla
+from turbo_nb.linear import Int8Linear
+
+
+def tiny(dtype=torch.float32, **config) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "ffn_dim": 192,
+        "num_layers": 2,
+        "text_dim": 32,
+    } | config
+    transformer = WanTransformer3DModel(**config).to(dtype).eval().requires_grad_(False)
+    sla.set_attention_type(transformer, "sla", 1.0)
+    for block in transformer.blocks:
+        nn.init.normal_(block.attn1.processor.sla.proj_l.weight, std=0.1)
+    return transformer
+
+
+def run(transformer):
+    generator = torch.Generator().manual_seed(1)
+    dtype = transformer.blocks[0].norm2.weight.dtype
+    latents = torch.randn(2, 16, 2, 6, 8, generator=generator).to(dtype)
+    text = torch.randn(2, 8, 32, generator=generator).to(dtype)
+    return transformer(latents, torch.tensor([932.0, 608.0]), text, return_dict=False)[0].float()
+
+
+@pytest.fixture
+def triton_chosen(monkeypatch):
+    monkeypatch.setattr(backends, "choose", lambda operation: backends.Choice(operation, "triton"))
+
+
+def interpreted(monkeypatch):
+    """Let the kernels run on the CPU, as tests/conftest.py has Triton interpret them"""
+    if torch.cuda.is_available():
+        pytest.skip("tests/kernels runs them on the GPU")
+    monkeypatch.setattr(backends, "on_triton", lambda operation, *tensors: True)
+
+
+def test_where_no_kernel_runs_nothing_is_fused_and_the_report_says_why():
+    transformer = tiny()
+    report = fuse.fuse(transformer)
+    if not torch.cuda.is_available():
+        assert str(report) == "0 of 2 blocks fused; triton: no CUDA GPU"
+        assert type(transformer.blocks[0]) is WanTransformerBlock
+
+
+def test_what_the_kernels_do_not_take_runs_as_before(triton_chosen):
+    transformer = tiny()
+    before, names = run(transformer), list(transformer.state_dict())
+    assert str(fuse.fuse(transformer)) == "2 of 2 blocks fused"
+    assert torch.equal(run(transformer), before)  # float32
+    assert list(transformer.state_dict()) == names
+
+
+@pytest.mark.parametrize("linears", ["plain", "int8", "lora"])
+def test_fused_blocks_compute_the_same(triton_chosen, monkeypatch, linears):
+    transformer = tiny(torch.float16)
+    if linears == "int8":
+        for block in transformer.blocks:
+            for parent, name in (
+                (block.ffn.net[0], "proj"),
+                (block.ffn.net, "2"),
+                (block.attn1, "to_q"),
+                (block.attn2, "to_k"),
+            ):
+                setattr(parent, name, Int8Linear.from_linear(getattr(parent, name)))
+            for name in ("to_k", "to_v"):
+                setattr(block.attn1, name, Int8Linear.from_linear(getattr(block.attn1, name)))
+    elif linears == "lora":
+        from peft import LoraConfig
+
+        transformer.add_adapter(LoraConfig(target_modules=["to_q", "proj"], init_lora_weights=False))
+    before = run(transformer)
+    fuse.fuse(transformer)
+    interpreted(monkeypatch)
+    error = (run(transformer) - before).norm() / before.norm()
+    assert 0 < error < 5e-3
+
+
+def test_unfuse_gives_diffusers_blocks_back(triton_chosen):
+    transformer = tiny()
+    before = run(transformer)
+    fuse.fuse(transformer)
+    fuse.unfuse(transformer)
+    assert type(transformer.blocks[1]) is WanTransformerBlock
+    assert type(transformer.blocks[1].attn2.processor) is WanAttnProcessor
+    assert torch.equal(run(transformer), before)
+
+
+def test_blocks_it_does_not_know_stay_and_are_named(triton_chosen):
+    transformer = tiny(cross_attn_norm=False)
+    transformer.blocks[1] = tiny().blocks[1]
+    assert str(fuse.fuse(transformer)) == "1 of 2 blocks fused; cross-attention without a norm"
+    assert str(fuse.fuse(transformer)).startswith("1 of 2")  # twice is once

@@ -1,0 +1,108 @@
+"""Fused kernels in the blocks of a diffusers Wan transformer: `fuse(transformer)`, and `unfuse` to take them out.
+
+A fused block is the same module, with the same parameters under the same names; only its class, and so its forward, is
+another. LoRA, offload, saving and a plain diffusers pipeline keep working, and whatever the kernels do not take (a
+CPU, float32, a timestep per token) runs as diffusers has it. q, k and v are fused in `sla.SLAProcessor` itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from torch import Tensor, nn
+
+from . import backends, rope
+from .linear import Int8Linear, project
+
+
+@dataclass(frozen=True)
+class Report:
+    """How many of a transformer's blocks were fused, and why not the others."""
+
+    fused: int
+    blocks: int
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join([f"{self.fused} of {self.blocks} blocks fused", *self.reasons])
+
+
+def fuse(transformer: nn.Module) -> Report:
+    """Fuse the blocks of a `WanTransformer3DModel`, in place; before hooks for offload are put on it."""
+    choice = backends.choose("block")
+    if choice.chosen != "triton":
+        reasons = tuple(f"{name}: {reason}" for name, reason in choice.passed_over)
+        return Report(0, len(transformer.blocks), reasons)
+    reasons = [reason for block in transformer.blocks if (reason := _fuse(block))]
+    return Report(len(transformer.blocks) - len(reasons), len(transformer.blocks), tuple(dict.fromkeys(reasons)))
+
+
+def unfuse(transformer: nn.Module) -> None:
+    """Give a fused transformer diffusers' own blocks back; it computes the same, up to rounding."""
+    for block in transformer.blocks:
+        if isinstance(block, FusedBlock):
+            block.__class__ = WanTransformerBlock
+            block.attn2.set_processor(WanAttnProcessor())
+
+
+def _fuse(block: nn.Module) -> str | None:
+    """The reason why a block stays as it is; None where it was fused"""
+    if isinstance(block, FusedBlock):
+        return None
+    if type(block) is not WanTransformerBlock:
+        return f"a {type(block).__name__} is no block of diffusers'"
+    if not isinstance(block.norm2, nn.LayerNorm):
+        return "cross-attention without a norm"
+    if type(block.attn2.processor) is not WanAttnProcessor or block.attn2.add_k_proj is not None:
+        return "a cross-attention of its own"
+    block.__class__ = FusedBlock
+    block.attn2.set_processor(FusedCrossAttention())
+    return None
+
+
+class FusedCrossAttention(WanAttnProcessor):
+    """diffusers' cross-attention in kernels that take the padding of the prompt for one key."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
+        if attn.fused_projections or attention_mask is not None or not backends.on_triton("block", hidden_states):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        from .kernels.cross import cross_attention, repeats
+
+        (q,) = project((attn.to_q,), hidden_states)
+        k, v = project((attn.to_k, attn.to_v), encoder_hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q, k = rope.norm_rope(q, attn.norm_q), rope.norm_rope(k, attn.norm_k)
+        out = cross_attention(q, k, v, repeats(encoder_hidden_states)).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class FusedBlock(WanTransformerBlock):
+    """diffusers' block with each norm, the residual before it and the modulation after it in one kernel."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """hidden_states (B, L, C), encoder_hidden_states (B, S, C), temb (B, 6, C) → (B, L, C)"""
+        if temb.ndim != 3 or not backends.on_triton("block", hidden_states):
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        from .kernels.norms import gated_norm
+
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(1)
+        x, normed = gated_norm(hidden_states, None, None, 1 + scale, shift, self.norm1.eps)
+        branch = self.attn1(normed, None, None, rotary_emb)
+        x, normed = gated_norm(x, branch, gate, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        branch = self.attn2(normed, encoder_hidden_states, None, None)
+        x, normed = gated_norm(x, branch, None, 1 + ffn_scale, ffn_shift, self.norm3.eps)
+        return gated_norm(x, self._feed_forward(normed), ffn_gate, None, None)[0]
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """self.ffn(x), with GELU in the epilogue of the linear before it where that linear is a plain one"""
+        (first, _, second), linear = self.ffn.net, self.ffn.net[0].proj
+        if type(linear) is Int8Linear:
+            (hidden,) = project((linear,), x, gelu=True)
+        elif type(linear) is nn.Linear and linear.bias is not None:
+            hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)  # cuBLASLt
+            hidden = hidden.unflatten(0, x.shape[:2])
+        else:  # with a LoRA
+            hidden = first(x)
+        return second(hidden)

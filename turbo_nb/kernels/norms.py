@@ -1,0 +1,89 @@
+"""The norms of a Wan block in Triton, each in one pass over its tokens, with what stands before and after it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _gated_norm(
+    x, branch, gate, scale, shift, summed, out, length, width, eps,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // length
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    if BRANCH:
+        added = tl.load(branch + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+        if GATE:
+            added *= tl.load(gate + batch * width + columns, mask=mask, other=0.0)
+        value = (value + added).to(summed.dtype.element_ty)
+        tl.store(summed + row * width + columns, value, mask=mask)
+        value = value.to(tl.float32)
+    if NORM:
+        centred = tl.where(mask, value - tl.sum(value) / width, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
+        factor = tl.load(scale + batch * width + columns, mask=mask, other=0.0)
+        normed = normed * factor + tl.load(shift + batch * width + columns, mask=mask, other=0.0)
+        tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_rope(
+    x, weight, cos, sin, out, length, width, eps, x_row, table_l, table_c,
+    HALF: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < width
+    value = tl.load(x + row * x_row + columns, mask=mask, other=0.0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    value *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if ROTATE:
+        at = (row % length) * table_l + (tl.arange(0, BLOCK // 2) % HALF) * table_c
+        c, s = tl.load(cos + at).to(tl.float32), tl.load(sin + at).to(tl.float32)
+        a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+        value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=mask)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def gated_norm(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.gated_norm`; x and branch contiguous"""
+    batch, length, width = x.shape
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    gate, scale, shift = (
+        None if t is None else t.float().expand(batch, width).contiguous() for t in (gate, scale, shift)
+    )
+    summed = x if branch is None else torch.empty_like(x)
+    out = None if scale is None else torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _gated_norm[(batch * length,)](
+        x, branch, gate, scale, shift, summed, out, length, width, eps,
+        BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return summed, out
+
+
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6
+) -> Tensor:
+    """`reference.rms_norm_rope`; the last dimension of x contiguous"""
+    batch, length, width = x.shape
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    strides = (0, 0) if cos is None else cos.stride()
+    _rms_norm_rope[(batch * length,)](
+        x, weight, cos, sin, out, length, width, eps, width, *strides,
+        HALF=width // heads // 2, ROTATE=cos is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out.unflatten(2, (heads, -1))

@@ -1,0 +1,186 @@
+"""Sparse-linear attention in Triton: `reference.sparse_linear_attention` by three kernels and no copy of q, k or v.
+
+1. `block_means` pools q and k, from which PyTorch picks the blocks to keep.
+2. The linear branch's state Σφ(k)ᵀv is summed over chunks of the sequence, and `proj_l` is multiplied into it.
+3. Softmax attention runs over the kept blocks, and the linear branch is its epilogue.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+
+LOG2_E = 1.4426950408889634
+STATE_BLOCK = 64  # tokens that the linear branch's kernel takes at a time
+STATE_WARPS = 8
+STATE_PROGRAMS = 256  # about as many chunks of it, over all heads
+
+
+@triton.jit
+def _block_means(x, out, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr):
+    block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    x += batch.to(tl.int64) * stride_b + head * stride_h
+    tile = tl.load(x + rows[:, None] * stride_l + columns, mask=rows[:, None] < length, other=0.0).to(tl.float32)
+    count = tl.minimum(length - block * BLOCK, BLOCK)
+    out += (tl.program_id(1) * tl.num_programs(0) + block) * D
+    tl.store(out + columns, tl.sum(tile, 0) / count)
+
+
+@triton.jit
+def _softmax(x):
+    x = tl.exp(x.to(tl.float32) - tl.max(x.to(tl.float32), 1)[:, None])
+    return x / tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def _linear_state(
+    k, v, state, norm, length, heads, chunk,
+    k_b, k_l, k_h, v_b, v_l, v_h, BLOCK: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    k += batch.to(tl.int64) * k_b + head * k_h
+    v += batch.to(tl.int64) * v_b + head * v_h
+    columns = tl.arange(0, D)
+    total, sums = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
+    begin = tl.program_id(0) * chunk
+    for first in range(begin, tl.minimum(begin + chunk, length), BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        valid = rows[:, None] < length
+        phi = _softmax(tl.load(k + rows[:, None] * k_l + columns, mask=valid, other=0.0))
+        phi = tl.where(valid, phi, 0.0).to(v.dtype.element_ty)
+        tile = tl.load(v + rows[:, None] * v_l + columns, mask=valid, other=0.0)
+        total = tl.dot(tl.trans(phi), tile, total)
+        sums += tl.sum(phi.to(tl.float32), 0)
+    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(state + at * D * D + columns[:, None] * D + columns, total)
+    tl.store(norm + at * D + columns, sums)
+
+
+@triton.jit
+def _attend(q, k, v, rows, k_l, v_l, length, scale, out, total, largest, MASK: tl.constexpr, D: tl.constexpr):
+    """One more set of keys for a block of queries"""
+    columns, valid = tl.arange(0, D), rows < length
+    if MASK:
+        keys = tl.load(k + rows[:, None] * k_l + columns, mask=valid[:, None], other=0.0)
+        values = tl.load(v + rows[:, None] * v_l + columns, mask=valid[:, None], other=0.0)
+    else:
+        keys = tl.load(k + rows[:, None] * k_l + columns)
+        values = tl.load(v + rows[:, None] * v_l + columns)
+    score = tl.dot(q, tl.trans(keys))
+    if MASK:
+        score = tl.where(valid[None], score, -float("inf"))
+    following = tl.maximum(largest, tl.max(score, 1) * scale)
+    p = tl.exp2(score * scale - following[:, None])
+    shrink = tl.exp2(largest - following)
+    total = total * shrink + tl.sum(p, 1)
+    out = tl.dot(p.to(values.dtype), values, out * shrink[:, None])
+    return out, total, following
+
+
+@triton.jit
+def _sparse_linear(
+    q, k, v, kept, state, norm, bias, out, length, heads, n, scale,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    block, row = tl.program_id(0), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    q += batch.to(tl.int64) * q_b + head * q_h
+    k += batch.to(tl.int64) * k_b + head * k_h
+    v += batch.to(tl.int64) * v_b + head * v_h
+    kept += (row * tl.num_programs(0) + block).to(tl.int64) * n
+    rows, columns = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
+    queries = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
+
+    result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    within = tl.arange(0, GROUP * BLOCK_K) % BLOCK_K
+    whole = (n - 1) // GROUP * GROUP  # the last kept block alone may be ragged
+    for j in range(0, whole, GROUP):
+        keys = tl.load(kept + j + tl.arange(0, GROUP * BLOCK_K) // BLOCK_K) * BLOCK_K + within
+        result, total, largest = _attend(
+            queries, k, v, keys, k_l, v_l, length, scale, result, total, largest, MASK=False, D=D
+        )
+    for j in range(whole, n):
+        keys = tl.load(kept + j) * BLOCK_K + tl.arange(0, BLOCK_K)
+        result, total, largest = _attend(
+            queries, k, v, keys, k_l, v_l, length, scale, result, total, largest, MASK=True, D=D
+        )
+    result = result / total[:, None]
+
+    phi = _softmax(queries).to(queries.dtype)
+    summed = tl.load(norm + row * D + columns)
+    share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
+    projected = tl.load(state + row * D * D + columns[:, None] * D + columns)
+    result += tl.dot(phi, projected) / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
+    at = ((batch.to(tl.int64) * length + rows[:, None]) * heads + head) * D + columns
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32"""
+    batch, length, heads, dim = x.shape
+    out = torch.empty(batch, heads, triton.cdiv(length, block), dim, device=x.device)
+    _block_means[(out.shape[2], batch * heads)](x, out, length, heads, *_strides(x), BLOCK=block, D=dim)
+    return out
+
+
+def kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+    """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32"""
+    length = k.shape[1]
+    means = block_means(k, block_k)
+    count = torch.full((means.shape[2], 1), float(block_k), device=k.device)
+    count[-1] = length - (means.shape[2] - 1) * block_k
+    pooled_k = (means - (means * (count / length)).sum(2, keepdim=True)).to(k.dtype)
+    score = block_means(q, block_q).to(q.dtype) @ pooled_k.transpose(-1, -2)
+    n = reference.kept_count(topk, score.shape[-1])
+    return score.topk(n, dim=-1, sorted=False).indices.int().sort(dim=-1).values
+
+
+def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype, and Σφ(k) (B·H, D) float32, over the sequence"""
+    batch, length, heads, dim = k.shape
+    programs = max(1, STATE_PROGRAMS // (batch * heads))
+    chunk = triton.cdiv(triton.cdiv(length, programs), STATE_BLOCK) * STATE_BLOCK
+    grid = triton.cdiv(length, chunk), batch * heads
+    state = torch.empty(*grid, dim, dim, device=k.device)
+    norm = torch.empty(*grid, dim, device=k.device)
+    _linear_state[grid](
+        k,
+        v,
+        state,
+        norm,
+        length,
+        heads,
+        chunk,
+        *_strides(k),
+        *_strides(v),
+        BLOCK=STATE_BLOCK,
+        D=dim,
+        num_warps=STATE_WARPS,
+    )
+    return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
+
+
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    group: int = 2, num_warps: int = 8, num_stages: int = 2,
+) -> Tensor:  # fmt: skip
+    """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous"""
+    batch, length, heads, dim = q.shape
+    kept = kept_blocks(q, k, topk, block_q, block_k)
+    state, norm = linear_state(k, v, weight)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _sparse_linear[(kept.shape[2], batch * heads)](
+        q, k, v, kept, state, norm, bias, out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E,
+        *_strides(q), *_strides(k), *_strides(v),
+        BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, GROUP=group, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out
