@@ -80,6 +80,63 @@ def kernels(
 
 
 @app.command()
+def vae(
+    size: Size = "832x480x81",
+    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder; random weights if left out.")] = None,
+    base_dim: Annotated[int, typer.Option(help="Width of the one with random weights; Wan2.1's is 96.")] = 96,
+    mode: Modes = "eager",
+    check_size: CheckSize = "256x128x5",
+    runs: Runs = 3,
+    warmup: Warmup = 1,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Decoding of random latents; modes: eager, channels_last."""
+    from turbo_nb.plan import device_of
+
+    from . import harness
+    from . import vae as benchmark
+
+    device = device_of(device)
+    jobs = benchmark.jobs(
+        clip(size), mode.split(","), vae, base_dim=base_dim, check_size=clip(check_size), device=device, runs=runs,
+        warmup=warmup,
+    )  # fmt: skip
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
+def e2e(
+    model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
+    prompt: Annotated[str | None, typer.Option(help="What to show; one that suits the model if left out.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES; the model's own if left out.")] = None,
+    steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
+    attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
+    topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
+    linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
+    mode: Modes = "eager",
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """From a prompt to an mp4, warm; modes as of step."""
+    from turbo_nb.plan import device_of
+
+    from . import e2e as benchmark
+    from . import harness
+
+    device = device_of(device)
+    made = {"num_steps": steps}
+    if size:
+        width, height, frames = clip(size)
+        made |= {"resolution": f"{width}x{height}", "num_frames": frames}
+    quant_linear = {"auto": "auto", "int8": True, "bf16": False}
+    if linears not in quant_linear:
+        raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
+    load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
+    raise typer.Exit(harness.run(benchmark.jobs(model, prompt, mode.split(","), device, load, made), device, csv))
+
+
+@app.command()
 def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> None:
     """Print the latest row of each work, shape and mode as a Markdown table."""
     from . import harness

@@ -37,6 +37,7 @@ MODELS = {
 }
 TEXT_TOKENS, PROMPT_TOKENS = 512, 64  # the embedding's length, and how much of it is not padding
 TIMESTEP = 932.0
+LINEARS = ("bf16", "int8")
 COMPILE = {"fullgraph": True}
 # Where a mode asks for its block map, as (module, attribute) with `reference.block_map`'s signature
 MAP_SEAMS = (("turbo_nb.kernels.reference", "block_map"),)
@@ -70,9 +71,10 @@ def jobs(
     setup: Setup, modes: list[str], *, check_layers: int, check_size: tuple[int, int, int], runs: int, warmup: int
 ) -> Iterator[Job]:
     """A job for each mode: names of `MODES`, or several joined by +. Raises InputError for what is not known."""
+    check_modes(modes)
     for name, value, known in (
         ("model", setup.model, MODELS), ("attention", setup.attention, sla.ATTENTION_TYPES),
-        ("linears", setup.linears, ("bf16", "int8")), *(("mode", m, MODES) for mode in modes for m in mode.split("+")),
+        ("linears", setup.linears, LINEARS),
     ):  # fmt: skip
         if value not in known:
             raise InputError(f"{name} is {value!r}; it is one of {', '.join(known)}")
@@ -189,6 +191,13 @@ def _compiled(transformer: nn.Module) -> Iterator[None]:
 
 
 MODES = {"eager": nullcontext, "fused": _fused, "compile": _compiled}
+
+
+def check_modes(modes: list[str]) -> None:
+    """Raises InputError for a mode that is not one of `MODES`, or several joined by +."""
+    for mode in modes:
+        if not set(mode.split("+")) <= MODES.keys():
+            raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}, or several such as fused+compile")
 
 
 @contextmanager
