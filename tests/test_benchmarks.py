@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = ("--device", "cpu", "--runs", "1", "--warmup", "0")
 TINY = ("step", "--model", "tiny", "--size", "128x128x9", "--check-size", "128x128x9", "--topk", "0.4", *QUICK)
 ROPE = ("kernels", "--only", "apply_rotary_emb", "--shape", "63x2x64", *QUICK)
+CHOOSE = reference.block_map
 LINEAR = ("kernels", "--only", "int8_linear", "--shape", "63x200x130", *QUICK)
 
 
@@ -84,16 +86,13 @@ def own_maps(transformer):
         layer = block.attn1.processor.sla
 
         def forward(q, k, v, layer=layer):
-            kept = _choose(q, k, layer.topk, layer.block_q, layer.block_k)
+            kept = CHOOSE(q, k, layer.topk, layer.block_q, layer.block_k)
             sparse = reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
             linear = layer.proj_l(reference.linear_attention(q, k, v).float())
             return (sparse + linear).to(q.dtype)
 
         layer.forward = forward
     yield
-
-
-_choose = reference.block_map
 
 
 def test_a_wrong_mode_gives_no_row_and_leaves_the_others_theirs(bench, monkeypatch, capsys):
@@ -111,12 +110,25 @@ def test_a_mode_with_maps_of_its_own_is_checked_with_every_block(bench, monkeypa
     assert code == 0 and "every block kept" in row["check"]
 
 
+def test_the_fused_mode_fuses_for_the_time_and_for_the_check(bench, monkeypatch, capsys):
+    calls = []
+    fuse = SimpleNamespace(
+        fuse=lambda transformer: calls.append("fuse") or "3 modules replaced", unfuse=lambda t: calls.append("unfuse")
+    )
+    monkeypatch.setitem(sys.modules, "turbo_nb.fuse", fuse)
+    assert bench(*TINY, "--layers", 1, "--mode", "fused+eager")[0] == 0
+    assert calls == ["fuse", "unfuse"] * 2 and "3 modules replaced" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "turbo_nb.fuse", None)
+    assert bench(*TINY, "--layers", 1, "--mode", "fused")[0] == 1
+    assert "BackendError: mode is 'fused', and this turbo_nb has no fuse.py" in capsys.readouterr().out
+
+
 def test_block_maps_are_one_a_layer_and_the_reference_is_itself_again():
     setup = step.Setup(
         model="tiny", layers=2, size=(128, 128, 9), attention="sla", topk=0.4, linears="bf16", device="cpu"
     )
     plain = step.Plain(setup)
-    assert [tuple(kept.shape) for kept in plain.maps] == [(1, 2, 2, 3)] * 2 and reference.block_map is _choose
+    assert [tuple(kept.shape) for kept in plain.maps] == [(1, 2, 2, 3)] * 2 and reference.block_map is CHOOSE
     assert all(kept.sum(-1).eq(1).all() for kept in plain.maps)  # int(0.4 · 3)
     parts = dict(step.build(setup).named_parameters())
     assert all(part.float().std() > 0 for part in parts.values())
