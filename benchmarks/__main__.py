@@ -40,7 +40,7 @@ def step(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """One step of a transformer with random weights; modes: eager, fused, compile, fused+compile."""
+    """One step of a transformer with random weights; modes: reference, eager, fused, compile, or fused+compile."""
     from turbo_nb.plan import device_of
 
     from . import harness
@@ -114,11 +114,10 @@ def e2e(
     attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
     topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
     linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
-    mode: Modes = "eager",
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """From a prompt to an mp4, warm; modes as of step."""
+    """From a prompt to an mp4, warm, as `load_pipeline` makes it."""
     from turbo_nb.plan import device_of
 
     from . import e2e as benchmark
@@ -133,7 +132,7 @@ def e2e(
     if linears not in quant_linear:
         raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
     load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
-    raise typer.Exit(harness.run(benchmark.jobs(model, prompt, mode.split(","), device, load, made), device, csv))
+    raise typer.Exit(harness.run(benchmark.jobs(model, prompt, device, load, made), device, csv))
 
 
 @app.command()

@@ -7,12 +7,14 @@ than the reference in bf16 does.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbo_nb import linear, rope
+from turbo_nb import backends, linear, rope
 from turbo_nb.errors import InputError
 from turbo_nb.kernels import reference
 from turbo_nb.sla import BLOCK_K, BLOCK_Q
@@ -30,13 +32,15 @@ TOPK = 0.1
 class Operation:
     """make_inputs(shape, device, dtype) → the arguments of `reference` and of every spelling, name → function.
 
-    shapes: those measured on "cuda" and on "cpu", if no other is asked for.
+    shapes: those measured on "cuda" and on "cpu", if no other is asked for. triton: the file of turbo_nb/kernels that
+    has a function of the operation's name, one more spelling on a GPU.
     """
 
     make_inputs: Callable[[tuple[int, int, int], str, torch.dtype], tuple]
     reference: Callable
     spellings: dict[str, Callable] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, int, int], ...]]
+    triton: str | None = None
 
 
 def _noise(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -124,19 +128,24 @@ OPERATIONS = {
         make_inputs=qkv_inputs, reference=every_block, spellings={"sdpa": sdpa}, shapes=ATTENTION
     ),
     "sparse_linear_attention": Operation(
-        make_inputs=sla_inputs, reference=reference.sparse_linear_attention, shapes=ATTENTION
+        make_inputs=sla_inputs,
+        reference=reference.sparse_linear_attention,
+        shapes=ATTENTION,
+        triton="sparse_linear",
     ),
     "int8_quantize": Operation(
         make_inputs=matrix_inputs,
         reference=reference.int8_quantize,
         spellings={"chosen": linear.int8_quantize},
         shapes=LINEAR,
+        triton="int8",
     ),
     "int8_linear": Operation(
         make_inputs=linear_inputs,
         reference=reference.int8_linear,
         spellings={"chosen": linear.int8_linear},
         shapes=LINEAR,
+        triton="int8",
     ),
 }
 
@@ -159,7 +168,7 @@ def jobs(
             inputs = operation.make_inputs(sides, device, getattr(torch, dtype))
             ref = operation.reference(*_in_float32(inputs))
             own = _error(operation.reference(*inputs), ref)
-            for mode, function in {"reference": operation.reference, **operation.spellings}.items():
+            for mode, function in spellings(name, device).items():
 
                 def run(mode=mode, function=function, inputs=inputs, ref=ref, own=own):
                     check = Check(
@@ -170,6 +179,16 @@ def jobs(
                     return harness.measure(lambda: function(*inputs), device, runs=runs, warmup=warmup), check
 
                 yield Job(work=name, shape=f"{'x'.join(map(str, sides))} {dtype}", mode=mode, weights="random", run=run)
+
+
+def spellings(name: str, device: str) -> dict[str, Callable]:
+    """Name → function of all that can run an operation on the device, the reference first."""
+    operation = OPERATIONS[name]
+    found = {"reference": operation.reference, **operation.spellings}
+    module = f"turbo_nb.kernels.{operation.triton}"
+    if operation.triton and find_spec(module) and device != "cpu" and not backends.no_triton(backends.probe()):
+        found["triton"] = getattr(import_module(module), name)
+    return found
 
 
 def _in_float32(inputs: tuple) -> tuple:

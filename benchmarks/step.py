@@ -1,12 +1,14 @@
 """One step of a Wan transformer of a named shape, with random weights: speed does not depend on their values.
 
 The check. A mode is held against the same weights in float32 with exact attention, on a smaller clip and with fewer
-layers, and may err by a tenth more than the plain bf16 modules do. Which blocks sparse attention keeps is decided by
-near ties, and one block more or less outweighs every rounding; so the maps that the plain bf16 modules choose are
-recorded, and both the mode and the float32 model get them back ("same block maps"). A mode that does not ask for its
-maps where `MAP_SEAMS` says is checked with topk 1 instead, where there is nothing to choose ("every block kept").
+layers, and may err by a tenth more than the plain bf16 modules (mode "reference") do. Which blocks sparse attention
+keeps is decided by near ties, and one block more or less outweighs every rounding; so the maps that the plain bf16
+modules choose are recorded, and both the mode and the float32 model get them back ("same block maps"). A mode that does
+not ask for its maps where `MAP_SEAMS` says is checked with topk 1 instead, where there is nothing to choose ("every
+block kept").
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from turbo_nb import catalog, sla
+from turbo_nb import backends, catalog, sla
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import BackendError, InputError
 from turbo_nb.kernels import reference
@@ -197,7 +199,16 @@ def _compiled(transformer: nn.Module) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-MODES = {"eager": nullcontext, "fused": _fused, "compile": _compiled}
+@contextmanager
+def _reference(transformer: nn.Module) -> Iterator[None]:
+    # not rope's, which is looked up once a process
+    variables = {variable for operation, variable in backends.VARIABLES.items() if operation != "rope"}
+    with patch.dict(os.environ, dict.fromkeys(variables, "reference")):
+        yield
+
+
+# reference: plain PyTorch; eager: diffusers' blocks with what `backends` chooses; fused: `turbo_nb.fuse`
+MODES = {"reference": _reference, "eager": nullcontext, "fused": _fused, "compile": _compiled}
 
 
 def check_modes(modes: list[str]) -> None:
@@ -231,9 +242,18 @@ def _(q, k, topk, block_q, block_k):
     return q.new_empty((batch, heads, -(-length // block_q), -(-length // block_k)), dtype=torch.bool)
 
 
-# Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`. A mode whose
-# function has other arguments or another form of the map brings a stand-in of its own.
-MAP_SEAMS = [("turbo_nb.kernels.reference", "block_map", _block_map)]
+def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+    """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
+    kept = _block_map(q, k, topk, block_q, block_k)
+    n = max(1, int(min(topk, 1) * kept.shape[-1]))
+    return kept.int().topk(n, dim=-1).indices.int().sort(dim=-1).values
+
+
+# Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`
+MAP_SEAMS = [
+    ("turbo_nb.kernels.reference", "block_map", _block_map),
+    ("turbo_nb.kernels.sparse_linear", "kept_blocks", _kept_blocks),
+]
 
 
 @contextmanager
@@ -242,8 +262,12 @@ def maps_from(source: Callable[..., Tensor]) -> Iterator[None]:
     global _source
     before, _source = _source, source
     with ExitStack() as stack:
-        for module, attribute, stand_in in MAP_SEAMS:
-            stack.enter_context(patch.object(import_module(module), attribute, stand_in))
+        for name, attribute, stand_in in MAP_SEAMS:
+            try:
+                module = import_module(name)
+            except ImportError:  # no Triton here
+                continue
+            stack.enter_context(patch.object(module, attribute, stand_in))
         try:
             yield
         finally:
@@ -261,14 +285,14 @@ class Plain:
             return self.maps[-1]
 
         transformer = build(setup)
-        with maps_from(record):
+        with maps_from(record), using("reference", transformer):
             out = velocity(transformer, make_inputs(setup))
         exact = build(replace(setup, attention="original" if setup.attention == "original" else "sla"), torch.float32)
         if self.maps:  # SageSLA may have blocks of other sizes
             for ours, theirs in zip(exact.blocks, transformer.blocks, strict=True):
                 ours, theirs = ours.attn1.processor.sla, theirs.attn1.processor.sla
                 ours.block_q, ours.block_k = theirs.block_q, theirs.block_k
-        with maps_from(Given(self.maps)):
+        with maps_from(Given(self.maps)), using("reference", exact):
             self.ref = velocity(exact, make_inputs(setup, torch.float32))
         self.error = harness.relative_error(out, self.ref)
 
@@ -297,7 +321,7 @@ def check(mode: str, setup: Setup, plain: Callable[[float], Plain]) -> Check:
     worst = SAGE_STEP_BOUND if setup.attention == "sagesla" else harness.WORST
     return Check(
         error=harness.relative_error(out, own.ref),
-        limit=harness.limit(None if mode == "eager" else own.error, worst),
+        limit=harness.limit(None if mode == "reference" else own.error, worst),
         what=f"against float32, {kept}, {setup.arch.num_layers} layers, {'x'.join(map(str, setup.size))}; "
         f"plain bf16 modules {own.error:.2e}",
     )
