@@ -1,0 +1,166 @@
+"""python -m benchmarks: the command line."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbo_nb.errors import InputError, TurboNbError
+
+app = typer.Typer(
+    help="Speed as rows of CSV, each behind its correctness check.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Csv = Annotated[Path | None, typer.Option("--csv", help="The file that rows are added to; else they are only printed.")]
+Modes = Annotated[str, typer.Option("--mode", help="One or more, by comma.")]
+Size = Annotated[str, typer.Option(help="WIDTHxHEIGHTxFRAMES in pixels.")]
+CheckSize = Annotated[str, typer.Option(help="The clip of the correctness check.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Runs = Annotated[int, typer.Option(min=1, help="Timed calls, of which the median counts.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Calls between the first and the timed ones.")]
+
+
+@app.command()
+def step(
+    model: Annotated[str, typer.Option(help="1.3B, 14B, nano or tiny.")] = "1.3B",
+    layers: Annotated[int | None, typer.Option(min=1, help="The first so many; all if left out.")] = None,
+    size: Size = "832x480x81",
+    attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
+    topk: Annotated[float, typer.Option(help="Share of key blocks that SLA attends to.")] = 0.1,
+    linears: Annotated[str, typer.Option(help="bf16 or int8.")] = "bf16",
+    mode: Modes = "eager",
+    check_layers: Annotated[int, typer.Option(min=1, help="Layers of the correctness check.")] = 2,
+    check_size: CheckSize = "832x480x5",
+    runs: Runs = 5,
+    warmup: Warmup = 2,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """One step of a transformer with random weights; modes: reference, eager, fused, compile, or fused+compile."""
+    from turbo_nb.plan import device_of
+
+    from . import harness
+    from . import step as benchmark
+
+    device = device_of(device)
+    setup = benchmark.Setup(
+        model=model, layers=layers, size=clip(size), attention=attention, topk=topk, linears=linears, device=device
+    )
+    jobs = benchmark.jobs(
+        setup, mode.split(","), check_layers=check_layers, check_size=clip(check_size), runs=runs, warmup=warmup
+    )
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
+def kernels(
+    only: Annotated[str | None, typer.Option(help="Operations by comma; all if left out.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="TOKENSxHEADSxHEAD_DIM, or ROWSxINxOUT of a linear; the usual ones if left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    runs: Runs = 20,
+    warmup: Warmup = 3,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Each operation's reference, and its faster spellings."""
+    from turbo_nb.plan import device_of
+
+    from . import harness
+    from . import kernels as benchmark
+
+    device = device_of(device)
+    jobs = benchmark.jobs(only and only.split(","), shape, dtype, device, runs=runs, warmup=warmup)
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
+def vae(
+    size: Size = "832x480x81",
+    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder; random weights if left out.")] = None,
+    base_dim: Annotated[int, typer.Option(help="Width of the one with random weights; Wan2.1's is 96.")] = 96,
+    mode: Modes = "eager",
+    check_size: CheckSize = "256x128x5",
+    runs: Runs = 3,
+    warmup: Warmup = 1,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Decoding of random latents; modes: eager, channels_last."""
+    from turbo_nb.plan import device_of
+
+    from . import harness
+    from . import vae as benchmark
+
+    device = device_of(device)
+    jobs = benchmark.jobs(
+        clip(size), mode.split(","), vae, base_dim=base_dim, check_size=clip(check_size), device=device, runs=runs,
+        warmup=warmup,
+    )  # fmt: skip
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
+def e2e(
+    model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
+    prompt: Annotated[str | None, typer.Option(help="What to show; one that suits the model if left out.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES; the model's own if left out.")] = None,
+    steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
+    attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
+    topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
+    linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """From a prompt to an mp4, warm, as `load_pipeline` makes it."""
+    from turbo_nb.plan import device_of
+
+    from . import e2e as benchmark
+    from . import harness
+
+    device = device_of(device)
+    made = {"num_steps": steps}
+    if size:
+        width, height, frames = clip(size)
+        made |= {"resolution": f"{width}x{height}", "num_frames": frames}
+    quant_linear = {"auto": "auto", "int8": True, "bf16": False}
+    if linears not in quant_linear:
+        raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
+    load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
+    raise typer.Exit(harness.run(benchmark.jobs(model, prompt, device, load, made), device, csv))
+
+
+@app.command()
+def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> None:
+    """Print the latest row of each work, shape and mode as a Markdown table."""
+    from . import harness
+
+    print(harness.table(harness.read(file)))
+
+
+def clip(size: str) -> tuple[int, int, int]:
+    """ "832x480x81" → (832, 480, 81). Raises InputError for a size that no clip has."""
+    from turbo_nb import catalog
+
+    match = re.fullmatch(r"(\d+x\d+)x(\d+)", size)
+    if not match or int(match[2]) % 4 != 1:
+        raise InputError(f"size is {size!r}; it is WIDTHxHEIGHTxFRAMES with 4n + 1 frames, such as 832x480x81")
+    return *catalog.size_of(catalog.NANO, match[1], None), int(match[2])
+
+
+def main() -> None:
+    """A TurboNbError is one line on stderr and exit code 2; a failed check is exit code 1."""
+    try:
+        app()
+    except TurboNbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

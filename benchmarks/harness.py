@@ -1,0 +1,262 @@
+"""Timing, the correctness gate, and rows of CSV."""
+
+import csv
+import os
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from turbo_nb import backends
+from turbo_nb.errors import InputError, OutputError, TurboNbError, first_line
+
+COMMIT = "TURBO_NB_COMMIT"  # for a copy that is no checkout
+WORST = 0.05  # relative error that no bf16 configuration may have, whatever its plain modules have
+CACHE_BYTES = 256 << 20  # written between timed calls, more than any GPU's L2 cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of n calls after warm-up, and of the very first; peak GiB of GPU memory, None on a CPU."""
+
+    ms: float
+    ms_min: float
+    n: int
+    first_ms: float
+    peak_gib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """error: ‖out − ref‖ / ‖ref‖, at most `limit`; `what` says of what, and where the limit is from."""
+
+    error: float
+    limit: float
+    what: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # NaN is not
+
+    def __str__(self) -> str:
+        return f"rel. L2 {self.error:.2e}, at most {self.limit:.2e}; {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A configuration. weights: "random", or the file. run() times it and checks it."""
+
+    work: str
+    shape: str
+    mode: str
+    weights: str
+    run: Callable[[], tuple[Timing, Check]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the CSV; the names are its columns. check: what `error` (rel. L2) was held against."""
+
+    date: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    work: str
+    shape: str
+    mode: str
+    weights: str
+    ms: float
+    ms_min: float
+    n: int
+    first_ms: float
+    peak_gib: float | None
+    error: float
+    limit: float
+    check: str
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def run(jobs: Iterable[Job], device: str, path: Path | None) -> int:
+    """Run the jobs one after the other; 0, or 1 if any failed. Each that passed its check is printed and written.
+
+    Raises InputError or OutputError for a file that cannot take the rows, before any work.
+    """
+    if path:
+        check_file(path)
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # float32 references are float32
+    machine, failed = facts(device), False
+    for job in jobs:
+        name = f"{job.work}, {job.shape}, {job.mode}"
+        try:
+            timing, check = job.run()
+        except Exception as error:  # one mode that breaks leaves the others their rows
+            if not isinstance(error, TurboNbError):
+                traceback.print_exc()
+            print(f"FAILED {name}: {type(error).__name__}: {first_line(error)}", flush=True)
+            failed = True
+            continue
+        if not check.passed:
+            print(f"FAILED {name}: {check}", flush=True)
+            failed = True
+            continue
+        row = Row(
+            date=datetime.now(UTC).isoformat(timespec="seconds"), **machine,
+            work=job.work, shape=job.shape, mode=job.mode, weights=job.weights,
+            **asdict(timing), error=check.error, limit=check.limit, check=check.what,
+        )  # fmt: skip
+        peak = "" if row.peak_gib is None else f", {row.peak_gib:.2f} GiB"
+        print(f"{name}: {row.ms:.3f} ms (min {row.ms_min:.3f}, n {row.n}, first {row.first_ms:.0f}{peak}); {check}")
+        if path:
+            append(path, row)
+    return int(failed)
+
+
+def measure(work: Callable[[], object], device: str, *, runs: int, warmup: int) -> Timing:
+    """Time work(): the first call with whatever is compiled in it, `warmup` calls, then `runs` of them.
+
+    On a GPU by events, with its L2 cache written over before each call; the peak is that of the warm-up.
+    """
+    with torch.inference_mode():
+        if device == "cpu":
+            first, *rest = (_seconds(work) for _ in range(1 + warmup + runs))
+            times, peak = [1e3 * seconds for seconds in rest[warmup:]], None
+        else:
+            torch.cuda.synchronize(device)
+            first = _seconds(lambda: (work(), torch.cuda.synchronize(device)))
+            torch.cuda.reset_peak_memory_stats(device)
+            for _ in range(max(1, warmup)):
+                work()
+            torch.cuda.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            times = _events(work, device, runs)
+    return Timing(ms=median(times), ms_min=min(times), n=runs, first_ms=1e3 * first, peak_gib=peak)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _events(work: Callable[[], object], device: str, runs: int) -> list[float]:
+    with torch.cuda.device(device):
+        cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+        for begin, end in marks:
+            cache.zero_()
+            begin.record()
+            work()
+            end.record()
+        torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """‖out − ref‖ / ‖ref‖ in float64; inf for another shape."""
+    if out.shape != ref.shape:
+        return float("inf")
+    out, ref = out.double(), ref.double()
+    return ((out - ref).norm() / ref.norm()).item()
+
+
+def limit(own: float | None, worst: float = WORST) -> float:
+    """The most that a mode's error may be: a tenth above the plain module's own, and at most `worst`.
+
+    own: the plain module's error against float32; None for that module itself.
+    """
+    return worst if own is None else min(1.1 * own + 1e-3, worst)
+
+
+def facts(device: str) -> dict[str, str]:
+    """The columns of the machine, the libraries and the code."""
+    name, _, version = backends.device_name(device).partition(", torch ")
+    machine = backends.probe()
+    triton = machine.libraries.get("triton")
+    return {
+        "gpu": name,
+        "driver": (device != "cpu" and machine.driver) or "",
+        "torch": version,
+        "triton": (triton and triton.version) or "",
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """TURBO_NB_COMMIT, else that of the checkout, else "unknown"."""
+    if os.environ.get(COMMIT):
+        return os.environ[COMMIT]
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError for a file that has other columns, OutputError for one that cannot be written."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}; give a file in a folder that is there, such as speed.csv")
+    if path.exists() and path.stat().st_size:
+        read(path)
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row, with the header before the first."""
+    new = not path.exists() or not path.stat().st_size
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: _short(value) for name, value in asdict(row).items()})
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file. Raises InputError if there is none, or it has other columns."""
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}; give a CSV that python -m benchmarks wrote")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise InputError(
+                f"{str(path)!r} has the columns {','.join(reader.fieldnames or ['none'])}; rows have "
+                f"{','.join(COLUMNS)}: give another file"
+            )
+        return list(reader)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Markdown of the rows, the latest of each work, shape and mode on each machine."""
+    latest = {(row["work"], row["shape"], row["mode"], row["gpu"]): row for row in rows}
+    lines = ["| work | shape | mode | ms (min, n) | first, s | peak, GiB | rel. error | GPU | commit |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for row in latest.values():
+        cells = (
+            f"{row['work']}, {row['weights']} weights" if row["weights"] == "random" else row["work"],
+            row["shape"],
+            row["mode"],
+            f"{row['ms']} ({row['ms_min']}, {row['n']})",
+            f"{float(row['first_ms']) / 1e3:.1f}",
+            row["peak_gib"],
+            row["error"],
+            row["gpu"],
+            row["commit"][:8],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

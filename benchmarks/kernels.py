@@ -1,0 +1,202 @@
+"""Every operation of `turbo_nb.kernels.reference` beside its faster spellings: one row of `OPERATIONS` each.
+
+The check. Each spelling is held against the reference in float32 on the same bf16 numbers, and may err by a tenth more
+than the reference in bf16 does.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbo_nb import backends, linear, rope
+from turbo_nb.errors import InputError
+from turbo_nb.kernels import reference
+from turbo_nb.sla import BLOCK_K, BLOCK_Q
+
+from . import harness
+from .harness import Check, Job
+
+ATTENTION = {"cuda": ((32760, 12, 128),), "cpu": ((700, 2, 64),)}  # the GPU's: 1.3B at 480p×81
+LINEAR = {"cuda": ((32760, 1536, 8960), (32760, 8960, 1536)), "cpu": ((700, 256, 960),)}
+DTYPES = ("bfloat16", "float16", "float32")
+TOPK = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """make_inputs(shape, device, dtype) → the arguments of `reference` and of every spelling, name → function.
+
+    shapes: those measured on "cuda" and on "cpu", if no other is asked for. triton: the file of turbo_nb/kernels that
+    has a function of the operation's name, one more spelling on a GPU.
+    """
+
+    make_inputs: Callable[[tuple[int, int, int], str, torch.dtype], tuple]
+    reference: Callable
+    spellings: dict[str, Callable] = field(default_factory=dict)
+    shapes: dict[str, tuple[tuple[int, int, int], ...]]
+    triton: str | None = None
+
+
+def _noise(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+
+
+def rope_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """x (1, L, H, D), and cos and sin (L, D/2) in float32"""
+    length, heads, dim = shape
+    (x,) = _noise(device, dtype, (1, length, heads, dim))
+    (angles,) = _noise(device, torch.float32, (length, dim // 2))
+    return x, angles.cos(), angles.sin()
+
+
+def qkv_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """q, k and v, each (1, L, H, D), with blocks that nobody can choose otherwise.
+
+    Every q block looks for +u or -u. In each head the share `TOPK` of the k blocks has +u, another -u, the rest
+    neither, so that between the last block that is kept and the next there is no near tie that rounding decides.
+    """
+    length, heads, dim = shape
+    q, k, v = _noise(device, torch.float32, *[(1, length, heads, dim)] * 3)
+    u = torch.full((dim,), 4 / dim**0.5, device=device)  # of length 4
+    columns = -(-length // BLOCK_K)
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.zeros(columns, heads)
+    count = max(1, int(TOPK * columns))
+    for head in range(heads):
+        order = torch.randperm(columns, generator=generator)
+        levels[order[:count], head], levels[order[count : 2 * count], head] = 1, -1
+    signs = torch.randint(0, 2, (-(-length // BLOCK_Q), heads), generator=generator) * 2.0 - 1
+    for x, level, block in ((k, levels, BLOCK_K), (q, signs, BLOCK_Q)):
+        x += level.to(device).repeat_interleave(block, 0)[None, :length, :, None] * u
+    return tuple(x.to(dtype) for x in (q, k, v))
+
+
+def sla_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.sparse_linear_attention`"""
+    dim = shape[2]
+    weight, bias = _noise(device, torch.float32, (dim, dim), (dim,))
+    return *qkv_inputs(shape, device, dtype), weight / dim**0.5, 0.02 * bias, TOPK, BLOCK_Q, BLOCK_K
+
+
+def block_map_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.block_map`"""
+    q, k, _ = qkv_inputs(shape, device, dtype)
+    return q, k, TOPK, BLOCK_Q, BLOCK_K
+
+
+def every_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sparse attention that keeps every block, which is dense attention: what sparse attention has to beat."""
+    batch, length, heads, _ = q.shape
+    kept = torch.ones(batch, heads, -(-length // BLOCK_Q), -(-length // BLOCK_K), dtype=torch.bool, device=q.device)
+    return reference.sparse_attention(q, k, v, kept, BLOCK_Q, BLOCK_K)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention by torch, (1, L, H, D)"""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def linear_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.int8_linear`; the weight is quantised beforehand, as a checkpoint has it"""
+    rows, inputs, outputs = shape
+    x, weight, bias = _noise(device, dtype, (rows, inputs), (outputs, inputs), (outputs,))
+    return x, *reference.int8_quantize(weight / inputs**0.5), bias
+
+
+def matrix_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """x (rows, inputs)"""
+    return tuple(_noise(device, dtype, shape[:2]))
+
+
+# A new kernel is one more spelling here. "chosen" is what the package takes on this machine.
+OPERATIONS = {
+    "apply_rotary_emb": Operation(
+        make_inputs=rope_inputs,
+        reference=reference.apply_rotary_emb,
+        spellings={"chosen": rope.apply_rotary_emb},
+        shapes=ATTENTION,
+    ),
+    "block_map": Operation(make_inputs=block_map_inputs, reference=reference.block_map, shapes=ATTENTION),
+    "dense_attention": Operation(
+        make_inputs=qkv_inputs, reference=every_block, spellings={"sdpa": sdpa}, shapes=ATTENTION
+    ),
+    "sparse_linear_attention": Operation(
+        make_inputs=sla_inputs,
+        reference=reference.sparse_linear_attention,
+        shapes=ATTENTION,
+        triton="sparse_linear",
+    ),
+    "int8_quantize": Operation(
+        make_inputs=matrix_inputs,
+        reference=reference.int8_quantize,
+        spellings={"chosen": linear.int8_quantize},
+        shapes=LINEAR,
+        triton="int8",
+    ),
+    "int8_linear": Operation(
+        make_inputs=linear_inputs,
+        reference=reference.int8_linear,
+        spellings={"chosen": linear.int8_linear},
+        shapes=LINEAR,
+        triton="int8",
+    ),
+}
+
+
+def jobs(
+    only: list[str] | None, shape: str | None, dtype: str, device: str, *, runs: int, warmup: int
+) -> Iterator[Job]:
+    """A job for each spelling, the reference first. Raises InputError for an unknown operation, shape or dtype."""
+    for name in only or ():
+        if name not in OPERATIONS:
+            raise InputError(f"operation is {name!r}; it is one of {', '.join(OPERATIONS)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; it is one of {', '.join(DTYPES)}")
+    if shape and not re.fullmatch(r"\d+x\d+x\d+", shape):
+        raise InputError(f"shape is {shape!r}; it is three numbers, such as 32760x12x128")
+    asked = shape and (tuple(map(int, shape.split("x"))),)
+    for name in only or OPERATIONS:
+        operation = OPERATIONS[name]
+        for sides in asked or operation.shapes[device.split(":")[0]]:
+            inputs = operation.make_inputs(sides, device, getattr(torch, dtype))
+            ref = operation.reference(*_in_float32(inputs))
+            own = _error(operation.reference(*inputs), ref)
+            for mode, function in spellings(name, device).items():
+
+                def run(mode=mode, function=function, inputs=inputs, ref=ref, own=own):
+                    check = Check(
+                        error=_error(function(*inputs), ref),
+                        limit=harness.limit(None if mode == "reference" else own),
+                        what=f"against the reference in float32; itself in {dtype} {own:.2e}",
+                    )
+                    return harness.measure(lambda: function(*inputs), device, runs=runs, warmup=warmup), check
+
+                yield Job(work=name, shape=f"{'x'.join(map(str, sides))} {dtype}", mode=mode, weights="random", run=run)
+
+
+def spellings(name: str, device: str) -> dict[str, Callable]:
+    """Name → function of all that can run an operation on the device, the reference first."""
+    operation = OPERATIONS[name]
+    found = {"reference": operation.reference, **operation.spellings}
+    module = f"turbo_nb.kernels.{operation.triton}"
+    if operation.triton and find_spec(module) and device != "cpu" and not backends.no_triton(backends.probe()):
+        found["triton"] = getattr(import_module(module), name)
+    return found
+
+
+def _in_float32(inputs: tuple) -> tuple:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _error(out: Tensor | tuple[Tensor, ...], ref: Tensor | tuple[Tensor, ...]) -> float:
+    """The largest relative error of the outputs"""
+    if isinstance(ref, Tensor):
+        out, ref = (out,), (ref,)
+    return max(harness.relative_error(a, b) for a, b in zip(out, ref, strict=True))

@@ -1,0 +1,327 @@
+"""One step of a Wan transformer of a named shape, with random weights: speed does not depend on their values.
+
+The check. A mode is held against the same weights in float32 with exact attention, on a smaller clip and with fewer
+layers, and may err by a tenth more than the plain bf16 modules (mode "reference") do. Which blocks sparse attention
+keeps is decided by near ties, and one block more or less outweighs every rounding; so the maps that the plain bf16
+modules choose are recorded, and both the mode and the float32 model get them back ("same block maps"). A mode that does
+not ask for its maps where `MAP_SEAMS` says is checked with topk 1 instead, where there is nothing to choose ("every
+block kept").
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from turbo_nb import backends, catalog, sla
+from turbo_nb.checkpoint import load_transformer
+from turbo_nb.errors import BackendError, InputError
+from turbo_nb.kernels import reference
+from turbo_nb.verify import SAGE_STEP_BOUND
+from turbo_nb.weights import Contents
+
+from . import harness
+from .harness import Check, Job
+
+# Name → shape and the width of the text embedding
+MODELS = {
+    "1.3B": (catalog.ARCH_1_3B, 4096),
+    "14B": (catalog.ARCH_14B, 4096),
+    "nano": (catalog.NANO.arch, 128),
+    "tiny": (catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256), 64),
+}
+TEXT_TOKENS, PROMPT_TOKENS = 512, 64  # the embedding's length, and how much of it is not padding
+TIMESTEP = 932.0
+LINEARS = ("bf16", "int8")
+COMPILE = {"fullgraph": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A transformer and a clip. layers: None for all. size: (width, height, frames) in pixels."""
+
+    model: str
+    layers: int | None
+    size: tuple[int, int, int]
+    attention: str
+    topk: float
+    linears: str
+    device: str
+
+    @property
+    def arch(self) -> catalog.Arch:
+        arch = MODELS[self.model][0]
+        return replace(arch, num_layers=min(self.layers or arch.num_layers, arch.num_layers))
+
+    @property
+    def work(self) -> str:
+        topk = "" if self.attention == "original" else f" {self.topk:g}"
+        layers = f"{self.arch.num_layers} of {MODELS[self.model][0].num_layers} layers"
+        return f"step of {self.model}, {layers}, {self.attention}{topk}, {self.linears} linears"
+
+
+def jobs(
+    setup: Setup, modes: list[str], *, check_layers: int, check_size: tuple[int, int, int], runs: int, warmup: int
+) -> Iterator[Job]:
+    """A job for each mode: names of `MODES`, or several joined by +. Raises InputError for what is not known."""
+    check_modes(modes)
+    for name, value, known in (
+        ("model", setup.model, MODELS), ("attention", setup.attention, sla.ATTENTION_TYPES),
+        ("linears", setup.linears, LINEARS),
+    ):  # fmt: skip
+        if value not in known:
+            raise InputError(f"{name} is {value!r}; it is one of {', '.join(known)}")
+    sla.check_topk(setup.topk)
+    transformer, inputs = build(setup), make_inputs(setup)
+    small = replace(setup, layers=min(check_layers, setup.arch.num_layers), size=check_size)
+    plain = cache(lambda topk: Plain(replace(small, topk=topk)))  # shared by the modes
+
+    def job(mode: str) -> Job:
+        out = torch.empty(0)
+
+        def work() -> None:
+            nonlocal out
+            out = velocity(transformer, inputs)
+
+        def run() -> tuple[harness.Timing, Check]:
+            with using(mode, transformer):
+                timing = harness.measure(work, setup.device, runs=runs, warmup=warmup)
+            if not out.isfinite().all():
+                return timing, Check(error=float("nan"), limit=0, what="the timed step's output is not finite")
+            return timing, check(mode, small, plain)
+
+        shape = "x".join(map(str, setup.size))
+        return Job(work=setup.work, shape=shape, mode=mode, weights="random", run=run)
+
+    yield from map(job, modes)
+
+
+def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3DModel:
+    """The transformer with random bf16 weights, the same for the same setup, held in `dtype`."""
+    arch, text_dim = setup.arch, MODELS[setup.model][1]
+    with torch.device("meta"):
+        meta = WanTransformer3DModel(
+            attention_head_dim=arch.dim // arch.num_heads, num_attention_heads=arch.num_heads,
+            num_layers=arch.num_layers, ffn_dim=arch.ffn_dim, in_channels=arch.in_channels, out_channels=16,
+            text_dim=text_dim,
+        )  # fmt: skip
+        if setup.attention != "original":
+            sla.set_attention_type(meta, "sla")
+    generator = torch.Generator(setup.device).manual_seed(0)
+    contents = Contents(
+        path=Path("random weights"),
+        kind="transformer",
+        layout="diffusers",
+        tensors={name: _draw(name, tensor.shape, generator) for name, tensor in meta.state_dict().items()},
+        arch=arch,
+        head_dim=arch.dim // arch.num_heads,
+        text_dim=text_dim,
+        sla=setup.attention != "original",
+    )
+    return load_transformer(
+        contents,
+        attention_type=setup.attention,
+        sla_topk=setup.topk,
+        quant_linear=setup.linears == "int8" or "auto",
+        device=setup.device,
+        dtype=dtype,
+    )
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random values at a scale that keeps what flows through near 1: no part of the step is zero"""
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    if name.endswith("scale_shift_table"):
+        noise = 0.5 * noise
+    elif name.endswith("bias"):
+        noise = 0.02 * noise
+    elif noise.ndim == 1:  # a norm's weight
+        noise = 1 + 0.1 * noise
+    else:
+        noise = noise / noise[0].numel() ** 0.5
+    return noise.to(torch.bfloat16)
+
+
+def make_inputs(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Random latents, and a text embedding whose end is zero as that of a prompt is; bf16 numbers, held in `dtype`."""
+    width, height, frames = setup.size
+    generator = torch.Generator(setup.device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=setup.device).to(torch.bfloat16).to(dtype)
+
+    text = noise(1, TEXT_TOKENS, MODELS[setup.model][1])
+    text[:, PROMPT_TOKENS:] = 0
+    return {
+        "hidden_states": noise(1, setup.arch.in_channels, 1 + (frames - 1) // 4, height // 8, width // 8),
+        "timestep": torch.tensor([TIMESTEP], device=setup.device),
+        "encoder_hidden_states": text,
+    }
+
+
+@torch.inference_mode()
+def velocity(transformer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The step's output, (1, 16, T, H/8, W/8)"""
+    return transformer(**inputs, return_dict=False)[0]
+
+
+@contextmanager
+def _fused(transformer: nn.Module) -> Iterator[None]:
+    try:
+        fuse = import_module("turbo_nb.fuse")
+    except ModuleNotFoundError as error:
+        if error.name != "turbo_nb.fuse":
+            raise
+        raise BackendError("mode is 'fused', and this turbo_nb has no fuse.py; use eager or compile") from None
+    print(fuse.fuse(transformer))
+    try:
+        yield
+    finally:
+        fuse.unfuse(transformer)
+
+
+@contextmanager
+def _compiled(transformer: nn.Module) -> Iterator[None]:
+    torch.compiler.reset()
+    transformer.compile_repeated_blocks(**COMPILE)
+    try:
+        yield
+    finally:
+        for block in transformer.blocks:
+            block._compiled_call_impl = None
+
+
+@contextmanager
+def _reference(transformer: nn.Module) -> Iterator[None]:
+    # not rope's, which is looked up once a process
+    variables = {variable for operation, variable in backends.VARIABLES.items() if operation != "rope"}
+    with patch.dict(os.environ, dict.fromkeys(variables, "reference")):
+        yield
+
+
+# reference: plain PyTorch; eager: diffusers' blocks with what `backends` chooses; fused: `turbo_nb.fuse`
+MODES = {"reference": _reference, "eager": nullcontext, "fused": _fused, "compile": _compiled}
+
+
+def check_modes(modes: list[str]) -> None:
+    """Raises InputError for a mode that is not one of `MODES`, or several joined by +."""
+    for mode in modes:
+        if not set(mode.split("+")) <= MODES.keys():
+            raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}, or several such as fused+compile")
+
+
+@contextmanager
+def using(mode: str, transformer: nn.Module) -> Iterator[None]:
+    """The transformer in a mode, or in several one on the other ("fused+compile"); afterwards as it was."""
+    with ExitStack() as stack:
+        for name in mode.split("+"):
+            stack.enter_context(MODES[name](transformer))
+        yield
+
+
+_source = reference.block_map  # who answers, while `maps_from` lasts
+
+
+# An operation of its own, so that a compiled block asks anew at every call
+@torch.library.custom_op("turbo_nb_benchmarks::block_map", mutates_args=())
+def _block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+    return _source(q, k, topk, block_q, block_k)
+
+
+@_block_map.register_fake
+def _(q, k, topk, block_q, block_k):
+    batch, length, heads, _ = q.shape
+    return q.new_empty((batch, heads, -(-length // block_q), -(-length // block_k)), dtype=torch.bool)
+
+
+def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+    """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
+    kept = _block_map(q, k, topk, block_q, block_k)
+    n = max(1, int(min(topk, 1) * kept.shape[-1]))
+    return kept.int().topk(n, dim=-1).indices.int().sort(dim=-1).values
+
+
+# Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`
+MAP_SEAMS = [
+    ("turbo_nb.kernels.reference", "block_map", _block_map),
+    ("turbo_nb.kernels.sparse_linear", "kept_blocks", _kept_blocks),
+]
+
+
+@contextmanager
+def maps_from(source: Callable[..., Tensor]) -> Iterator[None]:
+    """For a while, every block map is what source(q, k, topk, block_q, block_k) says."""
+    global _source
+    before, _source = _source, source
+    with ExitStack() as stack:
+        for name, attribute, stand_in in MAP_SEAMS:
+            try:
+                module = import_module(name)
+            except ImportError:  # no Triton here
+                continue
+            stack.enter_context(patch.object(module, attribute, stand_in))
+        try:
+            yield
+        finally:
+            _source = before
+
+
+class Plain:
+    """The plain bf16 modules: the maps they choose, the float32 output on the same maps, and their error against it."""
+
+    def __init__(self, setup: Setup):
+        choose, self.maps = reference.block_map, []
+
+        def record(*arguments) -> Tensor:
+            self.maps.append(choose(*arguments))
+            return self.maps[-1]
+
+        transformer = build(setup)
+        with maps_from(record), using("reference", transformer):
+            out = velocity(transformer, make_inputs(setup))
+        exact = build(replace(setup, attention="original" if setup.attention == "original" else "sla"), torch.float32)
+        if self.maps:  # SageSLA may have blocks of other sizes
+            for ours, theirs in zip(exact.blocks, transformer.blocks, strict=True):
+                ours, theirs = ours.attn1.processor.sla, theirs.attn1.processor.sla
+                ours.block_q, ours.block_k = theirs.block_q, theirs.block_k
+        with maps_from(Given(self.maps)), using("reference", exact):
+            self.ref = velocity(exact, make_inputs(setup, torch.float32))
+        self.error = harness.relative_error(out, self.ref)
+
+
+class Given:
+    """A source of block maps that were chosen before; count: how many were asked for."""
+
+    def __init__(self, maps: list[Tensor]):
+        self.maps, self.count = maps, 0
+
+    def __call__(self, *arguments) -> Tensor:
+        self.count += 1
+        return self.maps[self.count - 1]
+
+
+def check(mode: str, setup: Setup, plain: Callable[[float], Plain]) -> Check:
+    """The mode against float32, with the same block maps where it takes them, else with every block kept."""
+    for topk in dict.fromkeys((setup.topk, 1.0)):
+        setup, own = replace(setup, topk=topk), plain(topk)
+        transformer, given = build(setup), Given(own.maps)
+        with maps_from(given), using(mode, transformer):
+            out = velocity(transformer, make_inputs(setup))
+        if given.count == len(own.maps):
+            break
+    kept = "dense" if not own.maps else "every block kept" if setup.topk == 1 else "same block maps"
+    worst = SAGE_STEP_BOUND if setup.attention == "sagesla" else harness.WORST
+    return Check(
+        error=harness.relative_error(out, own.ref),
+        limit=harness.limit(None if mode == "reference" else own.error, worst),
+        what=f"against float32, {kept}, {setup.arch.num_layers} layers, {'x'.join(map(str, setup.size))}; "
+        f"plain bf16 modules {own.error:.2e}",
+    )

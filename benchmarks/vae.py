@@ -1,0 +1,91 @@
+"""Decoding random latents through Wan's VAE, with random weights or a file's.
+
+The check. A mode's bf16 decode of a small clip is held against the plain float32 decode, and may err by a tenth more
+than the plain bf16 decode does, which is 0.8 dB of PSNR; a row's `check` gives the PSNR, for a range of [-1, 1].
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from turbo_nb.checkpoint import load_vae
+from turbo_nb.errors import InputError
+
+from . import harness
+from .harness import Check, Job
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Weights of convolutions with the channels innermost; all at once diffusers' VAE refuses, having 2D and 3D ones"""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+# Name → what it does to the VAE
+MODES = {"eager": lambda vae: None, "channels_last": channels_last}
+
+
+def jobs(
+    size: tuple[int, int, int], modes: list[str], path: Path | None, *,
+    base_dim: int, check_size: tuple[int, int, int], device: str, runs: int, warmup: int,
+) -> Iterator[Job]:  # fmt: skip
+    """A job for each mode. path: None for random weights of width base_dim. Raises InputError for an unknown mode."""
+    for mode in modes:
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}")
+    exact = load_vae(path, device=device) if path else random_vae(base_dim, device)
+    plain = nn.Module.to(copy.deepcopy(exact), torch.bfloat16)  # diffusers' own `to` warns of nothing here
+    small = latents(plain, check_size)
+    ref = decode(exact, small)
+    own = harness.relative_error(decode(plain, small), ref)
+    del exact
+
+    def job(mode: str) -> Job:
+        def run():
+            vae = copy.deepcopy(plain)
+            MODES[mode](vae)
+            out = decode(vae, small)
+            rmse = (out.float() - ref).square().mean().sqrt().item()
+            psnr = 20 * math.log10(2 / rmse) if rmse else math.inf
+            check = Check(
+                error=harness.relative_error(out, ref),
+                limit=harness.limit(None if mode == "eager" else own),
+                what=f"PSNR {psnr:.1f} dB against float32, {'x'.join(map(str, check_size))}; plain bf16 {own:.2e}",
+            )
+            clip = latents(vae, size)
+            return harness.measure(lambda: decode(vae, clip), device, runs=runs, warmup=warmup), check
+
+        weights, work = (str(path.name), "") if path else ("random", f", base_dim {base_dim}")
+        shape = "x".join(map(str, size))
+        return Job(work=f"vae decode{work}, bf16", shape=shape, mode=mode, weights=weights, run=run)
+
+    yield from map(job, modes)
+
+
+def random_vae(base_dim: int, device: str) -> AutoencoderKLWan:
+    """Wan2.1's VAE (base_dim 96), or a narrower one, as diffusers draws it, in float32."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoencoderKLWan(base_dim=base_dim).requires_grad_(False).eval()
+
+
+def latents(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> Tensor:
+    """Random latents of a clip, (1, z_dim, T, H/8, W/8), bf16"""
+    width, height, frames = size
+    generator = torch.Generator(vae.device).manual_seed(1)
+    shape = (1, vae.config.z_dim, 1 + (frames - 1) // 4, height // 8, width // 8)
+    return torch.randn(shape, generator=generator, device=vae.device).to(torch.bfloat16)
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Frames (1, 3, 4T − 3, H, W) in [-1, 1], in the VAE's dtype"""
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]

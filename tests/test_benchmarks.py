@@ -1,0 +1,260 @@
+"""The benchmarks at small shapes on a CPU: rows, and the check that stands before each."""
+
+import csv
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import __main__ as command
+from benchmarks import e2e, harness, kernels, step, vae
+from turbo_nb.catalog import NANO
+from turbo_nb.errors import InputError
+from turbo_nb.kernels import reference
+
+ROOT = Path(__file__).parents[1]
+QUICK = ("--device", "cpu", "--runs", "1", "--warmup", "0")
+TINY = ("step", "--model", "tiny", "--size", "128x128x9", "--check-size", "128x128x9", "--topk", "0.4", *QUICK)
+ROPE = ("kernels", "--only", "apply_rotary_emb", "--shape", "63x2x64", *QUICK)
+CHOOSE = reference.block_map
+LINEAR = ("kernels", "--only", "int8_linear", "--shape", "63x200x130", *QUICK)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """bench(*arguments): exit code, and the rows in the file afterwards"""
+
+    def run(*arguments):
+        path = tmp_path / "speed.csv"
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments), "--csv", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return ended.value.code, harness.read(path) if path.exists() else []
+
+    return run
+
+
+def test_a_step_is_a_row_with_its_check(bench, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_COMMIT", "c0ffee")
+    code, (row,) = bench(*TINY)
+    assert code == 0 and list(row) == harness.COLUMNS
+    assert row["work"] == "step of tiny, 2 of 2 layers, sla 0.4, bf16 linears"
+    assert (row["shape"], row["mode"], row["weights"], row["n"]) == ("128x128x9", "eager", "random", "1")
+    assert row["gpu"].startswith("CPU with") and row["torch"] == torch.__version__ and row["commit"] == "c0ffee"
+    assert (row["driver"], row["peak_gib"]) == ("", "") and "same block maps, 2 layers, 128x128x9" in row["check"]
+    assert 0 < float(row["error"]) < float(row["limit"]) and float(row["ms"]) > 0 and float(row["first_ms"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "work", "kept"),
+    [
+        (("--attention", "original", "--linears", "int8"), "1 of 2 layers, original, int8", "dense"),
+        (("--attention", "sagesla"), "1 of 2 layers, sagesla 0.4, bf16", "same block maps"),
+        (("--topk", "1"), "1 of 2 layers, sla 1, bf16", "every block kept"),
+    ],
+)
+def test_other_attention_and_linears(bench, monkeypatch, options, work, kept):
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "reference" if "sagesla" in options else "auto")
+    code, (row,) = bench(*TINY, "--layers", 1, *options)
+    assert code == 0 and work in row["work"] and kept in row["check"]
+
+
+def test_compiled_blocks_take_the_same_maps(bench, monkeypatch):
+    monkeypatch.setattr(step, "COMPILE", {"fullgraph": True, "backend": "eager"})
+    code, (row,) = bench(*TINY, "--mode", "compile")
+    assert (code, row["mode"]) == (0, "compile") and "same block maps" in row["check"]
+
+
+@contextmanager
+def shifted(transformer):
+    """A mode that is wrong by a few percent"""
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(1.03)
+    yield
+
+
+@contextmanager
+def own_maps(transformer):
+    """A mode that is right, and chooses its blocks where nobody can see it"""
+    for block in transformer.blocks:
+        layer = block.attn1.processor.sla
+
+        def forward(q, k, v, layer=layer):
+            kept = CHOOSE(q, k, layer.topk, layer.block_q, layer.block_k)
+            sparse = reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
+            linear = layer.proj_l(reference.linear_attention(q, k, v).float())
+            return (sparse + linear).to(q.dtype)
+
+        layer.forward = forward
+    yield
+
+
+def test_a_wrong_mode_gives_no_row_and_leaves_the_others_theirs(bench, monkeypatch, capsys):
+    monkeypatch.setitem(step.MODES, "shifted", shifted)
+    monkeypatch.setitem(step.MODES, "broken", lambda transformer: transformer.no_such_thing)
+    code, rows = bench(*TINY, "--layers", 1, "--mode", "shifted,broken,eager")
+    out = capsys.readouterr().out
+    assert code == 1 and [row["mode"] for row in rows] == ["eager"]
+    assert "128x128x9, shifted: rel. L2" in out and "broken: AttributeError" in out
+
+
+def test_a_mode_with_maps_of_its_own_is_checked_with_every_block(bench, monkeypatch):
+    monkeypatch.setitem(step.MODES, "own", own_maps)
+    code, (row,) = bench(*TINY, "--mode", "own")
+    assert code == 0 and "every block kept" in row["check"]
+
+
+def test_the_fused_mode_fuses_for_the_time_and_for_the_check(bench, monkeypatch, capsys):
+    calls = []
+    fuse = SimpleNamespace(
+        fuse=lambda transformer: calls.append("fuse") or "3 modules replaced", unfuse=lambda t: calls.append("unfuse")
+    )
+    monkeypatch.setitem(sys.modules, "turbo_nb.fuse", fuse)
+    assert bench(*TINY, "--layers", 1, "--mode", "fused+eager")[0] == 0
+    assert calls == ["fuse", "unfuse"] * 2 and "3 modules replaced" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "turbo_nb.fuse", None)
+    assert bench(*TINY, "--layers", 1, "--mode", "fused")[0] == 1
+    assert "BackendError: mode is 'fused', and this turbo_nb has no fuse.py" in capsys.readouterr().out
+
+
+def test_block_maps_are_one_a_layer_and_the_reference_is_itself_again():
+    setup = step.Setup(
+        model="tiny", layers=2, size=(128, 128, 9), attention="sla", topk=0.4, linears="bf16", device="cpu"
+    )
+    plain = step.Plain(setup)
+    assert [tuple(kept.shape) for kept in plain.maps] == [(1, 2, 2, 3)] * 2 and reference.block_map is CHOOSE
+    assert all(kept.sum(-1).eq(1).all() for kept in plain.maps)  # int(0.4 · 3)
+    parts = dict(step.build(setup).named_parameters())
+    assert all(part.float().std() > 0 for part in parts.values())
+    norms = [part for name, part in parts.items() if "norm" in name and name.endswith("weight")]
+    assert all(0.9 < norm.mean() < 1.1 for norm in norms) and 0.1 < plain.ref.std() < 10
+
+
+def test_kernels_are_rows(bench):
+    code, rows = bench("kernels", *QUICK, "--shape", "129x2x64")
+    assert code == 0 and {row["work"] for row in rows} == kernels.OPERATIONS.keys()
+    assert {row["shape"] for row in rows} == {"129x2x64 bfloat16"} and rows[0]["mode"] == "reference"
+    assert {"chosen", "sdpa"} <= {row["mode"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("slightly", lambda *arguments: 1.02 * reference.apply_rotary_emb(*arguments)),
+        ("NaN", lambda *arguments: torch.full_like(arguments[0], torch.nan)),
+        ("cut", lambda *arguments: reference.apply_rotary_emb(*arguments)[:, 1:]),
+    ],
+)
+def test_a_wrong_kernel_gives_no_row(bench, monkeypatch, capsys, name, wrong):
+    monkeypatch.setitem(kernels.OPERATIONS["apply_rotary_emb"].spellings, name, wrong)
+    code, rows = bench(*ROPE)
+    assert code == 1 and [row["mode"] for row in rows] == ["reference", "chosen"]
+    assert f"FAILED apply_rotary_emb, 63x2x64 bfloat16, {name}: rel. L2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [63, 129, 700, 1000, 1536])
+def test_the_blocks_to_keep_are_beyond_doubt(length):
+    inputs = kernels.block_map_inputs((length, 3, 128), "cpu", torch.bfloat16)
+    kept = reference.block_map(*inputs)
+    exact = reference.block_map(inputs[0].double(), inputs[1].double(), *inputs[2:])
+    assert torch.equal(kept, exact)
+    if length >= 700:
+        assert len(kept.flatten(0, 2).unique(dim=0)) > 3  # and not the same everywhere
+
+
+def test_a_vae_is_a_row_and_a_wrong_one_is_not(bench, monkeypatch, capsys):
+    monkeypatch.setitem(vae.MODES, "wrong", lambda module: module.decoder.conv_in.weight.mul_(1.2))
+    options = ("--vae", NANO.folder / "vae", "--size", "16x16x1", "--check-size", "16x16x1")
+    code, rows = bench("vae", *options, "--mode", "eager,wrong,channels_last", *QUICK)
+    assert code == 1 and [row["mode"] for row in rows] == ["eager", "channels_last"]
+    assert rows[0]["check"].startswith("PSNR ") and "wrong: rel. L2" in capsys.readouterr().out
+    code, rows = bench("vae", "--base-dim", 8, *options[2:], *QUICK)
+    assert code == 0 and rows[-1]["weights"] == "random"
+
+
+def test_a_clip_is_a_row_a_stage(bench):
+    code, rows = bench("e2e", "--size", "64x64x1", "--steps", 1, "--device", "cpu")
+    assert code == 0
+    assert [row["work"].split()[0] for row in rows] == ["text", "denoise", "decode", "write", "all"]
+    assert rows[0]["weights"] == "nano" and rows[0]["shape"] == "64x64x1" and {row["n"] for row in rows} == {"1"}
+    seconds = [float(row["ms"]) for row in rows]
+    assert seconds[0] > 0.2 and sum(seconds[:4]) <= 1.01 * seconds[4]  # the warm run encodes its prompt as well
+
+
+def test_a_flat_picture_gives_no_row(bench, monkeypatch):
+    monkeypatch.setattr(e2e, "FLAT", 200)
+    assert bench("e2e", "--size", "64x64x1", "--steps", 1, "--device", "cpu") == (1, [])
+
+
+def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp_path, capsys, monkeypatch):
+    assert len(bench(*LINEAR)[1]) == 2
+    code, rows = bench(*LINEAR)
+    assert code == 0 and len(rows) == 4 and len((tmp_path / "speed.csv").read_text().splitlines()) == 5
+    path = tmp_path / "speed.csv"
+    text = path.read_text()
+    path.write_text(text.replace("first_ms", "cold_ms"))
+    monkeypatch.setattr(harness, "facts", None)
+    monkeypatch.setattr(harness, "read", lambda path, read=harness.read: read(path) and None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *LINEAR, "--csv", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "has the columns date,gpu" in capsys.readouterr().err and "cold_ms" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*TINY, "--mode", "fast"), "mode is 'fast'; it is one of reference, eager, fused, compile"),
+        ((*TINY, "--linears", "int4"), "linears is 'int4'"),
+        ((*TINY, "--topk", "2"), "sla_topk is 2"),
+        ((*TINY, "--size", "832x480"), "size is '832x480'"),
+        ((*TINY, "--size", "832x480x80"), "4n + 1 frames"),
+        ((*ROPE, "--only", "softmax"), "operation is 'softmax'"),
+        ((*ROPE, "--dtype", "int8"), "dtype is 'int8'"),
+        (("vae", "--mode", "fast", *QUICK), "mode is 'fast'"),
+        (("e2e", "--linears", "int4"), "linears is 'int4'"),
+    ],
+)
+def test_what_cannot_be_used_is_said(bench, capsys, arguments, words):
+    assert bench(*arguments) == (2, []) and words in capsys.readouterr().err
+
+
+def test_the_table_has_the_latest_row_of_each(bench, monkeypatch, capsys, tmp_path):
+    bench(*LINEAR)
+    path = tmp_path / "speed.csv"
+    with path.open() as file:
+        first, second = csv.DictReader(file)
+    lines = harness.table([first | {"ms": "7"}, second, first | {"ms": "9"}]).splitlines()
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {10}
+    assert lines[2].startswith("| int8_linear, random weights | 63x200x130 bfloat16 | reference | 9 (")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "table", str(path)])
+    with pytest.raises(SystemExit, match="0"):
+        command.main()
+    assert capsys.readouterr().out.count("\n") == 4
+    with pytest.raises(InputError, match="no file"):
+        harness.read(tmp_path / "none.csv")
+
+
+def test_calls_are_counted_and_the_median_is_of_the_timed_ones(monkeypatch):
+    clock = iter([0, 100, 0, 50, 0, 3, 0, 1, 0, 8])  # seconds: the first, a warm-up, three that count
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    timing = harness.measure(lambda: None, "cpu", runs=3, warmup=1)
+    assert timing == harness.Timing(ms=3000, ms_min=1000, n=3, first_ms=100_000, peak_gib=None)
+
+
+def test_the_commit_is_the_checkouts_or_unknown(monkeypatch, tmp_path):
+    monkeypatch.delenv("TURBO_NB_COMMIT", raising=False)
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
+    assert harness.commit() == "unknown"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, benchmarks.__main__; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
