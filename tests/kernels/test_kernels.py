@@ -23,8 +23,11 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
-def random(*shape, dtype=DTYPE, generator=torch.Generator().manual_seed(0)):  # noqa: B008: one for all
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def random(*shape, dtype=DTYPE):
+    return torch.randn(*shape, generator=GENERATOR).to(DEVICE, dtype)
 
 
 def assert_close(name, out, expected, ratio=ROUNDING):

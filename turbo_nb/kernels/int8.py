@@ -67,13 +67,13 @@ def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     q = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(grid, device=x.device)
-    _quantize[grid](x, q, scale, rows, columns, columns, TILE=TILE, num_warps=8)
+    _quantize[grid](x, q, scale, rows, columns, columns, TILE=TILE, num_warps=8, enable_fp_fusion=False)
     return q, scale
 
 
 def int8_product(
     q: Tensor, scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False,
-    block_n: int = 64, num_warps: int = 4, num_stages: int = 4,
+    block_n: int = 64, num_warps: int = 4, num_stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """What follows the quantisation of x in `reference.int8_linear`, and GELU (tanh) where asked: (M, N) in dtype"""
     rows, depth, columns = *q.shape, w_q.shape[0]

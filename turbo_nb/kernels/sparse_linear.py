@@ -13,9 +13,9 @@ from torch import Tensor
 from . import reference
 
 LOG2_E = 1.4426950408889634
-STATE_BLOCK = 64  # tokens that the linear branch's kernel takes at a time
+STATE_BLOCK = 128  # tokens that the linear branch's kernel takes at a time
 STATE_WARPS = 8
-STATE_PROGRAMS = 256  # about as many chunks of it, over all heads
+STATE_PROGRAMS = 132  # about as many chunks of it, over all heads
 
 
 @triton.jit
