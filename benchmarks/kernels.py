@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +102,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+def norm_rope_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.rms_norm_rope`: x (1, L, H·D), weight, cos, sin, heads"""
+    x, cos, sin = rope_inputs(shape, device, dtype)
+    (weight,) = _noise(device, torch.float32, (shape[1] * shape[2],))
+    return x.flatten(2), 1 + 0.1 * weight, cos, sin, shape[1]
+
+
+def gated_norm_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.gated_norm` with everything it can do: x and branch (1, L, H·D), the rest (1, H·D)"""
+    length, width = shape[0], shape[1] * shape[2]
+    x, branch = _noise(device, dtype, *[(1, length, width)] * 2)
+    gate, scale, shift = _noise(device, torch.float32, *[(1, width)] * 3)
+    return x, branch, gate, scale, shift
+
+
 def linear_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
     """The arguments of `reference.int8_linear`; the weight is quantised beforehand, as a checkpoint has it"""
     rows, inputs, outputs = shape
@@ -122,6 +136,12 @@ OPERATIONS = {
         reference=reference.apply_rotary_emb,
         spellings={"chosen": rope.apply_rotary_emb},
         shapes=ATTENTION,
+    ),
+    "rms_norm_rope": Operation(
+        make_inputs=norm_rope_inputs, reference=reference.rms_norm_rope, shapes=ATTENTION, triton="norms"
+    ),
+    "gated_norm": Operation(
+        make_inputs=gated_norm_inputs, reference=reference.gated_norm, shapes=ATTENTION, triton="norms"
     ),
     "block_map": Operation(make_inputs=block_map_inputs, reference=reference.block_map, shapes=ATTENTION),
     "dense_attention": Operation(
@@ -185,9 +205,8 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     """Name → function of all that can run an operation on the device, the reference first."""
     operation = OPERATIONS[name]
     found = {"reference": operation.reference, **operation.spellings}
-    module = f"turbo_nb.kernels.{operation.triton}"
-    if operation.triton and find_spec(module) and device != "cpu" and not backends.no_triton(backends.probe()):
-        found["triton"] = getattr(import_module(module), name)
+    if operation.triton and device != "cpu" and not backends.no_triton(backends.probe()):
+        found["triton"] = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
     return found
 
 
