@@ -162,7 +162,7 @@ def i2v(
 
 def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
     """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
-    from . import auto, media, pipeline
+    from . import auto, environment, media, pipeline
 
     if load["model"] == "auto":
         load["model"], load["quant_linear"] = auto.choose(**{k: load[k] for k in ("device", "memory", "quant_linear")})
@@ -211,7 +211,8 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
             timings = video.timings | {"write": time.perf_counter() - begin}
             frames, height, width, _ = video.frames.shape
             print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
-            print("  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items()))
+            times = "  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items())
+            print(times + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
 def _timing(stage: str, seconds: float, peak: int | None) -> str:
