@@ -13,14 +13,15 @@ HERE = download.Files(transformers=(), vae=None, text_encoder=None, tokenizer=No
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(gigabytes of GPU memory or None, (model, int8), …): those models are downloaded"""
+    """machine(gigabytes of GPU memory or None, (model, int8), …, host=gigabytes of main memory): those models are
+    downloaded"""
 
-    def make(gigabytes, *downloaded):
+    def make(gigabytes, *downloaded, host=500):
         known = {(catalog.find(name), quantised) for name, quantised in downloaded}
         monkeypatch.setattr(
             plan, "device_of", lambda device: device if device != "auto" else "cuda" if gigabytes else "cpu"
         )
-        monkeypatch.setattr(plan, "free_memory", lambda device: gigabytes * GB)
+        monkeypatch.setattr(plan, "free_memory", lambda device: (host if device == "cpu" else gigabytes) * GB)
         monkeypatch.setattr(
             download, "cached", lambda spec, quantised=False: HERE if (spec, quantised) in known else None
         )
@@ -52,6 +53,14 @@ def machine(monkeypatch):
 def test_the_best_that_is_here_and_fits(machine, gigabytes, downloaded, chosen):
     machine(gigabytes, *downloaded)
     assert auto.choose() == chosen
+
+
+@pytest.mark.filterwarnings("ignore:model auto takes")
+def test_main_memory_counts(machine):
+    machine(24, (SMALL, False), (MIDDLE, True), host=64)
+    assert auto.choose() == (MIDDLE, True)
+    machine(24, (SMALL, False), (MIDDLE, True), host=8)
+    assert auto.choose() == (SMALL, False)
 
 
 @pytest.mark.parametrize(

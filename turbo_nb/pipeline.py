@@ -230,6 +230,7 @@ def load_pipeline(
         found.transformers[0].arch,
         *(clip or (*spec.size, spec.num_frames)),
         budget=memory or plan.free_memory(device),
+        host_budget=plan.free_memory("cpu"),
         device=device,
         name=memory_plan,
     )
