@@ -97,10 +97,18 @@ setup() { # an environment on the volume over the image's packages; a second run
   fi
   if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
     "$base" -m venv --clear "${options[@]}" "$venv"
+    [[ $torch == - ]] || lend "$venv"
     echo "$made" >"$venv/made"
   fi
   install "$venv/bin/python" notebook
   echo "$want" >"$venv/installed"
+}
+
+lend() { # venv: a base that is itself an environment has its packages where --system-site-packages does not look
+  "$base" -P -c 'import pathlib, site, sys
+if sys.prefix != sys.base_prefix:
+    (packages,) = pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages")
+    (packages / "base.pth").write_text("\n".join(site.getsitepackages()) + "\n")' "$1"
 }
 
 install() { # python, extras: pip may not replace a torch that is here, it was built for this image's CUDA and driver

@@ -1,9 +1,10 @@
 """model="auto": the best that is downloaded and fits; never a download unasked."""
 
 import pytest
+from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import auto, catalog, download, pipeline, plan, sources
+from turbo_nb import auto, catalog, cli, download, pipeline, plan, sources
 from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.plan import GB
 
@@ -172,6 +173,14 @@ def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned,
     with pytest.raises(DownloadError):
         auto.download_model(model, quantised=quantised)
     assert planned == [wanted]
+
+
+@pytest.mark.parametrize(("flags", "quantised"), [([], None), (["--quant"], True), (["--no-quant"], False)])
+def test_on_the_command_line_too(monkeypatch, flags, quantised):
+    calls = []
+    monkeypatch.setattr(auto, "download_model", lambda model, quantised: calls.append((model, quantised)))
+    assert CliRunner().invoke(cli.app, ["download", LARGE, *flags]).exit_code == 0
+    assert calls == [(LARGE, quantised)]
 
 
 def test_what_comes_with_the_package_is_not_fetched(capsys):

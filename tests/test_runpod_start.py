@@ -264,6 +264,18 @@ def test_without_torch_pip_brings_it(machine):
     assert (machine.home / "constraints.txt").read_text() == ""
 
 
+def test_a_python_that_is_an_environment_itself_lends_its_packages(machine):
+    image, venv = machine.root / "image", machine.home / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", image], check=True)
+    (packages,) = image.glob("lib/python*/site-packages")
+    (packages / "torch-2.8.0.dist-info").mkdir()
+    (packages / "torch-2.8.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.8.0\n")
+    machine.env |= {"TURBO_NB_PYTHON": f"{image}/bin/python", "PIP_NO_INDEX": "1"}
+    assert machine.command("setup").returncode == 1  # there is no index to install the rest from
+    listed = subprocess.run([venv / "bin/python", "-m", "pip", "list"], capture_output=True, text=True).stdout
+    assert re.search(r"^torch +2\.8\.0$", listed, re.MULTILINE)
+
+
 def test_the_python_that_has_torch_is_taken(machine):
     machine.stub("python", PYTHON.replace("$STUBS/site", "$STUBS/empty"))
     machine.stub("python3", "#!/bin/bash\nexit 1\n")  # an old one

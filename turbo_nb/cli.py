@@ -278,12 +278,15 @@ def doctor(
 @app.command()
 def download(
     model: Annotated[str, typer.Argument(help="A model's name, or auto: the best that fits this GPU.")],
-    quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
+    quant: Annotated[
+        bool | None,
+        typer.Option("--quant/--no-quant", help="The int8 files or the bf16 ones; else what suits this GPU."),
+    ] = None,
 ) -> None:
     """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
     from . import auto
 
-    files = auto.download_model(model, quantised=None if model == "auto" and not quant else quant)
+    files = auto.download_model(model, quantised=quant)
     if files:
         print(files)
 
