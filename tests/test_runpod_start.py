@@ -396,6 +396,27 @@ def test_a_failing_setup_keeps_jupyterlab_and_the_next_start_tries_again(machine
     assert machine.failures == ""
 
 
+def test_what_failed_is_tried_again_beside_a_running_jupyterlab(machine):
+    machine.file("pip_fails", "ERROR: no route to host\n")
+    process = machine.start()
+    machine.wait_until_said("FAILED: setup")
+    (machine.stubs / "pip_fails").unlink()
+    assert machine.start(TURBO_NB_MODELS="first").wait(timeout=10) == 0
+    kernel = json.loads((machine.run_folder / "jupyter/kernels/python3/kernel.json").read_text())
+    assert kernel["display_name"] == "turbo_nb" and kernel["argv"][0] == f"{machine.home}/venv/bin/python"
+    assert machine.failures == "" and machine.calls("turbo-nb") == ["turbo-nb download first"]
+    assert process.poll() is None and len(machine.calls("jupyter")) == 1
+
+
+def test_two_setups_wait_for_each_other(machine):
+    slow = 'mkdir "$STUBS/at_work" || exit 1; sleep 1; rmdir "$STUBS/at_work";'
+    machine.stub("python", PYTHON.replace('"-m pip")', f'"-m pip") {slow}'))
+    machine.start()
+    machine.jupyter()
+    machine.start().wait(timeout=20)
+    assert machine.said.count("setup: done") == 2 and "FAILED" not in machine.said
+
+
 def test_a_small_disk_is_told_before_anything_is_installed(machine):
     machine.stub("df", "#!/bin/bash\nprintf 'head\\nx 0 0 1100000 0%% /\\n'\n")
     result = machine.command("setup")
