@@ -1,4 +1,4 @@
-# turbo_nb on RunPod's PyTorch image: docker build -t REGISTRY/turbo_nb:0.1.0 .
+# turbo_nb on RunPod's PyTorch image; the README's RunPod section says how to build and push it.
 # What is installed here is found at start, so a pod's JupyterLab is up within seconds and nothing is set up on its volume.
 ARG BASE=runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404
 FROM ${BASE}

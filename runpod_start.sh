@@ -40,12 +40,12 @@ failed() { # what went wrong: told, and kept where the first notebook finds it; 
   { echo "$*" >>"$logs/failed.txt"; } 2>/dev/null || true
 }
 
-attempt() { # name, command…: output to logs/<first word of name>.log
+attempt() { # name, command…: output to logs/<first word of name>.log; one at a time, whoever asks
   local name=$1 file="$logs/${1%% *}.log" code=0
   shift
   { : >>"$file"; } 2>/dev/null || file=/dev/stderr
   log "$name: begun, log in $file"
-  "$@" >>"$file" 2>&1 || code=$?
+  { flock 8 && "$@"; } 8>"$run/attempt" >>"$file" 2>&1 || code=$?
   if ((code)); then
     failed "$name, exit $code: $(tail -n 1 "$file" 2>/dev/null); see $file; to try again: bash $self"
   else
@@ -97,10 +97,18 @@ setup() { # an environment on the volume over the image's packages; a second run
   fi
   if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
     "$base" -m venv --clear "${options[@]}" "$venv"
+    [[ $torch == - ]] || lend "$venv"
     echo "$made" >"$venv/made"
   fi
   install "$venv/bin/python" notebook
   echo "$want" >"$venv/installed"
+}
+
+lend() { # venv: a base that is itself an environment has its packages where --system-site-packages does not look
+  "$base" -P -c 'import pathlib, site, sys
+if sys.prefix != sys.base_prefix:
+    (packages,) = pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages")
+    (packages / "base.pth").write_text("\n".join(site.getsitepackages()) + "\n")' "$1"
 }
 
 install() { # python, extras: pip may not replace a torch that is here, it was built for this image's CUDA and driver
@@ -248,14 +256,20 @@ stay_up() { # exit code: no failure may end the container
 }
 
 start() {
-  local server='' url="http://$ip:$port/lab"
+  local server='' again='' url="http://$ip:$port/lab"
   [[ -z $pod ]] || trap 'stay_up $?' EXIT
   # On a signal all of it ends: the process group, or, without one of our own, what was started here
   trap 'trap "" TERM; trap - EXIT; kill -- -$$ 2>/dev/null || jobs -p | xargs -r kill; wait; exit 143' TERM INT
   mkdir -p "$run"
   exec 9>"$run/lock"
-  flock -n 9 || { log "already started" && return; }
+  flock -n 9 || again=1
   { mkdir -p "$logs" && : >"$logs/failed.txt"; } || log "FAILED: no logs in $logs; is the volume full or read-only?"
+  if [[ $again ]]; then
+    trap - EXIT
+    log "already started; setup and downloads are tried again"
+    pick_python && work
+    return
+  fi
   log "GPU: $(nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo 'none found')"
   if [[ $pod ]]; then
     url="https://$pod-$port.proxy.runpod.net/lab"

@@ -1,9 +1,10 @@
 """model="auto": the best that is downloaded and fits; never a download unasked."""
 
 import pytest
+from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import auto, catalog, download, pipeline, plan, sources
+from turbo_nb import auto, catalog, cli, download, pipeline, plan, sources
 from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.plan import GB
 
@@ -13,14 +14,15 @@ HERE = download.Files(transformers=(), vae=None, text_encoder=None, tokenizer=No
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(gigabytes of GPU memory or None, (model, int8), …): those models are downloaded"""
+    """machine(gigabytes of GPU memory or None, (model, int8), …, host=gigabytes of main memory): those models are
+    downloaded"""
 
-    def make(gigabytes, *downloaded):
+    def make(gigabytes, *downloaded, host=500):
         known = {(catalog.find(name), quantised) for name, quantised in downloaded}
         monkeypatch.setattr(
             plan, "device_of", lambda device: device if device != "auto" else "cuda" if gigabytes else "cpu"
         )
-        monkeypatch.setattr(plan, "free_memory", lambda device: gigabytes * GB)
+        monkeypatch.setattr(plan, "free_memory", lambda device: (host if device == "cpu" else gigabytes) * GB)
         monkeypatch.setattr(
             download, "cached", lambda spec, quantised=False: HERE if (spec, quantised) in known else None
         )
@@ -52,6 +54,14 @@ def machine(monkeypatch):
 def test_the_best_that_is_here_and_fits(machine, gigabytes, downloaded, chosen):
     machine(gigabytes, *downloaded)
     assert auto.choose() == chosen
+
+
+@pytest.mark.filterwarnings("ignore:model auto takes")
+def test_main_memory_counts(machine):
+    machine(24, (SMALL, False), (MIDDLE, True), host=64)
+    assert auto.choose() == (MIDDLE, True)
+    machine(24, (SMALL, False), (MIDDLE, True), host=8)
+    assert auto.choose() == (SMALL, False)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +173,14 @@ def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned,
     with pytest.raises(DownloadError):
         auto.download_model(model, quantised=quantised)
     assert planned == [wanted]
+
+
+@pytest.mark.parametrize(("flags", "quantised"), [([], None), (["--quant"], True), (["--no-quant"], False)])
+def test_on_the_command_line_too(monkeypatch, flags, quantised):
+    calls = []
+    monkeypatch.setattr(auto, "download_model", lambda model, quantised: calls.append((model, quantised)))
+    assert CliRunner().invoke(cli.app, ["download", LARGE, *flags]).exit_code == 0
+    assert calls == [(LARGE, quantised)]
 
 
 def test_what_comes_with_the_package_is_not_fetched(capsys):

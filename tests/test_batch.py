@@ -232,6 +232,19 @@ def test_a_second_run_does_nothing(nano, made, tmp_path, monkeypatch):
     assert "0 made, 3 there before" in second.line()
 
 
+def test_every_video_and_the_batch_say_what_they_cost(nano, made, tmp_path, monkeypatch):
+    assert "$" not in str(run(nano, tmp_path, PROMPTS[:1]))
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")  # a dollar a second
+    told = []
+    summary = run(nano, tmp_path, on_record=lambda record, *_: told.append(batch.describe(record)))
+    before, *after = summary.records
+    assert before["cost"] is None and [sum(r["timings"].values()) for r in after] == [r["cost"] for r in after]
+    assert [f"${record['cost']:.4f}" for record in after] == [line.split()[-1] for line in told]
+    head, first, second, *_, line = str(summary).splitlines()
+    assert head.split()[-1] == "cost" and "$" not in first and second.endswith(f"${after[0]['cost']:.4f}")
+    assert f"in {summary.seconds:.1f} s, ${summary.seconds:.4f}; " in line
+
+
 def test_samples_have_their_own_seeds(nano, made, tmp_path):
     summary = run(nano, tmp_path, [batch.Job(prompt="red", settings={"seed": 5}), "blue"], num_samples=2, seed=1)
     told = [(record["prompt"], record["settings"]["seed"]) for record in summary.records]
@@ -392,7 +405,7 @@ def test_workers_that_cannot_be(nano, made, tmp_path, monkeypatch):
         batch.run(PROMPTS, "nano", tmp_path, workers=3)
 
 
-def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path):
+def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
     killed = []
 
     def kill_one(record, done, total):
@@ -403,11 +416,14 @@ def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path):
             with pytest.raises(OutputError, match="another run"):
                 batch.run(["a"], "nano", tmp_path)
 
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")
     jobs = [f"a red circle {n}" for n in range(6)]
     load = {"model": "nano", "device": "cpu"}
     summary = batch.run(jobs, load, tmp_path, workers=2, num_frames=1, num_steps=1, on_record=kill_one)
     assert len(killed) == 1 and (summary.made, summary.failed) == (6, [])
     assert len(batch.read_manifest(tmp_path)) == 6 and len(videos(tmp_path)) == 6
+    priced = [record for record in summary.records if record.get("cost")]  # but for one found after its worker's death
+    assert len(priced) >= 5 and all(r["cost"] == sum(r["timings"].values()) / 2 for r in priced)
     assert multiprocessing.active_children() == []
 
 

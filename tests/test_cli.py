@@ -1,6 +1,7 @@
 """turbo-nb in a process of its own, as a shell runs it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ from turbo_nb.media import read_metadata
 PROMPT = "a large red circle moving from left to right on a black background"
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, **variables):
     command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | variables
+    )
 
 
 def test_help_needs_neither_torch_nor_time(tmp_path):
@@ -39,8 +42,14 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
         "write",
     ]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["red.mp4"]
-    again = run("t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path)
+    again = run(
+        "t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path,
+        TURBO_NB_PRICE_PER_HOUR="3600",  # a dollar a second
+    )  # fmt: skip
     assert again.returncode == 0, again.stderr
+    times = again.stdout.splitlines()[-1]
+    seconds = sum(map(float, re.findall(r"(\d+\.\d+) s", times)))
+    assert float(times.partition("$")[2]) == pytest.approx(seconds, abs=0.03) and "$" not in result.stdout
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "red.mp4").read_bytes()
     told = run("info", "again.mp4", cwd=tmp_path).stdout
     assert PROMPT in told and "nano" in told and read_metadata(tmp_path / "again.mp4")["seed"] == 3

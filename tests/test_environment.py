@@ -174,6 +174,15 @@ def test_a_price_that_is_none(monkeypatch, text):
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", text)
     with pytest.raises(InputError, match=r"such as 2\.99"):
         environment.price_per_hour()
+    with pytest.warns(UserWarning, match=r"such as 2\.99"):
+        assert environment.cost(60) is None
+
+
+def test_cost(monkeypatch):
+    assert environment.cost(60) is None and environment.dollars(None) == ""
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3.60")
+    assert environment.cost(12) == pytest.approx(0.012)
+    assert environment.dollars(environment.cost(12)) == ", $0.0120"
 
 
 def test_survey_here_makes_nothing_and_is_data(tmp_path):

@@ -40,6 +40,15 @@ def test_runs_are_found_again_the_latest_first(tmp_path):
     assert "timings" not in found[0].settings and found[0].timings["load"] == 9.0
 
 
+def test_a_clip_keeps_what_it_cost(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3.60")
+    assert video().cost == pytest.approx(0.005)
+    made = History(tmp_path).save(video(), "A", {"load": 9.0})
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "100")
+    (found,) = History(tmp_path).runs()
+    assert found.cost == made.cost == pytest.approx(0.014)
+
+
 def test_foreign_and_unfinished_files_are_left_alone(tmp_path):
     history = History(tmp_path)
     kept = history.save(video(), "A")

@@ -2,9 +2,10 @@
 
 import pytest
 
-from turbo_nb import catalog
+from turbo_nb import catalog, environment
+from turbo_nb.environment import Memory
 from turbo_nb.errors import InputError
-from turbo_nb.plan import GB, PLANS, apply, choose, sizes
+from turbo_nb.plan import GB, PLANS, apply, choose, free_memory, sizes
 
 SMALL, LARGE, I2V = (
     catalog.find(name)
@@ -74,6 +75,32 @@ def test_a_plan_can_be_asked_for_by_name_even_if_it_is_too_large():
 def test_on_a_cpu_only_the_text_encoder_can_go():
     assert plan_for(SMALL, 64, device="cpu").name == "resident"
     assert plan_for(SMALL, 13, device="cpu").name == "free-text"
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes", "host", "name", "doubt"),
+    [
+        (SMALL, True, 12, 16, "cpu-text", None),
+        (SMALL, True, 12, 8, "offload", None),  # the text encoder is too large for this machine, the expert is not
+        (SMALL, True, 8, 8, "cpu-text", "takes 11.4 GB of main memory, and 8.0 GB are free: take a machine with more"),
+        (I2V, True, 32, 16, "offload", "takes 29.3 GB of main memory, and 16.0 GB are free"),
+        (LARGE, True, 24, 16, "group", "takes 26.1 GB of main memory, and 16.0 GB are free"),
+        (LARGE, True, 24, 32, "group", None),
+        (LARGE, False, 80, 1, "resident", None),
+        (LARGE, False, 8, 64, "group", "may run out of memory"),
+    ],
+)
+def test_what_a_plan_keeps_in_main_memory_must_fit_there(spec, quantised, gigabytes, host, name, doubt):
+    plan = plan_for(spec, gigabytes, quantised, host_budget=host * GB)
+    assert (plan.name, plan.fits) == (name, doubt is None), str(plan)
+    assert "\n" not in str(plan) and (doubt in str(plan) if doubt else "; " not in str(plan))
+
+
+def test_free_main_memory_heeds_the_containers_limit(monkeypatch):
+    monkeypatch.setattr(environment, "memory", lambda: Memory(available=7, total=8))
+    assert free_memory("cpu") == 7
+    monkeypatch.setattr(environment, "memory", lambda: Memory(available=None, total=None))  # no /proc
+    assert free_memory("cpu") > 7
 
 
 def test_the_next_plan_frees_more_until_there_is_none():

@@ -202,6 +202,20 @@ def test_a_model_is_told_with_the_plan_it_would_get(spec, quantised, gigabytes, 
     assert ("may run out of memory" in found.text) is not fits
 
 
+def test_a_model_that_main_memory_is_too_small_for(report):
+    machine = replace(H100, free_memory=24 * GB)
+    told = {
+        gigabytes: next(
+            fit
+            for fit in report(machine, memory=Memory(available=gigabytes and gigabytes * GB, total=None)).models
+            if (fit.model, fit.int8) == (LARGE.name, True)
+        )
+        for gigabytes in (None, 16, 32)
+    }
+    assert [fit.fits for fit in told.values()] == [True, False, True]
+    assert "takes 26.1 GB of main memory, and 16.0 GB are free: take a machine with more" in told[16].text
+
+
 def test_without_a_gpu_only_nano_fits(report):
     nano, *rest = report(CPU).models
     assert (nano.fits, nano.plan, nano.text) == (True, "resident", "on the CPU; comes with the package")

@@ -264,6 +264,18 @@ def test_without_torch_pip_brings_it(machine):
     assert (machine.home / "constraints.txt").read_text() == ""
 
 
+def test_a_python_that_is_an_environment_itself_lends_its_packages(machine):
+    image, venv = machine.root / "image", machine.home / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", image], check=True)
+    (packages,) = image.glob("lib/python*/site-packages")
+    (packages / "torch-2.8.0.dist-info").mkdir()
+    (packages / "torch-2.8.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.8.0\n")
+    machine.env |= {"TURBO_NB_PYTHON": f"{image}/bin/python", "PIP_NO_INDEX": "1"}
+    assert machine.command("setup").returncode == 1  # there is no index to install the rest from
+    listed = subprocess.run([venv / "bin/python", "-m", "pip", "list"], capture_output=True, text=True).stdout
+    assert re.search(r"^torch +2\.8\.0$", listed, re.MULTILINE)
+
+
 def test_the_python_that_has_torch_is_taken(machine):
     machine.stub("python", PYTHON.replace("$STUBS/site", "$STUBS/empty"))
     machine.stub("python3", "#!/bin/bash\nexit 1\n")  # an old one
@@ -382,6 +394,27 @@ def test_a_failing_setup_keeps_jupyterlab_and_the_next_start_tries_again(machine
     machine.start(TURBO_NB_MODELS="first")
     machine.wait_until_said("download first: done")
     assert machine.failures == ""
+
+
+def test_what_failed_is_tried_again_beside_a_running_jupyterlab(machine):
+    machine.file("pip_fails", "ERROR: no route to host\n")
+    process = machine.start()
+    machine.wait_until_said("FAILED: setup")
+    (machine.stubs / "pip_fails").unlink()
+    assert machine.start(TURBO_NB_MODELS="first").wait(timeout=10) == 0
+    kernel = json.loads((machine.run_folder / "jupyter/kernels/python3/kernel.json").read_text())
+    assert kernel["display_name"] == "turbo_nb" and kernel["argv"][0] == f"{machine.home}/venv/bin/python"
+    assert machine.failures == "" and machine.calls("turbo-nb") == ["turbo-nb download first"]
+    assert process.poll() is None and len(machine.calls("jupyter")) == 1
+
+
+def test_two_setups_wait_for_each_other(machine):
+    slow = 'mkdir "$STUBS/at_work" || exit 1; sleep 1; rmdir "$STUBS/at_work";'
+    machine.stub("python", PYTHON.replace('"-m pip")', f'"-m pip") {slow}'))
+    machine.start()
+    machine.jupyter()
+    machine.start().wait(timeout=20)
+    assert machine.said.count("setup: done") == 2 and "FAILED" not in machine.said
 
 
 def test_a_small_disk_is_told_before_anything_is_installed(machine):

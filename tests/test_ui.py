@@ -187,6 +187,13 @@ def test_the_gallery_is_shown_page_by_page(generator, nano):
     assert len(generator.gallery.children) == ui.PAGE + 1 and generator.more.layout.display == "none"
 
 
+def test_a_clip_shows_what_it_cost(generator, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "2.99")
+    make(generator)
+    cost = f", ${generator.studio.job.run.cost:.4f}"
+    assert cost in generator.status.value and cost in page(generator.gallery)
+
+
 def test_continue_from_the_last_frame_where_the_model_can(generator):
     make(generator)
     assert buttons(generator, "Continue from last frame") == []

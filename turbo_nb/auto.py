@@ -5,8 +5,11 @@ import warnings
 from . import catalog, download, plan
 
 
-def fitting(memory: float, quant_linear: bool | str = "auto") -> list[tuple[catalog.ModelSpec, bool]]:
-    """The released models that work in `memory` bytes of a GPU without moving block by block, the best first.
+def fitting(
+    memory: float, quant_linear: bool | str = "auto", host: float | None = None
+) -> list[tuple[catalog.ModelSpec, bool]]:
+    """The released models that work in `memory` bytes of a GPU and `host` of main memory (None: as much as it takes)
+    without moving block by block, the best first.
 
     Each comes with whether it is its files with int8 linears (quant_linear: only those, or only the plain ones). Larger
     models go first; of one model the files that stay on the GPU, and of these the plain ones.
@@ -14,7 +17,8 @@ def fitting(memory: float, quant_linear: bool | str = "auto") -> list[tuple[cata
     found = []
     for spec in reversed(catalog.MODELS.values()):  # the catalogue goes from small to large
         kinds = (False, True) if quant_linear == "auto" else (quant_linear,)
-        plans = [(plan.for_model(spec, quantised=kind, budget=memory), kind) for kind in kinds if spec.files]
+        given = {"budget": memory, "host_budget": host}
+        plans = [(plan.for_model(spec, quantised=kind, **given), kind) for kind in kinds if spec.files]
         plans = [one for one in plans if one[0].fits and one[0].offload != "group"]
         found += [(spec, kind) for _, kind in sorted(plans, key=lambda one: one[0].offload == "model")]
     return found
@@ -64,7 +68,7 @@ def download_model(model: str = "auto", *, quantised: bool | None = None) -> dow
 
 def _fitting_here(device: str, memory: float | None, quant_linear: bool | str) -> list[tuple[catalog.ModelSpec, bool]]:
     device = plan.device_of(device)
-    return [] if device == "cpu" else fitting(memory or plan.free_memory(device), quant_linear)
+    return [] if device == "cpu" else fitting(memory or plan.free_memory(device), quant_linear, plan.free_memory("cpu"))
 
 
 def _text_to_video(device: str, memory: float | None, quant_linear: bool | str) -> list[tuple[catalog.ModelSpec, bool]]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING
 
-from . import catalog, media, pipeline
+from . import catalog, environment, media, pipeline
 from .errors import InputError, OutputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Summary:
     """What a batch has come to.
 
     records: the manifest's last line on every job, in the jobs' order; made: videos of this run; repeated: jobs that
-    ask for the same video as an earlier one; sheet: the contact sheet, None while the folder holds no video.
+    ask for the same video as an earlier one; cost: dollars for `seconds`, None where no price was set; sheet: the
+    contact sheet, None while the folder holds no video.
     """
 
     output_dir: Path
@@ -71,6 +72,7 @@ class Summary:
     made: int
     repeated: int
     seconds: float
+    cost: float | None
     sheet: Path | None
 
     @property
@@ -84,12 +86,14 @@ class Summary:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Cells of the table, its head first; timings in seconds."""
         stages = ("text", "denoise", "decode", "write")
-        yield ("video", "prompt", "seed", *stages, "total")
+        priced = any(record.get("cost") is not None for record in self.records)
+        yield ("video", "prompt", "seed", *stages, "total", *(["cost"] if priced else []))
         for record in self.records:
             timings = record["timings"]
             cells = [f"{timings[stage]:.2f}" if stage in timings else "" for stage in stages]
             total = f"{sum(timings.values()):.2f}" if timings else ""
-            yield (record["file"] or "failed", record["prompt"], str(record["settings"]["seed"]), *cells, total)
+            cells += [total, *([environment.dollars(record.get("cost"), "")] if priced else [])]
+            yield (record["file"] or "failed", record["prompt"], str(record["settings"]["seed"]), *cells)
 
     def __str__(self) -> str:
         rows = [[_shorten(cell, 60) for cell in row] for row in self.rows()]
@@ -101,7 +105,7 @@ class Summary:
         """The outcome in one line"""
         words = f"{self.made} made, {len(self.done) - self.made} there before, {len(self.failed)} failed"
         words += f", {self.repeated} asked for twice" if self.repeated else ""
-        return f"{words}, in {self.seconds:.1f} s; {self.output_dir / MANIFEST}"
+        return f"{words}, in {self.seconds:.1f} s{environment.dollars(self.cost)}; {self.output_dir / MANIFEST}"
 
     def _repr_html_(self) -> str:
         head, *rows = ([html.escape(_shorten(cell, 200)) for cell in row] for row in self.rows())
@@ -119,7 +123,8 @@ class Summary:
 def describe(record: dict) -> str:
     """A record in one line"""
     if record["status"] == "done":
-        return f"{record['file']}  {sum(record['timings'].values()):.2f} s"
+        seconds = sum(record["timings"].values())
+        return f"{record['file']}  {seconds:.2f} s{environment.dollars(record.get('cost'), '  ')}"
     return f"failed: {record['source'] or record['id']}: {record['error']}"
 
 
@@ -385,8 +390,8 @@ def _take(file: IO[str], folder: Path, *, shared: bool) -> None:
 def read_manifest(output_dir: str | os.PathLike) -> list[dict]:
     """The records of a folder's manifest, oldest first; a torn line is left out. Empty if there is none.
 
-    A record has id, status ("done" or "failed"), file, error, prompt, source, image, settings, timings in seconds, and
-    time.
+    A record has id, status ("done" or "failed"), file, error, prompt, source, image, settings, timings in seconds,
+    time, and cost in dollars, None without a price; of workers side by side each pays its share.
     """
     return [record for _, record in _manifest_lines(Path(output_dir) / MANIFEST)]
 
@@ -557,12 +562,14 @@ def run(
                 if on_record:
                     on_record(record, number, len(missing))
         sheet = _contact_sheet(folder)
+    seconds = time.perf_counter() - begin
     return Summary(
         output_dir=folder,
         records=[records[name] for name in wanted],
         made=made,
         repeated=len(tasks) - len(wanted),
-        seconds=time.perf_counter() - begin,
+        seconds=seconds,
+        cost=environment.cost(seconds),
         sheet=sheet,
     )
 
@@ -606,7 +613,7 @@ def _make_here(tasks: list[_Task], loaded: "DiffusionPipeline") -> Iterator[dict
             raise TurboNbError(f"{record['error']}; the GPU needs a new process: start again, what is done is kept")
 
 
-def _make(loaded: "DiffusionPipeline", task: _Task) -> dict:
+def _make(loaded: "DiffusionPipeline", task: _Task, workers: int = 1) -> dict:
     """Make a video, or say why not. Raises OutputError, which is no fault of the job's."""
     if found := _found(task):  # of a worker that died before it could tell
         return found
@@ -615,7 +622,8 @@ def _make(loaded: "DiffusionPipeline", task: _Task) -> dict:
         told = video.settings | {"job": task.id, "timings": video.timings}
         begin = time.perf_counter()
         replace(video, settings=told).save(task.path)
-        return _done(task, told, write=time.perf_counter() - begin)
+        done = _done(task, told, write=time.perf_counter() - begin)
+        return done | {"cost": environment.cost(sum(done["timings"].values()) / workers)}
     except OutputError:
         raise
     except Exception as error:  # whatever it is, the other jobs go on
@@ -711,7 +719,7 @@ def _work(connection: Connection, load: dict, folder: Path, place: int, workers:
             loaded = pipeline.load_pipeline(**load)
             connection.send(None)
             while True:
-                record = _make(loaded, connection.recv())
+                record = _make(loaded, connection.recv(), workers)
                 connection.send(record)
                 if _gpu_is_lost(record):
                     return

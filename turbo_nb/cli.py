@@ -162,7 +162,7 @@ def i2v(
 
 def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
     """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
-    from . import auto, media, pipeline
+    from . import auto, environment, media, pipeline
 
     if load["model"] == "auto":
         load["model"], load["quant_linear"] = auto.choose(**{k: load[k] for k in ("device", "memory", "quant_linear")})
@@ -211,7 +211,8 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
             timings = video.timings | {"write": time.perf_counter() - begin}
             frames, height, width, _ = video.frames.shape
             print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
-            print("  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items()))
+            times = "  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items())
+            print(times + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
 def _timing(stage: str, seconds: float, peak: int | None) -> str:
@@ -277,12 +278,15 @@ def doctor(
 @app.command()
 def download(
     model: Annotated[str, typer.Argument(help="A model's name, or auto: the best that fits this GPU.")],
-    quant: Annotated[bool, typer.Option("--quant", help="The files with int8 linears.")] = False,
+    quant: Annotated[
+        bool | None,
+        typer.Option("--quant/--no-quant", help="The int8 files or the bf16 ones; else what suits this GPU."),
+    ] = None,
 ) -> None:
     """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
     from . import auto
 
-    files = auto.download_model(model, quantised=None if model == "auto" and not quant else quant)
+    files = auto.download_model(model, quantised=quant)
     if files:
         print(files)
 

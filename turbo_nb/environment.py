@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -116,6 +117,21 @@ def price_per_hour() -> float | None:
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text.strip()):
         raise InputError(f"{PRICE} is {text!r}; it is a number of dollars, such as 2.99")
     return float(text)
+
+
+def cost(seconds: float) -> float | None:
+    """Dollars for so many seconds of this machine; None without a price, and with a warning if it cannot be read."""
+    try:
+        price = price_per_hour()
+    except InputError as error:  # what was made in that time is not lost over it
+        warnings.warn(str(error), stacklevel=1)
+        return None
+    return None if price is None else price * seconds / 3600
+
+
+def dollars(cost: float | None, before: str = ", ") -> str:
+    """A cost as it follows a time, such as ", $0.0042"; nothing without one."""
+    return "" if cost is None else f"{before}${cost:.4f}"
 
 
 def hub_cache() -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import media
+from . import environment, media
 from .errors import InputError, OutputError
 
 ARCHIVE = "turbo_nb.zip"
@@ -20,12 +20,14 @@ ARCHIVE = "turbo_nb.zip"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; machine: what made it."""
+    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; machine: what made it; cost: dollars
+    for all stages, None where no price was set."""
 
     path: Path
     settings: dict
     timings: dict[str, float] = field(default_factory=dict)
     machine: str = ""
+    cost: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -78,14 +80,15 @@ class History:
         timings: more stages than the video's own. Raises OutputError.
         """
         timings = (timings or {}) | video.timings
+        cost = environment.cost(sum(timings.values()))
         path = self._new_path(video.settings["prompt"], video.settings["seed"])
         media.write_mp4(
             path,
             video.frames,
             video.fps,
-            video.settings | {"timings": timings, "peaks": video.peaks, "machine": machine},
+            video.settings | {"timings": timings, "peaks": video.peaks, "machine": machine, "cost": cost},
         )
-        return Run(path=path, settings=video.settings, timings=timings, machine=machine)
+        return Run(path=path, settings=video.settings, timings=timings, machine=machine, cost=cost)
 
     def _new_path(self, prompt: str, seed: int) -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "clip"
@@ -133,9 +136,9 @@ def _read(path: Path) -> Run | None:
         return None
     if not isinstance(settings, dict):
         return None
-    timings, machine = settings.pop("timings", {}), settings.pop("machine", "")
+    told = {name: settings.pop(name) for name in ("timings", "machine", "cost") if name in settings}
     settings.pop("peaks", None)
-    return Run(path=path, settings=settings, timings=timings, machine=machine)
+    return Run(path=path, settings=settings, **told)
 
 
 def _size(settings: dict) -> float:

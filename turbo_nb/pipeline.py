@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import auto, catalog, media, plan, text
+from . import auto, catalog, environment, media, plan, text
 from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class Video:
     def save(self, path: str | Path) -> Path:
         """Write an mp4 that carries the settings. Raises OutputError if it cannot be written."""
         return media.write_mp4(path, self.frames, self.fps, self.settings)
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars for the seconds of `timings`; None where TURBO_NB_PRICE_PER_HOUR is not set."""
+        return environment.cost(sum(self.timings.values()))
 
 
 def check_settings(
@@ -225,6 +230,7 @@ def load_pipeline(
         found.transformers[0].arch,
         *(clip or (*spec.size, spec.num_frames)),
         budget=memory or plan.free_memory(device),
+        host_budget=plan.free_memory("cpu"),
         device=device,
         name=memory_plan,
     )

@@ -7,7 +7,7 @@ time. A plan is data: print it, or ask for another by name. `apply` carries it o
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from . import catalog
+from . import catalog, environment
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Plan:
 
     text_encoder: "resident", "freed" after each new prompt is encoded, or "cpu", where it runs and stays. offload:
     "none", "model" (the expert that works is on the GPU) or "group" (only the blocks that work are). needs: the peak in
-    bytes of `budget`, on `device`.
+    bytes of `budget`, on `device`; host: bytes that are in main memory meanwhile, of `host_budget` (None: not known).
     """
 
     name: str
@@ -45,11 +45,17 @@ class Plan:
     vae_tiling: bool
     needs: float = 0
     budget: float = 0
+    host: float = 0
+    host_budget: float | None = None
     device: str = "cuda"
     next: "Plan | None" = field(default=None, repr=False)  # for when memory runs out after all
 
     @property
     def fits(self) -> bool:
+        return self.fits_device and (self.host_budget is None or self.host <= self.host_budget)
+
+    @property
+    def fits_device(self) -> bool:
         return self.needs <= self.budget * USABLE
 
     def __str__(self) -> str:
@@ -61,7 +67,12 @@ class Plan:
         }
         does = [text[self.text_encoder], offload[self.offload], "VAE in tiles" if self.vae_tiling else None]
         how = ", ".join(filter(None, does)) or "everything stays loaded"
-        doubt = "" if self.fits else "; it may run out of memory"
+        doubt = "" if self.fits_device else "; it may run out of memory"
+        if self.fits_device and not self.fits:
+            doubt = (
+                f"; that takes {self.host / GB:.1f} GB of main memory, and {self.host_budget / GB:.1f} GB are free: "
+                "take a machine with more of it, a larger GPU, or int8 files"
+            )
         return f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}{doubt}"
 
 
@@ -102,9 +113,12 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
     )
 
 
-def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, budget: float) -> Plan:
+def for_model(
+    spec: catalog.ModelSpec, *, quantised: bool = False, budget: float, host_budget: float | None = None
+) -> Plan:
     """The plan that a model of the catalogue would get in `budget` bytes of a GPU, for a clip of its own size."""
-    return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, budget=budget)
+    weights, clip = sizes(spec, quantised=quantised), (*spec.size, spec.num_frames)
+    return choose(weights, spec.arch, *clip, budget=budget, host_budget=host_budget)
 
 
 def device_of(device: str) -> str:
@@ -129,11 +143,12 @@ def device_of(device: str) -> str:
 
 
 def free_memory(device: str) -> float:
-    """Bytes that are free on a GPU, or of main memory for "cpu"."""
+    """Bytes that are free on a GPU, or of main memory for "cpu", a container's limit counted in."""
     if device == "cpu":
         import psutil
 
-        return psutil.virtual_memory().available
+        available = environment.memory().available
+        return psutil.virtual_memory().available if available is None else available
     import torch
 
     return torch.cuda.mem_get_info(device)[0]
@@ -159,6 +174,12 @@ def _needs(plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int
     return max(text, at_work + sizes.vae + denoise, sizes.vae + decode)
 
 
+def _host(plan: Plan, sizes: Sizes) -> float:
+    """Bytes of the parts that a plan for a GPU keeps in main memory"""
+    text = sizes.text_encoder if plan.text_encoder == "cpu" else 0
+    return text + (0 if plan.offload == "none" else sizes.transformer * sizes.experts + sizes.vae)
+
+
 def choose(
     sizes: Sizes,
     arch: catalog.Arch,
@@ -167,13 +188,15 @@ def choose(
     num_frames: int,
     *,
     budget: float,
+    host_budget: float | None = None,
     device: str = "cuda",
     name: str = "auto",
 ) -> Plan:
-    """The first plan that fits `budget` bytes (or the one asked for by name), with what it needs.
+    """The first plan that fits `budget` bytes of `device` and `host_budget` of main memory (None: as much as it takes),
+    or the one asked for by name, with what it needs.
 
-    If none fits it is the most frugal one, and its text says so. Without a GPU everything is in memory, and only the
-    text encoder can be freed. Raises InputError for an unknown name.
+    If none fits it is the most frugal one, of the device's memory before main memory, and its text says so. Without a
+    GPU everything is in memory, and only the text encoder can be freed. Raises InputError for an unknown name.
     """
     if name not in NAMES:
         raise InputError(f"plan is {name!r}; it is one of {', '.join(NAMES)}")
@@ -183,7 +206,9 @@ def choose(
             needs = _needs(plan, sizes, arch, width, height, num_frames)
             # half measures would fail again, so the next plan is one in tiles
             following = next((other for other in plans if other.vae_tiling), None)
-            plans.insert(0, replace(plan, needs=needs, budget=budget, device=device, next=following))
+            host = 0 if device == "cpu" else _host(plan, sizes)
+            plan = replace(plan, needs=needs, budget=budget, host=host, host_budget=host_budget)
+            plans.insert(0, replace(plan, device=device, next=following))
     if name != "auto":
         asked = [plan for plan in plans if plan.name == name]
         if not asked:
@@ -191,7 +216,8 @@ def choose(
                 f"plan {name!r} moves things to a GPU, and the device is the CPU; use {', '.join(CPU_PLANS)}"
             )
         return asked[0]
-    return next((plan for plan in plans if plan.fits), plans[-1])
+    enough = [plan for plan in plans if plan.fits_device] or plans[-1:]
+    return next((plan for plan in enough if plan.fits), min(enough, key=lambda plan: plan.host))
 
 
 CPU_PLANS = ("resident", "free-text")

@@ -224,14 +224,14 @@ def doctor() -> Report:
                 remedy="check network, proxy and HF_ENDPOINT; models already downloaded run with HF_HUB_OFFLINE=1",
             )
         )
-    models = tuple(_fits(found, seen.caches[0].free))
+    models = tuple(_fits(found, seen.caches[0].free, seen.memory.available))
     released = [model for model in models if model.model != catalog.NANO.name]
     if found.arch and not any(model.fits for model in released):
         problems.append(
             Problem(
                 level="warning",
                 text=f"of the models only {catalog.NANO.name} fits: {released[1].text}",
-                remedy="take a GPU with more memory, or a larger disk (HF_HOME names the folder)",
+                remedy="take a GPU or a machine with more memory, or a larger disk (HF_HOME names the folder)",
             )
         )
     return Report(
@@ -370,18 +370,19 @@ def ask_hub() -> Hub:
     return Hub(endpoint=shown, state="unreachable", error=answer[0] if answer else f"no answer in {HUB_SECONDS:g} s")
 
 
-def _fits(found: Backends, free: int) -> Iterator[Fit]:
-    """Every model of the catalogue, plain and int8, on this GPU and on the disk of the Hub's cache with `free` bytes"""
+def _fits(found: Backends, free: int, host: int | None) -> Iterator[Fit]:
+    """Every model of the catalogue, plain and int8, on this GPU, as `fit` sees it"""
     for spec in catalog.MODELS.values():
         if spec.folder:
             where = "GPU" if found.arch else "CPU"
             yield Fit(model=spec.name, fits=True, plan="resident", text=f"on the {where}; comes with the package")
         else:
-            yield from (fit(spec, quantised, found, free) for quantised in (False, True))
+            yield from (fit(spec, quantised, found, free, host) for quantised in (False, True))
 
 
-def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int) -> Fit:
-    """Whether a released model fits the GPU as it is now, and what is not downloaded the `free` bytes of the disk."""
+def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int, host: int | None = None) -> Fit:
+    """Whether a released model fits the GPU and the `host` bytes of main memory (None: not known) as they are now, and
+    what is not downloaded the `free` bytes of the disk of the Hub's cache."""
     sizes = plan.sizes(spec, quantised=quantised)
     missing = _missing(spec, quantised)
     shared = {catalog.VAE: sizes.vae, catalog.TEXT_ENCODER: sizes.text_encoder}
@@ -390,7 +391,7 @@ def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int) ->
     told = {"model": spec.name, "int8": quantised, "downloaded": not missing, "to_fetch": to_fetch}
     if not found.arch:
         return Fit(fits=False, text="needs a CUDA GPU", **told)
-    chosen = plan.for_model(spec, quantised=quantised, budget=found.free_memory)
+    chosen = plan.for_model(spec, quantised=quantised, budget=found.free_memory, host_budget=host)
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **told)

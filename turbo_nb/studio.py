@@ -212,6 +212,7 @@ class Studio:
                 spec.arch,
                 *size,
                 budget=self.pipeline.plan.budget if loaded else plan.free_memory(device),
+                host_budget=self.pipeline.plan.host_budget if loaded else plan.free_memory("cpu"),
                 device=device,
             ),
             time=estimate(

@@ -24,7 +24,7 @@ try:  # before all that takes long to load
 except ImportError as error:
     raise InputError("the generator needs ipywidgets; pip install 'turbo-nb[notebook]'") from error
 
-from . import auto, backends, catalog, media
+from . import auto, backends, catalog, environment, media
 from .history import Run
 from .sla import ATTENTION_TYPES
 from .studio import STAGES, Job, Request, Studio
@@ -428,7 +428,7 @@ class Generator:
             f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, "
             f"{settings['num_steps']} steps, seed {settings['seed']}, {settings.get('attention_type')}"
             + (f" {settings['sla_topk']:g}" if settings.get("sla_topk") else "")
-            + f", {settings['model']}, {_seconds(run.seconds)}"
+            + f", {settings['model']}, {_seconds(run.seconds)}{environment.dollars(run.cost)}"
         )
         prompt = html.escape(str(settings["prompt"]))
         words = w.HTML(f'<p class="tnb-prompt">{prompt}</p><p class="tnb-dim">{html.escape(facts)}</p>')
@@ -570,6 +570,7 @@ def _status(job: Job) -> str:
         return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
     if job.state == "finished":
         times = ", ".join(f"{NAMES[stage].lower()} {_seconds(s)}" for stage, s in job.run.timings.items())
+        times += environment.dollars(job.run.cost)
         return f'<p role="status">Done with seed {job.request.seed}: {html.escape(times)}.</p>{notes}'
     at = STAGES.index(job.stage)
     stages = "".join(
