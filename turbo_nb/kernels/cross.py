@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-BLOCK_Q, BLOCK_K = 128, 64
+BLOCK_Q = BLOCK_K = 64
 
 
 @triton.jit
@@ -55,6 +55,6 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: Tensor) -> Tensor:
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     _cross[(triton.cdiv(length, BLOCK_Q), batch * heads)](
         q, k, v, repeats, out, length, k.shape[1], heads, dim**-0.5 * LOG2_E, *strides,
-        BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, D=dim, num_warps=8, num_stages=2,
+        BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, D=dim, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
