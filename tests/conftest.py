@@ -1,8 +1,10 @@
 import os
+import signal
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # run in the background, the tests' children would ignore it
 
 
 @pytest.fixture(scope="session")

@@ -457,7 +457,6 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster where other tests run beside it
     prompts = write(tmp_path / "p.txt", "\n".join(f"a red circle {n}" for n in range(3)))
     line = command(prompts, "--output_dir", tmp_path / "out", "--model", "nano")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with subprocess.Popen(
         [sys.executable, "-m", "turbo_nb.cli", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
