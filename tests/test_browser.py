@@ -4,6 +4,7 @@ Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROW
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
 
+import importlib.util
 import os
 import re
 import secrets
@@ -38,7 +39,7 @@ EARLIER = (
 @pytest.fixture
 def lab(tmp_path, nano):
     """A JupyterLab with a token over a folder with 04 and earlier clips: its address."""
-    if subprocess.run([sys.executable, "-m", "jupyter", "lab", "--version"], capture_output=True).returncode:
+    if importlib.util.find_spec("jupyterlab") is None:
         missing("JupyterLab is not installed")
     root, token = tmp_path / "root", secrets.token_hex(16)
     root.mkdir()
