@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command_line
 
 from turbo_nb import batch, media, pipeline
 from turbo_nb.errors import InputError, OutputError, TurboNbError
@@ -453,7 +452,14 @@ def command(*arguments):
     return ["batch", *map(str, arguments), "--num_frames", "1", "--num_steps", "1"]
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def shell():
+    from helpers import command_line  # not above: it loads torch, which workers that stand in for others need not
+
+    return command_line
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch, shell):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster where other tests run beside it
     prompts = write(tmp_path / "p.txt", "\n".join(f"a red circle {n}" for n in range(3)))
     line = command(prompts, "--output_dir", tmp_path / "out", "--model", "nano")
@@ -467,13 +473,13 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkey
     made = 1 + rest.count("/3  ")
     assert f"cancelled; {made} made, which stay" in errors and "Traceback" not in errors
     assert len(videos(tmp_path / "out")) == made and not list((tmp_path / "out").glob(".*.mp4"))
-    again = command_line(*line, cwd=tmp_path)
+    again = shell(*line, cwd=tmp_path)
     assert again.returncode == 0 and f"{3 - made} made, {made} there before, 0 failed" in again.stdout, again
 
 
-def test_an_error_is_one_line(tmp_path):
+def test_an_error_is_one_line(tmp_path, shell):
     prompts = write(tmp_path / "p.csv", "prompt,num_frames\na red circle,24\n")
-    result = command_line(*command(prompts, "--output_dir", tmp_path / "out"), cwd=tmp_path)
+    result = shell(*command(prompts, "--output_dir", tmp_path / "out"), cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {prompts}:2: num_frames is 24")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
