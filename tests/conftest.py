@@ -1,11 +1,13 @@
 import os
 import shutil
+import signal
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not shutil.which("nvidia-smi"):  # before anything imports Triton: its kernels run on the CPU, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # run in the background, the tests' children would ignore it
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,17 @@
 """What several tests use."""
 
+import contextlib
+import io
+import os
+import subprocess
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
+
+from turbo_nb import cli
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,3 +134,21 @@ def to_upstream(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         key = key.replace("scale_shift_table", "modulation" if key.startswith("blocks") else "head.modulation")
         renamed[key] = tensor.flatten(1) if key == "patch_embedding.weight" else tensor
     return renamed
+
+
+def command_line(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """turbo-nb in this process, which has loaded torch already; what a shell sees of it"""
+    line, out, errors, code = ["turbo-nb", *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch("sys.argv", line),
+        mock.patch.dict(os.environ),
+        contextlib.chdir(cwd),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(line, code, out.getvalue(), errors.getvalue())

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import time
 from dataclasses import FrozenInstanceError
 from itertools import product
@@ -250,26 +249,26 @@ def test_nvidia_smi_as_it_answers(tmp_path, monkeypatch):
     assert backends._nvidia_smi() == (None, None)
 
 
-def test_a_gpu_that_torch_cannot_use_is_told(tmp_path):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 550.54'\n")
-    smi.chmod(0o755)
-    code = """
-        import torch
-        torch.version.cuda = {cuda!r}
-        torch.cuda.is_available = lambda: {available}
-        def no(*a, **k): raise RuntimeError('no kernel image is available\\nmore')
-        torch.zeros = torch.cuda.init = no
-        from turbo_nb import backends
-        print(backends.choose("rope").passed_over[0][1])
-    """
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    for cuda, available, words in (
+@pytest.mark.parametrize(
+    ("cuda", "available", "words"),
+    [
         (None, False, "is built without CUDA"),
         ("12.8", True, "no kernel image is available"),
         ("12.8", False, "no kernel image is available"),
-    ):
-        script = textwrap.dedent(code.format(cuda=cuda, available=available))
-        told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-        assert told.stdout.startswith("torch cannot use the NVIDIA L4: ") and words in told.stdout, told.stderr
-        assert len(told.stdout.splitlines()) == 1
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch, cuda, available, words):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 550.54'\n")
+    smi.chmod(0o755)
+
+    def no(*args, **more):
+        raise RuntimeError("no kernel image is available\nmore")
+
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "init", no)
+    monkeypatch.setattr(torch, "zeros", no)
+    _, told = choose("rope", backends._probe_once.__wrapped__()).passed_over[0]
+    assert told.startswith("torch cannot use the NVIDIA L4: ") and words in told and "\n" not in told

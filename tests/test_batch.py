@@ -465,24 +465,23 @@ def test_what_a_worker_cannot_load_ends_the_run(tmp_path, monkeypatch):
 
 
 def command(*arguments):
-    return [
-        sys.executable,
-        "-m",
-        "turbo_nb.cli",
-        "batch",
-        *map(str, arguments),
-        "--num_frames",
-        "1",
-        "--num_steps",
-        "1",
-    ]
+    return ["batch", *map(str, arguments), "--num_frames", "1", "--num_steps", "1"]
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def shell():
+    from helpers import command_line  # not above: it loads torch, which workers that stand in for others need not
+
+    return command_line
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch, shell):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster where other tests run beside it
     prompts = write(tmp_path / "p.txt", "\n".join(f"a red circle {n}" for n in range(3)))
     line = command(prompts, "--output_dir", tmp_path / "out", "--model", "nano")
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "turbo_nb.cli", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=120)
@@ -490,13 +489,13 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkey
     made = 1 + rest.count("/3  ")
     assert f"cancelled; {made} made, which stay" in errors and "Traceback" not in errors
     assert len(videos(tmp_path / "out")) == made and not list((tmp_path / "out").glob(".*.mp4"))
-    again = subprocess.run(line, capture_output=True, text=True)
+    again = shell(*line, cwd=tmp_path)
     assert again.returncode == 0 and f"{3 - made} made, {made} there before, 0 failed" in again.stdout, again
 
 
-def test_an_error_is_one_line(tmp_path):
+def test_an_error_is_one_line(tmp_path, shell):
     prompts = write(tmp_path / "p.csv", "prompt,num_frames\na red circle,24\n")
-    result = subprocess.run(command(prompts, "--output_dir", tmp_path / "out"), capture_output=True, text=True)
+    result = shell(*command(prompts, "--output_dir", tmp_path / "out"), cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {prompts}:2: num_frames is 24")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 

@@ -4,6 +4,7 @@ Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROW
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
 
+import importlib.util
 import os
 import re
 import secrets
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from turbo_nb.studio import Studio
+
 ROOT = Path(__file__).parents[1]
 WAIT = 120_000  # ms
 
@@ -27,14 +30,26 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
+EARLIER = (
+    "a large red circle moving from left to right on a black background",
+    "a large green square growing on a white background",
+)
+
+
 @pytest.fixture
-def lab(tmp_path):
-    """A JupyterLab with a token over a folder with 04: its address."""
-    if subprocess.run([sys.executable, "-m", "jupyter", "lab", "--version"], capture_output=True).returncode:
+def lab(tmp_path, nano):
+    """A JupyterLab with a token over a folder with 04 and earlier clips: its address."""
+    if importlib.util.find_spec("jupyterlab") is None:
         missing("JupyterLab is not installed")
     root, token = tmp_path / "root", secrets.token_hex(16)
     root.mkdir()
     shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", root)
+    studio = Studio(root / "outputs", load=lambda **_: nano)
+    for prompt in EARLIER:
+        studio.make(prompt, num_frames=9, seed=0)
+    news = tmp_path / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')  # else the page asks
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -79,7 +94,7 @@ def page():
         browser.close()
 
 
-def test_a_person_at_the_generator(lab, page, tmp_path):
+def test_a_person_at_the_generator(page, lab, tmp_path):
     shots = Path(os.environ.get("TURBO_NB_SCREENSHOTS") or tmp_path)
     generate = page.get_by_role("button", name="Generate", exact=True)
     cancel = page.get_by_role("button", name="Cancel", exact=True)
@@ -103,6 +118,15 @@ def test_a_person_at_the_generator(lab, page, tmp_path):
 
     def shoot(name: str) -> None:
         page.locator(".tnb").screenshot(path=shots / f"04-{name}.png")
+
+    def play(count: int) -> None:
+        """All videos can be played; they are, slowly from their middle, and the browser takes its controls away"""
+        videos = "[...document.querySelectorAll('.tnb video')]"
+        page.wait_for_function(f"n => {videos}.filter(v => v.readyState >= 2).length == n", arg=count)
+        middle = "v.currentTime = v.duration / 2, v.playbackRate = 1 / 16, v.play()"
+        page.evaluate(f"() => Promise.all({videos}.map(v => ({middle})))")
+        page.wait_for_function(f"() => {videos}.every(v => v.currentTime > v.duration / 2 && v.readyState >= 2)")
+        page.wait_for_timeout(3500)
 
     def says(text: str) -> None:
         page.locator(".tnb").get_by_text(text).first.wait_for()
@@ -132,7 +156,7 @@ def test_a_person_at_the_generator(lab, page, tmp_path):
     shoot("running")
     says("Done with seed")
     clips.first.wait_for()
-    page.wait_for_function("[...document.querySelectorAll('.tnb video')].filter(v => v.readyState >= 2).length == 2")
+    play(len(EARLIER) + 2)
     shoot("finished")
 
     # another is cancelled
@@ -142,14 +166,16 @@ def test_a_person_at_the_generator(lab, page, tmp_path):
     generate.click()
     cancel.click()
     says("Cancelled; nothing was written")
-    assert clips.count() == 1
+    assert clips.count() == len(EARLIER) + 1
 
     # an error in words
     page.get_by_label("Frames").fill("6")
     page.keyboard.press("Tab")
     says("num_frames is 6")
     generate.click()
-    page.locator(".tnb [role=alert]").nth(1).wait_for()
+    page.locator(".tnb").get_by_text("Cancelled; nothing was written").wait_for(state="detached")
+    (alert,) = page.locator(".tnb [role=alert]").all()
+    assert alert.inner_text() == "num_frames is 6; it is 4n + 1 (1, 5, 9, …), such as 5"
     shoot("error")
 
     # a reloaded page finds the running clip, and then both
@@ -162,5 +188,5 @@ def test_a_person_at_the_generator(lab, page, tmp_path):
     page.reload()
     opened()
     says("Done with seed")
-    page.wait_for_function("document.querySelectorAll('.tnb .tnb-prompt').length == 2")
-    assert clips.count() == 2
+    page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length == n", arg=len(EARLIER) + 2)
+    assert clips.count() == len(EARLIER) + 2

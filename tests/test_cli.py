@@ -1,4 +1,4 @@
-"""turbo-nb in a process of its own, as a shell runs it."""
+"""turbo-nb as a shell runs it: in a process of its own, and where that proves no more, in this one."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import command_line
 
 from turbo_nb.media import read_metadata
 
@@ -51,7 +52,7 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
     seconds = sum(map(float, re.findall(r"(\d+\.\d+) s", times)))
     assert float(times.partition("$")[2]) == pytest.approx(seconds, abs=0.03) and "$" not in result.stdout
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "red.mp4").read_bytes()
-    told = run("info", "again.mp4", cwd=tmp_path).stdout
+    told = command_line("info", "again.mp4", cwd=tmp_path).stdout
     assert PROMPT in told and "nano" in told and read_metadata(tmp_path / "again.mp4")["seed"] == 3
 
 
@@ -72,7 +73,7 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_file(tmp_path, arguments, words):
     (tmp_path / "file").write_text("")
-    result = run("t2v", "--prompt", PROMPT, *arguments, cwd=tmp_path)
+    result = command_line("t2v", "--prompt", PROMPT, *arguments, cwd=tmp_path)
     errors = [line for line in result.stderr.splitlines() if line.strip()]
     assert result.returncode == 2
     assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], result.stderr

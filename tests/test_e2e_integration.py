@@ -1,6 +1,5 @@
 """From upstream's files to an mp4, through the command line and in Python; tiny models, the real path."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
-from helpers import golden, to_upstream, upstream_names
+from helpers import command_line, golden, to_upstream, upstream_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -70,20 +69,13 @@ def parts(folder):
     return {"text_encoder": NANO / "text_encoder", "tokenizer": NANO / "tokenizer", "device": "cpu"}
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 # --- Through the command line ---
 
 SHELL_PARTS = ["--text_encoder_path", NANO / "text_encoder", "--tokenizer_path", NANO / "tokenizer"]
 
 
 def test_upstreams_text_to_video_line_on_tiny_files(folder, tmp_path):
-    result = run(
+    result = command_line(
         "t2v", "--dit_path", folder / "tiny-quant.pth", "--resolution", "64x48", "--num_frames", 5,
         "--prompt", "A street", "--num_samples", 2, "--num_steps", 4, "--quant_linear", "--attention_type", "sla",
         "--sla_topk", 0.1, "--default_norm", "--save_path", "out/video.mp4", *SHELL_PARTS, cwd=tmp_path,
@@ -95,7 +87,7 @@ def test_upstreams_text_to_video_line_on_tiny_files(folder, tmp_path):
 
 
 def test_upstreams_image_to_video_line_on_tiny_files(folder, tmp_path):
-    result = run(
+    result = command_line(
         "i2v", "--model", "auto", "--low_noise_model_path", folder / "low-quant.pth", "--high_noise_model_path",
         folder / "high-quant.pth", "--resolution", "64x48", "--adaptive_resolution", "--image_path",
         folder / "picture.png", "--prompt", "POV selfie", "--num_samples", 2, "--grid", "--num_steps", 4,
@@ -113,8 +105,8 @@ def test_info_says_what_a_checkpoint_is(folder):
 
 
 def test_a_file_that_is_another_model_than_the_name_says_is_one_line_and_2(folder, tmp_path):
-    command = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", "x", "--model", "Wan2.1-14B", "--dit_path"]
-    result = subprocess.run([*command, folder / "tiny.pth"], capture_output=True, text=True, cwd=tmp_path)
+    line = ["t2v", "--prompt", "x", "--model", "Wan2.1-14B", "--dit_path", folder / "tiny.pth"]
+    result = command_line(*line, cwd=tmp_path)
     (line,) = result.stderr.strip().splitlines()
     assert result.returncode == 2 and "dim 128" in line and "was asked for, which has dim 5120" in line
 

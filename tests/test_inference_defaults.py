@@ -2,12 +2,11 @@
 
 import inspect
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
 import typer
+from helpers import command_line
 from typer.testing import CliRunner
 
 import turbo_nb
@@ -117,9 +116,7 @@ def test_upstreams_sagesla_lines_end_with_2_and_the_way_out_on_a_cpu(tmp_path, c
     from PIL import Image
 
     Image.new("RGB", (64, 48)).save(image)
-    result = subprocess.run(
-        [sys.executable, "-m", "turbo_nb.cli", command, *arguments(line)], capture_output=True, text=True, cwd=tmp_path
-    )
+    result = command_line(command, *arguments(line), cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: attention_type 'sagesla'")

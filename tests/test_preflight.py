@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from helpers import command_line
 
 import turbo_nb
 from turbo_nb import backends, catalog, download, environment, preflight
@@ -361,8 +362,13 @@ def test_the_command(tmp_path):
     assert told["backends"]["rope"]["chosen"] and not list(tmp_path.iterdir())
 
 
-def test_the_commands_exit_code(tmp_path):
-    result = doctor(cwd=tmp_path, TURBO_NB_ROPE="wrong")
+def test_the_commands_exit_code(tmp_path, monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TURBO_NB_ROPE", "wrong")
+    result = command_line("doctor", cwd=tmp_path)
     assert result.returncode == 2 and "unset TURBO_NB_ROPE" in result.stdout and result.stderr == ""
-    assert doctor(cwd=tmp_path, TURBO_NB_PRICE_PER_HOUR="cheap").returncode == 0
-    assert doctor("--strict", cwd=tmp_path, TURBO_NB_PRICE_PER_HOUR="cheap").returncode == 1
+    monkeypatch.delenv("TURBO_NB_ROPE")
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "cheap")
+    assert command_line("doctor", cwd=tmp_path).returncode == 0
+    assert command_line("doctor", "--strict", cwd=tmp_path).returncode == 1

@@ -1,12 +1,11 @@
 """SageSLA: what it says where it cannot run, and that its reference computes what upstream's compiled kernel does."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, golden, relative_error
+from helpers import assert_close, command_line, golden, relative_error
 
 import turbo_nb
 from turbo_nb import backends, sla
@@ -36,8 +35,7 @@ def test_sagesla_on_a_cpu_names_spargeattn_how_to_get_it_and_sla(call):
 
 @NO_GPU
 def test_the_command_line_says_so_in_one_line_and_exits_with_2(tmp_path):
-    command = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", "a red circle", "--attention_type", "sagesla"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = command_line("t2v", "--prompt", "a red circle", "--attention_type", "sagesla", cwd=tmp_path)
     assert result.returncode == 2 and not list(tmp_path.iterdir())
     assert (
         result.stderr.strip().startswith("error: attention_type 'sagesla'") and "--attention_type sla" in result.stderr

@@ -83,19 +83,26 @@ def test_another_attention_lasts_for_a_while(nano):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_sweep_compares_with_the_baseline(nano):
+def test_a_sweep_compares_with_the_baseline(nano, monkeypatch):
     dense = sla_study.run(nano, PROMPT, "original", **SHORT)
     assert (dense.label, dense.topk, dense.kept) == ("dense", None, 1.0)
     assert dense.video.settings["attention_type"] == "original"
-    points = sla_study.sweep(nano, PROMPT, dense, [0.5, 1.0], **SHORT)
+    made, run = [], sla_study.run
+    monkeypatch.setattr(sla_study, "run", lambda *args, **more: made.append(args[2:]) or run(*args, **more))
+    points = sla_study.sweep(nano, PROMPT, dense, [0.3, 0.5, 1.0], **SHORT)
+    assert points[1] == replace(points[0], topk=0.5) and made[:2] == [("sla", 0.3), ("sla", 1.0)]  # of two blocks
+    points = [point for point in points if point.topk != 0.3]
     assert [(p.kind, p.topk) for p in points] == [("sla", 0.5), ("sla", 1.0), ("sagesla", 0.5), ("sagesla", 1.0)]
     blocks = 128 // SageSparseLinearAttention(64, backend="reference").block_k  # SLA has two
     assert [p.kept for p in points] == [0.5, 1.0, max(1, blocks // 2) / blocks, 1.0]
     assert {p.label for p in points} == {"SLA", "SageSLA (reference)"}
+    count = len(made)
+    assert sla_study.sweep(nano, PROMPT, dense, [1.0], done=points, **SHORT) == points[1::2]
+    assert len(made) == count
     for point in points:
         assert 0 < point.psnr < math.inf and 0 < point.ssim < 1 and point.step_seconds > 0
         assert point.peak_bytes is None
-    same = sla_study.compare(dense, sla_study.run(nano, PROMPT, "original", **SHORT))
+    same = sla_study.compare(dense, run(nano, PROMPT, "original", **SHORT))
     assert same.psnr == math.inf and same.ssim == 1
 
 

@@ -1,5 +1,6 @@
 """The generator's widgets, driven as a person would: values set, buttons clicked, and what the page says read."""
 
+import html
 import io
 import os
 import subprocess
@@ -83,13 +84,28 @@ def test_cancel(generator):
 
 
 def test_errors_are_words_on_the_page(generator):
-    generator.prompt.value = "  "
-    generator.generate.click()
-    assert "the prompt is empty" in generator.status.value and 'role="alert"' in generator.status.value
     generator.frames.value = 6
-    assert "4n + 1" in generator.estimate.value
+    assert "it is 4n + 1" in generator.estimate.value and "such as 5" in generator.estimate.value
     generator.frames.value, generator.custom.value = 5, "<b>"
     assert "&lt;b&gt;" in generator.estimate.value and "<b>" not in generator.estimate.value
+
+
+@pytest.mark.parametrize(
+    ("control", "wrong", "right", "words"),
+    [
+        ("prompt", "  ", "a red circle", 'the prompt is empty; say what to show, such as "a small'),
+        ("frames", 6, 9, "num_frames is 6; it is 4n + 1 (1, 5, 9, …), such as 5"),
+    ],
+)
+def test_an_error_is_shown_once_and_goes_with_its_cause(generator, control, wrong, right, words):
+    make(generator)
+    getattr(generator, control).value = wrong
+    generator.generate.click()
+    shown = html.unescape(page(generator.root))
+    assert shown.count('role="alert"') == shown.count(words) == 1
+    assert words in html.unescape(generator.estimate.value) and "Done" not in generator.status.value
+    getattr(generator, control).value = right
+    assert 'role="alert"' not in page(generator.root)
 
 
 def test_what_was_typed_is_escaped(generator, tmp_path):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -192,9 +192,7 @@ def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> 
     steps = np.diff(marks).tolist() or [video.timings["denoise"]]
     kept, used = 1.0, None
     if kind != "original":
-        layer = processor.sla
-        used, blocks = layer.topk, math.ceil(math.prod(grid_of(pipe, video)) / layer.block_k)
-        kept = max(1, int(used * blocks)) / blocks
+        used, kept = processor.sla.topk, _kept(processor.sla, grid_of(pipe, video))
     return Run(label=label(pipe, kind), kind=kind, topk=used, kept=kept, step_seconds=median(steps), video=video)
 
 
@@ -208,11 +206,29 @@ def compare(baseline: Run, other: Run) -> Point:
     )  # fmt: skip
 
 
-def sweep(pipe, prompt: str, baseline: Run, topks: Iterable[float], **settings) -> list[Point]:
-    """SLA and SageSLA at every topk, each against the baseline."""
-    return [
-        compare(baseline, run(pipe, prompt, kind, topk, **settings)) for kind in ("sla", "sagesla") for topk in topks
-    ]
+def sweep(
+    pipe, prompt: str, baseline: Run, topks: Iterable[float], *, done: Iterable[Point] = (), **settings
+) -> list[Point]:
+    """SLA and SageSLA at every topk, each against the baseline.
+
+    A topk that keeps as many blocks as one before, or as one of `done`, means the same clip: it is not made again.
+    """
+    known, size, points = list(done), grid_of(pipe, baseline.video), []
+    for kind in ("sla", "sagesla"):
+        for topk in topks:
+            with attention(pipe, kind, topk):
+                kept = _kept(pipe.transformer.blocks[0].attn1.processor.sla, size)
+            same = next((point for point in known if (point.kind, point.kept) == (kind, kept)), None)
+            point = same or compare(baseline, run(pipe, prompt, kind, topk, **settings))
+            known.append(point)
+            points.append(replace(point, topk=topk))
+    return points
+
+
+def _kept(layer: sla.SparseLinearAttention, size: VideoSize) -> float:
+    """The share of the key blocks that it keeps of a clip"""
+    blocks = math.ceil(math.prod(size) / layer.block_k)
+    return max(1, int(layer.topk * blocks)) / blocks
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

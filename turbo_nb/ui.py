@@ -59,10 +59,10 @@ STYLE = """<style>
 .tnb h3 { margin: 0 0 4px; font-size: 1.05em; }
 .tnb p { margin: 2px 0; line-height: 1.4; }
 .tnb .tnb-dim { opacity: .75; }
-.tnb ol { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; padding: 0; margin: 6px 0; }
-.tnb li { padding: 1px 10px; border-radius: 99px; background: var(--tnb-soft); opacity: .7; }
-.tnb li[aria-current] { opacity: 1; font-weight: 600; outline: 1px solid currentColor; }
-.tnb li.tnb-done { opacity: 1; }
+.tnb-stages { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; padding: 0; margin: 6px 0; }
+.tnb-stages li { padding: 1px 10px; border-radius: 99px; background: var(--tnb-soft); opacity: .7; }
+.tnb-stages li[aria-current] { opacity: 1; font-weight: 600; outline: 1px solid currentColor; }
+.tnb-stages li.tnb-done { opacity: 1; }
 .tnb progress { width: 100%; height: 10px; }
 .tnb img, .tnb video { display: block; max-width: 100%; border-radius: 6px; background: #0002; }
 .tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; }
@@ -385,7 +385,8 @@ class Generator:
         try:
             job = self.studio.submit(self.request)
         except TurboNbError as error:
-            self.status.value = _error(str(error))
+            self.status.value = self.estimate.value = ""  # a page reads out what is new
+            self.estimate.value = _error(str(error))
             return
         self.seed.value = job.request.seed
 
@@ -587,6 +588,6 @@ def _status(job: Job) -> str:
         words += "; cancelling after this step"
     passed = _seconds(time.monotonic() - job.began)
     return (
-        f'<div role="status"><p>{words} ({passed})</p><ol>{stages}</ol>'
+        f'<div role="status"><p>{words} ({passed})</p><ol class=tnb-stages>{stages}</ol>'
         f'<progress aria-label="Progress of the clip"{bar}></progress></div>{notes}'
     )
