@@ -49,7 +49,7 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
         assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
         assert choose("original", here) == Choice("original", "sdpa")
-        kernels = card != "none" and triton is WORKS
+        kernels = card not in ("none", "T4") and triton is WORKS
         for operation in ("sla", "linear", "block"):
             assert choose(operation, here).chosen == ("triton" if kernels else "reference")
         for operation in backends.CANDIDATES:
@@ -70,6 +70,7 @@ def test_every_machine_gets_a_choice_and_reasons(card):
          f"Triton 3.5.0 found but {NO_COMPILER}"),
         (machine("T4", spas_sage_attn=WORKS), "sagesla",
          "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_75"),
+        (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
         (machine("RTX 5090", spas_sage_attn=WORKS), "sagesla",
          "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),
         (Machine(gpu="H100", cuda_error="torch 2.9.0+cpu is built without CUDA"), "rope",

@@ -20,6 +20,7 @@ from pathlib import Path
 from .errors import BackendError, InputError, first_line
 
 PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilation, one launch
+KERNELS_FROM = (8, 0)  # before it Triton has no 8-bit product, and 64 KiB of shared memory are too little
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
 LIBRARIES = {
@@ -124,8 +125,16 @@ def _no_library(machine: Machine, name: str) -> str | None:
 
 
 def no_triton(machine: Machine) -> str | None:
-    """Why no Triton kernel runs on this machine, None where they do: the `can_run` of a Triton candidate."""
+    """Why no Triton kernel runs on this machine, None where they do."""
     return _no_cuda(machine) or _no_library(machine, "triton")
+
+
+def _no_kernels(machine: Machine) -> str | None:
+    if reason := no_triton(machine):
+        return reason
+    if machine.arch < KERNELS_FROM:
+        return f"the kernels need {sm(KERNELS_FROM)} or newer, and this GPU is {sm(machine.arch)}"
+    return None
 
 
 def _no_flash_attn(machine: Machine) -> str | None:
@@ -142,7 +151,7 @@ def _no_spargeattn(machine: Machine) -> str | None:
 
 
 # Operation → implementations, the preferred first. A new kernel is one row here.
-TRITON = Candidate("triton", no_triton)
+TRITON = Candidate("triton", _no_kernels)
 REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
     "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),

@@ -1,5 +1,10 @@
 """Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +16,7 @@ from turbo_nb.kernels import cross, int8, norms, sparse_linear
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
 ROUNDING = 4e-3 if CUDA else 6e-4
-LENGTHS = [63, 700, 1000] + [32760] * CUDA
+LENGTHS = [63, 700, 1000, 32760] if CUDA else [63, 300]
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +50,15 @@ def smooth(batch, length, heads, dim):
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
-def test_sparse_linear_attention(length, heads, dim):
+def test_sparse_linear_attention(length, heads, dim, monkeypatch):
     q, k, v = smooth(1, length, heads, dim)
     weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
     for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
         args = (q, k, v, weight, bias, topk, block_q, block_k)
+        kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)  # whose ties the exact one must not decide
+        chosen = torch.zeros(*kept.shape[:3], -(-length // block_k), dtype=torch.bool, device=DEVICE)
+        chosen.scatter_(-1, kept.long(), True)
+        monkeypatch.setattr(reference, "block_map", lambda *_, chosen=chosen: chosen)
         exact = reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
         assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args), exact)
 
@@ -113,6 +122,14 @@ def test_cross_attention(prompt):
     assert_close("cross", cross.cross_attention(q, k, v, repeats), exact)
 
 
+def test_the_last_key_speaks_for_the_padding():
+    q, (k, v) = random(1, 70, 2, 64), (random(1, 100, 2, 64) for _ in range(2))
+    repeats = torch.tensor([30], dtype=torch.int32, device=DEVICE)
+    out = cross.cross_attention(q, k, v, repeats)
+    k[:, 70:], v[:, 70:] = k[:, -1:], v[:, -1:]
+    assert torch.equal(out, cross.cross_attention(q, k, v, repeats))
+
+
 @pytest.mark.parametrize("shape", [(63, 100), (256, 384), (130, 1000)], ids=str)
 def test_int8_quantize_is_exact(shape):
     x = random(*shape)
@@ -131,3 +148,17 @@ def test_int8_linear(shape):
     expected = torch.nn.functional.gelu(reference.int8_linear(x, w_q, w_scale, bias).float(), approximate="tanh")
     out = int8.int8_product(q, scale, w_q, w_scale, bias, DTYPE, gelu=True)
     assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
+
+
+@pytest.mark.parametrize(("arch", "memory"), [(90, 227), (120, 99)])
+def test_kernels_compile_for_cards_that_are_not_here(arch, memory, tmp_path):
+    """memory: KiB that a block may share on such a card; 80, 86 and 100 take a minute more, by the script's own hand"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_for.py")), str(arch)],
+        capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 4 and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout

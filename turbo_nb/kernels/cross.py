@@ -22,6 +22,7 @@ def _cross(
     rows, columns = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
     queries = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
     repeated = tl.load(repeats + batch)
+    last = keys - 1
     keys -= repeated - 1
     weight = tl.log2(repeated.to(tl.float32))
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
@@ -29,8 +30,10 @@ def _cross(
     for first in range(0, keys, BLOCK_K):
         at = first + tl.arange(0, BLOCK_K)
         valid = at[:, None] < keys
-        key = tl.load(k + at[:, None] * k_l + columns, mask=valid, other=0.0)
-        value = tl.load(v + at[:, None] * v_l + columns, mask=valid, other=0.0)
+        # the last one speaks for the padding: 8-bit tiles that it shares with the prompt make the first ones coarser
+        source = tl.where(at == keys - 1, last, at)
+        key = tl.load(k + source[:, None] * k_l + columns, mask=valid, other=0.0)
+        value = tl.load(v + source[:, None] * v_l + columns, mask=valid, other=0.0)
         added = tl.where(at < keys - 1, 0.0, tl.where(at < keys, weight, -float("inf")))
         score = tl.dot(queries, tl.trans(key)) * scale + added[None]
         following = tl.maximum(largest, tl.max(score, 1))

@@ -1,0 +1,51 @@
+"""Compile the large kernels for GPUs that are not here: `python compile_for.py 80 90`. Prints shared memory in bytes.
+
+A script of its own, because Triton either compiles or interprets in a process.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from turbo_nb.kernels import cross, int8, sparse_linear
+
+B = "*bf16"
+BLOCK = "tensordesc<bf16[1,64,1,128]>"
+KERNELS = {
+    "sparse_linear": (
+        sparse_linear._sparse_linear,
+        {"q": B, "k": BLOCK, "v": BLOCK, "kept": "*i32", "state": B, "norm": "*fp32", "bias": "*fp32", "out": B},
+        {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128},
+        {"num_warps": 8, "num_stages": 2},
+    ),
+    "linear_state": (
+        sparse_linear._linear_state,
+        {"k": B, "v": B, "state": "*fp32", "norm": "*fp32"},
+        {"BLOCK": sparse_linear.STATE_BLOCK, "D": 128},
+        {"num_warps": sparse_linear.STATE_WARPS},
+    ),
+    "cross": (
+        cross._cross,
+        {"q": B, "k": B, "v": B, "repeats": "*i32", "out": B},
+        {"BLOCK_Q": cross.BLOCK_Q, "BLOCK_K": cross.BLOCK_K, "D": 128},
+        {"num_warps": 4, "num_stages": 3},
+    ),
+    "int8": (
+        int8._product,
+        {"a": "*i8", "a_scale": "*fp32", "b": "*i8", "b_scale": "*fp32", "bias": B, "out": B},
+        {"BIAS": True, "GELU": True, "TILE": 128, "BLOCK_N": 64, "GROUP": 8},
+        {"num_warps": 4, "num_stages": 3},
+    ),
+}
+
+if __name__ == "__main__":
+    for arch in map(int, sys.argv[1:]):
+        for name, (kernel, pointers, constants, options) in KERNELS.items():
+            types = {"scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+            signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+            values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+            source = ASTSource(kernel, signature, values)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            print(arch, name, compiled.metadata.shared)
