@@ -30,7 +30,10 @@ def no_overrides(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
 
 
-def machine(card, flash_attn=None, spas_sage_attn=None, triton=WORKS):
+TRITON = Library(version="3.6.0")
+
+
+def machine(card, flash_attn=None, spas_sage_attn=None, triton=TRITON):
     """flash_attn, spas_sage_attn, triton: a Library, None for not installed"""
     named = {"flash_attn": flash_attn, "spas_sage_attn": spas_sage_attn, "triton": triton}
     libraries = {name: library for name, library in named.items() if library}
@@ -42,14 +45,14 @@ def machine(card, flash_attn=None, spas_sage_attn=None, triton=WORKS):
 @pytest.mark.parametrize("card", CARDS)
 def test_every_machine_gets_a_choice_and_reasons(card):
     broken = Library(version="2.8.3", error=SYMBOL)
-    for flash, sparge, triton in product((None, WORKS, broken), (None, WORKS, broken), (None, WORKS, broken)):
+    for flash, sparge, triton in product((None, WORKS, broken), (None, WORKS, broken), (None, TRITON, broken)):
         here = machine(card, flash, sparge, triton)
-        fast_rope = card != "none" and flash is WORKS and triton is WORKS
+        fast_rope = card != "none" and flash is WORKS and triton is TRITON
         assert choose("rope", here).chosen == ("flash_attn" if fast_rope else "reference")
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
         assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
         assert choose("original", here) == Choice("original", "sdpa")
-        kernels = card not in ("none", "T4") and triton is WORKS
+        kernels = card not in ("none", "T4") and triton is TRITON
         for operation in ("sla", "linear", "block"):
             assert choose(operation, here).chosen == ("triton" if kernels else "reference")
         for operation in backends.CANDIDATES:
@@ -70,6 +73,8 @@ def test_every_machine_gets_a_choice_and_reasons(card):
          f"Triton 3.5.0 found but {NO_COMPILER}"),
         (machine("T4", spas_sage_attn=WORKS), "sagesla",
          "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_75"),
+        (machine("A100", triton=Library(version="3.3.1")), "block",
+         "the kernels need Triton 3.4 or newer, and this is 3.3.1"),
         (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
         (machine("RTX 5090", spas_sage_attn=WORKS), "sagesla",
          "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),

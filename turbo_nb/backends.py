@@ -21,6 +21,7 @@ from .errors import BackendError, InputError, first_line
 
 PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilation, one launch
 KERNELS_FROM = (8, 0)  # before it Triton has no 8-bit product, and 64 KiB of shared memory are too little
+KERNELS_TRITON = (3, 4)  # the first with tensor descriptors made outside a kernel; it comes with torch 2.8
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
 LIBRARIES = {
@@ -134,6 +135,9 @@ def _no_kernels(machine: Machine) -> str | None:
         return reason
     if machine.arch < KERNELS_FROM:
         return f"the kernels need {sm(KERNELS_FROM)} or newer, and this GPU is {sm(machine.arch)}"
+    version = machine.libraries["triton"].version
+    if version and tuple(map(int, version.split(".")[:2])) < KERNELS_TRITON:
+        return f"the kernels need Triton {'.'.join(map(str, KERNELS_TRITON))} or newer, and this is {version}"
     return None
 
 
