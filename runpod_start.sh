@@ -32,6 +32,8 @@ else
 fi
 logs=$home/logs venv=$home/venv
 export TURBO_NB_HOME=$home PIP_CACHE_DIR=${PIP_CACHE_DIR:-$home/pip}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$home/kernels/triton} # compiled once, on a GPU, for every later start
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$home/kernels/inductor}
 
 log() { printf '%(%T)T turbo_nb: %s\n' -1 "$*" | tee -a "$logs/start.log" 2>/dev/null || true; }
 
@@ -141,8 +143,10 @@ write_kernel() { # python, name shown: the kernel python3 of every notebook
   {
     mkdir -p "$folder" && printf '{"argv": ["%s", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
  "display_name": "%s", "language": "python",
- "env": {"PYTHONPATH": "%s", "HF_HOME": "%s", "TURBO_NB_HOME": "%s"}}\n' \
-      "$1" "$2" "$checkout${PYTHONPATH:+:$PYTHONPATH}" "$HF_HOME" "$home" >"$folder/kernel.new"
+ "env": {"PYTHONPATH": "%s", "HF_HOME": "%s", "TURBO_NB_HOME": "%s",
+         "TRITON_CACHE_DIR": "%s", "TORCHINDUCTOR_CACHE_DIR": "%s"}}\n' \
+      "$1" "$2" "$checkout${PYTHONPATH:+:$PYTHONPATH}" "$HF_HOME" "$home" \
+      "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" >"$folder/kernel.new"
     mv "$folder/kernel.new" "$folder/kernel.json"
     [[ ! $theirs ]] || { mkdir -p "$user" && ln -sfn "$folder" "$user/python3"; } # where RunPod's JupyterLab looks
   } || failed "the notebooks' kernel could not be written to $folder"

@@ -357,6 +357,8 @@ def test_notebooks_get_the_environment_as_their_kernel(machine):
     kernel = wait_for(lambda: (k := json.loads(path.read_text()))["display_name"] == "turbo_nb" and k)
     assert kernel["argv"][0] == str(machine.home / "venv/bin/python")
     assert kernel["env"]["TURBO_NB_HOME"] == str(machine.home)
+    for variable, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        assert kernel["env"][variable] == str(machine.home / "kernels" / folder)  # on the volume
     assert machine.jupyter()["env"]["JUPYTER_PATH"] == str(machine.run_folder / "jupyter")
     assert (machine.root / "usr/local/bin/turbo-nb").is_symlink()
 
