@@ -95,6 +95,8 @@ def page():
 
 
 def test_a_person_at_the_generator(page, lab, tmp_path):
+    from playwright.sync_api import expect
+
     shots = Path(os.environ.get("TURBO_NB_SCREENSHOTS") or tmp_path)
     generate = page.get_by_role("button", name="Generate", exact=True)
     cancel = page.get_by_role("button", name="Cancel", exact=True)
@@ -174,7 +176,8 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     says("num_frames is 6")
     generate.click()
     page.locator(".tnb").get_by_text("Cancelled; nothing was written").wait_for(state="detached")
-    (alert,) = page.locator(".tnb [role=alert]").all()
+    alert = page.locator(".tnb [role=alert]")
+    expect(alert).to_have_count(1)
     assert alert.inner_text() == "num_frames is 6; it is 4n + 1 (1, 5, 9, …), such as 5"
     shoot("error")
 

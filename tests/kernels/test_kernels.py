@@ -150,9 +150,9 @@ def test_int8_linear(shape):
     assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
 
 
-@pytest.mark.parametrize(("arch", "memory"), [(90, 227), (120, 99)])
+@pytest.mark.parametrize(("arch", "memory"), [(120, 99)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, tmp_path):
-    """memory: KiB that a block may share on such a card; 80, 86 and 100 take a minute more, by the script's own hand"""
+    """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("compile_for.py")), str(arch)],
