@@ -102,3 +102,22 @@ def test_blocks_it_does_not_know_stay_and_are_named(triton_chosen):
     transformer.blocks[1] = tiny().blocks[1]
     assert str(fuse.fuse(transformer)) == "1 of 2 blocks fused; cross-attention without a norm"
     assert str(fuse.fuse(transformer)).startswith("1 of 2")  # twice is once
+
+
+def test_the_padding_of_a_prompt_is_no_coarser_in_8_bits(triton_chosen, monkeypatch):
+    """An 8-bit tile that holds prompt and padding makes the padding in it coarse, which then must not stand for all"""
+    torch.manual_seed(2)
+    text = torch.cat([5 * torch.randn(1, 20, 32), torch.zeros(1, 300, 32)], 1)
+    latents = torch.randn(1, 16, 2, 6, 8)
+
+    def step(transformer, dtype):
+        return transformer(latents.to(dtype), torch.tensor([932.0]), text.to(dtype), return_dict=False)[0].float()
+
+    exact, transformer = step(tiny(), torch.float32), tiny(torch.float16)
+    for block in transformer.blocks:
+        for name in ("to_k", "to_v"):
+            setattr(block.attn2, name, Int8Linear.from_linear(getattr(block.attn2, name)))
+    plain = (step(transformer, torch.float16) - exact).norm()
+    fuse.fuse(transformer)
+    interpreted(monkeypatch)
+    assert (step(transformer, torch.float16) - exact).norm() < 1.1 * plain
