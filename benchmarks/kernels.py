@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from turbo_nb import backends, linear, rope
@@ -97,11 +96,6 @@ def every_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return reference.sparse_attention(q, k, v, kept, BLOCK_Q, BLOCK_K)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention by torch, (1, L, H, D)"""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
 def norm_rope_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
     """The arguments of `reference.rms_norm_rope`: x (1, L, H·D), weight, cos, sin, heads"""
     x, cos, sin = rope_inputs(shape, device, dtype)
@@ -145,7 +139,7 @@ OPERATIONS = {
     ),
     "block_map": Operation(make_inputs=block_map_inputs, reference=reference.block_map, shapes=ATTENTION),
     "dense_attention": Operation(
-        make_inputs=qkv_inputs, reference=every_block, spellings={"sdpa": sdpa}, shapes=ATTENTION
+        make_inputs=qkv_inputs, reference=every_block, spellings={"sdpa": reference.cross_attention}, shapes=ATTENTION
     ),
     "sparse_linear_attention": Operation(
         make_inputs=sla_inputs,
@@ -205,7 +199,7 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     """Name → function of all that can run an operation on the device, the reference first."""
     operation = OPERATIONS[name]
     found = {"reference": operation.reference, **operation.spellings}
-    if operation.triton and device != "cpu" and not backends.no_triton(backends.probe()):
+    if operation.triton and device != "cpu" and not backends.no_kernels(backends.probe()):
         found["triton"] = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
     return found
 

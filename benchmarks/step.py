@@ -21,9 +21,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from turbo_nb import backends, catalog, sla
+from turbo_nb import backends, catalog, fuse, sla
 from turbo_nb.checkpoint import load_transformer
-from turbo_nb.errors import BackendError, InputError
+from turbo_nb.errors import InputError
 from turbo_nb.kernels import reference
 from turbo_nb.verify import SAGE_STEP_BOUND
 from turbo_nb.weights import Contents
@@ -175,12 +175,6 @@ def velocity(transformer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _fused(transformer: nn.Module) -> Iterator[None]:
-    try:
-        fuse = import_module("turbo_nb.fuse")
-    except ModuleNotFoundError as error:
-        if error.name != "turbo_nb.fuse":
-            raise
-        raise BackendError("mode is 'fused', and this turbo_nb has no fuse.py; use eager or compile") from None
     print(fuse.fuse(transformer))
     try:
         yield
@@ -245,8 +239,7 @@ def _(q, k, topk, block_q, block_k):
 def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
     """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
     kept = _block_map(q, k, topk, block_q, block_k)
-    n = max(1, int(min(topk, 1) * kept.shape[-1]))
-    return kept.int().topk(n, dim=-1).indices.int().sort(dim=-1).values
+    return kept.int().topk(reference.kept_count(topk, kept.shape[-1]), dim=-1).indices.int().sort(dim=-1).values
 
 
 # Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`

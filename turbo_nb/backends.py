@@ -130,7 +130,8 @@ def no_triton(machine: Machine) -> str | None:
     return _no_cuda(machine) or _no_library(machine, "triton")
 
 
-def _no_kernels(machine: Machine) -> str | None:
+def no_kernels(machine: Machine) -> str | None:
+    """Why none of our Triton kernels runs on this machine, None where they do."""
     if reason := no_triton(machine):
         return reason
     if machine.arch < KERNELS_FROM:
@@ -155,7 +156,7 @@ def _no_spargeattn(machine: Machine) -> str | None:
 
 
 # Operation → implementations, the preferred first. A new kernel is one row here.
-TRITON = Candidate("triton", _no_kernels)
+TRITON = Candidate("triton", no_kernels)
 REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
     "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),

@@ -29,7 +29,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, head, rows,
 OPERATIONS = {
     "rope": "rotary embedding", "sla": "attention: sla", "sagesla": "attention: sagesla",
     "original": "attention: original (dense)", "linear": "8-bit linears",
-    "block": "norms of a block",
+    "block": "norms, cross-attention",
 }  # fmt: skip
 
 

@@ -33,13 +33,13 @@ def _gated_norm(
 
 @triton.jit
 def _rms_norm_rope(
-    x, weight, cos, sin, out, length, width, eps, x_row, table_l, table_c,
+    x, weight, cos, sin, out, length, width, eps, table_l, table_c,
     HALF: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
-    value = tl.load(x + row * x_row + columns, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     value *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if ROTATE:
@@ -57,7 +57,7 @@ def _warps(block: int) -> int:
 def gated_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.gated_norm`; x and branch contiguous"""
+    """`reference.gated_norm`"""
     batch, length, width = x.shape
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     gate, scale, shift = (
@@ -76,14 +76,14 @@ def gated_norm(
 def rms_norm_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6
 ) -> Tensor:
-    """`reference.rms_norm_rope`; the last dimension of x contiguous"""
+    """`reference.rms_norm_rope`"""
     batch, length, width = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
     strides = (0, 0) if cos is None else cos.stride()
     _rms_norm_rope[(batch * length,)](
-        x, weight, cos, sin, out, length, width, eps, width, *strides,
+        x, weight, cos, sin, out, length, width, eps, *strides,
         HALF=width // heads // 2, ROTATE=cos is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out.unflatten(2, (heads, -1))
