@@ -119,9 +119,12 @@ def linear_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) 
     return x, *reference.int8_quantize(weight / inputs**0.5), bias
 
 
-def matrix_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """x (rows, inputs)"""
-    return tuple(_noise(device, dtype, shape[:2]))
+def row_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.row_linear`"""
+    rows, inputs, outputs = shape
+    x, weight, bias = _noise(device, dtype, (rows, inputs), (outputs, inputs), (outputs,))
+    q, scale, _ = reference.row_quantize(weight / inputs**0.5)
+    return x, q, scale, bias
 
 
 # A new kernel is one more spelling here. "chosen" is what the package takes on this machine.
@@ -148,20 +151,13 @@ OPERATIONS = {
         shapes=ATTENTION,
         triton="sparse_linear",
     ),
-    "int8_quantize": Operation(
-        make_inputs=matrix_inputs,
-        reference=reference.int8_quantize,
-        spellings={"chosen": linear.int8_quantize},
+    "row_linear": Operation(
+        make_inputs=row_inputs,
+        reference=reference.row_linear,
+        spellings={"chosen": linear.row_linear},
         shapes=LINEAR,
-        triton="int8",
     ),
-    "int8_linear": Operation(
-        make_inputs=linear_inputs,
-        reference=reference.int8_linear,
-        spellings={"chosen": linear.int8_linear},
-        shapes=LINEAR,
-        triton="int8",
-    ),
+    "int8_linear": Operation(make_inputs=linear_inputs, reference=reference.int8_linear, shapes=LINEAR),
 }
 
 

@@ -34,10 +34,11 @@ KERNELS = {
         {"num_warps": 4, "num_stages": 3},
     ),
     "int8": (
-        int8._product,
-        {"a": "*i8", "a_scale": "*fp32", "b": "*i8", "b_scale": "*fp32", "bias": B, "out": B},
-        {"BIAS": True, "GELU": True, "TILE": 128, "BLOCK_N": 64, "GROUP": 8},
-        {"num_warps": 4, "num_stages": 3},
+        int8._row_product,
+        {"a": "tensordesc<i8[128,64]>", "b": "tensordesc<i8[128,64]>", "out": "tensordesc<bf16[128,128]>"}
+        | {"a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
+        {"BIAS": True, "GELU": True, "GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+        {"num_warps": 8, "num_stages": 3},
     ),
 }
 

@@ -4,6 +4,8 @@ Faster spellings live beside this file with the same signatures and are checked 
 H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +38,13 @@ def rms_norm_rope(
 
 
 def gated_norm(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float = 1e-6, quantize: bool = False,
+) -> "tuple[Tensor, Tensor | Rows | None]":  # fmt: skip
     """x + branch · gate, and its LayerNorm · scale + shift: x (B, L, C) → two of its shape and dtype
 
     gate, scale and shift are (B, C) or (C,); no branch adds nothing, no gate is 1; without a scale there is no norm.
+    quantize: the second is in 8 bits, as `row_quantize` has it.
     """
     per_batch = [t if t is None or t.ndim == 1 else t[:, None] for t in (gate, scale, shift)]
     gate, scale, shift = (None if t is None else t.float() for t in per_batch)
@@ -48,7 +52,8 @@ def gated_norm(
         x = (x.float() + branch.float() * (1 if gate is None else gate)).to(x.dtype)
     if scale is None:
         return x, None
-    return x, (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
+    return x, row_quantize(normed)._replace(dtype=x.dtype) if quantize else normed.to(x.dtype)
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
@@ -224,3 +229,41 @@ def _int8_product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
         down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
         out.addcmul_(product, across * down)
     return out.to(x.dtype)
+
+
+class Rows(NamedTuple):
+    """Rows in 8 bits: q (…, K) int8, scale (…) float32, and the dtype that they were quantised from."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def row_quantize(x: Tensor) -> Rows:
+    """8-bit form with one scale a row (LLM.int8(), arXiv:2208.07339): x (…, K)
+
+    scale = max(amax, 10⁻⁸) / 127; q = x / scale to the nearest even.
+    """
+    scale = x.float().abs().amax(-1).clamp(min=1e-8) / 127
+    return Rows((x.float() / scale[..., None]).round().to(torch.int8), scale, x.dtype)
+
+
+def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x · (w_q · w_scale)ᵀ + bias with x in 8 bits, and its GELU (tanh) where asked: x (…, K), w_q (N, K) → (…, N)
+
+    x is quantised as `row_quantize` does; everything after the integer product is float32, rounded once to x's dtype.
+    """
+    return torch.cat(
+        [
+            row_product(row_quantize(rows), w_q, w_scale, bias, gelu)
+            for rows in x.reshape(-1, x.shape[-1]).split(LINEAR_ROWS)
+        ]
+    ).unflatten(0, x.shape[:-1])
+
+
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """What follows the quantisation in `row_linear`"""
+    out = (x.q.float() @ w_q.float().T) * x.scale[..., None] * w_scale
+    if bias is not None:
+        out = out + bias.float()
+    return (F.gelu(out, approximate="tanh") if gelu else out).to(x.dtype)
