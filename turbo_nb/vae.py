@@ -1,7 +1,7 @@
 """Wan's VAE in fused kernels and in chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
 
-As in `fuse`, the modules keep their parameters and names, and what the kernels do not take (float32, a decoder of
-another make) runs as diffusers has it. Decoding keeps two frames before each causal convolution, as diffusers does, so
+As in `fuse`, the modules keep their parameters and names, and what the kernels do not take (float32 on a GPU, a
+decoder of another make) runs as diffusers has it. Decoding keeps two frames before each causal convolution, as diffusers does, so
 a chunk of any length gives the same frames; diffusers takes one latent frame at a time.
 """
 
@@ -17,27 +17,31 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from . import backends
+from .kernels import reference
 
 CHUNK = 4  # latent frames decoded at a time, where memory allows
-CHUNK_BYTES = 5.5  # at work for a chunk, per byte of its widest activation
-FREE = 0.8  # share of the free memory that a chunk may take
+CHUNK_ACTIVATIONS = 5.5  # of the last layers' size, that a chunk holds at its peak
+FREE = 0.8  # share of a GPU's free memory that a chunk may take
+CPU_BYTES = 1 << 30  # that it may take elsewhere
 
 
 def fuse(vae: AutoencoderKLWan) -> str | None:
-    """Fuse a VAE, in place. Returns the reason why its kernels are not used, None where they are."""
-    for module in vae.modules():  # all at once diffusers' VAE refuses, having 2D and 3D ones
+    """Fuse a VAE, in place. Returns the reason why diffusers' decoder stays, None where it was fused."""
+    channels_last(vae)
+    vae._decode = partial(_decode, vae)
+    if type(vae.decoder) not in (WanDecoder3d, FusedDecoder):
+        return f"a {type(vae.decoder).__name__} is no decoder of diffusers'"
+    vae.decoder.__class__ = FusedDecoder
+    return None
+
+
+def channels_last(vae: AutoencoderKLWan) -> None:
+    """Weights of convolutions with the channels innermost; all at once diffusers' VAE refuses, having 2D and 3D ones"""
+    for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-    vae._decode = partial(_decode, vae)
-    choice = backends.choose("vae")
-    if choice.chosen != "triton":
-        return "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over)
-    if type(vae.decoder) is not WanDecoder3d:
-        return f"a {type(vae.decoder).__name__} is no decoder of diffusers'"
-    vae.decoder.__class__ = FusedDecoder
-    return None
 
 
 def unfuse(vae: AutoencoderKLWan) -> None:
@@ -73,14 +77,14 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
 
 
 def chunk_length(vae: AutoencoderKLWan, z: Tensor) -> int:
-    """How many latent frames to decode at a time, from the GPU's free memory"""
-    if z.device.type != "cuda":
-        return 1
-    free = torch.cuda.mem_get_info(z.device)[0]
-    free += torch.cuda.memory_reserved(z.device) - torch.cuda.memory_allocated(z.device)
-    pixels = z.shape[0] * z[0, 0, 0].numel() * vae.spatial_compression_ratio**2 // (vae.config.patch_size or 1) ** 2
-    frame = 4 * pixels * vae.decoder.norm_out.gamma.numel() * z.element_size()
-    return max(1, min(CHUNK, int(FREE * free / (CHUNK_BYTES * frame))))
+    """How many latent frames (B, C, T, h, w) to decode at a time, from the memory that is free"""
+    free = CPU_BYTES
+    if z.is_cuda:
+        unused = torch.cuda.memory_reserved(z.device) - torch.cuda.memory_allocated(z.device)
+        free = FREE * (torch.cuda.mem_get_info(z.device)[0] + unused)
+    edge = vae.spatial_compression_ratio // (vae.config.patch_size or 1)
+    last = 4 * edge**2 * z[:, 0, 0].numel() * vae.decoder.norm_out.gamma.numel() * z.element_size()
+    return max(1, min(CHUNK, int(free / (CHUNK_ACTIVATIONS * last))))
 
 
 class Past:
@@ -114,7 +118,7 @@ class FusedDecoder(WanDecoder3d):
 
     def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None, first_chunk: bool = False) -> Tensor:
         """x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w)"""
-        kernels = _kernels(x)
+        kernels = _kernels(self, x)
         if feat_cache is None or kernels is None:
             return super().forward(x, feat_cache, feat_idx or [0], first_chunk)
         past = Past(feat_cache)
@@ -135,9 +139,13 @@ class FusedDecoder(WanDecoder3d):
         return _inner(_conv(kernels, self.conv_out, _norm(kernels, self.norm_out, x, past)))
 
 
-def _kernels(x: Tensor):
-    """The module whose functions work on x, None where diffusers' own do"""
+def _kernels(decoder: nn.Module, x: Tensor):
+    """The module whose functions work on x (B, C, T, h, w), None where diffusers' own do"""
+    if not x.is_cuda:
+        return reference  # of which 128x128x25 takes 1.3 s on one core, and diffusers' own decoding 3.3 s
     if not backends.on_triton("vae", x):
+        return None
+    if any(module.in_channels % 16 for module in decoder.modules() if isinstance(module, nn.Conv3d)):
         return None
     from .kernels import vae as kernels
 

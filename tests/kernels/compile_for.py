@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turbo_nb.kernels import cross, int8, sparse_linear
+from turbo_nb.kernels import cross, int8, sparse_linear, vae
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
@@ -37,6 +37,31 @@ KERNELS = {
         {"a": "*i8", "a_scale": "*fp32", "b": "*i8", "b_scale": "*fp32", "bias": B, "out": B},
         {"BIAS": True, "GELU": True, "TILE": 128, "BLOCK_N": 64, "GROUP": 8},
         {"num_warps": 4, "num_stages": 3},
+    ),
+    "conv": (
+        vae._conv,
+        {
+            "x": "tensordesc<bf16[128,64]>",
+            "weight": "tensordesc<bf16[128,64]>",
+            "weight_2": "tensordesc<bf16[64,64]>",
+            "bias": B,
+            "residual": B,
+            "out": B,
+        },
+        {
+            "N": 192,
+            "C": 192,
+            "TAPS_T": 3,
+            "TAPS": 3,
+            "UP": False,
+            "SPLIT": 1,
+            "RESIDUAL": True,
+            "BM": 128,
+            "BN": 128,
+            "BN_2": 64,
+            "BK": 64,
+        },
+        {"num_warps": 8, "num_stages": 4},
     ),
 }
 

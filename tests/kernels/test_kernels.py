@@ -1,5 +1,6 @@
 """Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sparse_linear
+from turbo_nb.kernels import cross, int8, norms, sparse_linear, vae
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -150,6 +151,49 @@ def test_int8_linear(shape):
     assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
 
 
+def framed(*shape):
+    """A clip (B, T, H, W, C) in a frame of zeros"""
+    return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
+
+
+def weights(columns, channels, *taps):
+    return random(columns, channels, *taps) / (channels * math.prod(taps)) ** 0.5, random(columns)
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "taps", "split"),
+    [(96, 96, (3, 3, 3), 1), (16, 192, (3, 3, 3), 1), (32, 3, (3, 3, 3), 1), (48, 64, (1, 1, 1), 1),
+     (32, 64, (3, 1, 1), 2), (16, 400, (3, 1, 1), 2)],
+    ids=str,
+)  # fmt: skip
+def test_framed_conv(channels, columns, taps, split):
+    x, (weight, bias) = framed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
+    residual = framed(2, 2 * split, 5, 11, columns // split)
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
+        exact = reference.framed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        out = vae.framed_conv(*args)
+        assert_close("conv", out, exact)
+        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("columns", [3, 96])
+def test_upsample_conv(columns):
+    x, (weight, bias) = framed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
+    exact = reference.upsample_conv(x.float(), weight.float(), bias.float()).to(DTYPE)
+    out = vae.upsample_conv(x, weight, bias)
+    assert_close("upsample", out, exact)
+    assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [16, 96, 384])
+def test_rms_norm_silu(channels):
+    x, gamma, before = framed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
+    for args in [(x, gamma), (x, gamma, before), (x, gamma, None, False), (x, gamma, before[:, :1])]:
+        exact = reference.rms_norm_silu(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        assert_close("norm", vae.rms_norm_silu(*args), exact)
+
+
 @pytest.mark.parametrize(("arch", "memory"), [(120, 99)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
@@ -161,4 +205,4 @@ def test_kernels_compile_for_cards_that_are_not_here(arch, memory, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 4 and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout
+    assert len(lines) == 5 and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout
