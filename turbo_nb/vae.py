@@ -1,8 +1,8 @@
 """Wan's VAE in fused kernels and in chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
 
 As in `fuse`, the modules keep their parameters and names, and what the kernels do not take (float32 on a GPU, a
-decoder of another make) runs as diffusers has it. Decoding keeps two frames before each causal convolution, as diffusers does, so
-a chunk of any length gives the same frames; diffusers takes one latent frame at a time.
+decoder of another make) runs as diffusers has it. Decoding keeps two frames before each causal convolution, so a chunk
+of any length gives the same frames; diffusers' chunks are one latent frame each.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def chunk_length(vae: AutoencoderKLWan, z: Tensor) -> int:
 
 
 class Past:
-    """The two frames before a chunk, for each causal convolution in the order they come in; as diffusers' feat_cache."""
+    """The two frames before a chunk, for each causal convolution in turn; slots: diffusers' feat_cache."""
 
     def __init__(self, slots: list):
         self.slots, self.at = slots, 0
@@ -114,7 +114,7 @@ class Past:
 
 
 class FusedDecoder(WanDecoder3d):
-    """diffusers' decoder over clips with a frame of zeros around each picture, channels last."""
+    """diffusers' decoder over clips with a rim of zeros around each picture, channels last."""
 
     def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None, first_chunk: bool = False) -> Tensor:
         """x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w)"""
@@ -153,12 +153,12 @@ def _kernels(decoder: nn.Module, x: Tensor):
 
 
 def _inner(x: Tensor) -> Tensor:
-    """A framed clip (B, T, H + 2, W + 2, C) as diffusers has it, (B, C, T, H, W); a view"""
+    """A clip in a rim of zeros (B, T, H + 2, W + 2, C) as diffusers has it, (B, C, T, H, W); a view"""
     return x[:, :, 1:-1, 1:-1].permute(0, 4, 1, 2, 3)
 
 
 def _conv(kernels, conv: nn.Module, x: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    return kernels.framed_conv(x, conv.weight, conv.bias, residual, split)
+    return kernels.rimmed_conv(x, conv.weight, conv.bias, residual, split)
 
 
 def _norm(kernels, norm: nn.Module, x: Tensor, past: Past) -> Tensor:

@@ -61,7 +61,7 @@ KERNELS = {
             "BN_2": 64,
             "BK": 64,
         },
-        {"num_warps": 8, "num_stages": 4},
+        {"num_warps": 8, "num_stages": 2},
     ),
 }
 

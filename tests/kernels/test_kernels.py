@@ -151,8 +151,8 @@ def test_int8_linear(shape):
     assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
 
 
-def framed(*shape):
-    """A clip (B, T, H, W, C) in a frame of zeros"""
+def rimmed(*shape):
+    """A clip (B, T, H, W, C) in a rim of zeros"""
     return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
 
 
@@ -166,20 +166,20 @@ def weights(columns, channels, *taps):
      (32, 64, (3, 1, 1), 2), (16, 400, (3, 1, 1), 2)],
     ids=str,
 )  # fmt: skip
-def test_framed_conv(channels, columns, taps, split):
-    x, (weight, bias) = framed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
-    residual = framed(2, 2 * split, 5, 11, columns // split)
+def test_rimmed_conv(channels, columns, taps, split):
+    x, (weight, bias) = rimmed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
+    residual = rimmed(2, 2 * split, 5, 11, columns // split)
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
-        exact = reference.framed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
-        out = vae.framed_conv(*args)
+        exact = reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        out = vae.rimmed_conv(*args)
         assert_close("conv", out, exact)
         assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("columns", [3, 96])
 def test_upsample_conv(columns):
-    x, (weight, bias) = framed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
+    x, (weight, bias) = rimmed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
     exact = reference.upsample_conv(x.float(), weight.float(), bias.float()).to(DTYPE)
     out = vae.upsample_conv(x, weight, bias)
     assert_close("upsample", out, exact)
@@ -188,7 +188,7 @@ def test_upsample_conv(columns):
 
 @pytest.mark.parametrize("channels", [16, 96, 384])
 def test_rms_norm_silu(channels):
-    x, gamma, before = framed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
+    x, gamma, before = rimmed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
     for args in [(x, gamma), (x, gamma, before), (x, gamma, None, False), (x, gamma, before[:, :1])]:
         exact = reference.rms_norm_silu(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
         assert_close("norm", vae.rms_norm_silu(*args), exact)

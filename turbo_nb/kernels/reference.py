@@ -227,17 +227,17 @@ def _int8_product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
-    """x · √C / ‖x‖ · gamma over the channels, then SiLU, after the frames `before`: (B, T, H, W, C) → (B, t + T, H, W, C)
+    """x · √C / ‖x‖ · gamma over the channels, then SiLU, after the frames `before`: (B, T, …, C) → (B, t + T, …, C)
 
-    gamma has C elements; before (B, t, H, W, C), None for no frames.
+    gamma has C elements; before (B, t, …, C), None for no frames.
     """
     out = F.normalize(x.float(), dim=-1) * x.shape[-1] ** 0.5 * gamma.float().flatten()
     out = (F.silu(out) if silu else out).to(x.dtype)
     return out if before is None else torch.cat([before, out], dim=1)
 
 
-def framed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    """Convolution and residual of a clip in a frame of zeros: (B, T + kt − 1, H + 2, W + 2, C) → (B, T, H + 2, W + 2, N)
+def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
+    """Convolution and residual of a clip in a rim of zeros: (B, T + kt − 1, H + 2, W + 2, C) → (B, T, H + 2, W + 2, N)
 
     weight (N, C, kt, k, k) with k 3 or 1, bias (N,); residual as the result. With split 2 the halves of the N channels
     are two frames, one after the other: (B, 2T, H + 2, W + 2, N / 2).
@@ -252,9 +252,9 @@ def framed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each picture twice as large, by repeating pixels, then convolved: (B, T, H + 2, W + 2, C) → (B, T, 2H + 2, 2W + 2, N)
+    """Pictures twice as large, by repeating pixels, then convolved: (B, T, H + 2, W + 2, C) → (B, T, 2H + 2, 2W + 2, N)
 
-    The pictures have a frame of zeros. weight (N, C, 3, 3), bias (N,).
+    The pictures have a rim of zeros. weight (N, C, 3, 3), bias (N,).
     """
     inner = x[:, :, 1:-1, 1:-1].flatten(0, 1).permute(0, 3, 1, 2)
     out = F.conv2d(F.interpolate(inner, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)

@@ -1,6 +1,6 @@
-"""The convolutions and norms of Wan's VAE in Triton, over clips with a frame of zeros around each picture.
+"""The convolutions and norms of Wan's VAE in Triton, over clips with a rim of zeros around each picture.
 
-With that frame (B, T, H + 2, W + 2, C) is a matrix of pixels, and each tap of a convolution multiplies the same matrix
+With that rim (B, T, H + 2, W + 2, C) is a matrix of pixels, and each tap of a convolution multiplies the same matrix
 from another row on: an implicit GEMM whose tiles come by tensor descriptors, with no padding, transposing or masks.
 """
 
@@ -96,7 +96,7 @@ def _conv(
     at = first + tl.arange(0, BM)
     i, j = at // across, at % across
     valid, inside = at < frame, (i > 0) & (i <= height) & (j > 0) & (j <= width)
-    if UP:  # the frame of zeros goes to the frame of zeros
+    if UP:  # the rim goes to the rim
         i, j = 2 * i - top, 2 * j - left
         valid &= (i >= 0) & (i < 2 * height + 2) & (j >= 0) & (j < 2 * width + 2)
         at = i * (2 * width + 2) + j
@@ -116,6 +116,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ou
     frames = out.shape[1] // split
     first, second, rows, warps, stages = TILES.get(columns, TILE)
     depth = min(64, channels & -channels)
+    if x.is_cuda:  # stages that fit in the memory that a program has: 227 KiB on an H100, 99 on consumers' cards
+        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        stages = min(stages, (shared - 1024) // (2 * (rows + first + second) * depth))
     weight_1, weight_2 = (TensorDescriptor.from_tensor(weight, [n, depth]) for n in (first, second or first))
     grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
     if meta["UP"]:
@@ -129,8 +132,8 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ou
     return out
 
 
-def framed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    """`reference.framed_conv`, for channels in multiples of 16; no copy of a weight in channels_last_3d"""
+def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
+    """`reference.rimmed_conv`, for channels in multiples of 16; no copy of a weight in channels_last_3d"""
     taps_t, taps = weight.shape[2:4]
     batch, time, height, width, _ = x.shape
     shape = batch, (time - taps_t + 1) * split, height, width, weight.shape[0] // split
@@ -144,7 +147,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Of a row's three taps two fall on the same pixel of the small picture, and their weights are added up.
     """
-    batch, time, height, width, channels = x.shape
+    batch, time, height, width, _ = x.shape
     a, b, c = weight.float().unbind(2)
     rows = torch.stack([torch.stack([a, b + c], 2), torch.stack([a + b, c], 2)])  # (2, N, C, 2, 3)
     a, b, c = rows.unbind(4)
