@@ -211,6 +211,7 @@ def load_pipeline(
     from . import fuse, sources
     from .linear import is_quantized
     from .scheduler import RCMScheduler
+    from .vae import fuse as fuse_vae
 
     if model == "auto" and checkpoint is None:
         model, quant_linear = auto.choose(device=device, memory=memory, quant_linear=quant_linear)
@@ -257,6 +258,7 @@ def load_pipeline(
         "scheduler": RCMScheduler(spec.sigma_max),
         "transformer": transformers[0],
     }
+    fuse_vae(parts["vae"])
     if spec.task == "i2v":
         from diffusers import WanImageToVideoPipeline
 
@@ -479,15 +481,28 @@ def check_image(spec: catalog.ModelSpec, image) -> "Image | None":
 
 
 def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Tensor") -> "np.ndarray":
-    """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them."""
-    import torch
+    """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them.
 
-    vae = pipeline.vae
+    Frames of one chunk are copied from a GPU while the next is decoded.
+    """
+    import torch
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+
+    from .vae import chunks
+
+    vae, count = pipeline.vae, 4 * latents.shape[2] - 3
     device = pipeline._execution_device
     mean, std = (
         torch.tensor(values, device=device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    sample = vae.decode(latents.to(device, vae.dtype) * std + mean, return_dict=False)[0]
-    frames = sample[0].float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)  # (3, T, H, W)
-    return frames.permute(1, 2, 3, 0).cpu().numpy()
+    frames, done = None, 0
+    for sample in apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean):
+        part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+        if frames is None:
+            frames = torch.empty(count, *part.shape[1:], dtype=torch.uint8, pin_memory=part.is_cuda)
+        frames[done : done + len(part)].copy_(part, non_blocking=True)
+        done += len(part)
+    if part.is_cuda:
+        torch.cuda.synchronize(part.device)
+    return frames.numpy()

@@ -29,7 +29,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, head, rows,
 OPERATIONS = {
     "rope": "rotary embedding", "sla": "attention: sla", "sagesla": "attention: sagesla",
     "original": "attention: original (dense)", "linear": "8-bit linears",
-    "block": "norms, cross-attention",
+    "block": "norms, cross-attention", "vae": "VAE",
 }  # fmt: skip
 
 

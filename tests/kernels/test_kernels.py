@@ -1,5 +1,6 @@
 """Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sparse_linear
+from turbo_nb.kernels import cross, int8, norms, sparse_linear, vae
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -195,7 +196,50 @@ def test_row_linear(shape):
         assert_close(name, int8.row_product(quantized, weight.q, weight.scale, **options), expected)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 4), ("gluon", 227, 1)])
+def rimmed(*shape):
+    """A clip (B, T, H, W, C) in a rim of zeros"""
+    return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
+
+
+def weights(columns, channels, *taps):
+    return random(columns, channels, *taps) / (channels * math.prod(taps)) ** 0.5, random(columns)
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "taps", "split"),
+    [(96, 96, (3, 3, 3), 1), (16, 192, (3, 3, 3), 1), (32, 3, (3, 3, 3), 1), (48, 64, (1, 1, 1), 1),
+     (32, 64, (3, 1, 1), 2), (16, 400, (3, 1, 1), 2)],
+    ids=str,
+)  # fmt: skip
+def test_rimmed_conv(channels, columns, taps, split):
+    x, (weight, bias) = rimmed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
+    residual = rimmed(2, 2 * split, 5, 11, columns // split)
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
+        exact = reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        out = vae.rimmed_conv(*args)
+        assert_close("conv", out, exact)
+        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("columns", [3, 96])
+def test_upsample_conv(columns):
+    x, (weight, bias) = rimmed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
+    exact = reference.upsample_conv(x.float(), weight.float(), bias.float()).to(DTYPE)
+    out = vae.upsample_conv(x, weight, bias)
+    assert_close("upsample", out, exact)
+    assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [16, 96, 384])
+def test_rms_norm_silu(channels):
+    x, gamma, before = rimmed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
+    for args in [(x, gamma), (x, gamma, before), (x, gamma, None, False), (x, gamma, before[:, :1])]:
+        exact = reference.rms_norm_silu(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        assert_close("norm", vae.rms_norm_silu(*args), exact)
+
+
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 5), ("gluon", 227, 1)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
