@@ -27,6 +27,7 @@ __all__ = [
     "int8_quantize",
     "is_quantized",
     "project",
+    "quantize",
     "row_linear",
     "row_quantize",
     "to_rows",
@@ -114,6 +115,13 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) in 8 bits for what runs 8-bit linears here: scales of rows for the kernels, else of tiles"""
+    if backends.choose("linear").chosen == "triton":
+        return row_quantize(weight)[:2]
+    return int8_quantize(weight)
 
 
 @torch.no_grad()

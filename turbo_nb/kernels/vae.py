@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 NORM_ELEMENTS = 4096  # of a program of the norm
 # Channels out → columns of the two products that a program makes of the same rows, rows, warps, stages
-TILES = {96: (64, 32, 128, 4, 4), 192: (128, 64, 128, 8, 4), 3: (16, 0, 128, 4, 4)}
-TILE = (128, 0, 128, 8, 4)
+TILES = {96: (64, 32, 256, 8, 4), 192: (128, 64, 128, 8, 3), 3: (16, 0, 256, 8, 3)}
+TILE = (128, 0, 256, 8, 3)
 
 
 @triton.jit
