@@ -42,6 +42,7 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
         "decode",
         "write",
     ]
+    assert re.search(r"denoise \d+\.\d\d s \(steps( \d+\.\d\d){4}\)", lines[-1])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["red.mp4"]
     again = run(
         "t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path,

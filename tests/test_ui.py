@@ -3,6 +3,7 @@
 import html
 import io
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -57,6 +58,7 @@ def test_generate_makes_a_clip_and_shows_it_by_a_relative_path(generator):
     assert not generator.generate.disabled and generator.cancel.disabled
     make(generator)
     assert "Done with seed 7" in generator.status.value
+    assert re.search(r"denoise \d+\.\d s \(steps (\d+\.\d\d, )*\d+\.\d\d\), decode .*, write ", generator.status.value)
     assert not generator.generate.disabled and generator.cancel.disabled and generator.preview.value == ""
     (shown,) = generator.result.outputs
     path = generator.studio.job.run.path

@@ -85,7 +85,11 @@ class Summary:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Cells of the table, its head first; timings in seconds."""
-        stages = ("text", "denoise", "decode", "write")
+        stages = [
+            stage
+            for stage in ("text", "denoise", "switch", "decode", "write")
+            if stage != "switch" or any(stage in record["timings"] for record in self.records)
+        ]
         priced = any(record.get("cost") is not None for record in self.records)
         yield ("video", "prompt", "seed", *stages, "total", *(["cost"] if priced else []))
         for record in self.records:
@@ -467,9 +471,11 @@ def _found(task: _Task) -> dict | None:
 
 def _done(task: _Task, told: dict, **timings: float) -> dict:
     """The record of a finished video, from the metadata in it"""
-    settings = {name: value for name, value in told.items() if name not in ("job", "timings")}
+    settings = {name: value for name, value in told.items() if name not in ("job", "timings", "steps")}
     size = task.path.stat().st_size
-    return task.record("done", settings=settings, timings=told["timings"] | timings, bytes=size)
+    return task.record(
+        "done", settings=settings, timings=told["timings"] | timings, steps=told.get("steps", []), bytes=size
+    )
 
 
 def _contact_sheet(folder: Path) -> Path | None:
@@ -619,7 +625,7 @@ def _make(loaded: "DiffusionPipeline", task: _Task, workers: int = 1) -> dict:
         return found
     try:
         video = pipeline.generate(loaded, task.prompt, **task.arguments)
-        told = video.settings | {"job": task.id, "timings": video.timings}
+        told = video.settings | {"job": task.id, "timings": video.timings, "steps": [*video.steps]}
         begin = time.perf_counter()
         replace(video, settings=told).save(task.path)
         done = _done(task, told, write=time.perf_counter() - begin)

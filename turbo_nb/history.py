@@ -20,12 +20,13 @@ ARCHIVE = "turbo_nb.zip"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; machine: what made it; cost: dollars
-    for all stages, None where no price was set."""
+    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; steps: of each step of denoise;
+    machine: what made it; cost: dollars for all stages, None where no price was set."""
 
     path: Path
     settings: dict
     timings: dict[str, float] = field(default_factory=dict)
+    steps: Sequence[float] = ()
     machine: str = ""
     cost: float | None = None
 
@@ -77,18 +78,23 @@ class History:
     def save(self, video, machine: str = "", timings: dict[str, float] | None = None) -> Run:
         """Write a clip (a `pipeline.Video`) under a new name made of the time, its prompt and its seed.
 
-        timings: more stages than the video's own. Raises OutputError.
+        timings: more stages than the video's own. The file cannot know how long its writing takes; the Run has that as
+        "write". Raises OutputError.
         """
         timings = (timings or {}) | video.timings
         cost = environment.cost(sum(timings.values()))
-        path = self._new_path(video.settings["prompt"], video.settings["seed"])
+        path, begin = self._new_path(video.settings["prompt"], video.settings["seed"]), time.perf_counter()
         media.write_mp4(
             path,
             video.frames,
             video.fps,
-            video.settings | {"timings": timings, "peaks": video.peaks, "machine": machine, "cost": cost},
+            video.settings
+            | {"timings": timings, "steps": video.steps, "peaks": video.peaks, "machine": machine, "cost": cost},
         )
-        return Run(path=path, settings=video.settings, timings=timings, machine=machine, cost=cost)
+        timings = timings | {"write": time.perf_counter() - begin}
+        return Run(
+            path=path, settings=video.settings, timings=timings, steps=[*video.steps], machine=machine, cost=cost
+        )
 
     def _new_path(self, prompt: str, seed: int) -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "clip"
@@ -136,7 +142,7 @@ def _read(path: Path) -> Run | None:
         return None
     if not isinstance(settings, dict):
         return None
-    told = {name: settings.pop(name) for name in ("timings", "machine", "cost") if name in settings}
+    told = {name: settings.pop(name) for name in ("timings", "steps", "machine", "cost") if name in settings}
     settings.pop("peaks", None)
     return Run(path=path, settings=settings, **told)
 

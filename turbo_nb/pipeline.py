@@ -50,13 +50,15 @@ class Settings:
 class Video:
     """A finished clip.
 
-    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise and decode; peaks: the most bytes
-    of GPU memory in each of these; settings as in `Settings`, with attention and versions.
+    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise, decode, and where a plan moves
+    experts to the GPU, switch, which denoise leaves out; steps: seconds of each step of denoise; peaks: the most bytes
+    of GPU memory in each stage; settings as in `Settings`, with attention and versions.
     """
 
     frames: "np.ndarray"
     fps: int
     timings: dict[str, float]
+    steps: tuple[float, ...] = ()
     peaks: dict[str, int] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
 
@@ -408,6 +410,8 @@ def generate(
             "int8 checkpoint"
         )
 
+    clock = _StepClock(pipeline)
+
     def denoise() -> torch.Tensor:
         scheduler = pipeline.scheduler = RCMScheduler(settings.sigma_max, settings.ode)
         scheduler.seed(settings.seed, settings.noise_device)
@@ -420,22 +424,24 @@ def generate(
         )
 
         def after_step(_, index: int, timestep, tensors: dict) -> dict:
+            clock.mark("end")
             if on_step:
                 on_step(index + 1, settings.num_steps, tensors["latents"])
             return {}
 
-        return pipeline(
-            **({"image": image} if image else {}),
-            prompt_embeds=embeds.to(pipeline._execution_device),
-            latents=scheduler.start_latents(latents_shape),
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=settings.num_steps,
-            guidance_scale=1.0,
-            output_type="latent",
-            callback_on_step_end=after_step,
-        ).frames
+        with clock:
+            return pipeline(
+                **({"image": image} if image else {}),
+                prompt_embeds=embeds.to(pipeline._execution_device),
+                latents=scheduler.start_latents(latents_shape),
+                height=settings.height,
+                width=settings.width,
+                num_frames=settings.num_frames,
+                num_inference_steps=settings.num_steps,
+                guidance_scale=1.0,
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).frames
 
     if spec.task == "i2v":
         pipeline.register_to_config(boundary_ratio=settings.boundary)
@@ -443,6 +449,9 @@ def generate(
         with torch.inference_mode():
             embeds = stage("text", lambda: pipeline.encoder(prompt))
             latents = stage("denoise", denoise)
+            if pipeline.plan.offload == "model":
+                timings["switch"] = clock.switch
+                timings["denoise"] -= clock.switch
             if not latents.isfinite().all():
                 raise TurboNbError(
                     "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
@@ -459,7 +468,59 @@ def generate(
         "fps": spec.fps,
         "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
     }
-    return Video(frames=frames, fps=spec.fps, timings=timings, peaks=peaks, settings=asdict(settings) | details)
+    return Video(
+        frames=frames, fps=spec.fps, timings=timings, steps=clock.steps, peaks=peaks,
+        settings=asdict(settings) | details,
+    )  # fmt: skip
+
+
+class _StepClock:
+    """Times the steps of a denoising, hooked to the transformers of a pipeline for as long as it is entered.
+
+    A kernel's launch returns before the kernel runs, so on a GPU perf_counter would time the launches. Waiting for the
+    GPU at every step would empty its queue; an event in the stream between two kernels costs microseconds and is read
+    after the stage, when all is done.
+    """
+
+    def __init__(self, pipeline):
+        self._pipeline = pipeline
+
+    def mark(self, name: str) -> None:
+        """Where the work is now: a step is at its "call", at its "begin" (with its weights there) or at its "end"."""
+        device = self._pipeline.plan.device
+        if device == "cpu":
+            self._marks[name].append(time.perf_counter())
+            return
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        self._marks[name].append(event)
+
+    def __enter__(self) -> None:
+        self._marks, self._hooks = {"call": [], "begin": [], "end": []}, []
+        for transformer in plan.transformers(self._pipeline):
+            for name in ("call", "begin"):  # what a plan has hooked to a transformer to bring its weights is between
+                hook = lambda *_, name=name: self.mark(name)  # noqa: E731
+                self._hooks.append(transformer.register_forward_pre_hook(hook, prepend=name == "call"))
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Seconds of each step, from the transformer's first kernel to the scheduler's last."""
+        return self._between("begin", "end")
+
+    @property
+    def switch(self) -> float:
+        """Seconds that steps waited for weights."""
+        return sum(self._between("call", "begin"))
+
+    def _between(self, first: str, last: str) -> tuple[float, ...]:
+        pairs = zip(self._marks[first], self._marks[last], strict=True)
+        return tuple(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairs)
 
 
 def _version(name: str) -> str:

@@ -11,6 +11,7 @@ from . import catalog, environment
 from .errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 GB = 1e9
@@ -223,11 +224,15 @@ def choose(
 CPU_PLANS = ("resident", "free-text")
 
 
+def transformers(pipeline: "DiffusionPipeline") -> "list[torch.nn.Module]":
+    """The pipeline's transformer, or its two experts."""
+    return [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
+
+
 def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
     """Put the pipeline's transformers and VAE where the plan has them; `text.PromptEncoder` has the text encoder."""
     device = plan.device
     pipeline.remove_all_hooks()
-    transformers = [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
     if plan.vae_tiling:
         pipeline.vae.enable_tiling()
     else:
@@ -238,7 +243,7 @@ def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
     elif plan.offload == "group":
         import torch
 
-        for transformer in transformers:
+        for transformer in transformers(pipeline):
             transformer.to("cpu")
             transformer.enable_group_offload(
                 onload_device=torch.device(device),
@@ -249,5 +254,5 @@ def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
             )
         pipeline.vae.to(device)
     else:
-        for module in (*transformers, pipeline.vae):
+        for module in (*transformers(pipeline), pipeline.vae):
             module.to(device)

@@ -50,7 +50,10 @@ EXAMPLES = {
         "dust in the air, a calm and steady camera.",
     ),
 }
-NAMES = {"load": "Load", "text": "Read prompt", "denoise": "Denoise", "decode": "Decode", "write": "Write"}
+NAMES = {
+    "load": "Load", "text": "Read prompt", "denoise": "Denoise", "switch": "Switch experts", "decode": "Decode",
+    "write": "Write",
+}  # fmt: skip
 STYLE = """<style>
 .tnb { max-width: 1080px; --tnb-soft: color-mix(in srgb, currentColor 12%, transparent); }
 .tnb .widget-label { min-width: 0; }
@@ -570,7 +573,11 @@ def _status(job: Job) -> str:
     if job.state == "cancelled":
         return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
     if job.state == "finished":
-        times = ", ".join(f"{NAMES[stage].lower()} {_seconds(s)}" for stage, s in job.run.timings.items())
+        each = f" (steps {', '.join(f'{seconds:.2f}' for seconds in job.run.steps)})" if job.run.steps else ""
+        times = ", ".join(
+            f"{NAMES[stage].lower()} {_seconds(seconds)}" + (each if stage == "denoise" else "")
+            for stage, seconds in job.run.timings.items()
+        )
         times += environment.dollars(job.run.cost)
         return f'<p role="status">Done with seed {job.request.seed}: {html.escape(times)}.</p>{notes}'
     at = STAGES.index(job.stage)
