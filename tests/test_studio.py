@@ -117,7 +117,8 @@ def test_remarks_of_generate_are_notes(made):
     assert ["only knows moving shapes" in note for note in made.job.notes] == [True]
 
 
-def test_the_outlook_knows_size_memory_and_earlier_runs(made):
+def test_the_outlook_knows_size_memory_and_earlier_runs(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
     request = Request(**SMALL)
     before = made.outlook(request)
     assert (before.width, before.height, before.num_frames, before.time, before.loaded) == (64, 64, 5, None, False)

@@ -185,11 +185,15 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
         loaded = pipeline.load_pipeline(
             **load,
             clip=size,
+            prompts=[prompt],
             on_plan=lambda plan: plan.name == "resident" or progress.console.print(str(plan)),
             on_progress=lambda fetched: progress.update(
                 bar, description=fetched.stage, completed=fetched.done, total=fetched.total
             ),
         )
+        outlook = pipeline.outlook(loaded, prompt, **clip)
+        if outlook:
+            progress.console.print(f"{outlook}: a video of {clip['num_steps']} steps")
         steps, clips = clip["num_steps"], []
         for seed in seeds:
             video = pipeline.generate(

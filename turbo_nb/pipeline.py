@@ -10,13 +10,13 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import auto, catalog, environment, media, plan, text
+from . import auto, catalog, environment, estimate, media, plan, text
 from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ class Video:
 
     def save(self, path: str | Path) -> Path:
         """Write an mp4 that carries the settings. Raises OutputError if it cannot be written."""
-        return media.write_mp4(path, self.frames, self.fps, self.settings)
+        begin = time.perf_counter()
+        path = media.write_mp4(path, self.frames, self.fps, self.settings)
+        estimate.remember(self.settings, {"write": time.perf_counter() - begin})
+        return path
 
     @property
     def cost(self) -> float | None:
@@ -176,6 +179,8 @@ def load_pipeline(
     memory_plan: str = "auto",
     memory: float | None = None,
     clip: tuple[int, int, int] | None = None,
+    prompts: Sequence[str] = (),
+    text_cache: bool | None = None,
     on_plan: Callable[[plan.Plan], None] | None = None,
     on_progress: Callable | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
@@ -193,6 +198,9 @@ def load_pipeline(
     The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
     None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is
     `pipeline.plan` afterwards. on_progress is told of downloads, as by `download.fetch`.
+
+    prompts: those that will be made, if they are known: the text encoder is not loaded before one comes whose embedding
+    is not in the cache on disk. text_cache: whether there is one; None asks TURBO_NB_TEXT_CACHE.
 
     Raises UnknownModelError, CheckpointError, InputError, DownloadError or BackendError.
     """
@@ -226,7 +234,7 @@ def load_pipeline(
         quantised=None if quant_linear == "auto" else quant_linear,
         on_progress=on_progress,
     )
-    spec = found.spec
+    spec, begin = found.spec, time.perf_counter()  # a download is not a part of loading
     chosen = plan.choose(
         _sizes(found, quant_linear, dtype),
         found.transformers[0].arch,
@@ -272,11 +280,15 @@ def load_pipeline(
         "attention_type": attention_type, "sla_topk": sla_topk, "quant_linear": quant_linear,
     }  # fmt: skip
     pipeline.encoder = text.PromptEncoder(
-        pipeline, lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype)
+        pipeline,
+        lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype),
+        text.cache_for(found.text_encoder.path, found.tokenizer, dtype) if text.is_cached(text_cache) else None,
+        prompts,
     )
     _apply(pipeline, chosen)
     if any(map(is_quantized, transformers)):
         pipeline.load_lora_weights = _no_lora
+    pipeline.loaded_in = time.perf_counter() - begin
     return pipeline
 
 
@@ -364,9 +376,7 @@ def generate(
             )
     import torch
 
-    from .linear import is_quantized
     from .scheduler import RCMScheduler
-    from .sla import attention_type, topk_of
 
     if noise_device == "cuda" and not torch.cuda.is_available():
         raise InputError("noise_device is 'cuda', and torch sees no GPU here; leave it at cpu")
@@ -459,19 +469,39 @@ def generate(
             frames = stage("decode", lambda: decode(pipeline, latents))
     finally:
         pipeline.maybe_free_model_hooks()  # a run that was cancelled leaves nothing on the GPU either
-    details = {
+    details = asdict(settings) | _how(pipeline)
+    details |= {
+        "fps": spec.fps,
+        "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
+    }
+    topk, loaded_in = details["sla_topk"], vars(pipeline).pop("loaded_in", None)  # which is told once
+    estimate.remember(
+        details,
+        timings | ({} if loaded_in is None else {"load": loaded_in}),
+        steps=clock.steps,
+        work=estimate.work_of(spec.arch, settings.width, settings.height, settings.num_frames, topk),
+    )
+    return Video(frames=frames, fps=spec.fps, timings=timings, steps=clock.steps, peaks=peaks, settings=details)
+
+
+def outlook(pipeline: "WanPipeline | WanImageToVideoPipeline", prompt: str, **settings) -> estimate.Estimate | None:
+    """How long `generate` will take with these arguments; None where nothing tells. Raises what `check_job` raises."""
+    checked = asdict(check_job(pipeline.spec, prompt, **settings)) | _how(pipeline)
+    return estimate.estimate(checked, pipeline.spec.arch, device=pipeline.plan.device)
+
+
+def _how(pipeline) -> dict:
+    """What a clip's time depends on beside its size: the pipeline's attention, linears and plan"""
+    from .linear import is_quantized
+    from .sla import attention_type, topk_of
+
+    return {
         "attention_type": attention_type(pipeline.transformer),
         "sla_topk": topk_of(pipeline.transformer),
         "quant_linear": is_quantized(pipeline.transformer),
         "memory_plan": pipeline.plan.name,
         "device": pipeline.plan.device,
-        "fps": spec.fps,
-        "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
     }
-    return Video(
-        frames=frames, fps=spec.fps, timings=timings, steps=clock.steps, peaks=peaks,
-        settings=asdict(settings) | details,
-    )  # fmt: skip
 
 
 class _StepClock:

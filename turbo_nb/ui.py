@@ -25,6 +25,7 @@ except ImportError as error:
     raise InputError("the generator needs ipywidgets; pip install 'turbo-nb[notebook]'") from error
 
 from . import auto, backends, catalog, environment, media
+from .estimate import in_words
 from .history import Run
 from .sla import ATTENTION_TYPES
 from .studio import STAGES, Job, Request, Studio
@@ -370,11 +371,10 @@ class Generator:
         if outlook.time is None:
             duration = "time: not known before the first run of this model on this machine"
         else:
-            runs = f"{outlook.time.after} earlier run{'s' if outlook.time.after > 1 else ''}"
-            duration = f"about {_seconds(outlook.time.seconds)}, by {runs} on this machine"
+            duration = str(outlook.time)
         if not outlook.loaded:
-            load = outlook.time.load if outlook.time else 0
-            duration += f", and {_seconds(load) if load else 'more'} to load the model"
+            load = outlook.time and outlook.time.load
+            duration += f", and {in_words(load) if load else 'more'} to load the model"
         memory = outlook.memory
         needs = f"memory: {memory.needs / 1e9:.1f} GB of {memory.budget / 1e9:.1f} GB free"
         lines = [clip, duration, needs if memory.name == "resident" and memory.fits else str(memory)]
@@ -432,7 +432,7 @@ class Generator:
             f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, "
             f"{settings['num_steps']} steps, seed {settings['seed']}, {settings.get('attention_type')}"
             + (f" {settings['sla_topk']:g}" if settings.get("sla_topk") else "")
-            + f", {settings['model']}, {_seconds(run.seconds)}{environment.dollars(run.cost)}"
+            + f", {settings['model']}, {in_words(run.seconds)}{environment.dollars(run.cost)}"
         )
         prompt = html.escape(str(settings["prompt"]))
         words = w.HTML(f'<p class="tnb-prompt">{prompt}</p><p class="tnb-dim">{html.escape(facts)}</p>')
@@ -543,10 +543,6 @@ def _close(widgets: list[w.Widget]) -> None:
                 part.close()
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-
-
 def _error(text: str, trace: str = "") -> str:
     details = f"<details><summary>Details</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
     return f'<div class="tnb-error" role="alert">{html.escape(text)}{details}</div>'
@@ -575,7 +571,7 @@ def _status(job: Job) -> str:
     if job.state == "finished":
         each = f" (steps {', '.join(f'{seconds:.2f}' for seconds in job.run.steps)})" if job.run.steps else ""
         times = ", ".join(
-            f"{NAMES[stage].lower()} {_seconds(seconds)}" + (each if stage == "denoise" else "")
+            f"{NAMES[stage].lower()} {in_words(seconds)}" + (each if stage == "denoise" else "")
             for stage, seconds in job.run.timings.items()
         )
         times += environment.dollars(job.run.cost)
@@ -593,7 +589,7 @@ def _status(job: Job) -> str:
         )
     if job.cancelling.is_set():
         words += "; cancelling after this step"
-    passed = _seconds(time.monotonic() - job.began)
+    passed = in_words(time.monotonic() - job.began)
     return (
         f'<div role="status"><p>{words} ({passed})</p><ol class=tnb-stages>{stages}</ol>'
         f'<progress aria-label="Progress of the clip"{bar}></progress></div>{notes}'
