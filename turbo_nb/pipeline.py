@@ -530,9 +530,10 @@ class _StepClock:
     def __enter__(self) -> None:
         self._marks, self._hooks = {"call": [], "begin": [], "end": []}, []
         for transformer in plan.transformers(self._pipeline):
-            for name in ("call", "begin"):  # what a plan has hooked to a transformer to bring its weights is between
+            # between the two is what a plan has put around its forward to bring the weights
+            for module, name in ((transformer, "call"), (transformer.rope, "begin")):
                 hook = lambda *_, name=name: self.mark(name)  # noqa: E731
-                self._hooks.append(transformer.register_forward_pre_hook(hook, prepend=name == "call"))
+                self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def __exit__(self, *_) -> None:
         for hook in self._hooks:

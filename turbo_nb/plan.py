@@ -1,7 +1,7 @@
 """What goes where in memory, decided before anything is loaded.
 
 `choose(sizes, arch, …)` takes the first plan whose peak fits the budget; they go from all on the GPU to one block at a
-time. A plan is data: print it, or ask for another by name. `apply` carries it out through diffusers and accelerate.
+time. A plan is data: print it, or ask for another by name. `apply` carries it out, by `offload` or diffusers' own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -231,15 +231,16 @@ def transformers(pipeline: "DiffusionPipeline") -> "list[torch.nn.Module]":
 
 def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
     """Put the pipeline's transformers and VAE where the plan has them; `text.PromptEncoder` has the text encoder."""
+    from . import offload  # which loads torch
+
     device = plan.device
-    pipeline.remove_all_hooks()
+    offload.end_turns(pipeline)
     if plan.vae_tiling:
         pipeline.vae.enable_tiling()
     else:
         pipeline.vae.disable_tiling()
     if plan.offload == "model":
-        pipeline.to("cpu")
-        pipeline.enable_model_cpu_offload(device=device)
+        offload.take_turns(pipeline, (*transformers(pipeline), pipeline.vae), device)
     elif plan.offload == "group":
         import torch
 
