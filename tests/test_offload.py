@@ -16,6 +16,8 @@ def model(seed: int) -> nn.Module:
     made.register_buffer("table", torch.rand(3, 4).to(torch.complex64), persistent=False)
     made.register_buffer("scalar", torch.tensor(3.5, dtype=torch.float64))
     made.register_buffer("strided", torch.rand(6, 4).T)
+    made.register_buffer("channels_last", torch.rand(3, 4, 2, 2).to(memory_format=torch.channels_last))
+    made.register_buffer("expanded", torch.rand(5, 1).expand(5, 4))
     made.register_buffer("none", torch.zeros(0, 3))
     return made.requires_grad_(False)
 
@@ -68,7 +70,8 @@ def test_one_works_while_the_others_are_at_home(small, inference):
         assert [pointers(module) for module in pipeline.modules] == homes
     for module, state in zip(pipeline.modules, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
-        assert module.strided.stride() == (1, 4)
+        assert module.strided.stride() == (1, 4) and module.channels_last.stride() == (16, 1, 8, 4)
+        assert len(module._hf_hook._packed) == len(state)  # with the table, without what is expanded
 
 
 def test_a_turn_knows_where_its_module_works(small):

@@ -90,7 +90,8 @@ class Turn(ModelHook):
             if groups[-1] and size + room > PIECE:
                 groups.append([])
                 size = 0
-            if tensor.nbytes and tensor.is_contiguous():
+            extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if tensor.numel() == extent:  # dense, in whatever order
                 groups[-1].append((tensor, size))
                 size += room
         for group in filter(None, groups):
@@ -181,8 +182,8 @@ class Turn(ModelHook):
 
 
 def _part(piece: Tensor, start: int, like: Tensor) -> Tensor:
-    """The bytes of a piece from `start` on, as a tensor of this dtype and shape"""
-    return piece[start : start + like.nbytes].view(like.dtype).view(like.shape)
+    """The bytes of a piece from `start` on, as a tensor of this dtype, shape and order"""
+    return piece[start : start + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride())
 
 
 def room_on(device: torch.device) -> float:
