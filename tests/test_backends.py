@@ -53,8 +53,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
         assert choose("original", here) == Choice("original", "sdpa")
         kernels = card not in ("none", "T4") and triton is TRITON
-        for operation in ("sla", "linear", "block"):
+        for operation in ("linear", "block"):
             assert choose(operation, here).chosen == ("triton" if kernels else "reference")
+        attention = "gluon" if card == "H100" else "triton"
+        assert choose("sla", here).chosen == (attention if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
@@ -76,6 +78,9 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         (machine("A100", triton=Library(version="3.3.1")), "block",
          "the kernels need Triton 3.4 or newer, and this is 3.3.1"),
         (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
+        (machine("RTX 5090"), "sla", "made for sm_90, and this GPU is sm_120"),
+        (machine("H100", triton=Library(version="3.5.1")), "sla",
+         "the kernels need Triton 3.6 or newer, and this is 3.5.1"),
         (machine("RTX 5090", spas_sage_attn=WORKS), "sagesla",
          "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),
         (Machine(gpu="H100", cuda_error="torch 2.9.0+cpu is built without CUDA"), "rope",
@@ -112,7 +117,9 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
     here = machine("H100", spas_sage_attn=WORKS)
     assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "reference", "sdpa"]
     monkeypatch.setenv("TURBO_NB_ATTENTION", "spargeattn")
-    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["triton", "spargeattn", "sdpa"]
+    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["gluon", "spargeattn", "sdpa"]
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "triton")
+    assert choose("sla", here).chosen == "triton"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
         ("linear", "int4", r"give one of auto, triton, reference"),
-        ("sla", "int4", r"give one of auto, triton, reference, spargeattn, sdpa"),
+        ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
     ],
 )
 def test_an_impossible_override_says_why(operation, override, words, monkeypatch):
