@@ -67,6 +67,12 @@ def test_only_rows_of_the_same_kind_count():
     assert ask(slow, memory_plan="resident").seconds == pytest.approx(40.5)  # better than nothing
 
 
+def test_clips_of_about_the_size_count_before_others():
+    tiny = row((1.0,) * 4, width=64, height=64, num_frames=5)  # a launch takes as long for little work
+    assert ask(tiny, row()).seconds == 12.5 and ask(tiny).seconds > 1000
+    assert ask(tiny, row(), width=64, height=64, num_frames=5, num_steps=1).seconds < 6
+
+
 def test_it_is_the_median_of_the_latest():
     compiled = row((30.0, 2.0, 2.0, 2.0), timings={"text": 9.0, "denoise": 36.5, "decode": 3.0, "load": 40.0})
     writing = row((), timings={"write": 0.25})

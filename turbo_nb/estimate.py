@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from .catalog import Arch
 ROWS = "times.jsonl"
 MOST = 256_000  # bytes of rows; half of them stay when they are more
 LATEST = 5  # rows that a stage's time is the median of
+NEAR = 4  # times as many pixels, or as few: further off, what does not grow with a clip counts too much
 # One H100 as measured (the README's table), and others beside it by their multiprocessors and the Tensor Cores of each
 RATE = 490e12  # floating point operations a second in a step
 DECODE, WRITE = 6e-8, 1.5e-8  # seconds a pixel of a frame
@@ -149,9 +150,10 @@ def estimate(
     """How long a clip will take on `device` (None: the GPU if there is one); None where nothing is known.
 
     wanted: model, attention_type, sla_topk, width, height, num_frames and num_steps; quant_linear and memory_plan, if
-    they are known. Rows (None: those of `rows()`) of this machine, model, attention and linears count, those of
-    the same plan if there are any. Of each stage it is the median of the latest: a step scaled by its operations,
-    decoding and writing by pixels. Without rows it is a first guess by the GPU's size; there is none for a CPU.
+    they are known. Rows (None: those of `rows()`) of this machine, model, attention and linears count, those of the
+    same plan, and of about the same size, if there are any. Of each stage it is the median of the latest: a step
+    scaled by its operations, decoding and writing by pixels. Without rows it is a first guess by the GPU's size; there
+    is none for a CPU.
     """
     here, topk = machine(device), None if wanted["attention_type"] == "original" else wanted["sla_topk"]
     work = work_of(arch, wanted["width"], wanted["height"], wanted["num_frames"], topk)
@@ -163,7 +165,8 @@ def estimate(
         and all(getattr(row, name) == wanted[name] for name in ("model", "attention_type"))
         and wanted.get("quant_linear") in (None, row.quant_linear)
     ]
-    known = [row for row in known if row.memory_plan == wanted.get("memory_plan")] or known
+    known = _preferred(known, lambda row: row.memory_plan == wanted.get("memory_plan"))
+    known = _preferred(known, lambda row: pixels / NEAR <= row.pixels <= pixels * NEAR)
     clips = [row for row in known if row.steps and row.work]
     if not clips:
         return _guess(work * wanted["num_steps"], pixels, device)
@@ -175,6 +178,12 @@ def estimate(
         load=load and median(load[:LATEST]),
         after=len(clips),
     )
+
+
+def _preferred(known: list[Row], like: Callable[[Row], bool]) -> list[Row]:
+    """The rows that are like that, all if no clip is"""
+    alike = [row for row in known if like(row)]
+    return alike if any(row.steps for row in alike) else known
 
 
 def _scaled(stage: str, known: Iterable[Row], pixels: float) -> Iterator[float]:
