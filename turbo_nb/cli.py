@@ -191,9 +191,8 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
                 bar, description=fetched.stage, completed=fetched.done, total=fetched.total
             ),
         )
-        outlook = pipeline.outlook(loaded, prompt, **clip)
-        if outlook:
-            progress.console.print(f"{outlook}: a video of {clip['num_steps']} steps")
+        if outlook := pipeline.outlook(loaded, prompt, **clip):
+            progress.console.print(f"a video takes {outlook}")
         steps, clips = clip["num_steps"], []
         for seed in seeds:
             video = pipeline.generate(
