@@ -238,7 +238,9 @@ def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> t
     from .pipeline import load_pipeline
 
     quant_linear = quantised if spec.files else "auto"
-    pipeline = load_pipeline(spec.name, device=device, quant_linear=quant_linear, on_plan=lambda chosen: None)
+    pipeline = load_pipeline(
+        spec.name, device=device, quant_linear=quant_linear, text_cache=False, on_plan=lambda chosen: None
+    )
     into.append(pipeline)
     return True, str(pipeline.plan)
 
