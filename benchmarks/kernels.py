@@ -157,7 +157,12 @@ OPERATIONS = {
         spellings={"chosen": linear.row_linear},
         shapes=LINEAR,
     ),
-    "int8_linear": Operation(make_inputs=linear_inputs, reference=reference.int8_linear, shapes=LINEAR),
+    "int8_linear": Operation(
+        make_inputs=linear_inputs,
+        reference=reference.int8_linear,
+        spellings={"chosen": linear.int8_linear},
+        shapes=LINEAR,
+    ),
 }
 
 
