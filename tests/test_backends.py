@@ -53,10 +53,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
         assert choose("original", here) == Choice("original", "sdpa")
         kernels = card not in ("none", "T4") and triton is TRITON
-        for operation in ("linear", "block"):
-            assert choose(operation, here).chosen == ("triton" if kernels else "reference")
-        attention = "gluon" if card == "H100" else "triton"
-        assert choose("sla", here).chosen == (attention if kernels else "reference")
+        assert choose("block", here).chosen == ("triton" if kernels else "reference")
+        best = "gluon" if card == "H100" else "triton"
+        for operation in ("sla", "linear"):
+            assert choose(operation, here).chosen == (best if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
