@@ -128,7 +128,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "flash_attn", r"rope backend 'flash_attn' cannot run here: no CUDA GPU"),
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
-        ("linear", "int4", r"give one of auto, triton, reference"),
+        ("linear", "int4", r"give one of auto, gluon, triton, reference"),
         ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
     ],
 )

@@ -39,7 +39,10 @@ def _place(tile, rows, columns):
 
 
 @gluon.jit
-def _fetch(a, b, rows, columns, depth, a_buffer, b_buffer, ready, free):
+def _fetch(a, b, size, buffers, barriers):
+    rows, columns, depth = size
+    a_buffer, b_buffer = buffers
+    ready, free = barriers
     steps = gl.cdiv(depth, DEPTH)
     for done in range(_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
         down, across = _place(gl.program_id(0) + done * gl.num_programs(0), rows, columns)
@@ -81,10 +84,11 @@ def _finish(total, down, across, out, a_scale, b_scale, bias, rows, columns, BIA
 
 
 @gluon.jit
-def _multiply(
-    group, out, a_scale, b_scale, bias, rows, columns, depth, a_buffer, b_buffer, ready, free,
-    BIAS: gl.constexpr, GELU: gl.constexpr,
-):  # fmt: skip
+def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr, GELU: gl.constexpr):
+    out, a_scale, b_scale, bias = result
+    rows, columns, depth = size
+    a_buffer, b_buffer = buffers
+    ready, free = barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     steps = gl.cdiv(depth, DEPTH)
     for done in range(_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
@@ -94,28 +98,17 @@ def _multiply(
             at = done * steps + k
             stage = at % STAGES
             mbarrier.wait(ready.index(stage), (at // STAGES) & 1)
-            left, right = a_buffer.index(stage * GROUPS + group), b_buffer.index(stage).permute((1, 0))
-            total = warpgroup_mma(left, right, total, use_acc=k > 0, is_async=True)
+            rows_of_a, rows_of_b = a_buffer.index(stage * GROUPS + group), b_buffer.index(stage)
+            total = warpgroup_mma(rows_of_a, rows_of_b.permute((1, 0)), total, use_acc=k > 0, is_async=True)
             total = warpgroup_mma_wait(0, deps=[total])
             mbarrier.arrive(free.index(stage))
-        one, two = _halves(total)
+        left, right = _halves(total)  # in quarters, so that scales and rounding need few registers
         for half in gl.static_range(2):
-            first, second = _halves(one if half == 0 else two)
-            start = across + half * (COLUMNS // 2)
-            _finish(first, down + group * ROWS, start, out, a_scale, b_scale, bias, rows, columns, BIAS, GELU)
-            _finish(
-                second,
-                down + group * ROWS,
-                start + COLUMNS // 4,
-                out,
-                a_scale,
-                b_scale,
-                bias,
-                rows,
-                columns,
-                BIAS,
-                GELU,
-            )
+            one, two = _halves(left if half == 0 else right)
+            column = across + half * (COLUMNS // 2)
+            row = down + group * ROWS
+            _finish(one, row, column, out, a_scale, b_scale, bias, rows, columns, BIAS, GELU)
+            _finish(two, row, column + COLUMNS // 4, out, a_scale, b_scale, bias, rows, columns, BIAS, GELU)
 
 
 @gluon.jit
@@ -128,13 +121,14 @@ def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: 
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=GROUPS)
     fence_async_shared()
-    common = (out, a_scale, b_scale, bias, rows, columns, depth, a_buffer, b_buffer, ready, free, BIAS, GELU)
+    result, size = (out, a_scale, b_scale, bias), (rows, columns, depth)
+    buffers, barriers = (a_buffer, b_buffer), (ready, free)
     gl.warp_specialize(
         [
-            (_multiply, (0,) + common),
-            (_multiply, (1,) + common),
-            (_multiply, (2,) + common),
-            (_fetch, (a, b, rows, columns, depth, a_buffer, b_buffer, ready, free)),
+            (_multiply, (0, result, size, buffers, barriers, BIAS, GELU)),
+            (_multiply, (1, result, size, buffers, barriers, BIAS, GELU)),
+            (_multiply, (2, result, size, buffers, barriers, BIAS, GELU)),
+            (_fetch, (a, b, size, buffers, barriers)),
         ],
         [4, 4, 1],
         [160, 160, 24],
