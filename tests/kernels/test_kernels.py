@@ -136,6 +136,10 @@ def test_rms_norm_rope(heads, dim):
     for cos, sin in [(angles.cos(), angles.sin()), (repeated.cos()[:, 0::2], repeated.sin()[:, 0::2]), (None, None)]:
         expected = reference.rms_norm_rope(x.float(), weight, cos, sin, heads).to(DTYPE)
         assert_close("rms_norm_rope", norms.rms_norm_rope(x, weight, cos, sin, heads), expected)
+        out, sums = norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True)
+        assert_close("with sums", out, expected)
+        padded = torch.nn.functional.pad(out.float(), (0, 0, 0, 0, 0, 1)).unflatten(1, (4, 16)).sum(2)
+        assert_close("sums", sums, padded, 1e-5)
 
 
 @pytest.mark.parametrize("prompts", [(5, 5), (70, 10), (100, 3)], ids="{} tokens of 100".format)
