@@ -9,16 +9,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turbo_nb.kernels import cross, int8, sparse_linear
+from turbo_nb.kernels import cross, int8, sage, sparse_linear
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
+SPARSE = {"q": B, "k": BLOCK, "v": BLOCK, "kept": "*i32", "state": B, "norm": "*fp32", "bias": "*fp32", "out": B}
+SIZES = {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128}
+SPARSE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 KERNELS = {
-    "sparse_linear": (
+    "sparse_linear": (sparse_linear._sparse_linear, SPARSE, SIZES | {"k_scale": None}, SPARSE_OPTIONS),
+    "sage": (
         sparse_linear._sparse_linear,
-        {"q": B, "k": BLOCK, "v": BLOCK, "kept": "*i32", "state": B, "norm": "*fp32", "bias": "*fp32", "out": B},
-        {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128},
-        {"num_warps": 8, "num_stages": 2},
+        SPARSE | {"k": "tensordesc<i8[1,64,1,128]>", "k_scale": "*fp32"},
+        SIZES,
+        SPARSE_OPTIONS,
+    ),
+    "int8_blocks": (
+        sage._int8_blocks,
+        {"x": B, "mean": B, "out": "*i8", "scale": "*fp32"},
+        {"BLOCK": 64, "D": 128},
+        {"num_warps": 4},
     ),
     "linear_state": (
         sparse_linear._linear_state,

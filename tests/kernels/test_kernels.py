@@ -11,7 +11,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sparse_linear
+from turbo_nb.kernels import cross, int8, norms, sage, sparse_linear
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -48,6 +48,15 @@ def smooth(batch, length, heads, dim):
     return q, k, random(batch, length, heads, dim)
 
 
+def use_the_map_of_the_kernels(monkeypatch, args):
+    """In the reference, too, which must not decide ties in another way"""
+    q, k, *_, topk, block_q, block_k = args
+    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)
+    chosen = torch.zeros(*kept.shape[:3], -(-k.shape[1] // block_k), dtype=torch.bool, device=DEVICE)
+    chosen.scatter_(-1, kept.long(), True)
+    monkeypatch.setattr(reference, "block_map", lambda *_: chosen)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
 def test_sparse_linear_attention(length, heads, dim, monkeypatch):
@@ -55,12 +64,48 @@ def test_sparse_linear_attention(length, heads, dim, monkeypatch):
     weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
     for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
         args = (q, k, v, weight, bias, topk, block_q, block_k)
-        kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)  # whose ties the exact one must not decide
-        chosen = torch.zeros(*kept.shape[:3], -(-length // block_k), dtype=torch.bool, device=DEVICE)
-        chosen.scatter_(-1, kept.long(), True)
-        monkeypatch.setattr(reference, "block_map", lambda *_, chosen=chosen: chosen)
+        use_the_map_of_the_kernels(monkeypatch, args)
         exact = reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
         assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args), exact)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sage_linear_attention(length, heads, dim, monkeypatch):
+    q, k, v = smooth(1, length, heads, dim)
+    k = k + 2  # which is no news to a softmax
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        meant = reference.sparse_linear_attention(*wide, in_8_bits).to(DTYPE)
+        assert_close(f"topk {topk}", sage.sage_linear_attention(*args), meant)
+        wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
+        exact = reference.sparse_linear_attention(*wide).to(DTYPE)
+        assert_close(f"topk {topk}, exact", sage.sage_linear_attention(*args), exact, 1.5e-2)
+
+
+def in_8_bits(q, k, v, block_map, block_q, block_k):
+    """`reference.sage_sparse_attention` with v and the probabilities as they are"""
+    q, k = q.to(DTYPE), k.to(DTYPE)
+    q, k = dequantised(q, block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
+    return reference.sparse_attention(q, k, v, block_map, block_q, block_k)
+
+
+def dequantised(x, block):
+    integers, scale = reference._int8_blocks(x, block)
+    return (integers * scale[..., None, None]).flatten(2, 3)[:, :, : x.shape[1]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_int8_blocks_are_exact(length):
+    x = random(2, length, 3, 64) + 1
+    mean = x.mean(1, keepdim=True)
+    expected, expected_scale = reference._int8_blocks(x - mean, 64)
+    out, scale = sage.int8_blocks(x, mean.transpose(1, 2), 64)
+    assert torch.equal(out, expected.flatten(2, 3)[:, :, :length].transpose(1, 2).to(torch.int8))
+    assert torch.equal(scale, expected_scale)
 
 
 def test_a_batch_of_strided_operands():
@@ -69,6 +114,7 @@ def test_a_batch_of_strided_operands():
     args = (random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 1.0, 128, 64)
     exact = reference.sparse_linear_attention(q.float(), k.float(), v.float(), *args).to(DTYPE)
     assert_close("strided", sparse_linear.sparse_linear_attention(q, k, v, *args), exact)
+    assert_close("SageSLA, strided", sage.sage_linear_attention(q, k, v, *args), exact, 1.5e-2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -161,4 +207,4 @@ def test_kernels_compile_for_cards_that_are_not_here(arch, memory, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 4 and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout
+    assert len(lines) == 6 and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout
