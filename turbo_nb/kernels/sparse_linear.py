@@ -206,8 +206,8 @@ def sparse_linear_attention(
 
 
 def sparse_linear(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor, block_q: int, block_k: int,
-    k_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
+    block_q: int, block_k: int, k_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The last kernel: kept of `kept_blocks`, state and norm of `linear_state` → (B, L, H, D) contiguous
 
