@@ -210,7 +210,9 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     operation = OPERATIONS[name]
     found = {"reference": operation.reference, **operation.spellings}
     if operation.triton and device != "cpu" and not backends.no_kernels(backends.probe()):
-        found["triton"] = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
+        found["triton"] = function = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
+        if name == "sparse_linear_attention" and backends.choose("sla").chosen == "gluon":
+            found["gluon"] = partial(function, gluon=True)
     return found
 
 

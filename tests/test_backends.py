@@ -53,8 +53,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         kernels = card not in ("none", "T4") and triton is TRITON
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
         assert choose("sagesla", here).chosen == ("triton" if kernels else "spargeattn" if sage else None)
-        for operation in ("sla", "linear", "block"):
+        for operation in ("linear", "block"):
             assert choose(operation, here).chosen == ("triton" if kernels else "reference")
+        attention = "gluon" if card == "H100" else "triton"
+        assert choose("sla", here).chosen == (attention if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
@@ -73,6 +75,9 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         (machine("A100", triton=Library(version="3.3.1")), "block",
          "the kernels need Triton 3.4 or newer, and this is 3.3.1"),
         (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
+        (machine("RTX 5090"), "sla", "made for sm_90, and this GPU is sm_120"),
+        (machine("H100", triton=Library(version="3.5.1")), "sla",
+         "the kernels need Triton 3.6 or newer, and this is 3.5.1"),
         (Machine(gpu="H100", cuda_error="torch 2.9.0+cpu is built without CUDA"), "rope",
          "torch cannot use the H100: torch 2.9.0+cpu is built without CUDA"),
     ],
@@ -127,7 +132,9 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
     here = machine("H100", spas_sage_attn=WORKS)
     assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["reference", "reference", "sdpa"]
     monkeypatch.setenv("TURBO_NB_ATTENTION", "spargeattn")
-    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["triton", "spargeattn", "sdpa"]
+    assert [choose(kind, here).chosen for kind in ("sla", "sagesla", "original")] == ["gluon", "spargeattn", "sdpa"]
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "triton")
+    assert choose("sla", here).chosen == "triton"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
         ("linear", "int4", r"give one of auto, triton, reference"),
-        ("sla", "int4", r"give one of auto, triton, reference, spargeattn, sdpa"),
+        ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
     ],
 )
 def test_an_impossible_override_says_why(operation, override, words, monkeypatch):

@@ -22,6 +22,8 @@ from .errors import BackendError, InputError, first_line
 PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilation, one launch
 KERNELS_FROM = (8, 0)  # before it Triton has no 8-bit product, and 64 KiB of shared memory are too little
 KERNELS_TRITON = (3, 4)  # the first with tensor descriptors made outside a kernel; it comes with torch 2.8
+GLUON_ARCH = (9, 0)
+GLUON_TRITON = (3, 6)  # the first that our Gluon kernel was compiled and run with
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
 LIBRARIES = {
@@ -137,9 +139,21 @@ def no_kernels(machine: Machine) -> str | None:
         return reason
     if machine.arch < KERNELS_FROM:
         return f"the kernels need {sm(KERNELS_FROM)} or newer, and this GPU is {sm(machine.arch)}"
+    return _old_triton(machine, KERNELS_TRITON)
+
+
+def _no_gluon(machine: Machine) -> str | None:
+    if reason := no_kernels(machine):
+        return reason
+    if machine.arch != GLUON_ARCH:
+        return f"made for {sm(GLUON_ARCH)}, and this GPU is {sm(machine.arch)}"
+    return _old_triton(machine, GLUON_TRITON)
+
+
+def _old_triton(machine: Machine, needed: tuple[int, int]) -> str | None:
     version = machine.libraries["triton"].version
-    if version and tuple(map(int, version.split(".")[:2])) < KERNELS_TRITON:
-        return f"the kernels need Triton {'.'.join(map(str, KERNELS_TRITON))} or newer, and this is {version}"
+    if version and tuple(map(int, version.split(".")[:2])) < needed:
+        return f"the kernels need Triton {'.'.join(map(str, needed))} or newer, and this is {version}"
     return None
 
 
@@ -161,7 +175,7 @@ TRITON = Candidate("triton", no_kernels)
 REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
     "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),
-    "sla": (TRITON, REFERENCE),
+    "sla": (Candidate("gluon", _no_gluon), TRITON, REFERENCE),  # Gluon: Triton's own lower level
     "sagesla": (
         TRITON,  # on an H100 a whole step with SpargeAttn takes longer than one with SLA in Triton
         Candidate("spargeattn", _no_spargeattn),
@@ -221,10 +235,10 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
 
 
 def on_triton(operation: str, *tensors, override: str | None = None) -> bool:
-    """Whether the Triton kernels of `operation` take these tensors: chosen, on a GPU and in bf16 or fp16."""
+    """Whether Triton kernels of `operation`, Gluon's too, take these tensors: chosen, on a GPU and in bf16 or fp16."""
     half = ("torch.bfloat16", "torch.float16")
     fit = all(tensor.is_cuda and str(tensor.dtype) in half for tensor in tensors)
-    return fit and choose(operation, override=override).chosen == "triton"
+    return fit and choose(operation, override=override).chosen in ("gluon", "triton")
 
 
 def asked_for(operation: str) -> str | None:

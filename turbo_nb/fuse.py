@@ -5,9 +5,13 @@ another. LoRA, offload, saving and a plain diffusers pipeline keep working, and 
 CPU, float32, a timestep per token) runs as diffusers has it. q, k and v are fused in `sla.SLAProcessor` itself.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
@@ -33,7 +37,11 @@ def fuse(transformer: nn.Module) -> Report:
     if choice.chosen != "triton":
         reasons = tuple(f"{name}: {reason}" for name, reason in choice.passed_over)
         return Report(0, len(transformer.blocks), reasons)
-    reasons = [reason for block in transformer.blocks if (reason := _fuse(block))]
+    repeats = Kept()  # the same for every block
+    reasons = [reason for block in transformer.blocks if (reason := _fuse(block, repeats))]
+    text = transformer.condition_embedder.text_embedder
+    if type(text) is PixArtAlphaTextProjection and len(reasons) < len(transformer.blocks):
+        text.__class__, text.kept = FusedTextProjection, Kept()
     return Report(len(transformer.blocks) - len(reasons), len(transformer.blocks), tuple(dict.fromkeys(reasons)))
 
 
@@ -43,9 +51,13 @@ def unfuse(transformer: nn.Module) -> None:
         if isinstance(block, FusedBlock):
             block.__class__ = WanTransformerBlock
             block.attn2.set_processor(WanAttnProcessor())
+    text = transformer.condition_embedder.text_embedder
+    if isinstance(text, FusedTextProjection):
+        text.__class__ = PixArtAlphaTextProjection
+        del text.kept
 
 
-def _fuse(block: nn.Module) -> str | None:
+def _fuse(block: nn.Module, repeats: "Kept") -> str | None:
     """The reason why a block stays as it is; None where it was fused"""
     if isinstance(block, FusedBlock):
         return None
@@ -56,24 +68,64 @@ def _fuse(block: nn.Module) -> str | None:
     if type(block.attn2.processor) is not WanAttnProcessor or block.attn2.add_k_proj is not None:
         return "a cross-attention of its own"
     block.__class__ = FusedBlock
-    block.attn2.set_processor(FusedCrossAttention())
+    block.attn2.set_processor(FusedCrossAttention(repeats))
     return None
 
 
+class Kept:
+    """What was last computed from a tensor, for as long as that tensor lives and nobody writes to it."""
+
+    def __init__(self):
+        self._source, self._version, self._result = None, None, None
+
+    def get(self, source: Tensor, compute: Callable[[], Any]) -> Any:
+        """compute(), or its result of last time if that was for this very tensor; with gradients always compute()"""
+        if torch.is_grad_enabled():
+            return compute()
+        version = None if source.is_inference() else source._version
+        if self._source is None or self._source() is not source or self._version != version:
+            self._result = compute()
+            self._source, self._version = weakref.ref(source, self._forget), version
+        return self._result
+
+    def _forget(self, source: weakref.ref) -> None:
+        if source is self._source:
+            self.__init__()
+
+    def __reduce__(self):  # a copy or a pickle starts empty
+        return Kept, ()
+
+
+class FusedTextProjection(PixArtAlphaTextProjection):
+    """diffusers' projection of the prompt's embedding, computed once for all steps of a video."""
+
+    def forward(self, caption: Tensor) -> Tensor:
+        return self.kept.get(caption, lambda: super(FusedTextProjection, self).forward(caption))
+
+
 class FusedCrossAttention(WanAttnProcessor):
-    """diffusers' cross-attention in kernels that take the padding of the prompt for one key."""
+    """diffusers' cross-attention, to keys and values kept from the first step on, with all padding as one key."""
+
+    def __init__(self, repeats: Kept):
+        super().__init__()
+        self.repeats, self.keys = repeats, Kept()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         if attn.fused_projections or attention_mask is not None or not backends.on_triton("block", hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        from .kernels.cross import cross_attention, repeats
+        from .kernels import cross
 
+        text = encoder_hidden_states
+        repeats = self.repeats.get(text, lambda: cross.repeats(text))
+
+        def keys_and_values() -> list[Tensor]:
+            k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_k, attn.to_v), text))
+            return [cross.without_repeats(x, repeats) for x in (rope.norm_rope(k, attn.norm_k), v)]
+
+        k, v = self.keys.get(text, keys_and_values)
         (q,) = project((attn.to_q,), hidden_states)
-        k, v = project((attn.to_k, attn.to_v), encoder_hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        q, k = rope.norm_rope(q, attn.norm_q), rope.norm_rope(k, attn.norm_k)
-        out = cross_attention(q, k, v, repeats(encoder_hidden_states)).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        q = rope.norm_rope(q.unflatten(2, (attn.heads, -1)), attn.norm_q)
+        return attn.to_out[1](attn.to_out[0](cross.cross_attention(q, k, v, repeats).flatten(2)))
 
 
 class FusedBlock(WanTransformerBlock):

@@ -61,7 +61,8 @@ class SparseLinearAttention(nn.Module):
             from .kernels.sparse_linear import sparse_linear_attention
 
             weight, bias = self.proj_l.weight, self.proj_l.bias
-            return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k)
+            gluon = backends.choose("sla").chosen == "gluon"
+            return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k, gluon)
         return self._attend(q, k, v, reference.sparse_attention)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sparse_attention) -> Tensor:

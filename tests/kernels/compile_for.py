@@ -1,6 +1,6 @@
-"""Compile the large kernels for GPUs that are not here: `python compile_for.py 80 90`. Prints shared memory in bytes.
+"""Compile the large kernels for GPUs that are not here: `python compile_for.py 80 90`. "gluon" is that of Hopper alone.
 
-A script of its own, because Triton either compiles or interprets in a process.
+Prints shared memory in bytes. A script of its own, because Triton either compiles or interprets in a process.
 """
 
 import sys
@@ -8,8 +8,9 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from turbo_nb.kernels import cross, int8, sage, sparse_linear
+from turbo_nb.kernels import cross, hopper, int8, sage, sparse_linear
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
@@ -38,7 +39,7 @@ KERNELS = {
     ),
     "cross": (
         cross._cross,
-        {"q": B, "k": B, "v": B, "repeats": "*i32", "out": B},
+        {"q": B, "k": B, "v": B, "out": B, "last_weight": "fp32"},
         {"BLOCK_Q": cross.BLOCK_Q, "BLOCK_K": cross.BLOCK_K, "D": 128},
         {"num_warps": 4, "num_stages": 3},
     ),
@@ -50,12 +51,31 @@ KERNELS = {
     ),
 }
 
+GLUON = {
+    "hopper": (
+        hopper._sparse_linear,
+        dict.fromkeys(("queries", "keys", "values"), f"tensordesc<bf16[64, 128],{hopper.LAYOUT!r}>")
+        | {"states": f"tensordesc<bf16[128, 128],{hopper.LAYOUT!r}>", "kept": "*i32"}
+        | {"norm": "*fp32", "bias": "*fp32", "out": B},
+        {},
+        {"num_warps": 4},
+    )
+}
+
+
+def shared_memory(kernel, pointers: dict, constants: dict, options: dict, arch: int, source=ASTSource) -> int:
+    types = {"scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
+    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source(kernel, signature, values), target=target, options=options).metadata.shared
+
+
 if __name__ == "__main__":
-    for arch in map(int, sys.argv[1:]):
-        for name, (kernel, pointers, constants, options) in KERNELS.items():
-            types = {"scale": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
-            signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
-            values = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
-            source = ASTSource(kernel, signature, values)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            print(arch, name, compiled.metadata.shared)
+    for arch in sys.argv[1:]:
+        if arch == "gluon":
+            for name, described in GLUON.items():
+                print("90", name, shared_memory(*described, 90, GluonASTSource))
+            continue
+        for name, described in KERNELS.items():
+            print(arch, name, shared_memory(*described, int(arch)))

@@ -31,6 +31,23 @@ def _block_means(x, out, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.
 
 
 @triton.jit
+def _keep_largest(score, kept, columns, n, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    bits = tl.load(score + row * columns + at, mask=at < columns, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+    rank = tl.where(bits < 0, bits ^ 0x7FFF, bits)  # an integer that orders as the 16-bit float does
+    rank = tl.where(at < columns, rank, -32769)
+    threshold = -32768  # to become the largest that n ranks reach
+    for bit in range(16):
+        higher = threshold + (32768 >> bit)
+        threshold = tl.where(tl.sum((rank >= higher).to(tl.int32)) >= n, higher, threshold)
+    above, equal = rank > threshold, rank == threshold
+    spare = n - tl.sum(above.to(tl.int32))
+    taken = above | (equal & (tl.cumsum(equal.to(tl.int32)) <= spare))
+    place = tl.cumsum(taken.to(tl.int32)) - 1
+    tl.store(kept + row * n + place, at, mask=taken)
+
+
+@triton.jit
 def _softmax(x):
     x = tl.exp(x.to(tl.float32) - tl.max(x.to(tl.float32), 1)[:, None])
     return x / tl.sum(x, 1)[:, None]
@@ -167,9 +184,19 @@ def kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, m
     """
     means = block_means(k, block_k) if means is None else means
     pooled_k = (means - sequence_mean(means, k.shape[1], block_k)).to(k.dtype)
-    score = block_means(q, block_q).to(q.dtype) @ pooled_k.transpose(-1, -2)
-    n = reference.kept_count(topk, score.shape[-1])
-    return score.topk(n, dim=-1, sorted=False).indices.int().sort(dim=-1).values
+    return keep_largest(block_means(q, block_q).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
+
+
+def keep_largest(score: Tensor, topk: float) -> Tensor:
+    """Where the best share of each row of a bf16 or fp16 score (B, H, Q_blocks, K_blocks) is, in ascending order"""
+    columns = score.shape[-1]
+    n = reference.kept_count(topk, columns)
+    kept = torch.empty(*score.shape[:-1], n, dtype=torch.int32, device=score.device)
+    block = triton.next_power_of_2(columns)
+    _keep_largest[(kept[..., 0].numel(),)](
+        score.contiguous(), kept, columns, n, BLOCK=block, num_warps=min(8, max(1, block // 256))
+    )
+    return kept
 
 
 def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,11 +225,20 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sparse_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int
-) -> Tensor:
-    """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous"""
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    gluon: bool = False,
+) -> Tensor:  # fmt: skip
+    """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
+
+    gluon: the last kernel is that of `hopper`, where it takes these blocks and this head_dim.
+    """
     kept = kept_blocks(q, k, topk, block_q, block_k)
-    return sparse_linear(q, k, v, kept, *linear_state(k, v, weight), bias, block_q, block_k)
+    state, norm = linear_state(k, v, weight)
+    if gluon and (block_q, block_k, q.shape[3]) == (128, 64, 128):
+        from . import hopper
+
+        return hopper.sparse_linear(q, k, v, kept, state, norm, bias, q.shape[3] ** -0.5 * LOG2_E)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k)
 
 
 def sparse_linear(
@@ -215,8 +251,7 @@ def sparse_linear(
     """
     batch, length, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # two key blocks at a time through the copy engine of Hopper and newer: 400 TFLOP/s on an H100 where loads by
-    # pointer gave 350, and one block at a time 350 either way; older cards get loads from the same descriptors
+    # two key blocks at a time through the copy engine of Hopper and newer; older cards get loads from the descriptors
     keys, values = (TensorDescriptor.from_tensor(x, [1, block_k, 1, dim]) for x in (k, v))
     _sparse_linear[(kept.shape[2], batch * heads)](
         q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E,
