@@ -52,10 +52,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         assert choose("original", here) == Choice("original", "sdpa")
         kernels = card not in ("none", "T4") and triton is TRITON
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
-        assert choose("sagesla", here).chosen == ("triton" if kernels else "spargeattn" if sage else None)
+        attention = "gluon" if card == "H100" else "triton"
+        assert choose("sagesla", here).chosen == (attention if kernels else "spargeattn" if sage else None)
         for operation in ("linear", "block"):
             assert choose(operation, here).chosen == ("triton" if kernels else "reference")
-        attention = "gluon" if card == "H100" else "triton"
         assert choose("sla", here).chosen == (attention if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
@@ -98,8 +98,8 @@ def test_reasons_in_words(here, operation, reason):
 )  # fmt: skip
 def test_sagesla_where_nothing_runs_it_says_what_to_do(here, reason):
     choice = choose("sagesla", here)
-    assert [name for name, _ in choice.passed_over] == ["triton", "spargeattn", "reference"]
-    assert choice.passed_over[1][1] == reason
+    assert [name for name, _ in choice.passed_over] == ["gluon", "triton", "spargeattn", "reference"]
+    assert choice.passed_over[2][1] == reason
     with pytest.raises(BackendError, match=rf"triton: .*{reason}.*--attention_type sla.*build SpargeAttn"):
         choice.require()
     assert choose("sla", here).require() == "reference"
@@ -107,10 +107,11 @@ def test_sagesla_where_nothing_runs_it_says_what_to_do(here, reason):
 
 def test_spargeattn_is_taken_where_it_is_asked_for_or_triton_does_not_work():
     here = machine("H100", spas_sage_attn=WORKS)
-    assert choose("sagesla", here) == Choice("sagesla", "triton")
+    assert choose("sagesla", here) == Choice("sagesla", "gluon")
     assert choose("sagesla", here, "spargeattn").chosen == "spargeattn"
     here = machine("H100", spas_sage_attn=WORKS, triton=Library(version="3.5.0", error=NO_COMPILER))
-    assert choose("sagesla", here).passed_over == (("triton", f"Triton 3.5.0 found but {NO_COMPILER}"),)
+    reason = f"Triton 3.5.0 found but {NO_COMPILER}"
+    assert choose("sagesla", here).passed_over == (("gluon", reason), ("triton", reason))
     assert choose("sagesla", here).chosen == "spargeattn"
 
 

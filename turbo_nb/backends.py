@@ -171,12 +171,14 @@ def _no_spargeattn(machine: Machine) -> str | None:
 
 
 # Operation → implementations, the preferred first. A new kernel is one row here.
+GLUON = Candidate("gluon", _no_gluon)  # Triton's own lower level
 TRITON = Candidate("triton", no_kernels)
 REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
     "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),
-    "sla": (Candidate("gluon", _no_gluon), TRITON, REFERENCE),  # Gluon: Triton's own lower level
+    "sla": (GLUON, TRITON, REFERENCE),
     "sagesla": (
+        GLUON,
         TRITON,  # on an H100 a whole step with SpargeAttn takes longer than one with SLA in Triton
         Candidate("spargeattn", _no_spargeattn),
         Candidate("reference", _anywhere, by_name_only=True),

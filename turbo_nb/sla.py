@@ -78,7 +78,7 @@ class SparseLinearAttention(nn.Module):
 class SageSparseLinearAttention(SparseLinearAttention):
     """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of what runs it.
 
-    backend: "triton", whose product with v is in v's 16 bits and which is the more exact for it; "spargeattn"; or
+    backend: "gluon" or "triton", whose product with v is in v's 16 bits and so more exact; "spargeattn"; or
     "reference", which is plain PyTorch, runs anywhere and shows what 8 bits throughout do to a picture, slower than
     SLA. None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it cannot run, or there is
     no fast one.
@@ -99,13 +99,15 @@ class SageSparseLinearAttention(SparseLinearAttention):
         self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = backends.choose("sagesla", override=self.backend).chosen
         if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sagesla", q, k, v, override=self.backend):
             from .kernels.sage import sage_linear_attention
 
             weight, bias = self.proj_l.weight, self.proj_l.bias
-            return sage_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k)
-        fast = backends.choose("sagesla", override=self.backend).chosen == "spargeattn"
-        fast = fast and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
+            return sage_linear_attention(
+                q, k, v, weight, bias, self.topk, self.block_q, self.block_k, chosen == "gluon"
+            )
+        fast = chosen == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
         return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
 
 

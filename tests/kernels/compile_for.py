@@ -56,11 +56,17 @@ GLUON = {
         hopper._sparse_linear,
         dict.fromkeys(("queries", "keys", "values"), f"tensordesc<bf16[64, 128],{hopper.LAYOUT!r}>")
         | {"states": f"tensordesc<bf16[128, 128],{hopper.LAYOUT!r}>", "kept": "*i32"}
-        | {"norm": "*fp32", "bias": "*fp32", "out": B},
+        | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B},
         {},
         {"num_warps": 4},
-    )
+    ),
 }
+GLUON["hopper sage"] = (
+    hopper._sparse_linear,
+    GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper.LAYOUT_INT8!r}>"},
+    {},
+    {"num_warps": 4},
+)
 
 
 def shared_memory(kernel, pointers: dict, constants: dict, options: dict, arch: int, source=ASTSource) -> int:

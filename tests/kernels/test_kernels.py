@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,10 @@ def test_sage_linear_attention(length, heads, dim, monkeypatch):
         assert_close(f"topk {topk}, exact", sage.sage_linear_attention(*args), exact, 1.5e-2)
 
 
-def in_8_bits(q, k, v, block_map, block_q, block_k):
-    """`reference.sage_sparse_attention` with v and the probabilities as they are"""
+def in_8_bits(q, k, v, block_map, block_q, block_k, q_rows=None):
+    """`reference.sage_sparse_attention` with v and the probabilities as they are; q_rows: of q with a scale each"""
     q, k = q.to(DTYPE), k.to(DTYPE)
-    q, k = dequantised(q, block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
+    q, k = dequantised(q, q_rows or block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
     return reference.sparse_attention(q, k, v, block_map, block_q, block_k)
 
 
@@ -110,7 +111,7 @@ def test_int8_blocks_are_exact(length):
 
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_gluon_kernel_is_the_triton_one(length):
+def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
     q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
     q[1], v[1] = random(length, 3, 128), random(length, 3, 128)
     weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
@@ -119,6 +120,11 @@ def test_the_gluon_kernel_is_the_triton_one(length):
         expected = sparse_linear.sparse_linear_attention(*args)
         for _ in range(3):  # a race would show now and then
             assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args, gluon=True), expected)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        expected = reference.sparse_linear_attention(*wide, partial(in_8_bits, q_rows=64)).to(DTYPE)
+        for _ in range(3):
+            assert_close(f"SageSLA, topk {topk}", sage.sage_linear_attention(*args, gluon=True), expected)
 
 
 def test_a_batch_of_strided_operands():
@@ -224,7 +230,7 @@ def test_int8_linear(shape):
     assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 6), ("gluon", 227, 1)])
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 6), ("gluon", 227, 2)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -234,27 +234,28 @@ def sparse_linear_attention(
     """
     kept = kept_blocks(q, k, topk, block_q, block_k)
     state, norm = linear_state(k, v, weight)
-    if gluon and (block_q, block_k, q.shape[3]) == (128, 64, 128):
-        from . import hopper
-
-        return hopper.sparse_linear(q, k, v, kept, state, norm, bias, q.shape[3] ** -0.5 * LOG2_E)
-    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, gluon)
 
 
 def sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
-    block_q: int, block_k: int, k_scale: Tensor | None = None,
+    block_q: int, block_k: int, gluon: bool, k_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The last kernel: kept of `kept_blocks`, state and norm of `linear_state` → (B, L, H, D) contiguous
 
     k_scale: (B, H, K_blocks) float32 of a k in int8, which makes it SageSLA.
     """
     batch, length, heads, dim = q.shape
+    scale = dim**-0.5 * LOG2_E
+    if gluon and (block_q, block_k, dim) == (128, 64, 128):
+        from . import hopper
+
+        return hopper.sparse_linear(q, k, v, kept, state, norm, bias, scale, k_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # two key blocks at a time through the copy engine of Hopper and newer; older cards get loads from the descriptors
     keys, values = (TensorDescriptor.from_tensor(x, [1, block_k, 1, dim]) for x in (k, v))
     _sparse_linear[(kept.shape[2], batch * heads)](
-        q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E,
-        *_strides(q), BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
+        q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], scale, *_strides(q),
+        BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out
