@@ -91,7 +91,7 @@ def vae(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """Decoding of random latents; modes: eager, channels_last."""
+    """Decoding of random latents; modes: eager, channels_last, fused."""
     from turbo_nb.plan import device_of
 
     from . import harness

@@ -25,7 +25,7 @@ FLAT = 2  # standard deviation of 8-bit frames
 def jobs(model: str, prompt: str | None, device: str, load: dict, clip: dict) -> Iterator[Job]:
     """A job for each stage. prompt: None for one that suits the model. load, clip: as for `load_pipeline` and
     `generate`. Raises what these raise."""
-    pipeline = turbo_nb.load_pipeline(model, device=device, memory_plan="resident", **load)
+    pipeline = turbo_nb.load_pipeline(model, device=device, memory_plan="resident", text_cache=False, **load)
     prompt = pipeline.spec.example if prompt is None else prompt
     first, first_timings = make(pipeline, prompt, clip)
     video, timings = make(pipeline, prompt + " ", clip)  # the same text, and not a prompt that is remembered

@@ -121,9 +121,12 @@ def linear_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) 
     return x, *reference.int8_quantize(weight / inputs**0.5), bias
 
 
-def matrix_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """x (rows, inputs)"""
-    return tuple(_noise(device, dtype, shape[:2]))
+def row_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
+    """The arguments of `reference.row_linear`"""
+    rows, inputs, outputs = shape
+    x, weight, bias = _noise(device, dtype, (rows, inputs), (outputs, inputs), (outputs,))
+    q, scale, _ = reference.row_quantize(weight / inputs**0.5)
+    return x, q, scale, bias
 
 
 # A new kernel is one more spelling here. "chosen" is what the package takes on this machine.
@@ -157,19 +160,17 @@ OPERATIONS = {
         shapes=ATTENTION,
         triton="sage",
     ),
-    "int8_quantize": Operation(
-        make_inputs=matrix_inputs,
-        reference=reference.int8_quantize,
-        spellings={"chosen": linear.int8_quantize},
+    "row_linear": Operation(
+        make_inputs=row_inputs,
+        reference=reference.row_linear,
+        spellings={"chosen": linear.row_linear},
         shapes=LINEAR,
-        triton="int8",
     ),
     "int8_linear": Operation(
         make_inputs=linear_inputs,
         reference=reference.int8_linear,
         spellings={"chosen": linear.int8_linear},
         shapes=LINEAR,
-        triton="int8",
     ),
 }
 
@@ -211,7 +212,7 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     found = {"reference": operation.reference, **operation.spellings}
     if operation.triton and device != "cpu" and not backends.no_kernels(backends.probe()):
         found["triton"] = function = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
-        if name == "sparse_linear_attention" and backends.choose("sla").chosen == "gluon":
+        if name in ("sparse_linear_attention", "sage_linear_attention") and backends.choose("sla").chosen == "gluon":
             found["gluon"] = partial(function, gluon=True)
     return found
 

@@ -1,6 +1,6 @@
 """One step of a Wan transformer of a named shape, with random weights: speed does not depend on their values.
 
-The check. A mode is held against the same weights in float32 with exact attention, on a smaller clip and with fewer
+The check. A mode is held against the bf16 weights in float32 with exact attention, on a smaller clip and with fewer
 layers, and may err by a tenth more than the plain bf16 modules (mode "reference") do. Which blocks sparse attention
 keeps is decided by near ties, and one block more or less outweighs every rounding; so the maps that the plain bf16
 modules choose are recorded, and both the mode and the float32 model get them back ("same block maps"). A mode that does
@@ -193,12 +193,15 @@ def _compiled(transformer: nn.Module) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-@contextmanager
-def _reference(transformer: nn.Module) -> Iterator[None]:
+def plain_pytorch():
+    """A context in which every operation is its reference"""
     # not rope's, which is looked up once a process
     variables = {variable for operation, variable in backends.VARIABLES.items() if operation != "rope"}
-    with patch.dict(os.environ, dict.fromkeys(variables, "reference")):
-        yield
+    return patch.dict(os.environ, dict.fromkeys(variables, "reference"))
+
+
+def _reference(transformer: nn.Module):
+    return plain_pytorch()
 
 
 # reference: plain PyTorch; eager: diffusers' blocks with what `backends` chooses; fused: `turbo_nb.fuse`
@@ -268,7 +271,8 @@ def maps_from(source: Callable[..., Tensor]) -> Iterator[None]:
 
 
 class Plain:
-    """The plain bf16 modules: the maps they choose, the float32 output on the same maps, and their error against it."""
+    """The plain modules in bf16, with 8-bit linears where asked: the maps they choose, the float32 output of the bf16
+    weights on the same maps, and their error against it."""
 
     def __init__(self, setup: Setup):
         choose, self.maps = reference.block_map, []
@@ -277,10 +281,12 @@ class Plain:
             self.maps.append(choose(*arguments))
             return self.maps[-1]
 
-        transformer = build(setup)
+        with plain_pytorch():  # from the loading on, which makes 8-bit weights for what will run them
+            transformer = build(setup)
         with maps_from(record), using("reference", transformer):
             out = velocity(transformer, make_inputs(setup))
-        exact = build(replace(setup, attention="original" if setup.attention == "original" else "sla"), torch.float32)
+        attention = "original" if setup.attention == "original" else "sla"
+        exact = build(replace(setup, attention=attention, linears="bf16"), torch.float32)
         if self.maps:  # SageSLA may have blocks of other sizes
             for ours, theirs in zip(exact.blocks, transformer.blocks, strict=True):
                 ours, theirs = ours.attn1.processor.sla, theirs.attn1.processor.sla

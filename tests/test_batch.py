@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from turbo_nb import batch, media, pipeline
+from turbo_nb import batch, download, media, pipeline
 from turbo_nb.errors import InputError, OutputError, TurboNbError
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "05_batch.ipynb"
@@ -177,15 +177,15 @@ def test_an_id_is_what_determines_the_video(nano):
 
 
 def test_weights_are_known_by_content_not_by_name(tmp_path):
-    data = bytearray(np.random.default_rng(0).bytes(3 * batch.PIECE * batch.PIECES // 2))
+    data = bytearray(np.random.default_rng(0).bytes(3 * download.PIECE * download.PIECES // 2))
     first, moved = tmp_path / "a.pth", tmp_path / "b.pth"
     first.write_bytes(data)
-    before = batch._fingerprint(first)
+    before = download.fingerprint(first)
     first.rename(moved)
-    assert batch._fingerprint(moved) == before
-    data[len(data) // 2 : len(data) // 2 + 2 * batch.PIECE] = bytes(2 * batch.PIECE)
+    assert download.fingerprint(moved) == before
+    data[len(data) // 2 : len(data) // 2 + 2 * download.PIECE] = bytes(2 * download.PIECE)
     moved.write_bytes(data)
-    assert batch._fingerprint(moved) != before
+    assert download.fingerprint(moved) != before
     folder = tmp_path / "vae"
     folder.mkdir()
     moved.rename(folder / "b.pth")

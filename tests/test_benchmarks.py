@@ -168,9 +168,13 @@ def test_the_blocks_to_keep_are_beyond_doubt(length):
 def test_a_vae_is_a_row_and_a_wrong_one_is_not(bench, monkeypatch, capsys):
     monkeypatch.setitem(vae.MODES, "wrong", lambda module: module.decoder.conv_in.weight.mul_(1.2))
     options = ("--vae", NANO.folder / "vae", "--size", "16x16x1", "--check-size", "16x16x1")
-    code, rows = bench("vae", *options, "--mode", "eager,wrong,channels_last", *QUICK)
-    assert code == 1 and [row["mode"] for row in rows] == ["eager", "channels_last"]
-    assert rows[0]["check"].startswith("PSNR ") and "wrong: rel. L2" in capsys.readouterr().out
+    code, rows = bench("vae", *options, "--mode", "eager,wrong,channels_last,fused", *QUICK)
+    assert code == 1 and [row["mode"] for row in rows] == ["eager", "channels_last", "fused"]
+    assert (
+        rows[0]["check"].startswith("PSNR ")
+        and "inf against plain bf16" in rows[0]["check"]
+        and "wrong: rel. L2" in capsys.readouterr().out
+    )
     code, rows = bench("vae", "--base-dim", 8, *options[2:], *QUICK)
     assert code == 0 and rows[-1]["weights"] == "random"
 

@@ -42,12 +42,14 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
         "decode",
         "write",
     ]
+    assert re.search(r"denoise \d+\.\d\d s \(steps( \d+\.\d\d){4}\)", lines[-1])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["red.mp4"]
     again = run(
         "t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path,
         TURBO_NB_PRICE_PER_HOUR="3600",  # a dollar a second
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
+    assert re.search(r"a video takes about \d+\.\d (s|min), from \d+ earlier videos? here", again.stderr)
     times = again.stdout.splitlines()[-1]
     seconds = sum(map(float, re.findall(r"(\d+\.\d+) s", times)))
     assert float(times.partition("$")[2]) == pytest.approx(seconds, abs=0.03) and "$" not in result.stdout

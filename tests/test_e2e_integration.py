@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, plan
+from turbo_nb import catalog, cli, offload, pipeline, plan
 from turbo_nb.checkpoint import convert, load_transformer
 from turbo_nb.errors import CheckpointError, InputError, TurboNbError
 
@@ -220,6 +221,7 @@ def test_one_checkpoint_for_a_model_of_two_experts(folder, parts):
 
 
 def test_a_freed_text_encoder_is_loaded_once_a_prompt_and_makes_the_same_clip(folder, parts):
+    parts = parts | {"text_cache": False}
     whole = turbo_nb.load_pipeline(folder / "tiny.pth", **parts)
     freed = turbo_nb.load_pipeline(folder / "tiny.pth", **parts, memory_plan="free-text", on_plan=lambda chosen: None)
     loads, load = [], freed.encoder._load
@@ -227,6 +229,43 @@ def test_a_freed_text_encoder_is_loaded_once_a_prompt_and_makes_the_same_clip(fo
     clips = [turbo_nb.generate(p, text, **CLIP).frames for text in ("one", "two", "one") for p in (whole, freed)]
     assert all(np.array_equal(a, b) for a, b in zip(clips[::2], clips[1::2], strict=True))
     assert loads == ["cpu", "cpu"] and freed.text_encoder is None and whole.text_encoder is not None
+
+
+def test_experts_that_take_turns_make_the_same_clip_and_their_switch_is_timed(folder, i2v, monkeypatch):
+    before, make = (
+        i2v.plan,
+        lambda: turbo_nb.generate(i2v, "x", image=folder / "picture.png", **CLIP | {"num_steps": 4}),
+    )
+    expected, parts = make(), (i2v.transformer, i2v.transformer_2, i2v.vae)
+    assert "switch" not in expected.timings
+    slowly = _slowly(offload.Turn._come)
+    monkeypatch.setattr(offload.Turn, "_come", slowly)
+    try:
+        pipeline._apply(i2v, replace(before, name="offload", offload="model", text_encoder="freed"))
+        for _ in range(2):
+            video = make()
+            assert np.array_equal(video.frames, expected.frames) and not any(part._hf_hook.there for part in parts)
+            assert list(video.timings) == ["text", "denoise", "switch", "decode"]
+            assert video.timings["switch"] >= 0.4 and len(video.steps) == 4
+            assert sum(video.steps) <= video.timings["denoise"]
+        assert slowly.calls == 2 * 4  # VAE, expert, expert, VAE
+        monkeypatch.setattr(i2v.scheduler.__class__, "step", lambda *_, **__: pytest.fail("broken"))
+        with pytest.raises(pytest.fail.Exception):
+            make()
+        assert not any(part._hf_hook.there for part in parts)
+    finally:
+        pipeline._apply(i2v, before)
+    assert not any(hasattr(part, "_hf_hook") for part in parts)
+
+
+def _slowly(function):
+    def slow(self, *args):
+        slow.calls += 1
+        time.sleep(0.2)
+        return function(self, *args)
+
+    slow.calls = 0
+    return slow
 
 
 def test_the_plan_is_told_before_anything_is_loaded(folder, parts, monkeypatch):

@@ -93,11 +93,13 @@ def test_caches_and_their_sizes(monkeypatch, tmp_path):
     (blobs / "one").write_bytes(bytes(700))
     (blobs / "two").write_bytes(bytes(63))
     (blobs.parent / "link").symlink_to(blobs / "one")
-    hub, triton = environment.caches()
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "ours"))
+    hub, triton, prompt = environment.caches()
     assert (hub.name, hub.path, hub.writable) == ("Hub", str(tmp_path / "hf" / "hub"), True)
     assert 763 <= hub.size < 700 + 763  # the link is not a second copy
     assert (triton.name, triton.size, triton.path) == ("Triton", 0, str(tmp_path / ".triton" / "cache"))
-    assert not (tmp_path / ".triton").exists()
+    assert (prompt.name, prompt.path) == ("prompt", str(tmp_path / "ours" / "text"))
+    assert not (tmp_path / ".triton").exists() and not (tmp_path / "ours").exists()
 
 
 def write(root, files):

@@ -11,9 +11,9 @@ import turbo_nb
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 ORDER = [
     ("errors",), ("catalog",), ("environment",), ("kernels",), ("backends",), ("rope", "scheduler"),
-    ("linear",), ("sla",), ("fuse",), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",),
-    ("history",), ("plan",), ("auto",), ("text",), ("pipeline",), ("rope_study", "sla_study"), ("batch",),
-    ("preflight",), ("verify",), ("studio",), ("ui",), ("cli",),
+    ("linear",), ("sla",), ("fuse", "vae"), ("weights",), ("checkpoint",), ("download",), ("sources",), ("media",),
+    ("estimate",), ("history",), ("offload",), ("plan",), ("auto",), ("text",), ("pipeline",),
+    ("rope_study", "sla_study"), ("batch",), ("preflight",), ("verify",), ("studio",), ("ui",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 

@@ -10,10 +10,15 @@ from turbo_nb.kernels import reference
 from turbo_nb.linear import (
     Int8Linear,
     empty_linears,
+    in_rows,
     int8_dequantize,
     int8_linear,
     int8_quantize,
     is_quantized,
+    row_linear,
+    row_quantize,
+    to_rows,
+    to_tiles,
 )
 
 
@@ -79,6 +84,34 @@ def test_the_blocks_linears_change_their_kind_but_proj_l():
     assert {"to_q.int8_weight", "to_q.scale", "to_q.bias"} < set(block.state_dict())
     assert empty_linears(model, False, torch.float16) == 1 and not is_quantized(model)
     assert block["to_q"].weight.dtype == torch.float16 and block["to_q"].weight.is_meta
+
+
+def test_a_scale_for_each_row():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 40, 256), torch.randn(130, 256), torch.randn(130)
+    x[0, 3, 5] = 100  # which makes its whole tile coarse, and only its own row
+    exact = torch.nn.functional.linear(x, weight, bias)
+    q, scale, _ = row_quantize(weight)
+    rows, tiles = row_linear(x, q, scale, bias), int8_linear(x, *int8_quantize(weight), bias)
+    away = [i for i in range(40) if i != 3]
+    assert (rows - exact)[:, away].norm() < 0.013 * exact[:, away].norm()
+    assert (tiles - exact)[:, away].norm() > 0.1 * exact[:, away].norm()
+    gelu = row_linear(x, q, scale, bias, gelu=True)
+    assert torch.allclose(gelu, torch.nn.functional.gelu(rows, approximate="tanh"))
+
+
+def test_to_rows_and_back():
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 130)
+    module = nn.Sequential(Int8Linear.from_linear(linear), nn.Linear(2, 2))
+    x, tiled = torch.randn(5, 256), module[0].int8_weight.clone()
+    expected, exact = module[0](x), linear(x)
+    to_rows(module)
+    assert module[0].scale.shape == (130,) and in_rows([module[0]]) and not in_rows([module[0], module[1]])
+    assert (module[0](x) - exact).norm() < 1.1 * (expected - exact).norm()
+    to_rows(module)  # twice is once
+    to_tiles(module)
+    assert module[0].scale.shape == (2, 2) and (module[0].int8_weight.int() - tiled.int()).abs().max() <= 1
 
 
 def test_shapes_that_do_not_fit_are_errors():

@@ -1,5 +1,7 @@
 """generate(): the same seed, the same clip; the same as diffusers' own call; clear errors."""
 
+import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -21,6 +23,34 @@ def test_a_seed_is_a_clip(nano):
     assert a.frames.shape == (5, 128, 128, 3) and a.frames.dtype == np.uint8
     assert np.array_equal(a.frames, b.frames) and not np.array_equal(a.frames, c.frames)
     assert set(a.timings) == {"text", "denoise", "decode"} and min(a.timings.values()) > 0
+
+
+def test_each_step_is_timed_without_what_is_done_between_them(nano):
+    video = turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=3, on_step=lambda *_: time.sleep(0.2))
+    assert len(video.steps) == 3 and min(video.steps) > 0
+    assert sum(video.steps) < video.timings["denoise"] - 0.6  # a preview is no step's work
+    slow = nano.transformer.register_forward_pre_hook(lambda *_: time.sleep(1))  # as a plan brings weights
+    try:
+        (step,) = turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=1).steps
+        assert step < 1
+    finally:
+        slow.remove()
+    assert not nano.transformer._forward_pre_hooks
+
+
+def test_a_step_that_did_not_end_is_not_counted(nano, monkeypatch):
+    step, failures = RCMScheduler.step, [torch.OutOfMemoryError("full")]
+    frugal = replace(nano.plan, next=None)
+    monkeypatch.setattr(nano, "plan", replace(nano.plan, next=frugal))
+
+    def full(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(RCMScheduler, "step", full)
+    with pytest.warns(UserWarning, match="out of memory while at denoise"):
+        assert len(turbo_nb.generate(nano, PROMPT, **SHORT).steps) == 2
 
 
 def test_it_is_diffusers_own_call(nano):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from turbo_nb import catalog, environment
+from turbo_nb import catalog, environment, offload
 from turbo_nb.environment import Memory
 from turbo_nb.errors import InputError
 from turbo_nb.plan import GB, PLANS, apply, choose, free_memory, sizes
@@ -132,13 +132,17 @@ class Recorder:
     ("name", "done"),
     [
         ("resident", {"transformer to cuda", "transformer_2 to cuda", "vae to cuda", "vae disable_tiling"}),
-        ("offload", {" to cpu", " enable_model_cpu_offload cuda", "vae disable_tiling"}),
-        ("offload-tiled", {" enable_model_cpu_offload cuda", "vae enable_tiling"}),
+        ("offload", {"turns of transformer, transformer_2, vae on cuda", "vae disable_tiling"}),
+        ("offload-tiled", {"turns of transformer, transformer_2, vae on cuda", "vae enable_tiling"}),
         ("group", {"transformer to cpu", "vae to cuda", "vae enable_tiling",
                    "transformer_2 enable_group_offload cuda cpu block_level 1 True"}),
     ],
 )  # fmt: skip
-def test_a_plan_is_carried_out(name, done):
+def test_a_plan_is_carried_out(name, done, monkeypatch):
     told = []
+    turns = lambda pipeline, modules, device: told.append(  # noqa: E731
+        f"turns of {', '.join(module._name for module in modules)} on {device}"
+    )
+    monkeypatch.setattr(offload, "take_turns", turns)
     apply(plan_for(I2V, 40, quantised=True, name=name), Recorder(told))
     assert told[0] == " remove_all_hooks" and done <= set(told)

@@ -30,7 +30,9 @@ def test_a_clip_is_made_and_found_again(made):
     assert order == list(studio.STAGES)
     assert ("running", "denoise", 1, 2, True) in events and events[-1] == ("finished", "write", 0, 0, False)
     found = Studio(made.history.folder).history.runs()
-    assert found == [job.run] and set(job.run.timings) == {"load", "text", "denoise", "decode"}
+    assert set(job.run.timings) == {"load", "text", "denoise", "decode", "write"} and len(job.run.steps) == 2
+    job.run.timings.pop("write")
+    assert found == [job.run]
     assert found[0].settings["seed"] == 3 and found[0].machine == studio.machine()
 
 
@@ -115,7 +117,8 @@ def test_remarks_of_generate_are_notes(made):
     assert ["only knows moving shapes" in note for note in made.job.notes] == [True]
 
 
-def test_the_outlook_knows_size_memory_and_earlier_runs(made):
+def test_the_outlook_knows_size_memory_and_earlier_runs(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
     request = Request(**SMALL)
     before = made.outlook(request)
     assert (before.width, before.height, before.num_frames, before.time, before.loaded) == (64, 64, 5, None, False)

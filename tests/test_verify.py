@@ -47,6 +47,13 @@ def test_a_sound_machine_passes_and_says_what_it_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_text_encoder_is_tried_even_for_a_prompt_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path))
+    verify.load(catalog.NANO, False, "cpu", loaded := [])
+    loaded[0].encoder("a red circle")
+    assert not list(tmp_path.iterdir())
+
+
 def red(checks):
     return [check.name for check in checks if not check.passed]
 

@@ -94,6 +94,7 @@ class Backends(Machine):
     original: Choice
     linear: Choice
     block: Choice
+    vae: Choice
 
     @property
     def attention(self) -> Choice:
@@ -186,6 +187,7 @@ CANDIDATES = {
     "original": (Candidate("sdpa", _anywhere),),
     "linear": (TRITON, REFERENCE),
     "block": (TRITON, REFERENCE),
+    "vae": (TRITON, REFERENCE),
 }
 VARIABLES = {
     "rope": "TURBO_NB_ROPE",
@@ -194,6 +196,7 @@ VARIABLES = {
     "original": "TURBO_NB_ATTENTION",
     "linear": "TURBO_NB_LINEAR",
     "block": "TURBO_NB_BLOCK",
+    "vae": "TURBO_NB_VAE",
 }
 
 
@@ -203,12 +206,12 @@ def sm(arch: tuple[int, int]) -> str:
 
 
 def choose(operation: str, machine: Machine | None = None, override: str | None = None) -> Choice:
-    """What runs `operation` ("rope", "sla", "sagesla", "original", "linear" or "block") on `machine` (None: this one).
+    """What runs `operation`, one of `CANDIDATES` ("rope", "sla", "sagesla", …), on `machine` (None: this one).
 
-    override, else the operation's variable (TURBO_NB_ROPE, TURBO_NB_ATTENTION, TURBO_NB_LINEAR, TURBO_NB_BLOCK), asks
-    for one by name; "auto" or nothing takes the first that can run. A name that only another kind of attention has
-    leaves this kind as it is. `.chosen` is None where nothing can run it. Raises InputError for an unknown operation,
-    and BackendError for an unknown name or one that cannot run here.
+    override, else the operation's variable (TURBO_NB_ROPE, TURBO_NB_ATTENTION, TURBO_NB_LINEAR, TURBO_NB_BLOCK,
+    TURBO_NB_VAE), asks for one by name; "auto" or nothing takes the first that can run. A name that only another kind
+    of attention has leaves this kind as it is. `.chosen` is None where nothing can run it. Raises InputError for an
+    unknown operation, and BackendError for an unknown name or one that cannot run here.
     """
     if operation not in CANDIDATES:
         raise InputError(f"operation is {operation!r}; it is one of {', '.join(CANDIDATES)}")

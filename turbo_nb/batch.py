@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING
 
-from . import catalog, environment, media, pipeline
+from . import catalog, download, environment, media, pipeline
 from .errors import InputError, OutputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 MANIFEST, SHEET, LOCK = "manifest.jsonl", "contact_sheet.png", ".lock"
 SHEET_CLIPS, SHEET_SIDE = 100, 208  # the most clips on a contact sheet, and the longest side of a frame there in pixels
 MAX_TRIES = 2  # worker processes that may die over one job
-PIECE, PIECES = 2**16, 64  # bytes and number of the pieces that a weights file is known by
 
 # What a row may set: the arguments of `generate` that determine a clip
 SETTINGS = {
@@ -85,7 +84,11 @@ class Summary:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Cells of the table, its head first; timings in seconds."""
-        stages = ("text", "denoise", "decode", "write")
+        stages = [
+            stage
+            for stage in ("text", "denoise", "switch", "decode", "write")
+            if stage != "switch" or any(stage in record["timings"] for record in self.records)
+        ]
         priced = any(record.get("cost") is not None for record in self.records)
         yield ("video", "prompt", "seed", *stages, "total", *(["cost"] if priced else []))
         for record in self.records:
@@ -336,22 +339,7 @@ def _identity(made_of: dict, spec) -> dict:
 
 def _fingerprints(paths) -> list[str]:
     paths = paths if isinstance(paths, tuple | list) else [paths]
-    return [_fingerprint(Path(path)) for path in paths if path is not None]
-
-
-def _fingerprint(path: Path) -> str:
-    """A hash of sizes and evenly spaced pieces of a file, or of a folder's: 28 GB take milliseconds, not minutes"""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if not file.is_file():  # a folder; what is missing is told when it is loaded
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}\n".encode())
-        with file.open("rb") as opened:
-            for offset in range(0, size, max(PIECE, size // PIECES)):
-                opened.seek(offset)
-                digest.update(opened.read(PIECE))
-    return digest.hexdigest()
+    return [download.fingerprint(Path(path)) for path in paths if path is not None]
 
 
 # The folder
@@ -467,9 +455,11 @@ def _found(task: _Task) -> dict | None:
 
 def _done(task: _Task, told: dict, **timings: float) -> dict:
     """The record of a finished video, from the metadata in it"""
-    settings = {name: value for name, value in told.items() if name not in ("job", "timings")}
+    settings = {name: value for name, value in told.items() if name not in ("job", "timings", "steps")}
     size = task.path.stat().st_size
-    return task.record("done", settings=settings, timings=told["timings"] | timings, bytes=size)
+    return task.record(
+        "done", settings=settings, timings=told["timings"] | timings, steps=told.get("steps", []), bytes=size
+    )
 
 
 def _contact_sheet(folder: Path) -> Path | None:
@@ -588,7 +578,10 @@ def _make_all(tasks: list[_Task], load, workers: int | None, folder: Path, lock:
             raise InputError(f"workers is {workers}, and there is one a GPU, of which torch sees {gpus} here")
         workers = min(workers or max(1, gpus), len(tasks))
         largest = max((task.settings for task in tasks), key=lambda s: s.width * s.height * s.num_frames)
-        load = {"clip": (largest.width, largest.height, largest.num_frames)} | load
+        load = {
+            "clip": (largest.width, largest.height, largest.num_frames),
+            "prompts": list(dict.fromkeys(task.prompt for task in tasks)),
+        } | load
         if workers == 1:
             yield from _make_here(tasks, pipeline.load_pipeline(**{"on_progress": on_progress} | load))
         else:
@@ -619,7 +612,7 @@ def _make(loaded: "DiffusionPipeline", task: _Task, workers: int = 1) -> dict:
         return found
     try:
         video = pipeline.generate(loaded, task.prompt, **task.arguments)
-        told = video.settings | {"job": task.id, "timings": video.timings}
+        told = video.settings | {"job": task.id, "timings": video.timings, "steps": [*video.steps]}
         begin = time.perf_counter()
         replace(video, settings=told).save(task.path)
         done = _done(task, told, write=time.perf_counter() - begin)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
 from .errors import CheckpointError, InputError, OutputError, first_line
-from .linear import Int8Linear, empty_linears, held, int8_dequantize, int8_quantize
+from .linear import Int8Linear, empty_linears, held, int8_dequantize, quantize
 from .scheduler import RCMScheduler
 from .sla import set_attention_type
 from .weights import PROJ_L, Contents, listed, read, require
@@ -73,7 +73,7 @@ def load_transformer(
         tensor = _finite(key, tensors.pop(key).to(device), contents)
         name, _, leaf = key.rpartition(".")
         if leaf == "weight" and isinstance(module := model.get_submodule(name), Int8Linear):
-            module.int8_weight, module.scale = map(held, int8_quantize(tensor))
+            module.int8_weight, module.scale = map(held, quantize(tensor))
         elif leaf == "int8_weight" and not quantized:
             scale = _finite(f"{name}.scale", tensors.pop(f"{name}.scale").to(device), contents)
             _assign(model, f"{name}.weight", int8_dequantize(tensor, scale).to(dtype))

@@ -185,11 +185,14 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
         loaded = pipeline.load_pipeline(
             **load,
             clip=size,
+            prompts=[prompt],
             on_plan=lambda plan: plan.name == "resident" or progress.console.print(str(plan)),
             on_progress=lambda fetched: progress.update(
                 bar, description=fetched.stage, completed=fetched.done, total=fetched.total
             ),
         )
+        if outlook := pipeline.outlook(loaded, prompt, **clip):
+            progress.console.print(f"a video takes {outlook}")
         steps, clips = clip["num_steps"], []
         for seed in seeds:
             video = pipeline.generate(
@@ -211,13 +214,16 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
             timings = video.timings | {"write": time.perf_counter() - begin}
             frames, height, width, _ = video.frames.shape
             print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
-            times = "  ".join(_timing(name, seconds, video.peaks.get(name)) for name, seconds in timings.items())
+            each = {"denoise": video.steps}
+            times = "  ".join(_timing(n, seconds, video.peaks.get(n), each.get(n)) for n, seconds in timings.items())
             print(times + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
-def _timing(stage: str, seconds: float, peak: int | None) -> str:
-    """A stage's seconds, and the most GPU memory in it"""
-    return f"{stage} {seconds:.2f} s" + (f" ({peak / 1e9:.1f} GB)" if peak else "")
+def _timing(stage: str, seconds: float, peak: int | None, steps: tuple[float, ...] | None) -> str:
+    """A stage's seconds, the most GPU memory in it, and the seconds of its steps"""
+    more = [f"{peak / 1e9:.1f} GB"] if peak else []
+    more += ["steps " + " ".join(f"{step:.2f}" for step in steps)] if steps else []
+    return f"{stage} {seconds:.2f} s" + (f" ({'; '.join(more)})" if more else "")
 
 
 @app.command()
@@ -233,6 +239,8 @@ def info(
         for name, value in media.read_metadata(file).items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {item}" for key, item in value.items())
+            elif isinstance(value, list):
+                value = ", ".join(map(str, value))
             print(f"{name:15} {value}")
         return
     from . import weights

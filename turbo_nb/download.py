@@ -33,6 +33,7 @@ TRIES = 3  # of a request that the Hub answers with 429
 LONGEST_WAIT = 300  # seconds between them: the window of the Hub's rate limit
 STALE = 24 * 3600  # seconds after which a half-written file belongs to a dead process
 CHUNK = 16 << 20  # bytes hashed between two words of progress
+PIECE, PIECES = 2**16, 64  # bytes and number of the pieces that a weights file is known by
 AGAIN = "files that are whole stay, so run it again to go on"
 
 
@@ -199,6 +200,21 @@ def missing(spec: ModelSpec, *, quantised: bool = False) -> tuple[HubFile, ...]:
     """The files of a model that are not in the cache, or not checked: what `cached` waits for."""
     found = {file: _in_cache(file) for file in _needed(spec, quantised)}
     return tuple(file for file, here in found.items() if not (here and _is_checked(here)))
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of sizes and evenly spaced pieces of a file, or of a folder's: 28 GB take milliseconds, not minutes"""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():  # a folder; what is missing is told when it is loaded
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for offset in range(0, size, max(PIECE, size // PIECES)):
+                opened.seek(offset)
+                digest.update(opened.read(PIECE))
+    return digest.hexdigest()
 
 
 @contextmanager

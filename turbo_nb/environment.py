@@ -148,6 +148,22 @@ def volume() -> Path | None:
     return path if path and path.is_dir() and not same_disk(path, CONTAINER) else None
 
 
+def cache() -> Path:
+    """Where we keep what makes later runs quicker: $TURBO_NB_CACHE, else `cache` in $TURBO_NB_HOME or on a pod's
+    volume, else the user's own cache."""
+    if path := os.environ.get("TURBO_NB_CACHE"):
+        return Path(path).expanduser()
+    lasting = volume()
+    if home := os.environ.get("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
+        return Path(home) / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbo_nb"
+
+
+def text_cache() -> Path:
+    """The folder of prompts' embeddings."""
+    return cache() / "text"
+
+
 def same_disk(one: Path, other: Path) -> bool:
     """Whether two folders, or where they will be made, are on one disk."""
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
@@ -164,7 +180,7 @@ def disks() -> tuple[Disk, ...]:
 
 
 def caches() -> tuple[Cache, ...]:
-    """The Hub's files first, then Triton's kernels."""
+    """The Hub's files first, then Triton's kernels and the embeddings of prompts."""
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
     return tuple(
         Cache(
@@ -174,7 +190,7 @@ def caches() -> tuple[Cache, ...]:
             free=shutil.disk_usage(_existing(path)).free,
             writable=os.access(_existing(path), os.W_OK),
         )
-        for name, path in (("Hub", hub_cache()), ("Triton", triton))
+        for name, path in (("Hub", hub_cache()), ("Triton", triton), ("prompt", text_cache()))
     )
 
 

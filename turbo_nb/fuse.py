@@ -16,7 +16,9 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from torch import Tensor, nn
 
 from . import backends, rope
-from .linear import Int8Linear, project
+from .kernels.reference import Rows
+from .linear import Int8Linear, in_rows, project, to_rows, to_tiles
+from .sla import SLAProcessor
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def fuse(transformer: nn.Module) -> Report:
         return Report(0, len(transformer.blocks), reasons)
     repeats = Kept()  # the same for every block
     reasons = [reason for block in transformer.blocks if (reason := _fuse(block, repeats))]
+    if backends.choose("linear").chosen == "triton":
+        to_rows(transformer.blocks, "cuda" if torch.cuda.is_available() else None)
     text = transformer.condition_embedder.text_embedder
     if type(text) is PixArtAlphaTextProjection and len(reasons) < len(transformer.blocks):
         text.__class__, text.kept = FusedTextProjection, Kept()
@@ -47,6 +51,7 @@ def fuse(transformer: nn.Module) -> Report:
 
 def unfuse(transformer: nn.Module) -> None:
     """Give a fused transformer diffusers' own blocks back; it computes the same, up to rounding."""
+    to_tiles(transformer.blocks)
     for block in transformer.blocks:
         if isinstance(block, FusedBlock):
             block.__class__ = WanTransformerBlock
@@ -111,7 +116,7 @@ class FusedCrossAttention(WanAttnProcessor):
         self.repeats, self.keys = repeats, Kept()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        if attn.fused_projections or attention_mask is not None or not backends.on_triton("block", hidden_states):
+        if attn.fused_projections or attention_mask is not None or not _on_triton(hidden_states):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         from .kernels import cross
 
@@ -128,6 +133,11 @@ class FusedCrossAttention(WanAttnProcessor):
         return attn.to_out[1](attn.to_out[0](cross.cross_attention(q, k, v, repeats).flatten(2)))
 
 
+def _on_triton(x: Tensor | Rows) -> bool:
+    """Whether the blocks' kernels take x; only they make `Rows`"""
+    return isinstance(x, Rows) or backends.on_triton("block", x)
+
+
 class FusedBlock(WanTransformerBlock):
     """diffusers' block with each norm, the residual before it and the modulation after it in one kernel."""
 
@@ -140,14 +150,23 @@ class FusedBlock(WanTransformerBlock):
         from .kernels.norms import gated_norm
 
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(1)
-        x, normed = gated_norm(hidden_states, None, None, 1 + scale, shift, self.norm1.eps)
-        branch = self.attn1(normed, None, None, rotary_emb)
-        x, normed = gated_norm(x, branch, gate, self.norm2.weight, self.norm2.bias, self.norm2.eps)
-        branch = self.attn2(normed, encoder_hidden_states, None, None)
-        x, normed = gated_norm(x, branch, None, 1 + ffn_scale, ffn_shift, self.norm3.eps)
+        attention, text, first = self.attn1, self.attn2, self.ffn.net[0]
+        in_8_bits = backends.on_triton("linear", hidden_states)
+        qkv_in_8_bits = isinstance(attention.processor, SLAProcessor) and in_rows(
+            (attention.to_q, attention.to_k, attention.to_v)
+        )
+        x, normed = gated_norm(hidden_states, None, None, 1 + scale, shift, self.norm1.eps, in_8_bits and qkv_in_8_bits)
+        branch = attention(normed, None, None, rotary_emb)
+        x, normed = gated_norm(
+            x, branch, gate, self.norm2.weight, self.norm2.bias, self.norm2.eps, in_8_bits and in_rows((text.to_q,))
+        )
+        branch = text(normed, encoder_hidden_states, None, None)
+        x, normed = gated_norm(
+            x, branch, None, 1 + ffn_scale, ffn_shift, self.norm3.eps, in_8_bits and in_rows((first.proj,))
+        )
         return gated_norm(x, self._feed_forward(normed), ffn_gate, None, None)[0]
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor | Rows) -> Tensor:
         """self.ffn(x), with GELU in the epilogue of the linear before it where that linear is a plain one"""
         (first, _, second), linear = self.ffn.net, self.ffn.net[0].proj
         if type(linear) is Int8Linear:

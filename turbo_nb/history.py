@@ -1,4 +1,4 @@
-"""Finished clips of a folder: mp4s that say how they were made, and what they tell of the time that the next one takes.
+"""Finished clips of a folder: mp4s that say how they were made.
 
 The mp4s are all there is: no index that could disagree with them. A file that says nothing is left alone.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import environment, media
+from . import environment, estimate, media
 from .errors import InputError, OutputError
 
 ARCHIVE = "turbo_nb.zip"
@@ -20,12 +20,13 @@ ARCHIVE = "turbo_nb.zip"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; machine: what made it; cost: dollars
-    for all stages, None where no price was set."""
+    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; steps: of each step of denoise;
+    machine: what made it; cost: dollars for all stages, None where no price was set."""
 
     path: Path
     settings: dict
     timings: dict[str, float] = field(default_factory=dict)
+    steps: Sequence[float] = ()
     machine: str = ""
     cost: float | None = None
 
@@ -33,15 +34,6 @@ class Run:
     def seconds(self) -> float:
         """Of all stages but loading the model, which only the first clip pays."""
         return sum(seconds for stage, seconds in self.timings.items() if stage != "load")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Seconds that a clip will take, and those of loading its model; after: how many earlier runs say so."""
-
-    seconds: float
-    load: float
-    after: int
 
 
 class History:
@@ -77,18 +69,24 @@ class History:
     def save(self, video, machine: str = "", timings: dict[str, float] | None = None) -> Run:
         """Write a clip (a `pipeline.Video`) under a new name made of the time, its prompt and its seed.
 
-        timings: more stages than the video's own. Raises OutputError.
+        timings: more stages than the video's own. The file cannot know how long its writing takes; the Run has that as
+        "write". Raises OutputError.
         """
         timings = (timings or {}) | video.timings
         cost = environment.cost(sum(timings.values()))
-        path = self._new_path(video.settings["prompt"], video.settings["seed"])
+        path, begin = self._new_path(video.settings["prompt"], video.settings["seed"]), time.perf_counter()
         media.write_mp4(
             path,
             video.frames,
             video.fps,
-            video.settings | {"timings": timings, "peaks": video.peaks, "machine": machine, "cost": cost},
+            video.settings
+            | {"timings": timings, "steps": video.steps, "peaks": video.peaks, "machine": machine, "cost": cost},
         )
-        return Run(path=path, settings=video.settings, timings=timings, machine=machine, cost=cost)
+        timings = timings | {"write": time.perf_counter() - begin}
+        estimate.remember(video.settings, {"write": timings["write"]})
+        return Run(
+            path=path, settings=video.settings, timings=timings, steps=[*video.steps], machine=machine, cost=cost
+        )
 
     def _new_path(self, prompt: str, seed: int) -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "clip"
@@ -136,40 +134,6 @@ def _read(path: Path) -> Run | None:
         return None
     if not isinstance(settings, dict):
         return None
-    told = {name: settings.pop(name) for name in ("timings", "machine", "cost") if name in settings}
+    told = {name: settings.pop(name) for name in ("timings", "steps", "machine", "cost") if name in settings}
     settings.pop("peaks", None)
     return Run(path=path, settings=settings, **told)
-
-
-def _size(settings: dict) -> float:
-    """Pixels over all frames of a clip"""
-    return settings["width"] * settings["height"] * settings["num_frames"]
-
-
-def estimate(runs: Sequence[Run], machine: str, wanted: dict) -> Estimate | None:
-    """How long a clip will take, from earlier ones of the same model, attention and machine; None without any.
-
-    wanted: model, attention_type, width, height, num_frames and num_steps. The clip of the nearest size is scaled:
-    denoising by steps and pixels, the rest but the text by pixels.
-    """
-    alike = [
-        run
-        for run in runs
-        if run.machine == machine
-        and run.timings
-        and all(run.settings.get(name) == wanted[name] for name in ("model", "attention_type"))
-    ]
-    if not alike:
-        return None
-
-    def ratio(run: Run) -> float:
-        return _size(wanted) / _size(run.settings)
-
-    near = min(alike, key=lambda run: max(ratio(run), 1 / ratio(run)))
-    steps = wanted["num_steps"] / near.settings["num_steps"]
-    grow = {"text": 1.0, "denoise": ratio(near) * steps, "load": 0.0}
-    return Estimate(
-        seconds=sum(seconds * grow.get(stage, ratio(near)) for stage, seconds in near.timings.items()),
-        load=next((run.timings["load"] for run in alike if run.timings.get("load")), 0.0),
-        after=len(alike),
-    )

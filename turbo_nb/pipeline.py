@@ -10,13 +10,13 @@ import math
 import operator
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import auto, catalog, environment, media, plan, text
+from . import auto, catalog, environment, estimate, media, plan, text
 from .errors import CheckpointError, InputError, TurboNbError
 
 if TYPE_CHECKING:
@@ -50,19 +50,24 @@ class Settings:
 class Video:
     """A finished clip.
 
-    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise and decode; peaks: the most bytes
-    of GPU memory in each of these; settings as in `Settings`, with attention and versions.
+    frames (T, H, W, 3) uint8 at `fps` a second; timings in seconds for text, denoise, decode, and where a plan moves
+    experts to the GPU, switch, which denoise leaves out; steps: seconds of each step of denoise; peaks: the most bytes
+    of GPU memory in each stage; settings as in `Settings`, with attention and versions.
     """
 
     frames: "np.ndarray"
     fps: int
     timings: dict[str, float]
+    steps: tuple[float, ...] = ()
     peaks: dict[str, int] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write an mp4 that carries the settings. Raises OutputError if it cannot be written."""
-        return media.write_mp4(path, self.frames, self.fps, self.settings)
+        begin = time.perf_counter()
+        path = media.write_mp4(path, self.frames, self.fps, self.settings)
+        estimate.remember(self.settings, {"write": time.perf_counter() - begin})
+        return path
 
     @property
     def cost(self) -> float | None:
@@ -174,6 +179,8 @@ def load_pipeline(
     memory_plan: str = "auto",
     memory: float | None = None,
     clip: tuple[int, int, int] | None = None,
+    prompts: Sequence[str] = (),
+    text_cache: bool | None = None,
     on_plan: Callable[[plan.Plan], None] | None = None,
     on_progress: Callable | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
@@ -191,6 +198,9 @@ def load_pipeline(
     The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
     None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is
     `pipeline.plan` afterwards. on_progress is told of downloads, as by `download.fetch`.
+
+    prompts: those that will be made, if they are known: the text encoder is not loaded before one comes whose embedding
+    is not in the cache on disk. text_cache: whether there is one; None asks TURBO_NB_TEXT_CACHE.
 
     Raises UnknownModelError, CheckpointError, InputError, DownloadError or BackendError.
     """
@@ -211,6 +221,7 @@ def load_pipeline(
     from . import fuse, sources
     from .linear import is_quantized
     from .scheduler import RCMScheduler
+    from .vae import fuse as fuse_vae
 
     if model == "auto" and checkpoint is None:
         model, quant_linear = auto.choose(device=device, memory=memory, quant_linear=quant_linear)
@@ -224,7 +235,7 @@ def load_pipeline(
         quantised=None if quant_linear == "auto" else quant_linear,
         on_progress=on_progress,
     )
-    spec = found.spec
+    spec, begin = found.spec, time.perf_counter()  # a download is not a part of loading
     chosen = plan.choose(
         _sizes(found, quant_linear, dtype),
         found.transformers[0].arch,
@@ -257,6 +268,7 @@ def load_pipeline(
         "scheduler": RCMScheduler(spec.sigma_max),
         "transformer": transformers[0],
     }
+    fuse_vae(parts["vae"])
     if spec.task == "i2v":
         from diffusers import WanImageToVideoPipeline
 
@@ -270,11 +282,15 @@ def load_pipeline(
         "attention_type": attention_type, "sla_topk": sla_topk, "quant_linear": quant_linear,
     }  # fmt: skip
     pipeline.encoder = text.PromptEncoder(
-        pipeline, lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype)
+        pipeline,
+        lambda where: loading.load_text_encoder(found.text_encoder, device=where, dtype=dtype),
+        text.cache_for(found.text_encoder.path, found.tokenizer, dtype) if text.is_cached(text_cache) else None,
+        prompts,
     )
     _apply(pipeline, chosen)
     if any(map(is_quantized, transformers)):
         pipeline.load_lora_weights = _no_lora
+    pipeline.loaded_in = time.perf_counter() - begin
     return pipeline
 
 
@@ -362,9 +378,7 @@ def generate(
             )
     import torch
 
-    from .linear import is_quantized
     from .scheduler import RCMScheduler
-    from .sla import attention_type, topk_of
 
     if noise_device == "cuda" and not torch.cuda.is_available():
         raise InputError("noise_device is 'cuda', and torch sees no GPU here; leave it at cpu")
@@ -408,6 +422,8 @@ def generate(
             "int8 checkpoint"
         )
 
+    clock = _StepClock(pipeline)
+
     def denoise() -> torch.Tensor:
         scheduler = pipeline.scheduler = RCMScheduler(settings.sigma_max, settings.ode)
         scheduler.seed(settings.seed, settings.noise_device)
@@ -420,22 +436,24 @@ def generate(
         )
 
         def after_step(_, index: int, timestep, tensors: dict) -> dict:
+            clock.mark("end")
             if on_step:
                 on_step(index + 1, settings.num_steps, tensors["latents"])
             return {}
 
-        return pipeline(
-            **({"image": image} if image else {}),
-            prompt_embeds=embeds.to(pipeline._execution_device),
-            latents=scheduler.start_latents(latents_shape),
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.num_frames,
-            num_inference_steps=settings.num_steps,
-            guidance_scale=1.0,
-            output_type="latent",
-            callback_on_step_end=after_step,
-        ).frames
+        with clock:
+            return pipeline(
+                **({"image": image} if image else {}),
+                prompt_embeds=embeds.to(pipeline._execution_device),
+                latents=scheduler.start_latents(latents_shape),
+                height=settings.height,
+                width=settings.width,
+                num_frames=settings.num_frames,
+                num_inference_steps=settings.num_steps,
+                guidance_scale=1.0,
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).frames
 
     if spec.task == "i2v":
         pipeline.register_to_config(boundary_ratio=settings.boundary)
@@ -443,6 +461,9 @@ def generate(
         with torch.inference_mode():
             embeds = stage("text", lambda: pipeline.encoder(prompt))
             latents = stage("denoise", denoise)
+            if pipeline.plan.offload == "model":
+                timings["switch"] = clock.switch
+                timings["denoise"] -= clock.switch
             if not latents.isfinite().all():
                 raise TurboNbError(
                     "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
@@ -450,16 +471,89 @@ def generate(
             frames = stage("decode", lambda: decode(pipeline, latents))
     finally:
         pipeline.maybe_free_model_hooks()  # a run that was cancelled leaves nothing on the GPU either
-    details = {
+    details = asdict(settings) | _how(pipeline)
+    details |= {
+        "fps": spec.fps,
+        "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
+    }
+    topk, loaded_in = details["sla_topk"], vars(pipeline).pop("loaded_in", None)  # which is told once
+    estimate.remember(
+        details,
+        timings | ({} if loaded_in is None else {"load": loaded_in}),
+        steps=clock.steps,
+        work=estimate.work_of(spec.arch, settings.width, settings.height, settings.num_frames, topk),
+    )
+    return Video(frames=frames, fps=spec.fps, timings=timings, steps=clock.steps, peaks=peaks, settings=details)
+
+
+def outlook(pipeline: "WanPipeline | WanImageToVideoPipeline", prompt: str, **settings) -> estimate.Estimate | None:
+    """How long `generate` will take with these arguments; None where nothing tells. Raises what `check_job` raises."""
+    checked = asdict(check_job(pipeline.spec, prompt, **settings)) | _how(pipeline)
+    return estimate.estimate(checked, pipeline.spec.arch, device=pipeline.plan.device)
+
+
+def _how(pipeline) -> dict:
+    """What a clip's time depends on beside its size: the pipeline's attention, linears and plan"""
+    from .linear import is_quantized
+    from .sla import attention_type, topk_of
+
+    return {
         "attention_type": attention_type(pipeline.transformer),
         "sla_topk": topk_of(pipeline.transformer),
         "quant_linear": is_quantized(pipeline.transformer),
         "memory_plan": pipeline.plan.name,
         "device": pipeline.plan.device,
-        "fps": spec.fps,
-        "versions": {name: _version(name) for name in ("turbo-nb", "torch", "diffusers", "transformers")},
     }
-    return Video(frames=frames, fps=spec.fps, timings=timings, peaks=peaks, settings=asdict(settings) | details)
+
+
+class _StepClock:
+    """Times the steps of a denoising, hooked to the transformers of a pipeline for as long as it is entered.
+
+    A kernel's launch returns before the kernel runs, so on a GPU perf_counter would time the launches. Waiting for the
+    GPU at every step would empty its queue; an event in the stream between two kernels costs microseconds and is read
+    after the stage, when all is done.
+    """
+
+    def __init__(self, pipeline):
+        self._pipeline = pipeline
+
+    def mark(self, name: str) -> None:
+        """Where the work is now: a step is at its "call", at its "begin" (with its weights there) or at its "end"."""
+        device = self._pipeline.plan.device
+        if device == "cpu":
+            self._marks[name].append(time.perf_counter())
+            return
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        self._marks[name].append(event)
+
+    def __enter__(self) -> None:
+        self._marks, self._hooks = {"call": [], "begin": [], "end": []}, []
+        for transformer in plan.transformers(self._pipeline):
+            # between the two is what a plan has put around its forward to bring the weights
+            for module, name in ((transformer, "call"), (transformer.rope, "begin")):
+                hook = lambda *_, name=name: self.mark(name)  # noqa: E731
+                self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Seconds of each step, from the transformer's first kernel to the scheduler's last."""
+        return self._between("begin", "end")
+
+    @property
+    def switch(self) -> float:
+        """Seconds that steps waited for weights."""
+        return sum(self._between("call", "begin"))
+
+    def _between(self, first: str, last: str) -> tuple[float, ...]:
+        pairs = zip(self._marks[first], self._marks[last], strict=True)
+        return tuple(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairs)
 
 
 def _version(name: str) -> str:
@@ -479,15 +573,28 @@ def check_image(spec: catalog.ModelSpec, image) -> "Image | None":
 
 
 def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Tensor") -> "np.ndarray":
-    """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them."""
-    import torch
+    """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them.
 
-    vae = pipeline.vae
+    Frames of one chunk are copied from a GPU while the next is decoded.
+    """
+    import torch
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+
+    from .vae import chunks
+
+    vae, count = pipeline.vae, 4 * latents.shape[2] - 3
     device = pipeline._execution_device
     mean, std = (
         torch.tensor(values, device=device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    sample = vae.decode(latents.to(device, vae.dtype) * std + mean, return_dict=False)[0]
-    frames = sample[0].float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)  # (3, T, H, W)
-    return frames.permute(1, 2, 3, 0).cpu().numpy()
+    frames, done = None, 0
+    for sample in apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean):
+        part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+        if frames is None:
+            frames = torch.empty(count, *part.shape[1:], dtype=torch.uint8, pin_memory=part.is_cuda)
+        frames[done : done + len(part)].copy_(part, non_blocking=True)
+        done += len(part)
+    if part.is_cuda:
+        torch.cuda.synchronize(part.device)
+    return frames.numpy()

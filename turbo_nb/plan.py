@@ -1,7 +1,7 @@
 """What goes where in memory, decided before anything is loaded.
 
 `choose(sizes, arch, …)` takes the first plan whose peak fits the budget; they go from all on the GPU to one block at a
-time. A plan is data: print it, or ask for another by name. `apply` carries it out through diffusers and accelerate.
+time. A plan is data: print it, or ask for another by name. `apply` carries it out, by `offload` or diffusers' own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,6 +11,7 @@ from . import catalog, environment
 from .errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 GB = 1e9
@@ -223,22 +224,27 @@ def choose(
 CPU_PLANS = ("resident", "free-text")
 
 
+def transformers(pipeline: "DiffusionPipeline") -> "list[torch.nn.Module]":
+    """The pipeline's transformer, or its two experts."""
+    return [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
+
+
 def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
     """Put the pipeline's transformers and VAE where the plan has them; `text.PromptEncoder` has the text encoder."""
+    from . import offload  # which loads torch
+
     device = plan.device
-    pipeline.remove_all_hooks()
-    transformers = [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
+    offload.end_turns(pipeline)
     if plan.vae_tiling:
         pipeline.vae.enable_tiling()
     else:
         pipeline.vae.disable_tiling()
     if plan.offload == "model":
-        pipeline.to("cpu")
-        pipeline.enable_model_cpu_offload(device=device)
+        offload.take_turns(pipeline, (*transformers(pipeline), pipeline.vae), device)
     elif plan.offload == "group":
         import torch
 
-        for transformer in transformers:
+        for transformer in transformers(pipeline):
             transformer.to("cpu")
             transformer.enable_group_offload(
                 onload_device=torch.device(device),
@@ -249,5 +255,5 @@ def apply(plan: Plan, pipeline: "DiffusionPipeline") -> None:
             )
         pipeline.vae.to(device)
     else:
-        for module in (*transformers, pipeline.vae):
+        for module in (*transformers(pipeline), pipeline.vae):
             module.to(device)

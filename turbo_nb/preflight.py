@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import backends, catalog, environment, plan
+from . import backends, catalog, environment, estimate, plan
 from .backends import Backends, Choice
 from .environment import Environment
 from .errors import BackendError, InputError
@@ -29,7 +29,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, head, rows,
 OPERATIONS = {
     "rope": "rotary embedding", "sla": "attention: sla", "sagesla": "attention: sagesla",
     "original": "attention: original (dense)", "linear": "8-bit linears",
-    "block": "norms, cross-attention",
+    "block": "norms, cross-attention", "vae": "VAE",
 }  # fmt: skip
 
 
@@ -57,7 +57,8 @@ class Fit:
     """Whether a model of the catalogue fits, plain or with int8 linears.
 
     plan: the name of the plan it would get, None without a GPU; text: the plan in words, or why the model does not fit.
-    downloaded: its files are here and checked; to_fetch: bytes that are not, by its shape.
+    downloaded: its files are here and checked; to_fetch: bytes that are not, by its shape. time: what a clip of its own
+    size and 4 steps takes, in words; "" where nothing tells.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Fit:
     text: str
     downloaded: bool = True
     to_fetch: int = 0
+    time: str = ""
 
 
 class Tables:
@@ -166,7 +168,7 @@ class Report(Tables):
             (
                 f"{fit.model}{', int8' if fit.int8 else ''}",
                 "yes" if fit.fits else "no",
-                fit.text,
+                fit.text + (f"; a clip takes {fit.time}" if fit.time else ""),
                 "yes" if fit.downloaded else f"no, {decimal(fit.to_fetch)} to fetch",
             )
             for fit in self.models
@@ -374,8 +376,9 @@ def _fits(found: Backends, free: int, host: int | None) -> Iterator[Fit]:
     """Every model of the catalogue, plain and int8, on this GPU, as `fit` sees it"""
     for spec in catalog.MODELS.values():
         if spec.folder:
-            where = "GPU" if found.arch else "CPU"
-            yield Fit(model=spec.name, fits=True, plan="resident", text=f"on the {where}; comes with the package")
+            text = f"on the {'GPU' if found.arch else 'CPU'}; comes with the package"
+            takes = _time(spec, False, "resident", found)
+            yield Fit(model=spec.name, fits=True, plan="resident", text=text, time=takes)
         else:
             yield from (fit(spec, quantised, found, free, host) for quantised in (False, True))
 
@@ -395,7 +398,16 @@ def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int, ho
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **told)
-    return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), **told)
+    takes = _time(spec, quantised, chosen.name, found) if chosen.fits else ""
+    return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), time=takes, **told)
+
+
+def _time(spec: catalog.ModelSpec, quantised: bool, memory_plan: str, found: Backends) -> str:
+    """What a clip of the model's own size takes here"""
+    (width, height), sla = spec.size, {"attention_type": "sla", "sla_topk": spec.sla_topk}
+    clip = {"width": width, "height": height, "num_frames": spec.num_frames, "num_steps": 4}
+    how = {"model": spec.name, "quant_linear": quantised, "memory_plan": memory_plan}
+    return str(estimate.estimate(clip | sla | how, spec.arch, device="cuda" if found.arch else "cpu") or "")
 
 
 def _missing(spec: catalog.ModelSpec, quantised: bool) -> tuple[catalog.HubFile, ...]:

@@ -133,7 +133,7 @@ class SLAProcessor(nn.Module):
     def forward(
         self,
         attn: nn.Module,
-        hidden_states: Tensor,
+        hidden_states: Tensor | reference.Rows,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,

@@ -6,7 +6,6 @@ began it. Whoever wants to know listens.
 
 import gc
 import os
-import platform
 import random
 import threading
 import time
@@ -14,20 +13,20 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import catalog, media, pipeline, plan, sla, text
+from . import catalog, estimate, media, pipeline, plan, sla, text
 from .errors import InputError, TurboNbError
-from .history import Estimate, History, Run, estimate
+from .estimate import Estimate, machine
+from .history import History, Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 STAGES = ("load", "text", "denoise", "decode", "write")
 RANDOM_SEEDS = 2**31
-LOOK_BACK = 50  # runs that an estimate looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What is known before a run. time: None without earlier runs on this machine; loaded: the model is in memory."""
+    """What is known before a run. time: None where nothing tells; loaded: the model is in memory."""
 
     width: int
     height: int
@@ -113,15 +112,6 @@ class Outlook:
 
 class _Cancelled(Exception):
     pass
-
-
-def machine() -> str:
-    """What the time of a run depends on: the GPU's name, or the CPU's kind and cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 class Studio:
@@ -203,30 +193,26 @@ class Studio:
         loaded = self._loaded == request.load
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size = (settings.width, settings.height, settings.num_frames)
+        memory = plan.choose(
+            plan.sizes(spec, quantised=request.quant_linear is True),
+            spec.arch,
+            *size,
+            budget=self.pipeline.plan.budget if loaded else plan.free_memory(device),
+            host_budget=self.pipeline.plan.host_budget if loaded else plan.free_memory("cpu"),
+            device=device,
+        )
+        wanted = asdict(settings) | {
+            "attention_type": request.attention_type,
+            "sla_topk": spec.sla_topk if request.sla_topk is None else request.sla_topk,
+            "quant_linear": None if request.quant_linear == "auto" else request.quant_linear,
+            "memory_plan": memory.name,
+        }
         return Outlook(
             width=settings.width,
             height=settings.height,
             num_frames=settings.num_frames,
-            memory=plan.choose(
-                plan.sizes(spec, quantised=request.quant_linear is True),
-                spec.arch,
-                *size,
-                budget=self.pipeline.plan.budget if loaded else plan.free_memory(device),
-                host_budget=self.pipeline.plan.host_budget if loaded else plan.free_memory("cpu"),
-                device=device,
-            ),
-            time=estimate(
-                self.history.runs(LOOK_BACK),
-                machine(),
-                {
-                    "model": spec.name,
-                    "attention_type": request.attention_type,
-                    "width": settings.width,
-                    "height": settings.height,
-                    "num_frames": settings.num_frames,
-                    "num_steps": settings.num_steps,
-                },
-            ),
+            memory=memory,
+            time=estimate.estimate(wanted, spec.arch, device=device),
             loaded=loaded,
         )
 
@@ -312,6 +298,7 @@ class Studio:
         self.pipeline = self._load(
             **request.load,
             clip=pipeline.check_clip(request.model, request.prompt, **request.clip),
+            prompts=[request.prompt],
             on_plan=note,
             on_progress=lambda fetched: self._advance(job, "load", fetched.done, fetched.total or 0),
         )

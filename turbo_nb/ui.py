@@ -25,6 +25,7 @@ except ImportError as error:
     raise InputError("the generator needs ipywidgets; pip install 'turbo-nb[notebook]'") from error
 
 from . import auto, backends, catalog, environment, media
+from .estimate import in_words
 from .history import Run
 from .sla import ATTENTION_TYPES
 from .studio import STAGES, Job, Request, Studio
@@ -50,7 +51,10 @@ EXAMPLES = {
         "dust in the air, a calm and steady camera.",
     ),
 }
-NAMES = {"load": "Load", "text": "Read prompt", "denoise": "Denoise", "decode": "Decode", "write": "Write"}
+NAMES = {
+    "load": "Load", "text": "Read prompt", "denoise": "Denoise", "switch": "Switch experts", "decode": "Decode",
+    "write": "Write",
+}  # fmt: skip
 STYLE = """<style>
 .tnb { max-width: 1080px; --tnb-soft: color-mix(in srgb, currentColor 12%, transparent); }
 .tnb .widget-label { min-width: 0; }
@@ -367,11 +371,10 @@ class Generator:
         if outlook.time is None:
             duration = "time: not known before the first run of this model on this machine"
         else:
-            runs = f"{outlook.time.after} earlier run{'s' if outlook.time.after > 1 else ''}"
-            duration = f"about {_seconds(outlook.time.seconds)}, by {runs} on this machine"
+            duration = str(outlook.time)
         if not outlook.loaded:
-            load = outlook.time.load if outlook.time else 0
-            duration += f", and {_seconds(load) if load else 'more'} to load the model"
+            load = outlook.time and outlook.time.load
+            duration += f", and {in_words(load) if load else 'more'} to load the model"
         memory = outlook.memory
         needs = f"memory: {memory.needs / 1e9:.1f} GB of {memory.budget / 1e9:.1f} GB free"
         lines = [clip, duration, needs if memory.name == "resident" and memory.fits else str(memory)]
@@ -429,7 +432,7 @@ class Generator:
             f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, "
             f"{settings['num_steps']} steps, seed {settings['seed']}, {settings.get('attention_type')}"
             + (f" {settings['sla_topk']:g}" if settings.get("sla_topk") else "")
-            + f", {settings['model']}, {_seconds(run.seconds)}{environment.dollars(run.cost)}"
+            + f", {settings['model']}, {in_words(run.seconds)}{environment.dollars(run.cost)}"
         )
         prompt = html.escape(str(settings["prompt"]))
         words = w.HTML(f'<p class="tnb-prompt">{prompt}</p><p class="tnb-dim">{html.escape(facts)}</p>')
@@ -540,10 +543,6 @@ def _close(widgets: list[w.Widget]) -> None:
                 part.close()
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-
-
 def _error(text: str, trace: str = "") -> str:
     details = f"<details><summary>Details</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
     return f'<div class="tnb-error" role="alert">{html.escape(text)}{details}</div>'
@@ -570,7 +569,11 @@ def _status(job: Job) -> str:
     if job.state == "cancelled":
         return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
     if job.state == "finished":
-        times = ", ".join(f"{NAMES[stage].lower()} {_seconds(s)}" for stage, s in job.run.timings.items())
+        each = f" (steps {', '.join(f'{seconds:.2f}' for seconds in job.run.steps)})" if job.run.steps else ""
+        times = ", ".join(
+            f"{NAMES[stage].lower()} {in_words(seconds)}" + (each if stage == "denoise" else "")
+            for stage, seconds in job.run.timings.items()
+        )
         times += environment.dollars(job.run.cost)
         return f'<p role="status">Done with seed {job.request.seed}: {html.escape(times)}.</p>{notes}'
     at = STAGES.index(job.stage)
@@ -586,7 +589,7 @@ def _status(job: Job) -> str:
         )
     if job.cancelling.is_set():
         words += "; cancelling after this step"
-    passed = _seconds(time.monotonic() - job.began)
+    passed = in_words(time.monotonic() - job.began)
     return (
         f'<div role="status"><p>{words} ({passed})</p><ol class=tnb-stages>{stages}</ol>'
         f'<progress aria-label="Progress of the clip"{bar}></progress></div>{notes}'

@@ -174,12 +174,16 @@ def linear_branch() -> tuple[bool, str]:
 
 
 def int8(device: str, dtype: str) -> tuple[bool, str]:
-    """An 8-bit linear against the plain one in float64."""
-    from .linear import int8_linear, int8_quantize
+    """An 8-bit linear against the plain one in float64; in tiles, or in rows where the kernels run."""
+    from .linear import int8_linear, int8_quantize, row_linear, row_quantize
 
-    shapes = enumerate(((200, 320), (260, 320), (260,)))
+    shapes = enumerate(((200, 320), (264, 320), (264,)))
     x, weight, bias = (_noise(*shape, seed=seed, device=device, dtype=dtype) for seed, shape in shapes)
-    out = int8_linear(x, *int8_quantize(weight), bias)
+    if device != "cpu" and backends.choose("linear").chosen == "triton":
+        q, scale, _ = row_quantize(weight)
+        out = row_linear(x, q, scale, bias)
+    else:
+        out = int8_linear(x, *int8_quantize(weight), bias)
     return close(out, x.double() @ weight.double().T + bias.double(), INT8_BOUND)
 
 
@@ -234,7 +238,9 @@ def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> t
     from .pipeline import load_pipeline
 
     quant_linear = quantised if spec.files else "auto"
-    pipeline = load_pipeline(spec.name, device=device, quant_linear=quant_linear, on_plan=lambda chosen: None)
+    pipeline = load_pipeline(
+        spec.name, device=device, quant_linear=quant_linear, text_cache=False, on_plan=lambda chosen: None
+    )
     into.append(pipeline)
     return True, str(pipeline.plan)
 

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from turbo_nb.kernels import cross, hopper, int8, sage, sparse_linear
+from turbo_nb.kernels import cross, hopper, int8, sage, sparse_linear, vae
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
@@ -44,10 +44,36 @@ KERNELS = {
         {"num_warps": 4, "num_stages": 3},
     ),
     "int8": (
-        int8._product,
-        {"a": "*i8", "a_scale": "*fp32", "b": "*i8", "b_scale": "*fp32", "bias": B, "out": B},
-        {"BIAS": True, "GELU": True, "TILE": 128, "BLOCK_N": 64, "GROUP": 8},
-        {"num_warps": 4, "num_stages": 3},
+        int8._row_product,
+        {"a": "tensordesc<i8[128,64]>", "b": "tensordesc<i8[128,64]>", "out": "tensordesc<bf16[128,128]>"}
+        | {"a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
+        {"BIAS": True, "GELU": True, "GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+        {"num_warps": 8, "num_stages": 3},
+    ),
+    "conv": (
+        vae._conv,
+        {
+            "x": "tensordesc<bf16[128,64]>",
+            "weight": "tensordesc<bf16[128,64]>",
+            "weight_2": "tensordesc<bf16[64,64]>",
+            "bias": B,
+            "residual": B,
+            "out": B,
+        },
+        {
+            "N": 192,
+            "C": 192,
+            "TAPS_T": 3,
+            "TAPS": 3,
+            "UP": False,
+            "SPLIT": 1,
+            "RESIDUAL": True,
+            "BM": 128,
+            "BN": 128,
+            "BN_2": 64,
+            "BK": 64,
+        },
+        {"num_warps": 8, "num_stages": 2},
     ),
 }
 

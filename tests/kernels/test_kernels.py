@@ -1,5 +1,6 @@
 """Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sage, sparse_linear
+from turbo_nb.kernels import cross, int8, norms, sage, sparse_linear, vae
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -210,27 +211,87 @@ def test_the_last_row_stands_for_the_padding():
     assert cross.without_repeats(x, 1) is x
 
 
-@pytest.mark.parametrize("shape", [(63, 100), (256, 384), (130, 1000)], ids=str)
-def test_int8_quantize_is_exact(shape):
+def assert_rows(out, expected):
+    assert torch.equal(out.scale, expected.scale) or torch.allclose(out.scale, expected.scale, rtol=1e-6)
+    difference = (out.q.int() - expected.q.int()).abs()
+    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 1e-3  # near a half
+
+
+@pytest.mark.parametrize("shape", [(63, 100), (2, 30, 1536)], ids=str)
+def test_row_quantize(shape):
     x = random(*shape)
-    for out, expected in zip(int8.int8_quantize(x), reference.int8_quantize(x), strict=True):
-        assert torch.equal(out, expected)
+    x[..., 1, :] = 0
+    out = int8.row_quantize(x)
+    assert out.dtype == DTYPE and out.scale.shape == shape[:-1]
+    assert_rows(out, reference.row_quantize(x))
 
 
-@pytest.mark.parametrize("shape", [(63, 100, 70), (300, 384, 256)], ids=str)
-def test_int8_linear(shape):
+def test_gated_norm_in_8_bits():
+    x, branch = random(2, 63, 256) + 0.3, random(2, 63, 256)
+    gate, scale, shift = (random(2, 256, dtype=torch.float32) for _ in range(3))
+    args = (x, branch, gate, scale, shift, 1e-6, True)
+    (summed, out), (expected_sum, expected) = norms.gated_norm(*args), reference.gated_norm(*args)
+    assert_close("sum", summed, expected_sum)
+    assert out.dtype == expected.dtype == DTYPE
+    close = (out.q.float() * out.scale[..., None], expected.q.float() * expected.scale[..., None])
+    assert_close("norm", *close, ratio=5e-3)  # a value near a half falls either way
+
+
+@pytest.mark.parametrize("shape", [(63, 128, 72), (150, 384, 264), (20, 100, 70)], ids=str)
+def test_row_linear(shape):
     rows, depth, columns = shape
     x, bias = random(2, rows, depth), random(columns)
-    w_q, w_scale = reference.int8_quantize(random(columns, depth))
-    assert_close("linear", int8.int8_linear(x, w_q, w_scale, bias), reference.int8_linear(x, w_q, w_scale, bias))
-    assert_close("no bias", int8.int8_linear(x, w_q, w_scale), reference.int8_linear(x, w_q, w_scale))
-    q, scale = int8.int8_quantize(x.flatten(0, 1))
-    expected = torch.nn.functional.gelu(reference.int8_linear(x, w_q, w_scale, bias).float(), approximate="tanh")
-    out = int8.int8_product(q, scale, w_q, w_scale, bias, DTYPE, gelu=True)
-    assert_close("GELU", out, expected.flatten(0, 1).to(DTYPE))
+    weight = reference.row_quantize(random(columns, depth))
+    quantized = int8.row_quantize(x)
+    for name, options in {"bias": {"bias": bias}, "no bias": {}, "GELU": {"bias": bias, "gelu": True}}.items():
+        expected = reference.row_product(quantized, weight.q, weight.scale, **options)
+        assert_close(name, int8.row_product(quantized, weight.q, weight.scale, **options), expected)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 6), ("gluon", 227, 2)])
+def rimmed(*shape):
+    """A clip (B, T, H, W, C) in a rim of zeros"""
+    return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
+
+
+def weights(columns, channels, *taps):
+    return random(columns, channels, *taps) / (channels * math.prod(taps)) ** 0.5, random(columns)
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "taps", "split"),
+    [(96, 96, (3, 3, 3), 1), (16, 192, (3, 3, 3), 1), (32, 3, (3, 3, 3), 1), (48, 64, (1, 1, 1), 1),
+     (32, 64, (3, 1, 1), 2), (16, 400, (3, 1, 1), 2)],
+    ids=str,
+)  # fmt: skip
+def test_rimmed_conv(channels, columns, taps, split):
+    x, (weight, bias) = rimmed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
+    residual = rimmed(2, 2 * split, 5, 11, columns // split)
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
+        exact = reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        out = vae.rimmed_conv(*args)
+        assert_close("conv", out, exact)
+        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("columns", [3, 96])
+def test_upsample_conv(columns):
+    x, (weight, bias) = rimmed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
+    exact = reference.upsample_conv(x.float(), weight.float(), bias.float()).to(DTYPE)
+    out = vae.upsample_conv(x, weight, bias)
+    assert_close("upsample", out, exact)
+    assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [16, 96, 384])
+def test_rms_norm_silu(channels):
+    x, gamma, before = rimmed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
+    for args in [(x, gamma), (x, gamma, before), (x, gamma, None, False), (x, gamma, before[:, :1])]:
+        exact = reference.rms_norm_silu(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        assert_close("norm", vae.rms_norm_silu(*args), exact)
+
+
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 2)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

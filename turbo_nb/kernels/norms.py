@@ -5,11 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int8 import quantize_row
+from .reference import Rows
+
 
 @triton.jit
 def _gated_norm(
-    x, branch, gate, scale, shift, summed, out, length, width, eps,
-    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // length
@@ -28,6 +31,9 @@ def _gated_norm(
         normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
         factor = tl.load(scale + batch * width + columns, mask=mask, other=0.0)
         normed = normed * factor + tl.load(shift + batch * width + columns, mask=mask, other=0.0)
+        if QUANTIZE:
+            normed, its_scale = quantize_row(tl.where(mask, normed, 0.0))
+            tl.store(out_scale + row, its_scale)
         tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -55,8 +61,9 @@ def _warps(block: int) -> int:
 
 
 def gated_norm(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float = 1e-6, quantize: bool = False,
+) -> tuple[Tensor, Tensor | Rows | None]:  # fmt: skip
     """`reference.gated_norm`"""
     batch, length, width = x.shape
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
@@ -64,13 +71,15 @@ def gated_norm(
         None if t is None else t.float().expand(batch, width).contiguous() for t in (gate, scale, shift)
     )
     summed = x if branch is None else torch.empty_like(x)
-    out = None if scale is None else torch.empty_like(x)
+    out = None if scale is None else torch.empty_like(x, dtype=torch.int8 if quantize else x.dtype)
+    out_scale = torch.empty(batch, length, device=x.device) if quantize else None
     block = triton.next_power_of_2(width)
     _gated_norm[(batch * length,)](
-        x, branch, gate, scale, shift, summed, out, length, width, eps,
-        BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, BLOCK=block, num_warps=_warps(block),
+        x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
+        BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, QUANTIZE=quantize,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return summed, out
+    return summed, Rows(out, out_scale, x.dtype) if quantize else out
 
 
 def rms_norm_rope(

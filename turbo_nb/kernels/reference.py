@@ -4,6 +4,8 @@ Faster spellings live beside this file with the same signatures and are checked 
 H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +38,13 @@ def rms_norm_rope(
 
 
 def gated_norm(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float = 1e-6, quantize: bool = False,
+) -> "tuple[Tensor, Tensor | Rows | None]":  # fmt: skip
     """x + branch · gate, and its LayerNorm · scale + shift: x (B, L, C) → two of its shape and dtype
 
     gate, scale and shift are (B, C) or (C,); no branch adds nothing, no gate is 1; without a scale there is no norm.
+    quantize: the second is in 8 bits, as `row_quantize` has it.
     """
     per_batch = [t if t is None or t.ndim == 1 else t[:, None] for t in (gate, scale, shift)]
     gate, scale, shift = (None if t is None else t.float() for t in per_batch)
@@ -48,7 +52,8 @@ def gated_norm(
         x = (x.float() + branch.float() * (1 if gate is None else gate)).to(x.dtype)
     if scale is None:
         return x, None
-    return x, (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * scale + shift
+    return x, row_quantize(normed)._replace(dtype=x.dtype) if quantize else normed.to(x.dtype)
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
@@ -224,3 +229,76 @@ def _int8_product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
         down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
         out.addcmul_(product, across * down)
     return out.to(x.dtype)
+
+
+class Rows(NamedTuple):
+    """Rows in 8 bits: q (…, K) int8, scale (…) float32, and the dtype that they were quantised from."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def row_quantize(x: Tensor) -> Rows:
+    """8-bit form with one scale a row (LLM.int8(), arXiv:2208.07339): x (…, K)
+
+    scale = max(amax, 10⁻⁸) / 127; q = x / scale to the nearest even.
+    """
+    scale = x.float().abs().amax(-1).clamp(min=1e-8) / 127
+    return Rows((x.float() / scale[..., None]).round().to(torch.int8), scale, x.dtype)
+
+
+def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x · (w_q · w_scale)ᵀ + bias with x in 8 bits, and its GELU (tanh) where asked: x (…, K), w_q (N, K) → (…, N)
+
+    x is quantised as `row_quantize` does; everything after the integer product is float32, rounded once to x's dtype.
+    """
+    return torch.cat(
+        [
+            row_product(row_quantize(rows), w_q, w_scale, bias, gelu)
+            for rows in x.reshape(-1, x.shape[-1]).split(LINEAR_ROWS)
+        ]
+    ).unflatten(0, x.shape[:-1])
+
+
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """What follows the quantisation in `row_linear`"""
+    out = (x.q.float() @ w_q.float().T) * x.scale[..., None] * w_scale
+    if bias is not None:
+        out = out + bias.float()
+    return (F.gelu(out, approximate="tanh") if gelu else out).to(x.dtype)
+
+
+def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
+    """x · √C / ‖x‖ · gamma over the channels, then SiLU, after the frames `before`: (B, T, …, C) → (B, t + T, …, C)
+
+    gamma has C elements; before (B, t, …, C), None for no frames.
+    """
+    out = F.normalize(x.float(), dim=-1) * x.shape[-1] ** 0.5 * gamma.float().flatten()
+    out = (F.silu(out) if silu else out).to(x.dtype)
+    return out if before is None else torch.cat([before, out], dim=1)
+
+
+def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
+    """Convolution and residual of a clip in a rim of zeros: (B, T + kt − 1, H + 2, W + 2, C) → (B, T, H + 2, W + 2, N)
+
+    weight (N, C, kt, k, k) with k 3 or 1, bias (N,); residual as the result. With split 2 the halves of the N channels
+    are two frames, one after the other: (B, 2T, H + 2, W + 2, N / 2).
+    """
+    rim = 0 if weight.shape[-1] == 3 else 1  # of the input that the kernel does not read
+    inner = x[:, :, rim : x.shape[2] - rim, rim : x.shape[3] - rim].permute(0, 4, 1, 2, 3)
+    out = F.conv3d(inner, weight, bias).permute(0, 2, 3, 4, 1)
+    if split > 1:
+        out = out.unflatten(-1, (split, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+    out = F.pad(out, (0, 0, 1, 1, 1, 1))
+    return out if residual is None else out + residual
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Pictures twice as large, by repeating pixels, then convolved: (B, T, H + 2, W + 2, C) → (B, T, 2H + 2, 2W + 2, N)
+
+    The pictures have a rim of zeros. weight (N, C, 3, 3), bias (N,).
+    """
+    inner = x[:, :, 1:-1, 1:-1].flatten(0, 1).permute(0, 3, 1, 2)
+    out = F.conv2d(F.interpolate(inner, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
+    return F.pad(out.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unflatten(0, x.shape[:2])

@@ -1,0 +1,158 @@
+"""The convolutions and norms of Wan's VAE in Triton, over clips with a rim of zeros around each picture.
+
+With that rim (B, T, H + 2, W + 2, C) is a matrix of pixels, and each tap of a convolution multiplies the same matrix
+from another row on: an implicit GEMM whose tiles come by tensor descriptors, with no padding, transposing or masks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+NORM_ELEMENTS = 4096  # of a program of the norm
+# Channels out → columns of the two products that a program makes of the same rows, rows, warps, stages
+TILES = {96: (64, 32, 256, 8, 4), 192: (128, 64, 128, 8, 3), 3: (16, 0, 256, 8, 3)}
+TILE = (128, 0, 256, 8, 3)
+
+
+@triton.jit
+def _norm_silu(
+    x, gamma, before, out, rows, lead, factor,
+    C: tl.constexpr, BEFORE: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None]
+    mask = (column < C) & (row < rows + lead)
+    at = (batch * rows + row - lead) * C + column
+    value = tl.load(x + at, mask=mask & (row >= lead), other=0.0).to(tl.float32)
+    value *= factor / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12)[:, None]
+    value *= tl.load(gamma + column, mask=column < C, other=0.0).to(tl.float32)
+    if SILU:
+        value *= tl.sigmoid(value)
+    if BEFORE:
+        past = tl.load(before + (batch * lead + row) * C + column, mask=mask & (row < lead), other=0.0)
+        value = tl.where(row < lead, past.to(tl.float32), value)
+    tl.store(out + (batch * (rows + lead) + row) * C + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
+    """`reference.rms_norm_silu`"""
+    x, channels = x.contiguous(), x.shape[-1]
+    lead = 0 if before is None else before.shape[1]
+    out = torch.empty(x.shape[0], lead + x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device)
+    frame = x.shape[2] * x.shape[3]
+    block = triton.next_power_of_2(channels)
+    tile = max(1, NORM_ELEMENTS // block)
+    _norm_silu[(triton.cdiv(out.shape[1] * frame, tile), x.shape[0])](
+        x, gamma, x if before is None else before.contiguous(), out, x.shape[1] * frame, lead * frame, channels**0.5,
+        C=channels, BEFORE=lead > 0, SILU=silu, ROWS=tile, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _store(
+    value, bias, residual, out, columns, row, rows, frame, inside, valid,
+    N: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of sums to `rows` of the frame that begins at `row`, or of the SPLIT ones that begin there"""
+    mask = valid[:, None] & (columns < N)[None]
+    value += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
+    width: tl.constexpr = N // SPLIT
+    at = (row + (columns // width * frame)[None] + rows[:, None]) * width + (columns % width)[None]
+    if RESIDUAL:
+        value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, tl.where(inside[:, None], value, 0.0).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width"])
+def _conv(
+    x, weight, weight_2, bias, residual, out, frames, height, width,
+    N: tl.constexpr, C: tl.constexpr, TAPS_T: tl.constexpr, TAPS: tl.constexpr, UP: tl.constexpr, SPLIT: tl.constexpr,
+    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN_2: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tiles: tl.constexpr = (N + BN + BN_2 - 1) // (BN + BN_2)
+    column, pixels = tl.program_id(0) % tiles * (BN + BN_2), tl.program_id(0) // tiles
+    # the same tile of one frame after the other, so that a frame's pixels are still in the cache for the next two
+    time, first = pixels % frames, pixels // frames * BM
+    batch, phase = tl.program_id(1), tl.program_id(2)
+    across, frame = width + 2, (height + 2) * (width + 2)
+    top, left = 1 - phase // 2, 1 - phase % 2  # how far a kernel reaches up and left
+    if not UP:
+        top, left = TAPS // 2, TAPS // 2
+    start = (batch * (frames + TAPS_T - 1) + time) * frame + first - top * across - left
+    total = tl.zeros((BM, BN), tl.float32)
+    if BN_2:
+        total_2 = tl.zeros((BM, BN_2), tl.float32)
+    for k in range(TAPS_T * TAPS * TAPS * (C // BK)):
+        tap = k // (C // BK)
+        shift = tap // (TAPS * TAPS) * frame + tap // TAPS % TAPS * across + tap % TAPS
+        rows = x.load([start + shift, k % (C // BK) * BK])
+        total = tl.dot(rows, tl.trans(weight.load([phase * N + column, k * BK])), total)
+        if BN_2:
+            total_2 = tl.dot(rows, tl.trans(weight_2.load([phase * N + column + BN, k * BK])), total_2)
+
+    at = first + tl.arange(0, BM)
+    i, j = at // across, at % across
+    valid, inside = at < frame, (i > 0) & (i <= height) & (j > 0) & (j <= width)
+    if UP:  # the rim goes to the rim
+        i, j = 2 * i - top, 2 * j - left
+        valid &= (i >= 0) & (i < 2 * height + 2) & (j >= 0) & (j < 2 * width + 2)
+        at = i * (2 * width + 2) + j
+        frame = (2 * height + 2) * (2 * width + 2)
+    row = (batch * frames + time).to(tl.int64) * SPLIT * frame
+    columns = column + tl.arange(0, BN)
+    _store(total, bias, residual, out, columns, row, at, frame, inside, valid, N, SPLIT, RESIDUAL)
+    if BN_2:
+        columns = column + BN + tl.arange(0, BN_2)
+        _store(total_2, bias, residual, out, columns, row, at, frame, inside, valid, N, SPLIT, RESIDUAL)
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, **meta) -> Tensor:
+    """weight: (N, taps · C), or one above the other for the four phases"""
+    batch, _, height, width, channels = x.shape
+    split, columns = meta["SPLIT"], out.shape[-1] * meta["SPLIT"]
+    frames = out.shape[1] // split
+    first, second, rows, warps, stages = TILES.get(columns, TILE)
+    depth = min(64, channels & -channels)
+    if x.is_cuda:  # stages that fit in the memory that a program has: 227 KiB on an H100, 99 on consumers' cards
+        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        stages = min(stages, (shared - 1024) // (2 * (rows + first + second) * depth))
+    weight_1, weight_2 = (TensorDescriptor.from_tensor(weight, [n, depth]) for n in (first, second or first))
+    grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
+    if meta["UP"]:
+        grid = *grid[:2], 4
+    _conv[grid](
+        TensorDescriptor.from_tensor(x.view(-1, channels), [rows, depth]), weight_1, weight_2, bias,
+        out if residual is None else residual.contiguous(), out, frames, height - 2, width - 2,
+        N=columns, C=channels, RESIDUAL=residual is not None, BM=rows, BN=first, BN_2=second, BK=depth,
+        num_warps=warps, num_stages=stages, **meta,
+    )  # fmt: skip
+    return out
+
+
+def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
+    """`reference.rimmed_conv`, for channels in multiples of 16; no copy of a weight in channels_last_3d"""
+    taps_t, taps = weight.shape[2:4]
+    batch, time, height, width, _ = x.shape
+    shape = batch, (time - taps_t + 1) * split, height, width, weight.shape[0] // split
+    matrix = weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return _launch(x.contiguous(), matrix, bias, residual, out, TAPS_T=taps_t, TAPS=taps, UP=False, SPLIT=split)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`reference.upsample_conv` as four convolutions of two by two taps, one for each pixel that one becomes
+
+    Of a row's three taps two fall on the same pixel of the small picture, and their weights are added up.
+    """
+    batch, time, height, width, _ = x.shape
+    a, b, c = weight.float().unbind(2)
+    rows = torch.stack([torch.stack([a, b + c], 2), torch.stack([a + b, c], 2)])  # (2, N, C, 2, 3)
+    a, b, c = rows.unbind(4)
+    both = torch.stack([torch.stack([a, b + c], 4), torch.stack([a + b, c], 4)], 1)  # (2, 2, N, C, 2, 2)
+    matrix = both.permute(0, 1, 2, 4, 5, 3).reshape(4 * weight.shape[0], -1).to(x.dtype)
+    shape = batch, time, 2 * height - 2, 2 * width - 2, weight.shape[0]
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return _launch(x.contiguous(), matrix, bias, None, out, TAPS_T=1, TAPS=2, UP=True, SPLIT=1)
