@@ -51,12 +51,12 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         assert choose("rope", here).chosen == ("flash_attn" if fast_rope else "reference")
         assert choose("original", here) == Choice("original", "sdpa")
         kernels = card not in ("none", "T4") and triton is TRITON
+        assert choose("block", here).chosen == ("triton" if kernels else "reference")
+        best = "gluon" if card == "H100" else "triton"
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
-        attention = "gluon" if card == "H100" else "triton"
-        assert choose("sagesla", here).chosen == (attention if kernels else "spargeattn" if sage else None)
-        for operation in ("linear", "block"):
-            assert choose(operation, here).chosen == ("triton" if kernels else "reference")
-        assert choose("sla", here).chosen == (attention if kernels else "reference")
+        assert choose("sagesla", here).chosen == (best if kernels else "spargeattn" if sage else None)
+        for operation in ("sla", "linear"):
+            assert choose(operation, here).chosen == (best if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
@@ -144,7 +144,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "flash_attn", r"rope backend 'flash_attn' cannot run here: no CUDA GPU"),
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
-        ("linear", "int4", r"give one of auto, triton, reference"),
+        ("linear", "int4", r"give one of auto, gluon, triton, reference"),
         ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
     ],
 )

@@ -185,7 +185,7 @@ CANDIDATES = {
         Candidate("reference", _anywhere, by_name_only=True),
     ),
     "original": (Candidate("sdpa", _anywhere),),
-    "linear": (TRITON, REFERENCE),
+    "linear": (GLUON, TRITON, REFERENCE),
     "block": (TRITON, REFERENCE),
     "vae": (TRITON, REFERENCE),
 }

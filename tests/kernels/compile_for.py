@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from turbo_nb.kernels import cross, hopper, int8, sage, sparse_linear, vae
+from turbo_nb.kernels import cross, hopper, hopper_int8, int8, sage, sparse_linear, vae
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
@@ -84,6 +84,13 @@ GLUON = {
         | {"states": f"tensordesc<bf16[128, 128],{hopper.LAYOUT!r}>", "kept": "*i32"}
         | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B},
         {},
+        {"num_warps": 4},
+    ),
+    "hopper_int8": (
+        hopper_int8._row_product,
+        {name: f"tensordesc<i8[{rows}, 128],{hopper_int8.LAYOUT!r}>" for name, rows in (("a", 64), ("b", 256))}
+        | {"out": B, "a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
+        {"BIAS": True, "GELU": True},
         {"num_warps": 4},
     ),
 }

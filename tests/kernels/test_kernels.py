@@ -214,7 +214,7 @@ def test_the_last_row_stands_for_the_padding():
 def assert_rows(out, expected):
     assert torch.equal(out.scale, expected.scale) or torch.allclose(out.scale, expected.scale, rtol=1e-6)
     difference = (out.q.int() - expected.q.int()).abs()
-    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 1e-3  # near a half
+    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 3e-3  # near a half
 
 
 @pytest.mark.parametrize("shape", [(63, 100), (2, 30, 1536)], ids=str)
@@ -246,6 +246,17 @@ def test_row_linear(shape):
     for name, options in {"bias": {"bias": bias}, "no bias": {}, "GELU": {"bias": bias, "gelu": True}}.items():
         expected = reference.row_product(quantized, weight.q, weight.scale, **options)
         assert_close(name, int8.row_product(quantized, weight.q, weight.scale, **options), expected)
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (32760, 1536, 8960)], ids=str)
+def test_the_gluon_product_is_the_triton_one(shape):
+    rows, depth, columns = shape
+    x, bias = int8.row_quantize(random(rows, depth)), random(columns)
+    weight = reference.row_quantize(random(columns, depth))
+    for options in ({"bias": bias}, {}, {"bias": bias, "gelu": True}):
+        args = x, weight.q, weight.scale
+        assert_close(str(shape), int8.row_product(*args, **options, gluon=True), int8.row_product(*args, **options))
 
 
 def rimmed(*shape):
@@ -291,7 +302,7 @@ def test_rms_norm_silu(channels):
         assert_close("norm", vae.rms_norm_silu(*args), exact)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 2)])
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 3)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
