@@ -30,7 +30,7 @@ BLOCK_Q, BLOCK_K = 128, 64  # tokens
 KERNEL_HEAD_DIMS = (64, 128)  # that the Triton kernel takes
 SPARGEATTN_TOKENS = 128  # fewest that SpargeAttn takes
 NEVER = 1e6  # SpargeAttn's threshold for leaving out products that count for little
-SAGE_BLOCKS = {(9, 0): (64, 128)}  # of SageSLA by arch of the GPU; 128×64 on any other, and 64×128 without one
+SPARGEATTN_BLOCKS = {(9, 0): (64, 128)}  # by arch of the GPU; those of SLA on any other
 
 
 def check_topk(topk: float) -> float:
@@ -76,11 +76,12 @@ class SparseLinearAttention(nn.Module):
 
 
 class SageSparseLinearAttention(SparseLinearAttention):
-    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of this machine's GPU.
+    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of what runs it.
 
-    backend: "spargeattn", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to a
-    picture, slower than SLA; None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it
-    cannot run, or there is no fast one.
+    backend: "gluon" or "triton", whose product with v is in v's 16 bits and so more exact; "spargeattn"; or
+    "reference", which is plain PyTorch, runs anywhere and shows what 8 bits throughout do to a picture, slower than
+    SLA. None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it cannot run, or there is
+    no fast one.
     """
 
     def __init__(
@@ -91,13 +92,22 @@ class SageSparseLinearAttention(SparseLinearAttention):
         block_k: int | None = None,
         backend: str | None = None,
     ):
-        arch = backends.probe().arch
-        blocks = SAGE_BLOCKS.get(arch or (9, 0), (BLOCK_Q, BLOCK_K))
+        blocks = BLOCK_Q, BLOCK_K
+        if backends.choose("sagesla", override=backend).require() == "spargeattn":
+            blocks = SPARGEATTN_BLOCKS.get(backends.probe().arch, blocks)
         super().__init__(head_dim, topk, block_q or blocks[0], block_k or blocks[1])
-        self.backend = backends.choose("sagesla", override=backend).require()
+        self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fast = self.backend == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
+        chosen = backends.choose("sagesla", override=self.backend).chosen
+        if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sagesla", q, k, v, override=self.backend):
+            from .kernels.sage import sage_linear_attention
+
+            weight, bias = self.proj_l.weight, self.proj_l.bias
+            return sage_linear_attention(
+                q, k, v, weight, bias, self.topk, self.block_q, self.block_k, chosen == "gluon"
+            )
+        fast = chosen == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
         return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
 
 

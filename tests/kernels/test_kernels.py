@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sparse_linear, vae
+from turbo_nb.kernels import cross, int8, norms, sage, sparse_linear, vae
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -49,6 +50,15 @@ def smooth(batch, length, heads, dim):
     return q, k, random(batch, length, heads, dim)
 
 
+def use_the_map_of_the_kernels(monkeypatch, args):
+    """In the reference, too, which must not decide ties in another way"""
+    q, k, *_, topk, block_q, block_k = args
+    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)
+    chosen = torch.zeros(*kept.shape[:3], -(-k.shape[1] // block_k), dtype=torch.bool, device=DEVICE)
+    chosen.scatter_(-1, kept.long(), True)
+    monkeypatch.setattr(reference, "block_map", lambda *_: chosen)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
 def test_sparse_linear_attention(length, heads, dim, monkeypatch):
@@ -56,17 +66,53 @@ def test_sparse_linear_attention(length, heads, dim, monkeypatch):
     weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
     for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
         args = (q, k, v, weight, bias, topk, block_q, block_k)
-        kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)  # whose ties the exact one must not decide
-        chosen = torch.zeros(*kept.shape[:3], -(-length // block_k), dtype=torch.bool, device=DEVICE)
-        chosen.scatter_(-1, kept.long(), True)
-        monkeypatch.setattr(reference, "block_map", lambda *_, chosen=chosen: chosen)
+        use_the_map_of_the_kernels(monkeypatch, args)
         exact = reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
         assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args), exact)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sage_linear_attention(length, heads, dim, monkeypatch):
+    q, k, v = smooth(1, length, heads, dim)
+    k = k + 2  # which is no news to a softmax
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        meant = reference.sparse_linear_attention(*wide, in_8_bits).to(DTYPE)
+        assert_close(f"topk {topk}", sage.sage_linear_attention(*args), meant)
+        wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
+        exact = reference.sparse_linear_attention(*wide).to(DTYPE)
+        assert_close(f"topk {topk}, exact", sage.sage_linear_attention(*args), exact, 1.5e-2)
+
+
+def in_8_bits(q, k, v, block_map, block_q, block_k, q_rows=None):
+    """`reference.sage_sparse_attention` with v and the probabilities as they are; q_rows: of q with a scale each"""
+    q, k = q.to(DTYPE), k.to(DTYPE)
+    q, k = dequantised(q, q_rows or block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
+    return reference.sparse_attention(q, k, v, block_map, block_q, block_k)
+
+
+def dequantised(x, block):
+    integers, scale = reference._int8_blocks(x, block)
+    return (integers * scale[..., None, None]).flatten(2, 3)[:, :, : x.shape[1]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_int8_blocks_are_exact(length):
+    x = random(2, length, 3, 64) + 1
+    mean = x.mean(1, keepdim=True)
+    expected, expected_scale = reference._int8_blocks(x - mean, 64)
+    out, scale = sage.int8_blocks(x, mean.transpose(1, 2), 64)
+    assert torch.equal(out, expected.flatten(2, 3)[:, :, :length].transpose(1, 2).to(torch.int8))
+    assert torch.equal(scale, expected_scale)
+
+
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_gluon_kernel_is_the_triton_one(length):
+def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
     q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
     q[1], v[1] = random(length, 3, 128), random(length, 3, 128)
     weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
@@ -75,6 +121,11 @@ def test_the_gluon_kernel_is_the_triton_one(length):
         expected = sparse_linear.sparse_linear_attention(*args)
         for _ in range(3):  # a race would show now and then
             assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args, gluon=True), expected)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        expected = reference.sparse_linear_attention(*wide, partial(in_8_bits, q_rows=64)).to(DTYPE)
+        for _ in range(3):
+            assert_close(f"SageSLA, topk {topk}", sage.sage_linear_attention(*args, gluon=True), expected)
 
 
 def test_a_batch_of_strided_operands():
@@ -83,6 +134,7 @@ def test_a_batch_of_strided_operands():
     args = (random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 1.0, 128, 64)
     exact = reference.sparse_linear_attention(q.float(), k.float(), v.float(), *args).to(DTYPE)
     assert_close("strided", sparse_linear.sparse_linear_attention(q, k, v, *args), exact)
+    assert_close("SageSLA, strided", sage.sage_linear_attention(q, k, v, *args), exact, 1.5e-2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -254,7 +306,7 @@ def test_rms_norm_silu(channels):
         assert_close("norm", vae.rms_norm_silu(*args), exact)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 5), ("gluon", 227, 2)])
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 3)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
