@@ -147,6 +147,14 @@ def test_kept_blocks_are_those_of_the_block_map(length):
     assert (found == expected).float().mean() > 0.995  # a tie may fall either way
 
 
+@pytest.mark.parametrize("length", LENGTHS[:2])
+def test_block_means_from_sums(length):
+    x = random(2, length, 2, 64)
+    sums = torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, -length % 16)).unflatten(1, (-1, 16)).sum(2)
+    for block in (64, 128):
+        assert_close("means", sparse_linear.block_means(x, block, sums), reference.block_means(x, block), 1e-5)
+
+
 @pytest.mark.parametrize("columns", [1, 63, 512, 1182])
 def test_keep_largest(columns):
     score = random(2, 1, 5, columns)

@@ -43,15 +43,15 @@ def int8_blocks(x: Tensor, mean: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def sage_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    gluon: bool = False,
+    gluon: bool = False, sums: sparse_linear.Sums = (None, None),
 ) -> Tensor:  # fmt: skip
     """`reference.sparse_linear_attention` with `reference.sage_sparse_attention`, but for v and the probabilities,
     which stay in v's dtype; for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
 
     gluon: as for `sparse_linear.sparse_linear_attention`; q then has a scale for every 64 rows.
     """
-    means = sparse_linear.block_means(k, block_k)
-    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k, means)
+    means = sparse_linear.block_means(k, block_k, sums[1])
+    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k, sums, means)
     state, norm = sparse_linear.linear_state(k, v, weight)
     k8, scale = int8_blocks(k, sparse_linear.sequence_mean(means, k.shape[1], block_k), block_k)
     return sparse_linear.sparse_linear(q, k8, v, kept, state, norm, bias, block_q, block_k, gluon, scale)

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import reference
 
+Sums = tuple[Tensor | None, Tensor | None]  # of q and k over runs of tokens
 LOG2_E = 1.4426950408889634
 STATE_BLOCK = 128  # tokens that the linear branch's kernel takes at a time
 STATE_WARPS = 8
@@ -20,12 +21,15 @@ STATE_PROGRAMS = 132  # about as many chunks of it, over all heads
 
 
 @triton.jit
-def _block_means(x, out, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr):
+def _block_means(
+    x, out, rows, length, heads, stride_b, stride_l, stride_h,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    row, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
     x += batch.to(tl.int64) * stride_b + head * stride_h
-    tile = tl.load(x + rows[:, None] * stride_l + columns, mask=rows[:, None] < length, other=0.0).to(tl.float32)
-    count = tl.minimum(length - block * BLOCK, BLOCK)
+    tile = tl.load(x + row[:, None] * stride_l + columns, mask=row[:, None] < rows, other=0.0).to(tl.float32)
+    count = tl.minimum(length - block * BLOCK * TOKENS, BLOCK * TOKENS)
     out += (tl.program_id(1) * tl.num_programs(0) + block) * D
     tl.store(out + columns, tl.sum(tile, 0) / count)
 
@@ -162,11 +166,14 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def block_means(x: Tensor, block: int) -> Tensor:
-    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32"""
+def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
+    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32; sums of x as `rms_norm_rope` gives them"""
     batch, length, heads, dim = x.shape
     out = torch.empty(batch, heads, triton.cdiv(length, block), dim, device=x.device)
-    _block_means[(out.shape[2], batch * heads)](x, out, length, heads, *_strides(x), BLOCK=block, D=dim)
+    tokens, x = (1, x) if sums is None else (reference.SUM_TOKENS, sums)
+    _block_means[(out.shape[2], batch * heads)](
+        x, out, x.shape[1], length, heads, *_strides(x), BLOCK=block // tokens, TOKENS=tokens, D=dim
+    )
     return out
 
 
@@ -177,14 +184,17 @@ def sequence_mean(means: Tensor, length: int, block: int) -> Tensor:
     return (means * (count / length)).sum(2, keepdim=True)
 
 
-def kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, means: Tensor | None = None) -> Tensor:
+def kept_blocks(
+    q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, sums: Sums = (None, None),
+    means: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32
 
-    means: `block_means(k, block_k)` where they are there already.
+    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k; each where it is there already.
     """
-    means = block_means(k, block_k) if means is None else means
+    means = block_means(k, block_k, sums[1]) if means is None else means
     pooled_k = (means - sequence_mean(means, k.shape[1], block_k)).to(k.dtype)
-    return keep_largest(block_means(q, block_q).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
+    return keep_largest(block_means(q, block_q, sums[0]).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
 
 
 def keep_largest(score: Tensor, topk: float) -> Tensor:
@@ -226,13 +236,13 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    gluon: bool = False,
+    gluon: bool = False, sums: Sums = (None, None),
 ) -> Tensor:  # fmt: skip
     """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
 
     gluon: the last kernel is that of `hopper`, where it takes these blocks and this head_dim.
     """
-    kept = kept_blocks(q, k, topk, block_q, block_k)
+    kept = kept_blocks(q, k, topk, block_q, block_k, sums)
     state, norm = linear_state(k, v, weight)
     return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, gluon)
 
