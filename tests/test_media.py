@@ -71,9 +71,10 @@ FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
         (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
         ("kill -9 $$", "ffmpeg ended with -9: no word of why"),
         ("echo no codec >&2; exit 3", "ffmpeg ended with 3: no codec"),
-        ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; *) echo frame=7;; esac', "ffmpeg wrote 7 of 81 frames"),
+        ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; esac', "ffmpeg wrote 0 of 81 frames"),
+        ('case "$*" in *rawvideo*) set -- -t 0.43 "$@";; esac; exec "$FFMPEG" "$@"', "ffmpeg wrote 7 of 81 frames"),
     ],
-    ids=["disk full", "disk full at the end", "killed", "refused", "short"],
+    ids=["disk full", "disk full at the end", "killed", "refused", "nothing", "short"],
 )
 def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path, tmp_path_factory, monkeypatch, script, words

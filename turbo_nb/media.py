@@ -158,8 +158,8 @@ class Encoder:
                 self._said.seek(0)
                 raise OSError(f"ffmpeg ended with {self._process.returncode}: {_last_line(self._said.read())}")
             whole = self._new_file()
-            written = _add_metadata(self._temporary[0], whole, metadata)
-            if written != self.count:
+            _add_metadata(self._temporary[0], whole, metadata)
+            if (written := _count_frames(whole)) != self.count:  # older ffmpegs do not tell of all that failed
                 raise OSError(f"ffmpeg wrote {written} of {self.count} frames")
             with whole.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -204,14 +204,20 @@ class Encoder:
             ) from error
 
 
-def _add_metadata(source: Path, target: Path, metadata: dict | None) -> int:
-    """Copy an mp4, the index first, with metadata; its frames. Raises OSError."""
+def _add_metadata(source: Path, target: Path, metadata: dict | None) -> None:
+    """Copy an mp4, with the index first and metadata. Raises OSError."""
     tags = ["-metadata", f"{METADATA_KEY}={json.dumps(metadata)}"] if metadata else []
-    options = ["-map_metadata", "-1", *tags, "-movflags", "+faststart+use_metadata_tags", "-progress", "-"]
-    result = subprocess.run(_ffmpeg("-i", source, "-c", "copy", *options, target), capture_output=True, check=False)
+    options = ["-c", "copy", "-map_metadata", "-1", *tags, "-movflags", "+faststart+use_metadata_tags"]
+    result = subprocess.run(_ffmpeg("-i", source, *options, target), capture_output=True, check=False)
     if result.returncode:
         raise OSError(f"ffmpeg ended with {result.returncode}: {_last_line(result.stderr)}")
-    return int(re.findall(rb"^frame=\s*(\d+)", result.stdout, re.MULTILINE)[-1])
+
+
+def _count_frames(path: Path) -> int:
+    """The frames that an mp4's index has, which comes first; 0 if there is none"""
+    data = path.read_bytes()
+    found = data.find(b"stsz")  # and after it 4 bytes of version, 4 of a size, 4 of the count
+    return int.from_bytes(data[found + 12 : found + 16]) if found >= 0 else 0
 
 
 def _ffmpeg(*arguments: str | Path) -> list[str]:
