@@ -1,7 +1,7 @@
 """Every operation of `turbo_nb.kernels.reference` beside its faster spellings: one row of `OPERATIONS` each.
 
 The check. Each spelling is held against the reference in float32 on the same bf16 numbers, and may err by a tenth more
-than the reference in bf16 does.
+than the reference in bf16 does. SageSLA and its reference are held against SLA's, which shows what its 8 bits cost.
 """
 
 import re
@@ -31,12 +31,14 @@ TOPK = 0.1
 class Operation:
     """make_inputs(shape, device, dtype) → the arguments of `reference` and of every spelling, name → function.
 
+    exact: what is run in float32 for the check, None for `reference`.
     shapes: those measured on "cuda" and on "cpu", if no other is asked for. triton: the file of turbo_nb/kernels that
     has a function of the operation's name, one more spelling on a GPU.
     """
 
     make_inputs: Callable[[tuple[int, int, int], str, torch.dtype], tuple]
     reference: Callable
+    exact: Callable | None = None
     spellings: dict[str, Callable] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, int, int], ...]]
     triton: str | None = None
@@ -151,6 +153,13 @@ OPERATIONS = {
         shapes=ATTENTION,
         triton="sparse_linear",
     ),
+    "sage_linear_attention": Operation(
+        make_inputs=sla_inputs,
+        reference=partial(reference.sparse_linear_attention, sparse_attention=reference.sage_sparse_attention),
+        exact=reference.sparse_linear_attention,
+        shapes=ATTENTION,
+        triton="sage",
+    ),
     "row_linear": Operation(
         make_inputs=row_inputs,
         reference=reference.row_linear,
@@ -182,7 +191,7 @@ def jobs(
         operation = OPERATIONS[name]
         for sides in asked or operation.shapes[device.split(":")[0]]:
             inputs = operation.make_inputs(sides, device, getattr(torch, dtype))
-            ref = operation.reference(*_in_float32(inputs))
+            ref = (operation.exact or operation.reference)(*_in_float32(inputs))
             own = _error(operation.reference(*inputs), ref)
             for mode, function in spellings(name, device).items():
 
@@ -190,7 +199,7 @@ def jobs(
                     check = Check(
                         error=_error(function(*inputs), ref),
                         limit=harness.limit(None if mode == "reference" else own),
-                        what=f"against the reference in float32; itself in {dtype} {own:.2e}",
+                        what=f"against float32; the reference itself in {dtype} {own:.2e}",
                     )
                     return harness.measure(lambda: function(*inputs), device, runs=runs, warmup=warmup), check
 
@@ -203,7 +212,7 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     found = {"reference": operation.reference, **operation.spellings}
     if operation.triton and device != "cpu" and not backends.no_kernels(backends.probe()):
         found["triton"] = function = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
-        if name == "sparse_linear_attention" and backends.choose("sla").chosen == "gluon":
+        if name in ("sparse_linear_attention", "sage_linear_attention") and backends.choose("sla").chosen == "gluon":
             found["gluon"] = partial(function, gluon=True)
     return found
 

@@ -239,7 +239,7 @@ def _(q, k, topk, block_q, block_k):
     return q.new_empty((batch, heads, -(-length // block_q), -(-length // block_k)), dtype=torch.bool)
 
 
-def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
+def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, *_) -> Tensor:
     """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
     kept = _block_map(q, k, topk, block_q, block_k)
     return kept.int().topk(reference.kept_count(topk, kept.shape[-1]), dim=-1).indices.int().sort(dim=-1).values

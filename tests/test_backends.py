@@ -49,14 +49,14 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         here = machine(card, flash, sparge, triton)
         fast_rope = card != "none" and flash is WORKS and triton is TRITON
         assert choose("rope", here).chosen == ("flash_attn" if fast_rope else "reference")
-        sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
-        assert choose("sagesla", here).chosen == ("spargeattn" if sage else None)
         assert choose("original", here) == Choice("original", "sdpa")
         kernels = card not in ("none", "T4") and triton is TRITON
-        for operation in ("linear", "block"):
-            assert choose(operation, here).chosen == ("triton" if kernels else "reference")
-        attention = "gluon" if card == "H100" else "triton"
-        assert choose("sla", here).chosen == (attention if kernels else "reference")
+        assert choose("block", here).chosen == ("triton" if kernels else "reference")
+        best = "gluon" if card == "H100" else "triton"
+        sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
+        assert choose("sagesla", here).chosen == (best if kernels else "spargeattn" if sage else None)
+        for operation in ("sla", "linear"):
+            assert choose(operation, here).chosen == (best if kernels else "reference")
         for operation in backends.CANDIDATES:
             assert all(reason for _, reason in choose(operation, here).passed_over)
 
@@ -67,22 +67,17 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         (machine("none", WORKS), "rope", "no CUDA GPU"),
         (machine("none"), "sagesla", "no CUDA GPU"),
         (machine("H100"), "rope", "flash_attn not installed"),
-        (machine("H100"), "sagesla", "SpargeAttn not installed"),
+        (machine("H100", triton=None), "sagesla", "Triton not installed"),
         (machine("L40S", Library(version="2.8.3", error=SYMBOL)), "rope", f"flash_attn 2.8.3 found but {SYMBOL}"),
-        (machine("A100", spas_sage_attn=Library(error=SYMBOL)), "sagesla", f"SpargeAttn found but {SYMBOL}"),
         (machine("A100", WORKS, triton=None), "rope", "Triton not installed"),
         (machine("A100", WORKS, triton=Library(version="3.5.0", error=NO_COMPILER)), "rope",
          f"Triton 3.5.0 found but {NO_COMPILER}"),
-        (machine("T4", spas_sage_attn=WORKS), "sagesla",
-         "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_75"),
         (machine("A100", triton=Library(version="3.3.1")), "block",
          "the kernels need Triton 3.4 or newer, and this is 3.3.1"),
         (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
         (machine("RTX 5090"), "sla", "made for sm_90, and this GPU is sm_120"),
         (machine("H100", triton=Library(version="3.5.1")), "sla",
          "the kernels need Triton 3.6 or newer, and this is 3.5.1"),
-        (machine("RTX 5090", spas_sage_attn=WORKS), "sagesla",
-         "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),
         (Machine(gpu="H100", cuda_error="torch 2.9.0+cpu is built without CUDA"), "rope",
          "torch cannot use the H100: torch 2.9.0+cpu is built without CUDA"),
     ],
@@ -91,12 +86,33 @@ def test_reasons_in_words(here, operation, reason):
     assert choose(operation, here).passed_over[0][1] == reason
 
 
-def test_sagesla_where_nothing_runs_it_says_what_to_do():
-    choice = choose("sagesla", machine("RTX 5090"))
-    assert [name for name, _ in choice.passed_over] == ["spargeattn", "reference"]
-    with pytest.raises(BackendError, match=r"SpargeAttn.*sm_120.*--attention_type sla"):
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [
+        (machine("T4", spas_sage_attn=WORKS), "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_75"),
+        (machine("RTX 5090", spas_sage_attn=WORKS, triton=None),
+         "SpargeAttn is made for sm_80 to sm_100, and this GPU is sm_120"),
+        (machine("A100", triton=None), "SpargeAttn not installed"),
+        (machine("A100", spas_sage_attn=Library(error=SYMBOL), triton=None), f"SpargeAttn found but {SYMBOL}"),
+    ],
+)  # fmt: skip
+def test_sagesla_where_nothing_runs_it_says_what_to_do(here, reason):
+    choice = choose("sagesla", here)
+    assert [name for name, _ in choice.passed_over] == ["gluon", "triton", "spargeattn", "reference"]
+    assert choice.passed_over[2][1] == reason
+    with pytest.raises(BackendError, match=rf"triton: .*{reason}.*--attention_type sla.*build SpargeAttn"):
         choice.require()
-    assert choose("sla", machine("RTX 5090")).require() == "triton"
+    assert choose("sla", here).require() == "reference"
+
+
+def test_spargeattn_is_taken_where_it_is_asked_for_or_triton_does_not_work():
+    here = machine("H100", spas_sage_attn=WORKS)
+    assert choose("sagesla", here) == Choice("sagesla", "gluon")
+    assert choose("sagesla", here, "spargeattn").chosen == "spargeattn"
+    here = machine("H100", spas_sage_attn=WORKS, triton=Library(version="3.5.0", error=NO_COMPILER))
+    reason = f"Triton 3.5.0 found but {NO_COMPILER}"
+    assert choose("sagesla", here).passed_over == (("gluon", reason), ("triton", reason))
+    assert choose("sagesla", here).chosen == "spargeattn"
 
 
 def test_an_override_by_argument_or_variable(monkeypatch):
@@ -128,7 +144,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "flash_attn", r"rope backend 'flash_attn' cannot run here: no CUDA GPU"),
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
-        ("linear", "int4", r"give one of auto, triton, reference"),
+        ("linear", "int4", r"give one of auto, gluon, triton, reference"),
         ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
     ],
 )

@@ -60,6 +60,9 @@ def test_one_forward_is_upstreams(files, io, file, attention, bound):
         model = load_transformer(
             files / f"{file}.pth", attention_type=attention, sla_topk=0.4, attention_backend="reference"
         )
+    if attention == "sagesla":
+        for block in model.blocks:  # as upstream has them on sm_90
+            block.attn1.processor.sla.block_q, block.attn1.processor.sla.block_k = 64, 128
     assert attention_type(model) == attention and is_quantized(model) == (file == "int8")
     assert_close(f"{file} {attention}", io[f"out.{attention}.{file}"], run(model, io["x"], io["t"], io["ctx"]), bound)
 

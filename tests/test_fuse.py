@@ -41,14 +41,14 @@ def run(transformer):
 
 @pytest.fixture
 def triton_chosen(monkeypatch):
-    monkeypatch.setattr(backends, "choose", lambda operation: backends.Choice(operation, "triton"))
+    monkeypatch.setattr(backends, "choose", lambda operation, **_: backends.Choice(operation, "triton"))
 
 
 def interpreted(monkeypatch):
     """Let the kernels run on the CPU, as tests/conftest.py has Triton interpret them"""
     if torch.cuda.is_available():
         pytest.skip("tests/kernels runs them on the GPU")
-    monkeypatch.setattr(backends, "on_triton", lambda operation, *tensors: True)
+    monkeypatch.setattr(backends, "on_triton", lambda operation, *tensors, **_: True)
 
 
 def test_where_no_kernel_runs_nothing_is_fused_and_the_report_says_why():

@@ -26,10 +26,16 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run Sag
     ],
     ids=["module", "pipeline"],
 )
-def test_sagesla_on_a_cpu_names_spargeattn_how_to_get_it_and_sla(call):
+def test_sagesla_on_a_cpu_says_what_it_takes_and_names_sla(call):
     with pytest.raises(BackendError) as caught:
         call()
-    for words in ("SpargeAttn", "pip install git+https://github.com/thu-ml/SpargeAttn", "--attention_type sla"):
+    for words in (
+        "no CUDA GPU",
+        "sm_80 or newer with a working Triton",
+        "SpargeAttn",
+        "pip install git+https://github.com/thu-ml/SpargeAttn",
+        "--attention_type sla",
+    ):
         assert words in str(caught.value)
 
 
@@ -62,7 +68,7 @@ def test_spargeattn_is_called_as_it_wants_to_be(monkeypatch, attention):
     monkeypatch.setitem(sys.modules, "spas_sage_attn", SimpleNamespace(block_sparse_sage2_attn_cuda=kernel))
     slow, q, k, v, ref = attention
     sage = SageSparseLinearAttention(128, slow.topk)
-    assert (sage.backend, sage.block_q, sage.block_k) == ("spargeattn", 64, 128)
+    assert (sage.block_q, sage.block_k) == (64, 128)
     sage.load_state_dict(slow.state_dict())
     assert_close("sagesla", ref, sage._attend(q, k, v, sla._spargeattn), 1e-2)
     assert asked["shape"] == (1, 2, 700, 128) and asked["map"].shape == (1, 2, 11, 6)
@@ -75,7 +81,7 @@ def test_spargeattn_is_called_as_it_wants_to_be(monkeypatch, attention):
 def attention():
     ops = golden("ops")
     q, k, v = (ops[f"attn_a.{name}"] for name in "qkv")
-    sage = SageSparseLinearAttention(128, ops["attn_a.topk"].item(), backend="reference")
+    sage = SageSparseLinearAttention(128, ops["attn_a.topk"].item(), 64, 128, backend="reference")  # as sm_90 has it
     sage.load_state_dict({"proj_l.weight": ops["attn_a.proj_w"], "proj_l.bias": ops["attn_a.proj_b"]})
     return sage, q, k, v, ops["attn_a.sagesla"]
 
@@ -91,6 +97,18 @@ def test_the_8_bits_are_really_there(attention):
     exact.load_state_dict(sage.state_dict())
     error = relative_error(sage(q, k, v), exact(q, k, v))
     assert 0.02 < error < 0.05  # upstream's compiled kernel: 0.036
+
+
+@NO_GPU
+def test_the_triton_kernel_is_taken_and_is_nearer_to_the_exact_one(attention, monkeypatch):
+    pytest.importorskip("triton")
+    sage, *qkv, _ = attention
+    q, k, v = (x.half() for x in qkv)  # interpreted, a bf16 product is wrong
+    exact = sage._attend(q, k, v, reference.sparse_attention)
+    asked = []
+    monkeypatch.setattr(backends, "on_triton", lambda *of, override: asked.append((of[0], override)) or True)
+    assert 0.004 < relative_error(sage(q, k, v), exact) < 0.015  # the reference, in 8 bits throughout: 0.036
+    assert asked == [("sagesla", "reference")]
 
 
 @pytest.mark.parametrize("length", [1, 63, 129, 700])

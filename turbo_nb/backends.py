@@ -77,8 +77,9 @@ class Choice:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.passed_over)
             raise BackendError(
                 f"attention_type {self.operation!r} cannot run here ({reasons}). Use --attention_type sla, which runs "
-                "the same checkpoints; or, on an NVIDIA GPU with the CUDA toolkit of your torch, build SpargeAttn: pip "
-                "install git+https://github.com/thu-ml/SpargeAttn.git --no-build-isolation"
+                "the same checkpoints; or an NVIDIA GPU of sm_80 or newer with a working Triton; or, where such a GPU "
+                "has the CUDA toolkit of your torch, build SpargeAttn: pip install "
+                "git+https://github.com/thu-ml/SpargeAttn.git --no-build-isolation"
             )
         return self.chosen
 
@@ -171,14 +172,20 @@ def _no_spargeattn(machine: Machine) -> str | None:
 
 
 # Operation → implementations, the preferred first. A new kernel is one row here.
+GLUON = Candidate("gluon", _no_gluon)  # Triton's own lower level
 TRITON = Candidate("triton", no_kernels)
 REFERENCE = Candidate("reference", _anywhere)
 CANDIDATES = {
     "rope": (Candidate("flash_attn", _no_flash_attn), REFERENCE),
-    "sla": (Candidate("gluon", _no_gluon), TRITON, REFERENCE),  # Gluon: Triton's own lower level
-    "sagesla": (Candidate("spargeattn", _no_spargeattn), Candidate("reference", _anywhere, by_name_only=True)),
+    "sla": (GLUON, TRITON, REFERENCE),
+    "sagesla": (
+        GLUON,
+        TRITON,  # on an H100 a whole step with SpargeAttn takes longer than one with SLA in Triton
+        Candidate("spargeattn", _no_spargeattn),
+        Candidate("reference", _anywhere, by_name_only=True),
+    ),
     "original": (Candidate("sdpa", _anywhere),),
-    "linear": (TRITON, REFERENCE),
+    "linear": (GLUON, TRITON, REFERENCE),
     "block": (TRITON, REFERENCE),
     "vae": (TRITON, REFERENCE),
 }
@@ -232,11 +239,11 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
     return Choice(operation, None, tuple(passed_over))
 
 
-def on_triton(operation: str, *tensors) -> bool:
+def on_triton(operation: str, *tensors, override: str | None = None) -> bool:
     """Whether Triton kernels of `operation`, Gluon's too, take these tensors: chosen, on a GPU and in bf16 or fp16."""
     half = ("torch.bfloat16", "torch.float16")
     fit = all(tensor.is_cuda and str(tensor.dtype) in half for tensor in tensors)
-    return fit and choose(operation).chosen in ("gluon", "triton")
+    return fit and choose(operation, override=override).chosen in ("gluon", "triton")
 
 
 def asked_for(operation: str) -> str | None:

@@ -41,7 +41,7 @@ def fuse(transformer: nn.Module) -> Report:
         return Report(0, len(transformer.blocks), reasons)
     repeats = Kept()  # the same for every block
     reasons = [reason for block in transformer.blocks if (reason := _fuse(block, repeats))]
-    if backends.choose("linear").chosen == "triton":
+    if backends.on_triton("linear"):
         to_rows(transformer.blocks, "cuda" if torch.cuda.is_available() else None)
     text = transformer.condition_embedder.text_embedder
     if type(text) is PixArtAlphaTextProjection and len(reasons) < len(transformer.blocks):

@@ -63,8 +63,12 @@ def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = No
     if backends.on_triton("linear", x):
         from .kernels import int8
 
-        return int8.row_product(int8.row_quantize(x), w_q, w_scale, bias, gelu)
+        return int8.row_product(int8.row_quantize(x), w_q, w_scale, bias, gelu, _on_gluon())
     return reference.row_linear(x, w_q, w_scale, bias, gelu)
+
+
+def _on_gluon() -> bool:
+    return backends.choose("linear").chosen == "gluon"
 
 
 def in_rows(linears: Sequence[nn.Module]) -> bool:
@@ -81,7 +85,10 @@ def project(linears: Sequence[nn.Module], x: Tensor | Rows, gelu: bool = False) 
         from .kernels import int8
 
         rows = x if isinstance(x, Rows) else int8.row_quantize(x)
-        return [int8.row_product(rows, linear.int8_weight, linear.scale, linear.bias, gelu) for linear in linears]
+        return [
+            int8.row_product(rows, linear.int8_weight, linear.scale, linear.bias, gelu, _on_gluon())
+            for linear in linears
+        ]
     results = [linear(x) for linear in linears]
     return [F.gelu(out, approximate="tanh") for out in results] if gelu else results
 
@@ -119,7 +126,7 @@ class Int8Linear(nn.Module):
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) in 8 bits for what runs 8-bit linears here: scales of rows for the kernels, else of tiles"""
-    if backends.choose("linear").chosen == "triton":
+    if backends.on_triton("linear"):
         return row_quantize(weight)[:2]
     return int8_quantize(weight)
 

@@ -191,9 +191,9 @@ def load_pipeline(
     the best text-to-video model that was downloaded and fits the GPU, nano on a CPU; see `auto.choose`.
     checkpoint: the file or files to take for a model given by name; vae, text_encoder, tokenizer: paths to take in
     place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
-    attention); attention_backend "reference" runs SageSLA in plain PyTorch. sla_topk: share of key blocks, None for the
-    model's own. quant_linear: 8-bit linears as the file has them ("auto"), or True or False. device: "auto", "cpu",
-    "cuda", "cuda:1", …
+    attention); attention_backend: what runs SageSLA, as in `sla.SageSparseLinearAttention`. sla_topk: share of key
+    blocks, None for the model's own. quant_linear: 8-bit linears as the file has them ("auto"), or True or False.
+    device: "auto", "cpu", "cuda", "cuda:1", …
 
     The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
     None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is

@@ -84,17 +84,21 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
     return apply(x, cos, sin, interleaved=interleaved, inplace=inplace)
 
 
-def norm_rope(x: Tensor, norm: torch.nn.Module, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+def norm_rope(
+    x: Tensor, norm: torch.nn.Module, cos: Tensor | None = None, sin: Tensor | None = None, sums: bool = False
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """RMSNorm over all heads of x (B, L, H, D), then the rotation by cos and sin, each (L, D/2), if given: x's shape.
 
-    norm: an RMSNorm of width H·D. One Triton kernel where "block" has it, else one after the other.
+    norm: an RMSNorm of width H·D. One Triton kernel where "block" has it, else one after the other. sums: also the
+    sums that `reference.rms_norm_rope` tells of, where the kernel made them, else None.
     """
     if backends.on_triton("block", x):
         from .kernels.norms import rms_norm_rope
 
-        return rms_norm_rope(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps)
+        return rms_norm_rope(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums)
     x = norm(x.flatten(2)).unflatten(2, x.shape[2:])
-    return x if cos is None else apply_rotary_emb(x, cos, sin)
+    x = x if cos is None else apply_rotary_emb(x, cos, sin)
+    return (x, None) if sums else x
 
 
 @cache

@@ -30,7 +30,7 @@ BLOCK_Q, BLOCK_K = 128, 64  # tokens
 KERNEL_HEAD_DIMS = (64, 128)  # that the Triton kernel takes
 SPARGEATTN_TOKENS = 128  # fewest that SpargeAttn takes
 NEVER = 1e6  # SpargeAttn's threshold for leaving out products that count for little
-SAGE_BLOCKS = {(9, 0): (64, 128)}  # of SageSLA by arch of the GPU; 128×64 on any other, and 64×128 without one
+SPARGEATTN_BLOCKS = {(9, 0): (64, 128)}  # by arch of the GPU; those of SLA on any other
 
 
 def check_topk(topk: float) -> float:
@@ -44,8 +44,8 @@ class SparseLinearAttention(nn.Module):
     """Attention over the best `topk` share of key blocks, plus linear attention over all keys through `proj_l`.
 
     (q, k, v), each (B, L, H, head_dim) after norm and rotary embedding → (B, L, H, head_dim) in q's dtype. Blocks are
-    of block_q and block_k tokens. `proj_l` starts at zero, where only the sparse part counts. Raises InputError for a
-    topk outside (0, 1].
+    of block_q and block_k tokens. `proj_l` starts at zero, where only the sparse part counts. sums: of q and k, as
+    `rope.norm_rope` gives them. Raises InputError for a topk outside (0, 1].
     """
 
     def __init__(self, head_dim: int, topk: float = 0.1, block_q: int = BLOCK_Q, block_k: int = BLOCK_K):
@@ -56,13 +56,13 @@ class SparseLinearAttention(nn.Module):
         nn.init.zeros_(self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sums=(None, None)) -> Tensor:
         if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sla", q, k, v):
             from .kernels.sparse_linear import sparse_linear_attention
 
             weight, bias = self.proj_l.weight, self.proj_l.bias
             gluon = backends.choose("sla").chosen == "gluon"
-            return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k, gluon)
+            return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k, gluon, sums)
         return self._attend(q, k, v, reference.sparse_attention)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sparse_attention) -> Tensor:
@@ -76,11 +76,12 @@ class SparseLinearAttention(nn.Module):
 
 
 class SageSparseLinearAttention(SparseLinearAttention):
-    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of this machine's GPU.
+    """SLA with its sparse part in 8 bits (SageAttention2, arXiv:2411.10958), in the blocks of what runs it.
 
-    backend: "spargeattn", or "reference", which is plain PyTorch, runs anywhere and shows what the 8 bits do to a
-    picture, slower than SLA; None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it
-    cannot run, or there is no fast one.
+    backend: "gluon" or "triton", whose product with v is in v's 16 bits and so more exact; "spargeattn"; or
+    "reference", which is plain PyTorch, runs anywhere and shows what 8 bits throughout do to a picture, slower than
+    SLA. None is what TURBO_NB_ATTENTION says, else the fast one. Raises BackendError where it cannot run, or there is
+    no fast one.
     """
 
     def __init__(
@@ -91,13 +92,22 @@ class SageSparseLinearAttention(SparseLinearAttention):
         block_k: int | None = None,
         backend: str | None = None,
     ):
-        arch = backends.probe().arch
-        blocks = SAGE_BLOCKS.get(arch or (9, 0), (BLOCK_Q, BLOCK_K))
+        blocks = BLOCK_Q, BLOCK_K
+        if backends.choose("sagesla", override=backend).require() == "spargeattn":
+            blocks = SPARGEATTN_BLOCKS.get(backends.probe().arch, blocks)
         super().__init__(head_dim, topk, block_q or blocks[0], block_k or blocks[1])
-        self.backend = backends.choose("sagesla", override=backend).require()
+        self.backend = backend
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fast = self.backend == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sums=(None, None)) -> Tensor:
+        chosen = backends.choose("sagesla", override=self.backend).chosen
+        if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sagesla", q, k, v, override=self.backend):
+            from .kernels.sage import sage_linear_attention
+
+            weight, bias = self.proj_l.weight, self.proj_l.bias
+            return sage_linear_attention(
+                q, k, v, weight, bias, self.topk, self.block_q, self.block_k, chosen == "gluon", sums
+            )
+        fast = chosen == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
         return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
 
 
@@ -131,8 +141,9 @@ class SLAProcessor(nn.Module):
         """hidden_states (B, L, heads · head_dim) → the same shape; rotary_emb: cos and sin, each (1, L, 1, head_dim)"""
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)  # diffusers repeats each angle for its pair
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_q, attn.to_k, attn.to_v), hidden_states))
-        q, k = (rope.norm_rope(x, norm, cos, sin).to(v.dtype) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-        out = self.sla(q, k, v).flatten(2)
+        q, q_sums = rope.norm_rope(q, attn.norm_q, cos, sin, sums=True)
+        k, k_sums = rope.norm_rope(k, attn.norm_k, cos, sin, sums=True)
+        out = self.sla(q.to(v.dtype), k.to(v.dtype), v, (q_sums, k_sums)).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 

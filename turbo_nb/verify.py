@@ -179,7 +179,7 @@ def int8(device: str, dtype: str) -> tuple[bool, str]:
 
     shapes = enumerate(((200, 320), (264, 320), (264,)))
     x, weight, bias = (_noise(*shape, seed=seed, device=device, dtype=dtype) for seed, shape in shapes)
-    if device != "cpu" and backends.choose("linear").chosen == "triton":
+    if device != "cpu" and backends.on_triton("linear"):
         q, scale, _ = row_quantize(weight)
         out = row_linear(x, q, scale, bias)
     else:

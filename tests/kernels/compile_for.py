@@ -10,16 +10,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from turbo_nb.kernels import cross, hopper, int8, sparse_linear, vae
+from turbo_nb.kernels import cross, hopper, hopper_int8, int8, sage, sparse_linear, vae
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
+SPARSE = {"q": B, "k": BLOCK, "v": BLOCK, "kept": "*i32", "state": B, "norm": "*fp32", "bias": "*fp32", "out": B}
+SIZES = {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128}
+SPARSE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 KERNELS = {
-    "sparse_linear": (
+    "sparse_linear": (sparse_linear._sparse_linear, SPARSE, SIZES | {"k_scale": None}, SPARSE_OPTIONS),
+    "sage": (
         sparse_linear._sparse_linear,
-        {"q": B, "k": BLOCK, "v": BLOCK, "kept": "*i32", "state": B, "norm": "*fp32", "bias": "*fp32", "out": B},
-        {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128},
-        {"num_warps": 8, "num_stages": 2},
+        SPARSE | {"k": "tensordesc<i8[1,64,1,128]>", "k_scale": "*fp32"},
+        SIZES,
+        SPARSE_OPTIONS,
+    ),
+    "int8_blocks": (
+        sage._int8_blocks,
+        {"x": B, "mean": B, "out": "*i8", "scale": "*fp32"},
+        {"BLOCK": 64, "D": 128},
+        {"num_warps": 4},
     ),
     "linear_state": (
         sparse_linear._linear_state,
@@ -72,11 +82,24 @@ GLUON = {
         hopper._sparse_linear,
         dict.fromkeys(("queries", "keys", "values"), f"tensordesc<bf16[64, 128],{hopper.LAYOUT!r}>")
         | {"states": f"tensordesc<bf16[128, 128],{hopper.LAYOUT!r}>", "kept": "*i32"}
-        | {"norm": "*fp32", "bias": "*fp32", "out": B},
+        | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B},
         {},
         {"num_warps": 4},
-    )
+    ),
+    "hopper_int8": (
+        hopper_int8._row_product,
+        {name: f"tensordesc<i8[{rows}, 128],{hopper_int8.LAYOUT!r}>" for name, rows in (("a", 64), ("b", 256))}
+        | {"out": B, "a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
+        {"BIAS": True, "GELU": True},
+        {"num_warps": 4},
+    ),
 }
+GLUON["hopper sage"] = (
+    hopper._sparse_linear,
+    GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper.LAYOUT_INT8!r}>"},
+    {},
+    {"num_warps": 4},
+)
 
 
 def shared_memory(kernel, pointers: dict, constants: dict, options: dict, arch: int, source=ASTSource) -> int:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from turbo_nb.kernels import reference
 
 pytest.importorskip("triton")
-from turbo_nb.kernels import cross, int8, norms, sparse_linear, vae
+from turbo_nb.kernels import cross, int8, norms, sage, sparse_linear, vae
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
@@ -49,6 +50,15 @@ def smooth(batch, length, heads, dim):
     return q, k, random(batch, length, heads, dim)
 
 
+def use_the_map_of_the_kernels(monkeypatch, args):
+    """In the reference, too, which must not decide ties in another way"""
+    q, k, *_, topk, block_q, block_k = args
+    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)
+    chosen = torch.zeros(*kept.shape[:3], -(-k.shape[1] // block_k), dtype=torch.bool, device=DEVICE)
+    chosen.scatter_(-1, kept.long(), True)
+    monkeypatch.setattr(reference, "block_map", lambda *_: chosen)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
 def test_sparse_linear_attention(length, heads, dim, monkeypatch):
@@ -56,17 +66,53 @@ def test_sparse_linear_attention(length, heads, dim, monkeypatch):
     weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
     for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
         args = (q, k, v, weight, bias, topk, block_q, block_k)
-        kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k)  # whose ties the exact one must not decide
-        chosen = torch.zeros(*kept.shape[:3], -(-length // block_k), dtype=torch.bool, device=DEVICE)
-        chosen.scatter_(-1, kept.long(), True)
-        monkeypatch.setattr(reference, "block_map", lambda *_, chosen=chosen: chosen)
+        use_the_map_of_the_kernels(monkeypatch, args)
         exact = reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
         assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args), exact)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sage_linear_attention(length, heads, dim, monkeypatch):
+    q, k, v = smooth(1, length, heads, dim)
+    k = k + 2  # which is no news to a softmax
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        meant = reference.sparse_linear_attention(*wide, in_8_bits).to(DTYPE)
+        assert_close(f"topk {topk}", sage.sage_linear_attention(*args), meant)
+        wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
+        exact = reference.sparse_linear_attention(*wide).to(DTYPE)
+        assert_close(f"topk {topk}, exact", sage.sage_linear_attention(*args), exact, 1.5e-2)
+
+
+def in_8_bits(q, k, v, block_map, block_q, block_k, q_rows=None):
+    """`reference.sage_sparse_attention` with v and the probabilities as they are; q_rows: of q with a scale each"""
+    q, k = q.to(DTYPE), k.to(DTYPE)
+    q, k = dequantised(q, q_rows or block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
+    return reference.sparse_attention(q, k, v, block_map, block_q, block_k)
+
+
+def dequantised(x, block):
+    integers, scale = reference._int8_blocks(x, block)
+    return (integers * scale[..., None, None]).flatten(2, 3)[:, :, : x.shape[1]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_int8_blocks_are_exact(length):
+    x = random(2, length, 3, 64) + 1
+    mean = x.mean(1, keepdim=True)
+    expected, expected_scale = reference._int8_blocks(x - mean, 64)
+    out, scale = sage.int8_blocks(x, mean.transpose(1, 2), 64)
+    assert torch.equal(out, expected.flatten(2, 3)[:, :, :length].transpose(1, 2).to(torch.int8))
+    assert torch.equal(scale, expected_scale)
+
+
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_gluon_kernel_is_the_triton_one(length):
+def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
     q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
     q[1], v[1] = random(length, 3, 128), random(length, 3, 128)
     weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
@@ -75,6 +121,11 @@ def test_the_gluon_kernel_is_the_triton_one(length):
         expected = sparse_linear.sparse_linear_attention(*args)
         for _ in range(3):  # a race would show now and then
             assert_close(f"topk {topk}", sparse_linear.sparse_linear_attention(*args, gluon=True), expected)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        expected = reference.sparse_linear_attention(*wide, partial(in_8_bits, q_rows=64)).to(DTYPE)
+        for _ in range(3):
+            assert_close(f"SageSLA, topk {topk}", sage.sage_linear_attention(*args, gluon=True), expected)
 
 
 def test_a_batch_of_strided_operands():
@@ -83,6 +134,7 @@ def test_a_batch_of_strided_operands():
     args = (random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 1.0, 128, 64)
     exact = reference.sparse_linear_attention(q.float(), k.float(), v.float(), *args).to(DTYPE)
     assert_close("strided", sparse_linear.sparse_linear_attention(q, k, v, *args), exact)
+    assert_close("SageSLA, strided", sage.sage_linear_attention(q, k, v, *args), exact, 1.5e-2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -93,6 +145,14 @@ def test_kept_blocks_are_those_of_the_block_map(length):
     found = torch.zeros_like(expected).scatter(-1, kept.long(), True)
     assert kept.diff(dim=-1).gt(0).all()
     assert (found == expected).float().mean() > 0.995  # a tie may fall either way
+
+
+@pytest.mark.parametrize("length", LENGTHS[:2])
+def test_block_means_from_sums(length):
+    x = random(2, length, 2, 64)
+    sums = torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, -length % 16)).unflatten(1, (-1, 16)).sum(2)
+    for block in (64, 128):
+        assert_close("means", sparse_linear.block_means(x, block, sums), reference.block_means(x, block), 1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 63, 512, 1182])
@@ -136,6 +196,10 @@ def test_rms_norm_rope(heads, dim):
     for cos, sin in [(angles.cos(), angles.sin()), (repeated.cos()[:, 0::2], repeated.sin()[:, 0::2]), (None, None)]:
         expected = reference.rms_norm_rope(x.float(), weight, cos, sin, heads).to(DTYPE)
         assert_close("rms_norm_rope", norms.rms_norm_rope(x, weight, cos, sin, heads), expected)
+        out, sums = norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True)
+        assert_close("with sums", out, expected)
+        padded = torch.nn.functional.pad(out.float(), (0, 0, 0, 0, 0, 1)).unflatten(1, (4, 16)).sum(2)
+        assert_close("sums", sums, padded, 1e-5)
 
 
 @pytest.mark.parametrize("prompts", [(5, 5), (70, 10), (100, 3)], ids="{} tokens of 100".format)
@@ -162,7 +226,7 @@ def test_the_last_row_stands_for_the_padding():
 def assert_rows(out, expected):
     assert torch.equal(out.scale, expected.scale) or torch.allclose(out.scale, expected.scale, rtol=1e-6)
     difference = (out.q.int() - expected.q.int()).abs()
-    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 1e-3  # near a half
+    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 3e-3  # near a half
 
 
 @pytest.mark.parametrize("shape", [(63, 100), (2, 30, 1536)], ids=str)
@@ -194,6 +258,17 @@ def test_row_linear(shape):
     for name, options in {"bias": {"bias": bias}, "no bias": {}, "GELU": {"bias": bias, "gelu": True}}.items():
         expected = reference.row_product(quantized, weight.q, weight.scale, **options)
         assert_close(name, int8.row_product(quantized, weight.q, weight.scale, **options), expected)
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (32760, 1536, 8960)], ids=str)
+def test_the_gluon_product_is_the_triton_one(shape):
+    rows, depth, columns = shape
+    x, bias = int8.row_quantize(random(rows, depth)), random(columns)
+    weight = reference.row_quantize(random(columns, depth))
+    for options in ({"bias": bias}, {}, {"bias": bias, "gelu": True}):
+        args = x, weight.q, weight.scale
+        assert_close(str(shape), int8.row_product(*args, **options, gluon=True), int8.row_product(*args, **options))
 
 
 def rimmed(*shape):
@@ -239,7 +314,7 @@ def test_rms_norm_silu(channels):
         assert_close("norm", vae.rms_norm_silu(*args), exact)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 5), ("gluon", 227, 1)])
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 3)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

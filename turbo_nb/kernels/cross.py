@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from .sparse_linear import LOG2_E, attend
+
 BLOCK_Q = BLOCK_K = 64
 
 
@@ -32,11 +33,7 @@ def _cross(
         value = tl.load(v + at[:, None] * v_l + columns, mask=valid, other=0.0)
         added = tl.where(at < keys - 1, 0.0, tl.where(at < keys, last_weight, -float("inf")))
         score = tl.dot(queries, tl.trans(key)) * scale + added[None]
-        following = tl.maximum(largest, tl.max(score, 1))
-        p, shrink = tl.exp2(score - following[:, None]), tl.exp2(largest - following)
-        total = total * shrink + tl.sum(p, 1)
-        result = tl.dot(p.to(value.dtype), value, result * shrink[:, None])
-        largest = following
+        largest, total, result = attend(score, 1.0, value, largest, total, result)
     at = ((batch.to(tl.int64) * length + rows[:, None]) * heads + head) * D + columns
     tl.store(out + at, (result / total[:, None]).to(out.dtype.element_ty), mask=rows[:, None] < length)
 

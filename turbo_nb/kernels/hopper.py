@@ -3,6 +3,8 @@
 Two groups of four warps take 64 query rows each. Their products are asynchronous: while the tensor cores multiply the
 probabilities of one pair of key blocks with its values, the group takes the softmax of the next pair (FlashAttention-3,
 arXiv:2407.08608). The linear branch is one more product at the end; its state comes through the buffers of the values.
+
+Keys in int8 make it SageSLA: each group rounds its own queries, with one scale for its 64 rows.
 """
 
 import torch
@@ -34,7 +36,7 @@ def _tiles(count):
 
 @gluon.jit
 def _fetch_pair(x, first, second, column, buffer, ready, stage):
-    mbarrier.expect(ready.index(stage), PAIR_BYTES)
+    mbarrier.expect(ready.index(stage), 2 * ROWS * DIM * x.dtype.primitive_bitwidth // 8)
     _load(x, [first, column], ready.index(stage), buffer.index(2 * stage))
     _load(x, [second, column], ready.index(stage), buffer.index(2 * stage + 1))
 
@@ -44,15 +46,15 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
     q_buffer, k_buffer, v_buffer, s_buffer = buffers
     q_ready, k_ready, v_ready, s_ready = ready
     q_free, k_free, v_free, s_free = free
+    Q_STAGES: gl.constexpr = q_buffer.shape[0] // 2
     pairs = (n + 1) // 2
     for done in range(_tiles(blocks * heads)):
         tile = gl.program_id(0) + done * gl.num_programs(0)
         block, head = tile % blocks, tile // blocks
         kept = all_kept + tile * n
-        mbarrier.wait(q_free, (done + 1) & 1)
-        mbarrier.expect(q_ready, PAIR_BYTES)
-        _load(queries, [block * 2 * ROWS, head * DIM], q_ready, q_buffer.index(0))
-        _load(queries, [block * 2 * ROWS + ROWS, head * DIM], q_ready, q_buffer.index(1))
+        slot, phase = done % Q_STAGES, (done // Q_STAGES + 1) & 1
+        mbarrier.wait(q_free.index(slot), phase)
+        _fetch_pair(queries, block * 2 * ROWS, block * 2 * ROWS + ROWS, head * DIM, q_buffer, q_ready, slot)
         for j in range(pairs):
             at = done * pairs + j
             stage, phase = at % STAGES, (at // STAGES + 1) & 1
@@ -71,7 +73,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
 def _scores(queries, k_buffer, k_ready, j, layout: gl.constexpr):
     """Asks for the products with pair j of key blocks; they are there after a wait"""
     mbarrier.wait(k_ready.index(j % STAGES), (j // STAGES) & 1)
-    nothing = gl.zeros([ROWS, ROWS], gl.float32, layout)
+    nothing = gl.zeros([ROWS, ROWS], gl.int32 if queries.dtype == gl.int8 else gl.float32, layout)
     first, second = k_buffer.index(2 * (j % STAGES)), k_buffer.index(2 * (j % STAGES) + 1)
     score_1 = warpgroup_mma(queries, first.permute((1, 0)), nothing, use_acc=False, is_async=True)
     score_2 = warpgroup_mma(queries, second.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -87,31 +89,45 @@ def _weighted(p_1, p_2, v_buffer, v_ready, j, result, use_acc):
 
 
 @gluon.jit
-def _softmax(score_1, score_2, largest, total, scale, kept, j, n, length):
+def _scales(scale, factors, j, n, SAGE: gl.constexpr):
+    """Those of the scores of pair j, in units of log₂"""
+    if not SAGE:
+        return scale, scale
+    return scale * gl.load(factors + 2 * j), scale * gl.load(factors + gl.minimum(2 * j + 1, n - 1))
+
+
+@gluon.jit
+def _softmax(score_1, score_2, largest, total, scale_1, scale_2, kept, j, n, length):
     """One step of the online softmax, in units of log₂"""
+    score_1, score_2 = score_1.to(gl.float32), score_2.to(gl.float32)
     if 2 * j + 2 >= n:  # the last block may be ragged, and the last pair may lack its second block
         within = gl.arange(0, ROWS, gl.SliceLayout(0, score_1.type.layout))
         end_1 = length - gl.load(kept + 2 * j) * ROWS
         end_2 = gl.where(2 * j + 1 < n, length - gl.load(kept + n - 1) * ROWS, 0)
         score_1 = gl.where((within < end_1)[None, :], score_1, -float("inf"))
         score_2 = gl.where((within < end_2)[None, :], score_2, -float("inf"))
-    following = gl.maximum(largest, gl.max(gl.maximum(score_1, score_2), 1) * scale)
-    p_1 = gl.exp2(score_1 * scale - following[:, None])
-    p_2 = gl.exp2(score_2 * scale - following[:, None])
+    following = gl.maximum(largest, gl.maximum(gl.max(score_1, 1) * scale_1, gl.max(score_2, 1) * scale_2))
+    p_1 = gl.exp2(score_1 * scale_1 - following[:, None])
+    p_2 = gl.exp2(score_2 * scale_2 - following[:, None])
     shrink = gl.exp2(largest - following)
     return p_1, p_2, following, total * shrink + gl.sum(p_1 + p_2, 1), shrink
 
 
 @gluon.jit
-def _attend(group, all_kept, norm, bias, out, blocks, heads, length, n, scale, out_stride, buffers, ready, free):
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
+    all_kept, all_factors, norm, bias, out = operands
+    blocks, heads, length, n, out_stride = sizes
+    q_buffer, k_buffer, v_buffer, s_buffer = buffers
+    SAGE: gl.constexpr = k_buffer.dtype == gl.int8
+    Q_STAGES: gl.constexpr = q_buffer.shape[0] // 2
+    depth: gl.constexpr = 32 if SAGE else 16
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, depth])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     weight: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    query: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
+    query: gl.constexpr = gl.DotOperandLayout(0, score_layout, depth // 8)
     score_row: gl.constexpr = gl.SliceLayout(1, score_layout)
     row: gl.constexpr = gl.SliceLayout(1, layout)
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    q_buffer, k_buffer, v_buffer, s_buffer = buffers
     q_ready, k_ready, v_ready, s_ready = ready
     q_free, k_free, v_free, s_free = free
     dtype: gl.constexpr = q_buffer.dtype
@@ -121,9 +137,18 @@ def _attend(group, all_kept, norm, bias, out, blocks, heads, length, n, scale, o
         tile, at = gl.program_id(0) + done * gl.num_programs(0), done * pairs
         block, head = tile % blocks, tile // blocks
         kept = all_kept + tile * n
-        mbarrier.wait(q_ready, done & 1)
-        queries = q_buffer.index(group).load(query)
-        mbarrier.arrive(q_free)
+        slot = done % Q_STAGES
+        mbarrier.wait(q_ready.index(slot), (done // Q_STAGES) & 1)
+        own = q_buffer.index(2 * slot + group)
+        scale, factors = whole_scale, all_factors
+        if not SAGE:
+            queries = own.load(query)
+            mbarrier.arrive(q_free.index(slot))
+        else:  # the rows of this group in int8, half away from zero
+            wide = own.load(layout).to(gl.float32)
+            q_scale = gl.max(gl.max(gl.abs(wide), 1), 0) / 127 + 1e-7
+            wide = wide * (1 / q_scale) + gl.where(wide < 0, -0.5, 0.5)
+            queries, scale, factors = gl.convert_layout(wide.to(gl.int8), query), scale * q_scale, factors + tile * n
         largest = gl.full([ROWS], -float("inf"), gl.float32, score_row)
         total = gl.zeros([ROWS], gl.float32, score_row)
         result = gl.zeros([ROWS, DIM], gl.float32, layout)
@@ -131,15 +156,19 @@ def _attend(group, all_kept, norm, bias, out, blocks, heads, length, n, scale, o
         score_1, score_2 = _scores(queries, k_buffer, k_ready, at, score_layout)
         score_1, score_2 = warpgroup_mma_wait(0, deps=[score_1, score_2])
         mbarrier.arrive(k_free.index(at % STAGES))
-        score_1, score_2, largest, total, shrink = _softmax(score_1, score_2, largest, total, scale, kept, 0, n, length)
+        scale_1, scale_2 = _scales(scale, factors, 0, n, SAGE)
+        score_1, score_2, largest, total, shrink = _softmax(
+            score_1, score_2, largest, total, scale_1, scale_2, kept, 0, n, length
+        )
         p_1, p_2 = gl.convert_layout(score_1.to(dtype), weight), gl.convert_layout(score_2.to(dtype), weight)
         for j in range(1, pairs):
             score_1, score_2 = _scores(queries, k_buffer, k_ready, at + j, score_layout)
             result = _weighted(p_1, p_2, v_buffer, v_ready, at + j - 1, result, j > 1)
+            scale_1, scale_2 = _scales(scale, factors, j, n, SAGE)
             score_1, score_2 = warpgroup_mma_wait(2, deps=[score_1, score_2])
             mbarrier.arrive(k_free.index((at + j) % STAGES))
             score_1, score_2, largest, total, shrink = _softmax(
-                score_1, score_2, largest, total, scale, kept, j, n, length
+                score_1, score_2, largest, total, scale_1, scale_2, kept, j, n, length
             )
             result, p_1, p_2 = warpgroup_mma_wait(0, deps=[result, p_1, p_2])
             mbarrier.arrive(v_free.index((at + j - 1) % STAGES))
@@ -147,7 +176,11 @@ def _attend(group, all_kept, norm, bias, out, blocks, heads, length, n, scale, o
             p_1, p_2 = gl.convert_layout(score_1.to(dtype), weight), gl.convert_layout(score_2.to(dtype), weight)
         result = _weighted(p_1, p_2, v_buffer, v_ready, at + pairs - 1, result, pairs > 1)
 
-        phi = gl.convert_layout(queries, layout).to(gl.float32)
+        if SAGE:  # registers are scarce before
+            phi = own.load(layout).to(gl.float32)
+            mbarrier.arrive(q_free.index(slot))
+        else:
+            phi = gl.convert_layout(queries, layout).to(gl.float32)
         phi = gl.exp(phi - gl.max(phi, 1)[:, None])
         phi = (phi * (1 / gl.sum(phi, 1))[:, None]).to(dtype)
         share = 1e-5 + gl.sum(phi.to(gl.float32) * gl.load(norm + head * DIM + columns)[None, :], 1)
@@ -184,19 +217,23 @@ def _barrier(count: gl.constexpr):
 
 
 @gluon.jit
-def _sparse_linear(queries, keys, values, states, kept, norm, bias, out, blocks, heads, length, n, scale, out_stride):
-    q_buffer = gl.allocate_shared_memory(queries.dtype, [2, ROWS, DIM], queries.layout)
+def _sparse_linear(
+    queries, keys, values, states, kept, factors, norm, bias, out, blocks, heads, length, n, scale, out_stride
+):  # fmt: skip
+    Q_STAGES: gl.constexpr = 2 if keys.dtype == gl.int8 else 1
+    q_buffer = gl.allocate_shared_memory(queries.dtype, [2 * Q_STAGES, ROWS, DIM], queries.layout)
     k_buffer = gl.allocate_shared_memory(keys.dtype, [2 * STAGES, ROWS, DIM], keys.layout)
     v_buffer = gl.allocate_shared_memory(values.dtype, [2 * STAGES, ROWS, DIM], values.layout)
     s_buffer = gl.allocate_shared_memory(states.dtype, [DIM, DIM], states.layout)
     buffers = (q_buffer, k_buffer, v_buffer, s_buffer)
-    ready = (_barrier(1), _barriers(1), _barriers(1), _barrier(1))
-    free = (_barrier(2), _barriers(2), _barriers(2), _barrier(2))
+    ready = (_barriers(1), _barriers(1), _barriers(1), _barrier(1))
+    free = (_barriers(2), _barriers(2), _barriers(2), _barrier(2))
     fence_async_shared()
+    operands, sizes = (kept, factors, norm, bias, out), (blocks, heads, length, n, out_stride)
     gl.warp_specialize(
         [
-            (_attend, (0, kept, norm, bias, out, blocks, heads, length, n, scale, out_stride, buffers, ready, free)),
-            (_attend, (1, kept, norm, bias, out, blocks, heads, length, n, scale, out_stride, buffers, ready, free)),
+            (_attend, (0, operands, sizes, scale, buffers, ready, free)),
+            (_attend, (1, operands, sizes, scale, buffers, ready, free)),
             (_fetch, (queries, keys, values, states, kept, blocks, heads, n, buffers, ready, free)),
         ],
         [4, 1],
@@ -205,26 +242,35 @@ def _sparse_linear(queries, keys, values, states, kept, norm, bias, out, blocks,
 
 
 LAYOUT = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)  # the same for fp16 and for the state
+LAYOUT_INT8 = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
 
 
 def sparse_linear(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor, scale: float,
+    k_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What follows the kept blocks and the linear state in `sparse_linear_attention`: (B, L, H, 128) contiguous
 
     q, k, v (B, L, H, 128), one head's channels after the other's; kept (B, H, ⌈L/128⌉, n) int32 of blocks of 64 keys;
-    state (B·H, 128, 128), norm (B·H, 128). Each multiprocessor takes one tile of 128 queries after the other.
+    state (B·H, 128, 128), norm (B·H, 128); k_scale (B, H, K_blocks) of a k in int8. Each
+    multiprocessor takes one tile of 128 queries after the other.
     """
     batch, length, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     blocks = kept.shape[2]
+    factors = norm  # which nothing reads
+    if k_scale is not None:
+        factors = k_scale.gather(2, kept.flatten(2).long()).view(kept.shape)
     programs = min(blocks * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
     for b in range(batch):
         of_head = slice(b * heads, (b + 1) * heads)
-        queries, keys, values = (TensorDescriptor.from_tensor(x[b].flatten(1), [64, dim], LAYOUT) for x in (q, k, v))
+        queries, keys, values = (
+            TensorDescriptor.from_tensor(x[b].flatten(1), [64, dim], layout)
+            for x, layout in ((q, LAYOUT), (k, LAYOUT if k_scale is None else LAYOUT_INT8), (v, LAYOUT))
+        )
         states = TensorDescriptor.from_tensor(state[of_head].flatten(0, 1), [dim, dim], LAYOUT)
         _sparse_linear[(programs,)](
-            queries, keys, values, states, kept[b], norm[of_head], bias, out[b],
+            queries, keys, values, states, kept[b], factors[b], norm[of_head], bias, out[b],
             blocks, heads, length, kept.shape[3], scale, out.stride(1), num_warps=4,
         )  # fmt: skip
     return out

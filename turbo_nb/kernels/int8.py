@@ -75,11 +75,20 @@ def _tiles(device: torch.device) -> tuple[dict, dict, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
 
 
-def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """What follows the quantisation of x in `reference.row_linear`: (…, N) in the dtype that x was quantised from"""
+def row_product(
+    x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False, gluon: bool = False
+) -> Tensor:
+    """What follows the quantisation of x in `reference.row_linear`: (…, N) in the dtype that x was quantised from
+
+    gluon: by the kernel of `hopper_int8`.
+    """
     depth, columns = x.q.shape[-1], w_q.shape[0]
     if depth % 16 or columns % 8:  # a descriptor needs 16 bytes from row to row
         return reference.row_product(x, w_q, w_scale, bias, gelu)
+    if gluon:
+        from . import hopper_int8
+
+        return hopper_int8.row_product(x, w_q, w_scale, bias, gelu)
     rows = x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
     sides, options, occupancy = _tiles(x.q.device)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .int8 import quantize_row
-from .reference import Rows
+from .reference import SUM_TOKENS, Rows
 
 
 @triton.jit
@@ -39,21 +39,28 @@ def _gated_norm(
 
 @triton.jit
 def _rms_norm_rope(
-    x, weight, cos, sin, out, length, width, eps, table_l, table_c,
-    HALF: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, cos, sin, out, sums, length, width, eps, table_l, table_c,
+    HALF: tl.constexpr, ROTATE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
-    value *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    if ROTATE:
-        at = (row % length) * table_l + (tl.arange(0, BLOCK // 2) % HALF) * table_c
-        c, s = tl.load(cos + at).to(tl.float32), tl.load(sin + at).to(tl.float32)
-        a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
-        value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
-    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=mask)
+    batch, columns = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, length)):
+        at = (batch * length + row) * width + columns
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.rsqrt(tl.sum(value * value) / width + eps) * factor
+        if ROTATE:
+            turn = row * table_l + (tl.arange(0, BLOCK // 2) % HALF) * table_c
+            c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
+            a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+            value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(out + at, rounded, mask=inside)
+        total += rounded.to(tl.float32)
+    if SUMS:
+        tl.store(sums + (batch * tl.num_programs(0) + tl.program_id(0)) * width + columns, total, mask=inside)
 
 
 def _warps(block: int) -> int:
@@ -83,16 +90,20 @@ def gated_norm(
 
 
 def rms_norm_rope(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6
-) -> Tensor:
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """`reference.rms_norm_rope`"""
     batch, length, width = x.shape
     x = x.contiguous()
     out = torch.empty_like(x)
+    runs = triton.cdiv(length, SUM_TOKENS)
+    summed = torch.empty(batch, runs, width, device=x.device) if sums else None
     block = triton.next_power_of_2(width)
     strides = (0, 0) if cos is None else cos.stride()
-    _rms_norm_rope[(batch * length,)](
-        x, weight, cos, sin, out, length, width, eps, *strides,
-        HALF=width // heads // 2, ROTATE=cos is not None, BLOCK=block, num_warps=_warps(block),
+    _rms_norm_rope[(runs, batch)](
+        x, weight, cos, sin, out, summed, length, width, eps, *strides,
+        HALF=width // heads // 2, ROTATE=cos is not None, SUMS=sums, ROWS=SUM_TOKENS,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return out.unflatten(2, (heads, -1))
+    out = out.unflatten(2, (heads, -1))
+    return (out, summed.unflatten(2, (heads, -1))) if sums else out

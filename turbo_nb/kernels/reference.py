@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASK_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 29}  # most of an attention mask that are held at once
+SUM_TOKENS = 16  # in a run that `rms_norm_rope` sums; every block has a multiple of it
 LINEAR_ROWS = 64 * 128  # rows of an 8-bit linear's input that are held in float32 at once
 V_LARGEST, P_LARGEST = 2.25, 448.0  # magnitudes that SageSLA scales v and the probabilities to, for e4m3
 TILE, TILE_LEVELS = 128, 128  # side of a tile of an 8-bit linear, and its int8 levels on either side of zero
@@ -30,11 +31,15 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
 
 
 def rms_norm_rope(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6
-) -> Tensor:
-    """RMSNorm over all heads of x (B, L, H·D), then `apply_rotary_emb` unless cos is None: (B, L, H, D)"""
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over all heads of x (B, L, H·D), then `apply_rotary_emb` unless cos is None: (B, L, H, D)
+
+    sums: also the result's sums over runs of `SUM_TOKENS` tokens, (B, ⌈L/16⌉, H, D) float32, for `block_means`.
+    """
     x = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype).unflatten(2, (heads, -1))
-    return x if cos is None else apply_rotary_emb(x, cos, sin)
+    x = x if cos is None else apply_rotary_emb(x, cos, sin)
+    return (x, _runs(x, SUM_TOKENS).sum(2)) if sums else x
 
 
 def gated_norm(
@@ -56,10 +61,14 @@ def gated_norm(
     return x, row_quantize(normed)._replace(dtype=x.dtype) if quantize else normed.to(x.dtype)
 
 
+def _runs(x: Tensor, size: int) -> Tensor:
+    """Runs of tokens, padded with zeros: (B, L, H, D) → (B, ⌈L/size⌉, size, H, D) float32"""
+    return F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))
+
+
 def block_means(x: Tensor, block: int) -> Tensor:
     """Mean over blocks of tokens, the ragged last one over its own count: (B, L, H, D) → (B, H, ⌈L/block⌉, D)"""
-    length = x.shape[1]
-    x = F.pad(x.float(), (0, 0, 0, 0, 0, -length % block)).unflatten(1, (-1, block))
+    length, x = x.shape[1], _runs(x, block)
     count = torch.full((x.shape[1], 1), float(block), device=x.device)
     count[-1] = length - (x.shape[1] - 1) * block
     return x.sum(2).transpose(1, 2) / count

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import reference
 
+Sums = tuple[Tensor | None, Tensor | None]  # of q and k over runs of tokens
 LOG2_E = 1.4426950408889634
 STATE_BLOCK = 128  # tokens that the linear branch's kernel takes at a time
 STATE_WARPS = 8
@@ -20,12 +21,15 @@ STATE_PROGRAMS = 132  # about as many chunks of it, over all heads
 
 
 @triton.jit
-def _block_means(x, out, length, heads, stride_b, stride_l, stride_h, BLOCK: tl.constexpr, D: tl.constexpr):
+def _block_means(
+    x, out, rows, length, heads, stride_b, stride_l, stride_h,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    row, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
     x += batch.to(tl.int64) * stride_b + head * stride_h
-    tile = tl.load(x + rows[:, None] * stride_l + columns, mask=rows[:, None] < length, other=0.0).to(tl.float32)
-    count = tl.minimum(length - block * BLOCK, BLOCK)
+    tile = tl.load(x + row[:, None] * stride_l + columns, mask=row[:, None] < rows, other=0.0).to(tl.float32)
+    count = tl.minimum(length - block * BLOCK * TOKENS, BLOCK * TOKENS)
     out += (tl.program_id(1) * tl.num_programs(0) + block) * D
     tl.store(out + columns, tl.sum(tile, 0) / count)
 
@@ -84,8 +88,33 @@ def _block(x, batch, index, head, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def int8(x):
+    """The integers (half away from zero) and the scale of a block in int8; x (rows, columns) float32"""
+    scale = tl.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), 127.0) + 1e-7
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8), scale  # which cuts off what is after the point
+
+
+@triton.jit
+def attend(score, scale, value, largest, total, result):
+    """One more block of keys in a softmax of base 2 that goes along: its scores (Q, K), their scale, its values (K, D)
+
+    largest and total (Q,), result (Q, D): what the blocks before it came to; returned with this one in them.
+    """
+    following = tl.maximum(largest, tl.max(score, 1) * scale)
+    p, shrink = tl.exp2(score * scale - following[:, None]), tl.exp2(largest - following)
+    result = tl.dot(p.to(value.dtype), value, result * shrink[:, None])
+    return following, total * shrink + tl.sum(p, 1), result
+
+
+@triton.jit
+def _scale(scale, k_scale, block):
+    return scale if k_scale is None else scale * tl.load(k_scale + block)
+
+
+@triton.jit
 def _sparse_linear(
-    q, k, v, kept, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+    q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
@@ -93,18 +122,24 @@ def _sparse_linear(
     q += batch.to(tl.int64) * q_b + head * q_h
     kept += (row * tl.num_programs(0) + block).to(tl.int64) * n
     rows, columns = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
-    queries = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
+    own = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
+    queries = own
+    if k_scale is not None:  # SageSLA: k is int8, and so is what it is multiplied with
+        queries, q_scale = int8(own.to(tl.float32))
+        scale *= q_scale
+        k_scale += row * tl.cdiv(length, BLOCK_K)
 
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     pairs = (n - 1) // 2 * 2  # the last kept block alone may be ragged
     for j in range(0, pairs, 2):
         first, second = tl.load(kept + j), tl.load(kept + j + 1)
-        score_1 = tl.dot(queries, tl.trans(_block(k, batch, first, head, BLOCK_K, D)))
-        score_2 = tl.dot(queries, tl.trans(_block(k, batch, second, head, BLOCK_K, D)))
-        following = tl.maximum(largest, tl.max(tl.maximum(score_1, score_2), 1) * scale)
-        p_1 = tl.exp2(score_1 * scale - following[:, None])
-        p_2 = tl.exp2(score_2 * scale - following[:, None])
+        score_1 = tl.dot(queries, tl.trans(_block(k, batch, first, head, BLOCK_K, D))).to(tl.float32)
+        score_2 = tl.dot(queries, tl.trans(_block(k, batch, second, head, BLOCK_K, D))).to(tl.float32)
+        scale_1, scale_2 = _scale(scale, k_scale, first), _scale(scale, k_scale, second)
+        following = tl.maximum(largest, tl.maximum(tl.max(score_1, 1) * scale_1, tl.max(score_2, 1) * scale_2))
+        p_1 = tl.exp2(score_1 * scale_1 - following[:, None])
+        p_2 = tl.exp2(score_2 * scale_2 - following[:, None])
         shrink = tl.exp2(largest - following)
         total = total * shrink + tl.sum(p_1 + p_2, 1)
         result = tl.dot(p_1.to(q.dtype.element_ty), _block(v, batch, first, head, BLOCK_K, D), result * shrink[:, None])
@@ -112,16 +147,13 @@ def _sparse_linear(
         largest = following
     for j in range(pairs, n):
         index = tl.load(kept + j)
-        score = tl.dot(queries, tl.trans(_block(k, batch, index, head, BLOCK_K, D)))
+        score = tl.dot(queries, tl.trans(_block(k, batch, index, head, BLOCK_K, D))).to(tl.float32)
         score = tl.where((index * BLOCK_K + tl.arange(0, BLOCK_K) < length)[None], score, -float("inf"))
-        following = tl.maximum(largest, tl.max(score, 1) * scale)
-        p, shrink = tl.exp2(score * scale - following[:, None]), tl.exp2(largest - following)
-        total = total * shrink + tl.sum(p, 1)
-        result = tl.dot(p.to(q.dtype.element_ty), _block(v, batch, index, head, BLOCK_K, D), result * shrink[:, None])
-        largest = following
+        value = _block(v, batch, index, head, BLOCK_K, D)
+        largest, total, result = attend(score, _scale(scale, k_scale, index), value, largest, total, result)
     result = result / total[:, None]
 
-    phi = _softmax(queries).to(queries.dtype)
+    phi = _softmax(own).to(own.dtype)
     summed = tl.load(norm + row * D + columns)
     share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
     projected = tl.load(state + row * D * D + columns[:, None] * D + columns)
@@ -134,22 +166,35 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def block_means(x: Tensor, block: int) -> Tensor:
-    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32"""
+def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
+    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32; sums of x as `rms_norm_rope` gives them"""
     batch, length, heads, dim = x.shape
     out = torch.empty(batch, heads, triton.cdiv(length, block), dim, device=x.device)
-    _block_means[(out.shape[2], batch * heads)](x, out, length, heads, *_strides(x), BLOCK=block, D=dim)
+    tokens, x = (1, x) if sums is None else (reference.SUM_TOKENS, sums)
+    _block_means[(out.shape[2], batch * heads)](
+        x, out, x.shape[1], length, heads, *_strides(x), BLOCK=block // tokens, TOKENS=tokens, D=dim
+    )
     return out
 
 
-def kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
-    """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32"""
-    length = k.shape[1]
-    means = block_means(k, block_k)
-    count = torch.full((means.shape[2], 1), float(block_k), device=k.device)
-    count[-1] = length - (means.shape[2] - 1) * block_k
-    pooled_k = (means - (means * (count / length)).sum(2, keepdim=True)).to(k.dtype)
-    return keep_largest(block_means(q, block_q).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
+def sequence_mean(means: Tensor, length: int, block: int) -> Tensor:
+    """The mean of all tokens from `block_means`: (B, H, 1, D) float32"""
+    count = torch.full((means.shape[2], 1), float(block), device=means.device)
+    count[-1] = length - (means.shape[2] - 1) * block
+    return (means * (count / length)).sum(2, keepdim=True)
+
+
+def kept_blocks(
+    q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, sums: Sums = (None, None),
+    means: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32
+
+    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k; each where it is there already.
+    """
+    means = block_means(k, block_k, sums[1]) if means is None else means
+    pooled_k = (means - sequence_mean(means, k.shape[1], block_k)).to(k.dtype)
+    return keep_largest(block_means(q, block_q, sums[0]).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
 
 
 def keep_largest(score: Tensor, topk: float) -> Tensor:
@@ -191,25 +236,36 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    gluon: bool = False,
+    gluon: bool = False, sums: Sums = (None, None),
 ) -> Tensor:  # fmt: skip
     """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
 
     gluon: the last kernel is that of `hopper`, where it takes these blocks and this head_dim.
     """
-    batch, length, heads, dim = q.shape
-    kept = kept_blocks(q, k, topk, block_q, block_k)
+    kept = kept_blocks(q, k, topk, block_q, block_k, sums)
     state, norm = linear_state(k, v, weight)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, gluon)
+
+
+def sparse_linear(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
+    block_q: int, block_k: int, gluon: bool, k_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The last kernel: kept of `kept_blocks`, state and norm of `linear_state` → (B, L, H, D) contiguous
+
+    k_scale: (B, H, K_blocks) float32 of a k in int8, which makes it SageSLA.
+    """
+    batch, length, heads, dim = q.shape
     scale = dim**-0.5 * LOG2_E
     if gluon and (block_q, block_k, dim) == (128, 64, 128):
         from . import hopper
 
-        return hopper.sparse_linear(q, k, v, kept, state, norm, bias, scale)
+        return hopper.sparse_linear(q, k, v, kept, state, norm, bias, scale, k_scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # two key blocks at a time through the copy engine of Hopper and newer; older cards get loads from the descriptors
     keys, values = (TensorDescriptor.from_tensor(x, [1, block_k, 1, dim]) for x in (k, v))
     _sparse_linear[(kept.shape[2], batch * heads)](
-        q, keys, values, kept, state, norm, bias, out, length, heads, kept.shape[3], scale, *_strides(q),
+        q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], scale, *_strides(q),
         BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out
