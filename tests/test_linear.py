@@ -96,8 +96,6 @@ def test_a_scale_for_each_row():
     away = [i for i in range(40) if i != 3]
     assert (rows - exact)[:, away].norm() < 0.013 * exact[:, away].norm()
     assert (tiles - exact)[:, away].norm() > 0.1 * exact[:, away].norm()
-    gelu = row_linear(x, q, scale, bias, gelu=True)
-    assert torch.allclose(gelu, torch.nn.functional.gelu(rows, approximate="tanh"))
 
 
 def test_to_rows_and_back():

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
 from . import backends, rope
 from .kernels.reference import Rows
-from .linear import Int8Linear, in_rows, project, to_rows, to_tiles
+from .linear import in_rows, project, to_rows, to_tiles
 from .sla import SLAProcessor
 
 
@@ -167,13 +168,15 @@ class FusedBlock(WanTransformerBlock):
         return gated_norm(x, self._feed_forward(normed), ffn_gate, None, None)[0]
 
     def _feed_forward(self, x: Tensor | Rows) -> Tensor:
-        """self.ffn(x), with GELU in the epilogue of the linear before it where that linear is a plain one"""
-        (first, _, second), linear = self.ffn.net, self.ffn.net[0].proj
-        if type(linear) is Int8Linear:
-            (hidden,) = project((linear,), x, gelu=True)
-        elif type(linear) is nn.Linear and linear.bias is not None:
+        """self.ffn(x), with GELU in the epilogue of the linear before it, or in what quantises for the one after it"""
+        linear, second = self.ffn.net[0].proj, self.ffn.net[2]
+        if in_rows((linear, second)) and backends.on_triton("linear"):
+            from .kernels.int8 import row_quantize
+
+            (hidden,) = project((linear,), x)
+            return project((second,), row_quantize(hidden, gelu=True))[0]
+        if type(linear) is nn.Linear and linear.bias is not None:
             hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)  # cuBLASLt
-            hidden = hidden.unflatten(0, x.shape[:2])
-        else:  # with a LoRA
-            hidden = first(x)
-        return second(hidden)
+            return second(hidden.unflatten(0, x.shape[:2]))
+        (hidden,) = project((linear,), x)  # with a LoRA, or one of the two in 8 bits
+        return second(F.gelu(hidden, approximate="tanh"))

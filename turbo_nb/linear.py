@@ -9,7 +9,6 @@ its own row coarse.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
@@ -58,13 +57,13 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
     return reference.int8_linear(x, w_q, w_scale, bias)
 
 
-def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) times the quantised weight w_q (N, K) with scales (N,), plus bias (N,) → (…, N) in x's dtype."""
     if backends.on_triton("linear", x):
         from .kernels import int8
 
-        return int8.row_product(int8.row_quantize(x), w_q, w_scale, bias, gelu, _on_gluon())
-    return reference.row_linear(x, w_q, w_scale, bias, gelu)
+        return int8.row_product(int8.row_quantize(x), w_q, w_scale, bias, _on_gluon())
+    return reference.row_linear(x, w_q, w_scale, bias)
 
 
 def _on_gluon() -> bool:
@@ -76,8 +75,8 @@ def in_rows(linears: Sequence[nn.Module]) -> bool:
     return all(type(linear) is Int8Linear and linear.scale.ndim == 1 for linear in linears)
 
 
-def project(linears: Sequence[nn.Module], x: Tensor | Rows, gelu: bool = False) -> list[Tensor]:
-    """Each linear's x (B, L, K) → (B, L, N), and its GELU (tanh) where asked; 8-bit kernels quantise x once for all.
+def project(linears: Sequence[nn.Module], x: Tensor | Rows) -> list[Tensor]:
+    """Each linear's x (B, L, K) → (B, L, N); 8-bit kernels quantise x once for all.
 
     x may be `Rows` where `in_rows` says so and "linear" is on Triton.
     """
@@ -86,11 +85,9 @@ def project(linears: Sequence[nn.Module], x: Tensor | Rows, gelu: bool = False) 
 
         rows = x if isinstance(x, Rows) else int8.row_quantize(x)
         return [
-            int8.row_product(rows, linear.int8_weight, linear.scale, linear.bias, gelu, _on_gluon())
-            for linear in linears
+            int8.row_product(rows, linear.int8_weight, linear.scale, linear.bias, _on_gluon()) for linear in linears
         ]
-    results = [linear(x) for linear in linears]
-    return [F.gelu(out, approximate="tanh") for out in results] if gelu else results
+    return [linear(x) for linear in linears]
 
 
 class Int8Linear(nn.Module):

@@ -47,7 +47,7 @@ KERNELS = {
         int8._row_product,
         {"a": "tensordesc<i8[128,64]>", "b": "tensordesc<i8[128,64]>", "out": "tensordesc<bf16[128,128]>"}
         | {"a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
-        {"BIAS": True, "GELU": True, "GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+        {"BIAS": True, "GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
         {"num_warps": 8, "num_stages": 3},
     ),
     "conv": (
@@ -90,7 +90,7 @@ GLUON = {
         hopper_int8._row_product,
         {name: f"tensordesc<i8[{rows}, 128],{hopper_int8.LAYOUT!r}>" for name, rows in (("a", 64), ("b", 256))}
         | {"out": B, "a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
-        {"BIAS": True, "GELU": True},
+        {"BIAS": True},
         {"num_warps": 4},
     ),
 }

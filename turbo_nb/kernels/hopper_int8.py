@@ -25,7 +25,6 @@ COLUMNS = gl.constexpr(256)
 DEPTH = gl.constexpr(128)
 STAGES = gl.constexpr(3)
 BAND = gl.constexpr(8)  # tiles of rows whose columns are done before the next ones'
-GELU_SLOPE = gl.constexpr(-1.5957691216057308)
 
 
 @gluon.jit
@@ -63,7 +62,7 @@ def _halves(x):
 
 
 @gluon.jit
-def _finish(total, down, across, out, a_scale, b_scale, bias, rows, columns, BIAS: gl.constexpr, GELU: gl.constexpr):
+def _finish(total, down, across, out, a_scale, b_scale, bias, rows, columns, BIAS: gl.constexpr):
     layout: gl.constexpr = total.type.layout
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     width: gl.constexpr = total.shape[1]
@@ -74,8 +73,6 @@ def _finish(total, down, across, out, a_scale, b_scale, bias, rows, columns, BIA
     result = total.to(gl.float32) * left[:, None] * right[None, :]
     if BIAS:
         result += gl.load(bias + at_column, mask=at_column < columns, other=0.0).to(gl.float32)[None, :]
-    if GELU:  # the tanh form
-        result = result / (1 + gl.exp(GELU_SLOPE * (result + 0.044715 * result * result * result)))
     result = gl.convert_layout(result.to(out.dtype.element_ty), stored)
     to_row = down + gl.arange(0, ROWS, gl.SliceLayout(1, stored))
     to_column = across + gl.arange(0, width, gl.SliceLayout(0, stored))
@@ -84,7 +81,7 @@ def _finish(total, down, across, out, a_scale, b_scale, bias, rows, columns, BIA
 
 
 @gluon.jit
-def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr, GELU: gl.constexpr):
+def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr):
     out, a_scale, b_scale, bias = result
     rows, columns, depth = size
     a_buffer, b_buffer = buffers
@@ -107,12 +104,12 @@ def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr, GELU: 
             one, two = _halves(left if half == 0 else right)
             column = across + half * (COLUMNS // 2)
             row = down + group * ROWS
-            _finish(one, row, column, out, a_scale, b_scale, bias, rows, columns, BIAS, GELU)
-            _finish(two, row, column + COLUMNS // 4, out, a_scale, b_scale, bias, rows, columns, BIAS, GELU)
+            _finish(one, row, column, out, a_scale, b_scale, bias, rows, columns, BIAS)
+            _finish(two, row, column + COLUMNS // 4, out, a_scale, b_scale, bias, rows, columns, BIAS)
 
 
 @gluon.jit
-def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: gl.constexpr, GELU: gl.constexpr):
+def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: gl.constexpr):
     a_buffer = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS, ROWS, DEPTH], a.layout)
     b_buffer = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -125,9 +122,9 @@ def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: 
     buffers, barriers = (a_buffer, b_buffer), (ready, free)
     gl.warp_specialize(
         [
-            (_multiply, (0, result, size, buffers, barriers, BIAS, GELU)),
-            (_multiply, (1, result, size, buffers, barriers, BIAS, GELU)),
-            (_multiply, (2, result, size, buffers, barriers, BIAS, GELU)),
+            (_multiply, (0, result, size, buffers, barriers, BIAS)),
+            (_multiply, (1, result, size, buffers, barriers, BIAS)),
+            (_multiply, (2, result, size, buffers, barriers, BIAS)),
             (_fetch, (a, b, size, buffers, barriers)),
         ],
         [4, 4, 1],
@@ -138,7 +135,7 @@ def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: 
 LAYOUT = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
 
 
-def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`int8.row_product`"""
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
@@ -147,6 +144,6 @@ def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = Non
     _row_product[(programs,)](
         TensorDescriptor.from_tensor(x.q.view(rows, depth), [ROWS.value, DEPTH.value], LAYOUT),
         TensorDescriptor.from_tensor(w_q, [COLUMNS.value, DEPTH.value], LAYOUT),
-        out, x.scale, w_scale, bias, rows, columns, depth, BIAS=bias is not None, GELU=gelu, num_warps=4,
+        out, x.scale, w_scale, bias, rows, columns, depth, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out

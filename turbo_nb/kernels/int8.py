@@ -23,10 +23,13 @@ def quantize_row(value):
 
 
 @triton.jit
-def _row_quantize(x, q, scale, width, BLOCK: tl.constexpr):
+def _row_quantize(x, q, scale, width, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = columns < width
-    rounded, its_scale = quantize_row(tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32))
+    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    if GELU:  # the tanh form
+        value = value / (1 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
+    rounded, its_scale = quantize_row(value)
     tl.store(q + row * width + columns, rounded, mask=mask)
     tl.store(scale + row, its_scale)
 
@@ -34,8 +37,7 @@ def _row_quantize(x, q, scale, width, BLOCK: tl.constexpr):
 @triton.jit
 def _row_product(
     a, b, out, a_scale, b_scale, bias, rows, columns, depth,
-    BIAS: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
@@ -53,18 +55,16 @@ def _row_product(
         result = total.to(tl.float32) * left_scale[:, None] * right_scale[None]
         if BIAS:
             result += tl.load(bias + at_column, mask=at_column < columns, other=0.0).to(tl.float32)[None]
-        if GELU:  # the tanh form
-            result = result / (1 + tl.exp(-1.5957691216057308 * (result + 0.044715 * result * result * result)))
         out.store([down, across], result.to(out.dtype))
 
 
-def row_quantize(x: Tensor) -> Rows:
+def row_quantize(x: Tensor, gelu: bool = False) -> Rows:
     """`reference.row_quantize`: x (…, K) → int8 (…, K) and float32 scales (…)"""
     x = x.contiguous()
     width = x.shape[-1]
     q, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], device=x.device)
     block = triton.next_power_of_2(width)
-    _row_quantize[(scale.numel(),)](x, q, scale, width, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    _row_quantize[(scale.numel(),)](x, q, scale, width, GELU=gelu, BLOCK=block, num_warps=min(16, max(1, block // 512)))
     return Rows(q, scale, x.dtype)
 
 
@@ -75,20 +75,18 @@ def _tiles(device: torch.device) -> tuple[dict, dict, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
 
 
-def row_product(
-    x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False, gluon: bool = False
-) -> Tensor:
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gluon: bool = False) -> Tensor:
     """What follows the quantisation of x in `reference.row_linear`: (…, N) in the dtype that x was quantised from
 
     gluon: by the kernel of `hopper_int8`.
     """
     depth, columns = x.q.shape[-1], w_q.shape[0]
     if depth % 16 or columns % 8:  # a descriptor needs 16 bytes from row to row
-        return reference.row_product(x, w_q, w_scale, bias, gelu)
+        return reference.row_product(x, w_q, w_scale, bias)
     if gluon:
         from . import hopper_int8
 
-        return hopper_int8.row_product(x, w_q, w_scale, bias, gelu)
+        return hopper_int8.row_product(x, w_q, w_scale, bias)
     rows = x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
     sides, options, occupancy = _tiles(x.q.device)
@@ -101,6 +99,6 @@ def row_product(
         TensorDescriptor.from_tensor(w_q, [across, deep]),
         TensorDescriptor.from_tensor(out.view(rows, columns), [down, across]),
         x.scale, w_scale, bias, rows, columns, depth,
-        BIAS=bias is not None, GELU=gelu, GROUP=8, **sides, **options,
+        BIAS=bias is not None, GROUP=8, **sides, **options,
     )  # fmt: skip
     return out

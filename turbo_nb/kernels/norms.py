@@ -47,9 +47,12 @@ def _rms_norm_rope(
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, length)):
+    last = tl.minimum(first + ROWS, length) - 1
+    coming = tl.load(x + (batch * length + first) * width + columns, mask=inside, other=0.0)
+    for row in range(first, last + 1):
         at = (batch * length + row) * width + columns
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value = coming.to(tl.float32)
+        coming = tl.load(x + (batch * length + tl.minimum(row + 1, last)) * width + columns, mask=inside, other=0.0)
         value *= tl.rsqrt(tl.sum(value * value) / width + eps) * factor
         if ROTATE:
             turn = row * table_l + (tl.arange(0, BLOCK // 2) % HALF) * table_c

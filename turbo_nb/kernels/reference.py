@@ -248,34 +248,32 @@ class Rows(NamedTuple):
     dtype: torch.dtype
 
 
-def row_quantize(x: Tensor) -> Rows:
-    """8-bit form with one scale a row (LLM.int8(), arXiv:2208.07339): x (…, K)
+def row_quantize(x: Tensor, gelu: bool = False) -> Rows:
+    """8-bit form of x (…, K), or of its GELU (tanh), with one scale a row (LLM.int8(), arXiv:2208.07339)
 
     scale = max(amax, 10⁻⁸) / 127; q = x / scale to the nearest even.
     """
-    scale = x.float().abs().amax(-1).clamp(min=1e-8) / 127
-    return Rows((x.float() / scale[..., None]).round().to(torch.int8), scale, x.dtype)
+    value = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
+    scale = value.abs().amax(-1).clamp(min=1e-8) / 127
+    return Rows((value / scale[..., None]).round().to(torch.int8), scale, x.dtype)
 
 
-def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """x · (w_q · w_scale)ᵀ + bias with x in 8 bits, and its GELU (tanh) where asked: x (…, K), w_q (N, K) → (…, N)
+def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · (w_q · w_scale)ᵀ + bias with x in 8 bits: x (…, K), w_q (N, K) → (…, N)
 
     x is quantised as `row_quantize` does; everything after the integer product is float32, rounded once to x's dtype.
     """
     return torch.cat(
-        [
-            row_product(row_quantize(rows), w_q, w_scale, bias, gelu)
-            for rows in x.reshape(-1, x.shape[-1]).split(LINEAR_ROWS)
-        ]
+        [row_product(row_quantize(rows), w_q, w_scale, bias) for rows in x.reshape(-1, x.shape[-1]).split(LINEAR_ROWS)]
     ).unflatten(0, x.shape[:-1])
 
 
-def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """What follows the quantisation in `row_linear`"""
     out = (x.q.float() @ w_q.float().T) * x.scale[..., None] * w_scale
     if bias is not None:
         out = out + bias.float()
-    return (F.gelu(out, approximate="tanh") if gelu else out).to(x.dtype)
+    return out.to(x.dtype)
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
