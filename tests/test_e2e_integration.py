@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, offload, pipeline, plan
+from turbo_nb import catalog, cli, offload, pipeline, plan, vae
 from turbo_nb.checkpoint import convert, load_transformer
 from turbo_nb.errors import CheckpointError, InputError, TurboNbError
 
@@ -286,15 +286,15 @@ def test_the_plan_is_told_before_anything_is_loaded(folder, parts, monkeypatch):
 
 def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeypatch):
     frugal = plan.Plan(name="free-text", text_encoder="freed", offload="none", vae_tiling=False, device="cpu")
-    before, decode, failures = nano.plan, nano.vae.decode, [torch.OutOfMemoryError("full")]
+    before, chunks, failures = nano.plan, vae.chunks, [torch.OutOfMemoryError("full")]
     nano.plan = replace(before, next=frugal)
 
     def full(*args, **kwargs):
         if failures:
             raise failures.pop()
-        return decode(*args, **kwargs)
+        return chunks(*args, **kwargs)
 
-    monkeypatch.setattr(nano.vae, "decode", full)
+    monkeypatch.setattr(vae, "chunks", full)
     try:
         with pytest.warns(UserWarning, match="out of memory while at decode; going on with plan free-text"):
             frames = turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames

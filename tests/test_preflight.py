@@ -247,7 +247,8 @@ def test_a_hub_library_that_is_missing_is_no_crash(report, monkeypatch):
     assert not any(fit.downloaded for fit in report(H100).models[1:])
 
 
-def test_one_table_by_itself(report):
+def test_one_table_by_itself(report, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     models = report(H100).only("Models")
     assert [title for title, _, _ in models.tables()] == ["Models"]
     assert "comes with the package" in repr(models) and models._repr_html_().count("<caption>") == 1

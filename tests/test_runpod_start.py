@@ -141,7 +141,7 @@ class Machine:
     def command(self, *arguments, cwd=None):
         return subprocess.run(
             ["bash", self.checkout / "runpod_start.sh", *arguments],
-            env=self.env, cwd=cwd or self.root, capture_output=True, text=True, timeout=30,
+            env=self.env, cwd=cwd or self.root, capture_output=True, text=True, timeout=90,
         )  # fmt: skip
 
     def start(self, script=None, **env):

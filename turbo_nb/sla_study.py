@@ -116,7 +116,7 @@ def look_inside(
     def hook(layer: int):
         def see(module, inputs, out):
             if done in wanted:
-                seen.append((layer, done, *_see(module, *inputs, out, fine_block)))
+                seen.append((layer, done, *_see(module, *inputs[:3], out, fine_block)))
 
         return see
 
