@@ -147,7 +147,14 @@ def random_sources(name: str, device: str) -> sources.Sources:
 
 @torch.inference_mode()
 def spread_out(vae: nn.Module) -> None:
-    """Scale a VAE's last layer, so that its pictures of smooth latents are as varied as those of a video"""
+    """Make what a random VAE decodes of smooth latents a video: frames that follow on one another, not a flicker, and
+    pictures as varied as a video's. Each frame becomes one of the same latent frame; the work stays the same."""
+    for module in vae.decoder.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight[:, :, :-1] = 0
+        if hasattr(module, "time_conv"):
+            for both in (module.time_conv.weight, module.time_conv.bias):
+                both[: len(both) // 2] = both[len(both) // 2 :]
     latents = torch.empty(1, vae.config.z_dim, 2, 32, 32, device=vae.device)
     frames, last = decode(vae, smooth(latents)), vae.decoder.conv_out
     for _ in range(2):  # the first time may be clamped
