@@ -7,7 +7,8 @@ one's frames again, and a picture that is not flat; how far a step is from float
 
 With random weights (`random_sources`) the text, the steps and the decoding are the work of a real model, and the
 pictures would be noise, which no video is and which x264 takes several times as long for. So in place of what the
-transformer made, waves that are smooth in time and space are decoded; the check says how large the mp4 is.
+transformer made, waves that are smooth in time and space are decoded, and of the steps the check sees only that they
+end in finite numbers; it says how large the mp4 is.
 """
 
 import math
