@@ -7,7 +7,8 @@ one's frames again, and a picture that is not flat; how far a step is from float
 
 With random weights (`random_sources`) the text, the steps and the decoding are the work of a real model, and the
 pictures would be noise, which no video is and which x264 takes several times as long for. So in place of what the
-transformer made, waves that are smooth in time and space are decoded; the check says how large the mp4 is.
+transformer made, waves that are smooth in time and space are decoded, and of the steps the check sees only that they
+end in finite numbers; it says how large the mp4 is.
 """
 
 import math
@@ -147,7 +148,14 @@ def random_sources(name: str, device: str) -> sources.Sources:
 
 @torch.inference_mode()
 def spread_out(vae: nn.Module) -> None:
-    """Scale a VAE's last layer, so that its pictures of smooth latents are as varied as those of a video"""
+    """Make what a random VAE decodes of smooth latents a video: frames that follow on one another, not a flicker, and
+    pictures as varied as a video's. Each frame becomes one of the same latent frame; the work stays the same."""
+    for module in vae.decoder.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight[:, :, :-1] = 0
+        if hasattr(module, "time_conv"):
+            for both in (module.time_conv.weight, module.time_conv.bias):
+                both[: len(both) // 2] = both[len(both) // 2 :]
     latents = torch.empty(1, vae.config.z_dim, 2, 32, 32, device=vae.device)
     frames, last = decode(vae, smooth(latents)), vae.decoder.conv_out
     for _ in range(2):  # the first time may be clamped

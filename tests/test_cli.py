@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import command_line
 
+from turbo_nb import media
 from turbo_nb.media import read_metadata
 
 PROMPT = "a large red circle moving from left to right on a black background"
@@ -56,6 +57,19 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "red.mp4").read_bytes()
     told = command_line("info", "again.mp4", cwd=tmp_path).stdout
     assert PROMPT in told and "nano" in told and read_metadata(tmp_path / "again.mp4")["seed"] == 3
+
+
+@pytest.mark.parametrize(("grid", "made"), [(False, ["v-0.mp4", "v-1.mp4"]), (True, ["v.mp4"])], ids=["", "grid"])
+def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, monkeypatch, grid, made):
+    taken, add = [], media.Encoder.add
+    monkeypatch.setattr(media.Encoder, "add", lambda self, frames: taken.append(frames.shape) or add(self, frames))
+    result = command_line(
+        "t2v", "--prompt", PROMPT, "--num_frames", 5, "--num_steps", 1, "--resolution", "64x48", "--num_samples", 2,
+        "--save_path", "v.mp4", *["--grid"] * grid, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert taken == ([(5, 48, 128, 3)] if grid else [(1, 48, 64, 3), (4, 48, 64, 3)] * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
 
 
 @pytest.mark.parametrize(

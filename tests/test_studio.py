@@ -66,6 +66,22 @@ def test_cancel_ends_the_run_after_the_step_it_is_at(made):
     assert made.make(**SMALL).path.exists()  # the next one works
 
 
+def test_frames_are_encoded_while_others_are_decoded(made, monkeypatch):
+    taken, add = [], media.Encoder.add
+    monkeypatch.setattr(
+        media.Encoder, "add", lambda self, frames: taken.append((made.job.stage, len(frames))) or add(self, frames)
+    )
+    run = made.make(**SMALL)
+    assert taken == [("decode", 1), ("decode", 4)]
+    assert media.read_frames(run.path, 64, 64).shape == (5, 64, 64, 3) and run.path.name.endswith("-3.mp4")
+
+
+def test_cancelled_while_it_is_decoded_it_leaves_no_file(made):
+    made.listen(lambda job: job.stage == "decode" and made.cancel())
+    made.submit(Request(**SMALL))
+    assert made.wait(60).state == "cancelled" and not list(made.history.folder.iterdir())
+
+
 def test_one_at_a_time(tmp_path, nano):
     go = threading.Event()
 
