@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 
 from turbo_nb import backends, fuse, sla
@@ -120,6 +120,22 @@ def test_the_prompt_is_projected_once_for_all_steps(triton_chosen, monkeypatch):
     assert kept._result is None and copied.blocks[0].attn2.processor.keys is not kept
 
 
+def test_warming_up_runs_a_block_and_the_angles_are_made_once(triton_chosen, monkeypatch):
+    transformer = tiny(torch.float16)
+    fuse.warm_up(transformer, (2, 6, 8))  # nothing to do
+    fuse.fuse(transformer)
+    interpreted(monkeypatch)
+    calls = []
+    transformer.blocks[0].register_forward_hook(lambda block, arguments, out: calls.append((arguments[0].shape, out)))
+    fuse.warm_up(transformer, (2, 6, 8))
+    (shape, out), tables = calls[0], transformer.rope.made[1]
+    assert shape == (1, 24, 128) and out.isfinite().all() and tables[0].dtype == torch.float32
+    with torch.no_grad():
+        run(transformer)  # of the same size
+        assert transformer.rope.made[1] is tables
+        assert transformer.rope(torch.empty(1, 16, 4, 6, 8).half())[0].shape == (1, 48, 1, 64)
+
+
 def test_unfuse_gives_diffusers_blocks_back(triton_chosen):
     transformer = tiny()
     before = run(transformer)
@@ -128,6 +144,7 @@ def test_unfuse_gives_diffusers_blocks_back(triton_chosen):
     assert type(transformer.blocks[1]) is WanTransformerBlock
     assert type(transformer.blocks[1].attn2.processor) is WanAttnProcessor
     assert type(transformer.condition_embedder.text_embedder) is PixArtAlphaTextProjection
+    assert type(transformer.rope) is WanRotaryPosEmbed
     assert torch.equal(run(transformer), before)
 
 

@@ -181,7 +181,6 @@ def disks() -> tuple[Disk, ...]:
 
 def caches() -> tuple[Cache, ...]:
     """The Hub's files first, then Triton's kernels and the embeddings of prompts."""
-    triton = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
     return tuple(
         Cache(
             name=name,
@@ -190,8 +189,13 @@ def caches() -> tuple[Cache, ...]:
             free=shutil.disk_usage(_existing(path)).free,
             writable=os.access(_existing(path), os.W_OK),
         )
-        for name, path in (("Hub", hub_cache()), ("Triton", triton), ("prompt", text_cache()))
+        for name, path in (("Hub", hub_cache()), ("Triton", kernel_cache()), ("prompt", text_cache()))
     )
+
+
+def kernel_cache() -> Path:
+    """Where Triton keeps what it compiled."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
 
 
 def folder_size(path: Path) -> int:

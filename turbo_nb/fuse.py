@@ -13,13 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import PixArtAlphaTextProjection
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor, nn
 
 from . import backends, rope
 from .kernels.reference import Rows
 from .linear import in_rows, project, to_rows, to_tiles
 from .sla import SLAProcessor
+
+TEXT_TOKENS = 512  # of a prompt with its padding
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def fuse(transformer: nn.Module) -> Report:
     text = transformer.condition_embedder.text_embedder
     if type(text) is PixArtAlphaTextProjection and len(reasons) < len(transformer.blocks):
         text.__class__, text.kept = FusedTextProjection, Kept()
+    if type(transformer.rope) is WanRotaryPosEmbed and len(reasons) < len(transformer.blocks):
+        transformer.rope.__class__, transformer.rope.made = FusedRotaryPosEmbed, (None, None)
     return Report(len(transformer.blocks) - len(reasons), len(transformer.blocks), tuple(dict.fromkeys(reasons)))
 
 
@@ -61,6 +65,21 @@ def unfuse(transformer: nn.Module) -> None:
     if isinstance(text, FusedTextProjection):
         text.__class__ = PixArtAlphaTextProjection
         del text.kept
+    if isinstance(transformer.rope, FusedRotaryPosEmbed):
+        transformer.rope.__class__ = WanRotaryPosEmbed
+        del transformer.rope.made
+
+
+@torch.inference_mode()
+def warm_up(transformer: nn.Module, size: tuple[int, int, int]) -> None:
+    """Run a fused transformer's first block once, on latents of size (T, H, W): no step has to wait for its kernels."""
+    block, dtype = transformer.blocks[0], transformer.patch_embedding.weight.dtype
+    if not isinstance(block, FusedBlock):
+        return
+    device, width = block.scale_shift_table.device, block.scale_shift_table.shape[-1]
+    tables = transformer.rope(torch.empty(1, 1, *size, device=device, dtype=dtype))
+    rows = (tables[0].shape[1], TEXT_TOKENS, 6)
+    block(*(torch.zeros(1, count, width, device=device, dtype=dtype) for count in rows), tables)
 
 
 def _fuse(block: nn.Module, repeats: "Kept") -> str | None:
@@ -107,6 +126,18 @@ class FusedTextProjection(PixArtAlphaTextProjection):
 
     def forward(self, caption: Tensor) -> Tensor:
         return self.kept.get(caption, lambda: super(FusedTextProjection, self).forward(caption))
+
+
+class FusedRotaryPosEmbed(WanRotaryPosEmbed):
+    """diffusers' tables of angles, made once for a clip's shape, in float32."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() or not backends.on_triton("block", hidden_states):
+            return super().forward(hidden_states)
+        shape = (hidden_states.shape[2:], self.freqs_cos.device)
+        if self.made[0] != shape:
+            self.made = shape, tuple(table.float() for table in super().forward(hidden_states))
+        return self.made[1]
 
 
 class FusedCrossAttention(WanAttnProcessor):

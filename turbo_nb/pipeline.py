@@ -293,6 +293,10 @@ def load_pipeline(
         prompts,
     )
     _apply(pipeline, chosen)
+    if chosen.device != "cpu" and chosen.offload == "none":
+        if not environment.kernel_cache().exists():
+            print("compiling the kernels for this GPU; later starts find them")
+        fuse.warm_up(transformers[0], (1 + (spec.num_frames - 1) // 4, spec.size[1] // 8, spec.size[0] // 8))
     if any(map(is_quantized, transformers)):
         pipeline.load_lora_weights = _no_lora
     pipeline.loaded_in = time.perf_counter() - begin
