@@ -108,12 +108,17 @@ def vae(
 @app.command()
 def e2e(
     model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
+    random: Annotated[
+        str | None, typer.Option(help="Random weights of a shape in place of a model: 1.3B, 14B, nano or tiny.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to show; one that suits the model if left out.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES; the model's own if left out.")] = None,
     steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
     attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
     topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
     linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
+    runs: Runs = 3,
+    warmup: Warmup = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
@@ -132,7 +137,8 @@ def e2e(
     if linears not in quant_linear:
         raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
     load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
-    raise typer.Exit(harness.run(benchmark.jobs(model, prompt, device, load, made), device, csv))
+    jobs = benchmark.jobs(model, random, prompt, device, load, made, runs=runs, warmup=warmup)
+    raise typer.Exit(harness.run(jobs, device, csv))
 
 
 @app.command()

@@ -1,65 +1,165 @@
-"""A prompt becomes an mp4, twice, in one process that keeps everything loaded; the second, warm run is the row's.
+"""A prompt becomes an mp4 again and again, in one process that keeps everything loaded.
 
-One row for each stage that `Video.timings` has, for the writing of the mp4, and for all of it; first_ms is the first
-run's. The check. The second run must give the first one's frames again, and a picture that is not flat; how far a
-step is from float32 is what `step` checks.
+One row for each stage that `Video.timings` has; for a step of the denoising; for "write", what is left of the writing
+when the last frame is decoded; and for "all", from the call of `generate` to the file on the disk, as a user waits for
+it. Each is the median of the warm runs; first_ms is the very first run's. The check. The last run must give the first
+one's frames again, and a picture that is not flat; how far a step is from float32 is what `step` checks.
+
+With random weights (`random_sources`) the text, the steps and the decoding are the work of a real model, and the
+pictures would be noise, which no video is and which x264 takes several times as long for. So in place of what the
+transformer made, waves that are smooth in time and space are decoded; the check says how large the mp4 is.
 """
 
 import math
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
 
 import turbo_nb
+from turbo_nb import catalog, media, sources
+from turbo_nb.errors import InputError
+from turbo_nb.weights import Contents
 
-from . import harness
+from . import harness, step
 from .harness import Check, Job, Timing
+from .vae import decode, random_vae
 
 FLAT = 2  # standard deviation of 8-bit frames
+SPREAD = 0.4  # standard deviation of a random VAE's pictures, in [-1, 1]
+CELL = 6  # latent frames, rows and columns from one random value to the next
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
-def jobs(model: str, prompt: str | None, device: str, load: dict, clip: dict) -> Iterator[Job]:
-    """A job for each stage. prompt: None for one that suits the model. load, clip: as for `load_pipeline` and
-    `generate`. Raises what these raise."""
-    pipeline = turbo_nb.load_pipeline(model, device=device, memory_plan="resident", text_cache=False, **load)
+def jobs(
+    model: str, random: str | None, prompt: str | None, device: str, load: dict, clip: dict, *, runs: int, warmup: int
+) -> Iterator[Job]:
+    """A job for each stage. random: a name of `step.MODELS` in place of a model with weights. prompt: None for one that
+    suits the model. load, clip: as for `load_pipeline` and `generate`. Raises what these raise, InputError for an
+    unknown name."""
+    load = load | {"device": device, "memory_plan": "resident", "text_cache": False}
+    pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
     prompt = pipeline.spec.example if prompt is None else prompt
-    first, first_timings = make(pipeline, prompt, clip)
-    video, timings = make(pipeline, prompt + " ", clip)  # the same text, and not a prompt that is remembered
+    first, *before, last = (
+        make(pipeline, prompt + " " * number, clip)  # the same text, and not a prompt that is remembered
+        for number in range(1 + warmup + runs)
+    )
+    warm = [*before, last][warmup:]
+    video = last.video
     frames, height, width, _ = video.frames.shape
     settings, spread = video.settings, video.frames.std()
     topk = "" if settings["sla_topk"] is None else f" {settings['sla_topk']:g}"
     linears = "int8" if settings["quant_linear"] else str(pipeline.transformer.dtype).removeprefix("torch.")
-    out, ref = (torch.from_numpy(v.frames.astype(np.float32)) for v in (video, first))
+    out, ref = (torch.from_numpy(clip.video.frames.astype(np.float32)) for clip in (last, first))
     check = Check(
         error=harness.relative_error(out, ref) if spread >= FLAT else math.inf,
         limit=harness.WORST,
-        what=f"the second run's frames against the first's; their standard deviation {spread:.1f}, {FLAT} is flat",
+        what=f"the last run's frames against the first's; their standard deviation {spread:.1f}, {FLAT} is flat; an "
+        f"mp4 of {last.size / 1e3:.0f} kB",
     )
-    for stage, seconds in timings.items():
+    for stage in last.seconds:
+        times = [1e3 * clip.seconds[stage] for clip in warm]
         peak = video.peaks.get(stage)
         timing = Timing(
-            ms=1e3 * seconds, ms_min=1e3 * seconds, n=1, first_ms=1e3 * first_timings[stage],
+            ms=median(times), ms_min=min(times), n=runs, first_ms=1e3 * first.seconds[stage],
             peak_gib=peak and peak / 2**30,
         )  # fmt: skip
         yield Job(
             work=f"{stage} of a clip, {settings['num_steps']} steps, {settings['attention_type']}{topk}, {linears}",
             shape=f"{width}x{height}x{frames}",
             mode="as loaded",
-            weights=pipeline.spec.name,
+            weights=f"random {random}" if random else pipeline.spec.name,
             run=lambda timing=timing: (timing, check),
         )
 
 
-def make(pipeline, prompt: str, clip: dict) -> tuple[turbo_nb.Video, dict[str, float]]:
-    """A clip, and seconds by stage: Video's own, "write", and "all" of them."""
-    begin = time.perf_counter()
-    video = turbo_nb.generate(pipeline, prompt, **clip)
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A clip, seconds by stage, and bytes of its mp4."""
+
+    video: turbo_nb.Video
+    seconds: dict[str, float]
+    size: int
+
+
+def make(pipeline, prompt: str, clip: dict) -> Made:
+    """A clip whose frames are encoded while others are decoded, and written."""
     with tempfile.TemporaryDirectory() as folder:
-        write = time.perf_counter()
-        video.save(Path(folder) / "video.mp4")
-        end = time.perf_counter()
-    return video, video.timings | {"write": end - write, "all": end - begin}
+        begin = time.perf_counter()
+        with media.Encoder(Path(folder) / "video.mp4", pipeline.spec.fps) as encoder:
+            video = turbo_nb.generate(pipeline, prompt, **clip, on_frames=encoder.add)
+            write = time.perf_counter()
+            path = video.save(encoder)
+            end = time.perf_counter()
+        size = path.stat().st_size
+    seconds = video.timings | {"step": median(video.steps), "write": end - write, "all": end - begin}
+    return Made(video=video, seconds=seconds, size=size)
+
+
+def random_pipeline(name: str, load: dict):
+    """What `load_pipeline` makes of files with random weights; what its VAE decodes is smooth."""
+    if name not in step.MODELS:
+        raise InputError(f"random is {name!r}; it is one of {', '.join(step.MODELS)}")
+    found = random_sources(name, load["device"])
+    with patch.object(sources, "resolve", lambda *arguments, **options: found):
+        pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
+    pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
+    return pipeline
+
+
+def random_sources(name: str, device: str) -> sources.Sources:
+    """Files of a transformer of `step.MODELS` with Wan2.1's VAE and umT5-xxl as they would be read; random weights,
+    and nano's tokenizer. Beside a transformer that reads narrower embeddings the other two are narrow as well."""
+    transformer = step.random_contents(name, device)
+    arch, width = transformer.arch, transformer.text_dim
+    config = UMT5_XXL
+    if width != config["d_model"]:
+        config = {"vocab_size": 384, "d_model": width, "d_kv": 32, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**config, feed_forward_proj="gated-gelu"))
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {
+        key: torch.ones(tensor.shape, dtype=torch.bfloat16, device=device)
+        if tensor.ndim == 1  # a norm's
+        else torch.randn(tensor.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
+        for key, tensor in encoder.state_dict().items()
+        if key != "encoder.embed_tokens.weight"  # shared.weight
+    }
+    vae = random_vae(96 if config is UMT5_XXL else 8, device)
+    spread_out(vae)
+    return sources.Sources(
+        spec=catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v"),
+        transformers=(transformer,),
+        vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.state_dict()),
+        text_encoder=Contents(path=transformer.path, kind="text encoder", layout="diffusers", tensors=tensors),
+        tokenizer=catalog.NANO.folder / "tokenizer",
+    )
+
+
+@torch.inference_mode()
+def spread_out(vae: nn.Module) -> None:
+    """Scale a VAE's last layer, so that its pictures of smooth latents are as varied as those of a video"""
+    latents = torch.empty(1, vae.config.z_dim, 2, 32, 32, device=vae.device)
+    frames, last = decode(vae, smooth(latents)), vae.decoder.conv_out
+    for _ in range(2):  # the first time may be clamped
+        scale = SPREAD / frames.std((0, 2, 3, 4))
+        last.weight.mul_(scale.view(-1, 1, 1, 1, 1))
+        last.bias.sub_(frames.mean((0, 2, 3, 4))).mul_(scale)
+        frames = decode(vae, smooth(latents))
+
+
+def smooth(latents: Tensor) -> Tensor:
+    """Random waves of the latents' shape (1, C, T, h, w), the same for the same shape"""
+    generator = torch.Generator(latents.device).manual_seed(1)
+    coarse = [2 + size // CELL for size in latents.shape[2:]]
+    noise = torch.randn(*latents.shape[:2], *coarse, generator=generator, device=latents.device)
+    return F.interpolate(noise, latents.shape[2:], mode="trilinear", align_corners=True).to(latents.dtype)

@@ -106,17 +106,32 @@ def jobs(
 
 def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3DModel:
     """The transformer with random bf16 weights, the same for the same setup, held in `dtype`."""
-    arch, text_dim = setup.arch, MODELS[setup.model][1]
+    return load_transformer(
+        random_contents(
+            setup.model, setup.device, layers=setup.arch.num_layers, with_sla=setup.attention != "original"
+        ),
+        attention_type=setup.attention,
+        sla_topk=setup.topk,
+        quant_linear=setup.linears == "int8" or "auto",
+        device=setup.device,
+        dtype=dtype,
+    )
+
+
+def random_contents(model: str, device: str, *, layers: int | None = None, with_sla: bool = True) -> Contents:
+    """A file of a transformer of `MODELS` as it would be read, with random bf16 weights. layers: None for all."""
+    arch, text_dim = MODELS[model]
+    arch = replace(arch, num_layers=layers or arch.num_layers)
     with torch.device("meta"):
         meta = WanTransformer3DModel(
             attention_head_dim=arch.dim // arch.num_heads, num_attention_heads=arch.num_heads,
             num_layers=arch.num_layers, ffn_dim=arch.ffn_dim, in_channels=arch.in_channels, out_channels=16,
             text_dim=text_dim,
         )  # fmt: skip
-        if setup.attention != "original":
+        if with_sla:
             sla.set_attention_type(meta, "sla")
-    generator = torch.Generator(setup.device).manual_seed(0)
-    contents = Contents(
+    generator = torch.Generator(device).manual_seed(0)
+    return Contents(
         path=Path("random weights"),
         kind="transformer",
         layout="diffusers",
@@ -124,15 +139,7 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
         arch=arch,
         head_dim=arch.dim // arch.num_heads,
         text_dim=text_dim,
-        sla=setup.attention != "original",
-    )
-    return load_transformer(
-        contents,
-        attention_type=setup.attention,
-        sla_topk=setup.topk,
-        quant_linear=setup.linears == "int8" or "auto",
-        device=setup.device,
-        dtype=dtype,
+        sla=with_sla,
     )
 
 

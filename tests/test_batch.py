@@ -27,12 +27,13 @@ def made(monkeypatch):
     """The prompts that were made, by a `generate` that needs no model; prompts with "bad" in them fail."""
     prompts = []
 
-    def generate(loaded, prompt, **settings):
+    def generate(loaded, prompt, *, on_frames, **settings):
         checked = pipeline.check_job(loaded.spec, prompt, **settings)
         if "bad" in prompt:
             raise TurboNbError("the model's output is not finite")
         prompts.append(prompt)
         frames = np.full((checked.num_frames, checked.height, checked.width, 3), 40 * len(prompts), np.uint8)
+        on_frames(frames)
         return pipeline.Video(frames=frames, fps=16, timings={"text": 0.5, "denoise": 1.5}, settings=asdict(checked))
 
     monkeypatch.setattr(batch.pipeline, "generate", generate)
@@ -82,8 +83,8 @@ def test_rows_set_what_is_theirs(tmp_path):
 
 
 def test_rows_may_set_all_that_generate_takes():
-    taken = signature(pipeline.generate).parameters.keys() - {"pipeline", "prompt", "on_stage", "on_step"}
-    assert taken == batch.SETTINGS.keys()
+    taken = signature(pipeline.generate).parameters.keys() - {"pipeline", "prompt"}
+    assert {name for name in taken if not name.startswith("on_")} == batch.SETTINGS.keys()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_a_lost_gpu_or_a_full_disk_ends_the_run(nano, made, tmp_path, monkeypatc
         raise OutputError("No space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch.media, "write_mp4", full)
+        patch.setattr(batch.media.Encoder, "save", full)
         with pytest.raises(OutputError, match="No space"):
             run(nano, tmp_path)
     assert len(batch.read_manifest(tmp_path)) == 1 and run(nano, tmp_path).made == 3

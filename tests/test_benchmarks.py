@@ -1,6 +1,7 @@
 """The benchmarks at small shapes on a CPU: rows, and the check that stands before each."""
 
 import csv
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
 from benchmarks import e2e, harness, kernels, step, vae
+from turbo_nb import media
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError
 from turbo_nb.kernels import reference
@@ -179,18 +181,38 @@ def test_a_vae_is_a_row_and_a_wrong_one_is_not(bench, monkeypatch, capsys):
     assert code == 0 and rows[-1]["weights"] == "random"
 
 
-def test_a_clip_is_a_row_a_stage(bench):
-    code, rows = bench("e2e", "--size", "64x64x1", "--steps", 1, "--device", "cpu")
-    assert code == 0
-    assert [row["work"].split()[0] for row in rows] == ["text", "denoise", "decode", "write", "all"]
-    assert rows[0]["weights"] == "nano" and rows[0]["shape"] == "64x64x1" and {row["n"] for row in rows} == {"1"}
-    seconds = [float(row["ms"]) for row in rows]
-    assert seconds[0] > 0.2 and sum(seconds[:4]) <= 1.01 * seconds[4]  # the warm run encodes its prompt as well
+E2E = ("e2e", "--size", "64x64x5", "--steps", 2, "--device", "cpu", "--runs", 3, "--warmup", 0)
+
+
+@pytest.mark.parametrize(("options", "weights"), [((), "nano"), (("--random", "tiny"), "random tiny")])
+def test_a_clip_is_a_row_a_stage(bench, monkeypatch, options, weights):
+    taken, add = [], media.Encoder.add
+    monkeypatch.setattr(media.Encoder, "add", lambda self, frames: taken.append(len(frames)) or add(self, frames))
+    code, rows = bench(*E2E, *options)
+    assert code == 0 and taken == [1, 4] * 4  # the first run and three; what is decoded is encoded
+    assert [row["work"].split()[0] for row in rows] == ["text", "denoise", "decode", "step", "write", "all"]
+    assert {(row["weights"], row["shape"], row["n"]) for row in rows} == {(weights, "64x64x5", "3")}
+    text, denoise, decode, one, write, whole = (float(row["ms"]) for row in rows)
+    least = [float(row["ms_min"]) for row in rows]
+    assert text > 0.2 and denoise > 2 * least[3] > 0  # a warm run encodes its prompt as well
+    assert max(denoise, decode, one, write) < whole and sum(least[:3]) + least[4] <= whole
+    spread, size = re.search(r"deviation (.*), 2 is flat; an mp4 of (.*) kB", rows[0]["check"]).groups()
+    assert 10 < float(spread) < 120 and 1 < float(size) < 20
+
+
+def test_random_waves_are_smooth_and_pictures_of_them_varied(bench):
+    found = e2e.smooth(torch.empty(1, 16, 21, 60, 104))
+    assert found.shape == (1, 16, 21, 60, 104) and 0.3 < found.std() < 1.2
+    assert all(found.diff(dim=dim).std() < found.std() / 2 for dim in (2, 3, 4))
+    vae = e2e.random_vae(8, "cpu")
+    e2e.spread_out(vae)
+    frames = e2e.decode(vae, e2e.smooth(torch.empty(1, 16, 3, 16, 16)))
+    assert 0.1 < frames.std() < 0.8 and frames.diff(dim=4).std() < frames.std()
 
 
 def test_a_flat_picture_gives_no_row(bench, monkeypatch):
     monkeypatch.setattr(e2e, "FLAT", 200)
-    assert bench("e2e", "--size", "64x64x1", "--steps", 1, "--device", "cpu") == (1, [])
+    assert bench("e2e", "--size", "64x64x1", "--steps", 1, "--device", "cpu", "--runs", 1) == (1, [])
 
 
 def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp_path, capsys, monkeypatch):
@@ -220,6 +242,7 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         ((*ROPE, "--dtype", "int8"), "dtype is 'int8'"),
         (("vae", "--mode", "fast", *QUICK), "mode is 'fast'"),
         (("e2e", "--linears", "int4"), "linears is 'int4'"),
+        (("e2e", "--random", "2B"), "random is '2B'; it is one of 1.3B, 14B, nano, tiny"),
     ],
 )
 def test_what_cannot_be_used_is_said(bench, capsys, arguments, words):

@@ -1,6 +1,9 @@
 """mp4 files: what goes in comes out, and nothing half-written stays."""
 
+import shlex
+
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -31,9 +34,10 @@ def test_the_index_comes_first_so_that_a_browser_can_start(tmp_path, frames):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_an_odd_size_is_kept(tmp_path, frames):
-    path = media.write_mp4(tmp_path / "clip.mp4", frames[:, :48, :80], 8)
-    assert iio.imread(path, plugin="FFMPEG").shape == (9, 48, 80, 3)
+@pytest.mark.parametrize(("size", "kept"), [((48, 80), (48, 80)), ((47, 79), (48, 80))])
+def test_a_size_is_kept_up_to_the_pixel_that_yuv420p_needs(tmp_path, frames, size, kept):
+    path = media.write_mp4(tmp_path / "clip.mp4", frames[:, : size[0], : size[1]], 8)
+    assert iio.imread(path, plugin="FFMPEG").shape == (9, *kept, 3)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkeypatch):
@@ -43,22 +47,68 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkey
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(media.os, "replace", full_disk)
+    monkeypatch.setattr(media.Path, "replace", full_disk)
     with pytest.raises(OutputError, match="No space left"):
         media.write_mp4(path, frames[::-1], 16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_ffmpeg_that_fails_leaves_nothing(tmp_path, frames, monkeypatch):
-    import imageio_ffmpeg
+def stand_in(folder, script: str) -> str:
+    """An ffmpeg that is a shell script, in which $FFMPEG is the real one"""
+    path = folder / "ffmpeg"
+    path.write_text(f"#!/bin/sh\nFFMPEG={shlex.quote(imageio_ffmpeg.get_ffmpeg_exe())}\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
 
-    def failing(*args, **kwargs):
-        while True:
-            yield
 
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", failing)
-    with pytest.raises(OutputError, match="ffmpeg wrote 0 of 9 frames"):
-        media.write_mp4(tmp_path / "clip.mp4", frames, 16)
+FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (f'{FULL}; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
+        (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
+        ("kill -9 $$", "ffmpeg ended with -9: no word of why"),
+        ("echo no codec >&2; exit 3", "ffmpeg ended with 3: no codec"),
+        ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; esac', "ffmpeg wrote 0 of 81 frames"),
+        ('case "$*" in *rawvideo*) set -- -t 0.43 "$@";; esac; exec "$FFMPEG" "$@"', "ffmpeg wrote 7 of 81 frames"),
+    ],
+    ids=["disk full", "disk full at the end", "killed", "refused", "nothing", "short"],
+)
+def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path, tmp_path_factory, monkeypatch, script, words
+):
+    frames = np.random.default_rng(0).integers(0, 256, (81, 64, 96, 3), np.uint8)  # more than a pipe holds
+    path = tmp_path / "clip.mp4"
+    path.write_text("old")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), script))
+    with pytest.raises(OutputError, match=rf"cannot write .*: {words}; free some space"):
+        media.write_mp4(path, frames, 16)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_frames_in_parts_make_the_same_file(tmp_path, frames):
+    whole = media.write_mp4(tmp_path / "whole.mp4", frames, 16, {"seed": 7})
+    with media.Encoder(tmp_path / "parts.mp4", 16) as encoder:
+        for part in (frames[:1], frames[1:5], frames[5:]):
+            encoder.add(part)
+        with pytest.raises(OutputError, match=r"has 9 of 8 frames; give its `add`"):
+            media.write_mp4(encoder, frames[:8], 16)
+        path = media.write_mp4(encoder, frames, 16, {"seed": 7})
+    assert path.read_bytes() == whole.read_bytes() and path.stat().st_mode == whole.stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.mp4", "whole.mp4"]
+
+
+def test_an_encoder_that_is_left_takes_its_ffmpeg_with_it(tmp_path, frames):
+    with media.Encoder(tmp_path / "new" / "clip.mp4", 16):
+        pass
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ZeroDivisionError), media.Encoder(tmp_path / "clip.mp4", 16) as encoder:
+        encoder.add(frames)
+        assert [p.suffix for p in tmp_path.glob(".clip.*")] == [".mp4"] and encoder._process.poll() is None
+        1 / 0  # noqa: B018
+    assert encoder._process.poll() is not None and not encoder._thread.is_alive()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """generate(): the same seed, the same clip; the same as diffusers' own call; clear errors."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import turbo_nb
-from turbo_nb import pipeline
+from turbo_nb import media, pipeline, vae
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
@@ -103,6 +104,38 @@ def test_progress_is_told_and_can_cancel(nano):
     with pytest.raises(Cancelled):
         turbo_nb.generate(nano, PROMPT, on_step=cancel, **SHORT)
     assert turbo_nb.generate(nano, PROMPT, **SHORT).frames.shape[0] == 5
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "out of memory at the second chunk"])
+def test_frames_are_given_once_and_in_turn_while_others_are_decoded(nano, monkeypatch, fails):
+    chunks, events, failures = vae.chunks, [], [torch.OutOfMemoryError("full")] if fails else []
+
+    def told(module, z):
+        for number, sample in enumerate(chunks(module, z)):
+            if number == 2 and failures:
+                events.append("failed")
+                raise failures.pop()
+            events.append("decoded")
+            yield sample
+
+    monkeypatch.setattr(vae, "chunks", told)
+    monkeypatch.setattr(nano, "plan", replace(nano.plan, next=replace(nano.plan, next=None)))
+    warned = pytest.warns(UserWarning, match="out of memory while at decode") if fails else nullcontext()
+    with warned:
+        video = turbo_nb.generate(nano, PROMPT, num_frames=25, num_steps=1, on_frames=events.append)
+    parts = [event for event in events if not isinstance(event, str)]
+    assert [len(part) for part in parts] == [1, 16, 8] and np.array_equal(np.concatenate(parts), video.frames)
+    order = [event if isinstance(event, str) else len(event) for event in events]
+    again = ["decoded", "decoded", 1, "failed"] + ["decoded"] * 3 if fails else ["decoded", "decoded", 1, "decoded"]
+    assert order == [*again, 16, 8]
+
+
+def test_an_encoder_takes_frames_while_they_are_decoded(nano, tmp_path):
+    with media.Encoder(tmp_path / "clip.mp4", nano.spec.fps) as encoder:
+        video = turbo_nb.generate(nano, PROMPT, on_frames=encoder.add, **SHORT)
+        path = video.save(encoder)
+    assert path == tmp_path / "clip.mp4" and turbo_nb.read_metadata(path) == video.settings
+    assert video.save(tmp_path / "again.mp4").read_bytes() == path.read_bytes()
 
 
 def test_a_prompt_outside_the_vocabulary_is_made_and_said(nano, recwarn):

@@ -611,11 +611,12 @@ def _make(loaded: "DiffusionPipeline", task: _Task, workers: int = 1) -> dict:
     if found := _found(task):  # of a worker that died before it could tell
         return found
     try:
-        video = pipeline.generate(loaded, task.prompt, **task.arguments)
-        told = video.settings | {"job": task.id, "timings": video.timings, "steps": [*video.steps]}
-        begin = time.perf_counter()
-        replace(video, settings=told).save(task.path)
-        done = _done(task, told, write=time.perf_counter() - begin)
+        with media.Encoder(task.path, loaded.spec.fps) as encoder:
+            video = pipeline.generate(loaded, task.prompt, **task.arguments, on_frames=encoder.add)
+            told = video.settings | {"job": task.id, "timings": video.timings, "steps": [*video.steps]}
+            begin = time.perf_counter()
+            replace(video, settings=told).save(encoder)
+            done = _done(task, told, write=time.perf_counter() - begin)
         return done | {"cost": environment.cost(sum(done["timings"].values()) / workers)}
     except OutputError:
         raise

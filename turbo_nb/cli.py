@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -195,23 +196,27 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
             progress.console.print(f"a video takes {outlook}")
         steps, clips = clip["num_steps"], []
         for seed in seeds:
-            video = pipeline.generate(
-                loaded,
-                prompt,
-                **clip | {"seed": seed},
-                on_stage=lambda name: progress.reset(bar, description=name, total=steps if name == "denoise" else None),
-                on_step=lambda done, total, latents: progress.update(bar, completed=done),
-            )
-            if grid:
-                clips.append(video.frames)
-                if seed != seeds[-1]:
-                    continue
-                video = replace(video, frames=media.grid(clips), settings=video.settings | {"seed": [*seeds]})
-            progress.reset(bar, description="write", total=None)
-            begin = time.perf_counter()
             path = paths[0 if grid else seed - seeds[0]]
-            video.save(path)
-            timings = video.timings | {"write": time.perf_counter() - begin}
+            with nullcontext() if grid else media.Encoder(path, loaded.spec.fps) as encoder:
+                video = pipeline.generate(
+                    loaded,
+                    prompt,
+                    **clip | {"seed": seed},
+                    on_stage=lambda name: progress.reset(
+                        bar, description=name, total=steps if name == "denoise" else None
+                    ),
+                    on_step=lambda done, total, latents: progress.update(bar, completed=done),
+                    on_frames=encoder and encoder.add,
+                )
+                if grid:
+                    clips.append(video.frames)
+                    if seed != seeds[-1]:
+                        continue
+                    video = replace(video, frames=media.grid(clips), settings=video.settings | {"seed": [*seeds]})
+                progress.reset(bar, description="write", total=None)
+                begin = time.perf_counter()
+                video.save(encoder or path)
+                timings = video.timings | {"write": time.perf_counter() - begin}
             frames, height, width, _ = video.frames.shape
             print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
             each = {"denoise": video.steps}

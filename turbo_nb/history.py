@@ -66,17 +66,30 @@ class History:
                     continue
         return found
 
-    def save(self, video, machine: str = "", timings: dict[str, float] | None = None) -> Run:
+    def encoder(self, fps: int) -> media.Encoder:
+        """For the frames of a clip to come, which `save` takes; a context. Raises OutputError."""
+        return media.Encoder(self.folder / "clip.mp4", fps)
+
+    def save(
+        self,
+        video,
+        machine: str = "",
+        timings: dict[str, float] | None = None,
+        encoder: media.Encoder | None = None,
+    ) -> Run:
         """Write a clip (a `pipeline.Video`) under a new name made of the time, its prompt and its seed.
 
-        timings: more stages than the video's own. The file cannot know how long its writing takes; the Run has that as
-        "write". Raises OutputError.
+        timings: more stages than the video's own. encoder: of `encoder`, with the clip's frames. The file cannot know
+        how long its writing takes; the Run has that as "write": with an encoder, what was left of it. Raises
+        OutputError.
         """
         timings = (timings or {}) | video.timings
         cost = environment.cost(sum(timings.values()))
         path, begin = self._new_path(video.settings["prompt"], video.settings["seed"]), time.perf_counter()
+        if encoder:
+            encoder.path = path
         media.write_mp4(
-            path,
+            encoder or path,
             video.frames,
             video.fps,
             video.settings

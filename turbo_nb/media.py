@@ -6,8 +6,12 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from .errors import InputError, OutputError
@@ -91,51 +95,140 @@ def check_output(path: str | os.PathLike) -> Path:
     return path
 
 
-def write_mp4(path: str | os.PathLike, frames: "np.ndarray", fps: int, metadata: dict | None = None) -> Path:
+def write_mp4(
+    path: "str | os.PathLike | Encoder", frames: "np.ndarray", fps: int, metadata: dict | None = None
+) -> Path:
     """Write frames (T, H, W, 3) uint8 as H.264 (yuv420p, plays in a browser), with `metadata` as JSON inside.
 
-    The file appears under its name only when it is whole. Raises OutputError if it cannot be written.
+    path: also an encoder that has taken these frames. The file appears under its name only when it is whole. Raises
+    OutputError if it cannot be written.
     """
-    import imageio_ffmpeg
+    if not isinstance(path, Encoder):
+        with Encoder(path, fps) as encoder:
+            encoder.add(frames)
+            return encoder.save(metadata)
+    if path.count != len(frames):
+        raise OutputError(
+            f"the encoder has {path.count} of {len(frames)} frames; give its `add` to generate as on_frames, or give "
+            "a path in its place"
+        )
+    return path.save(metadata)
 
-    path = check_output(path)
-    height, width = frames.shape[1:3]
-    tags = ["-metadata", f"{METADATA_KEY}={json.dumps(metadata)}"] if metadata else []
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=".mp4")
-        os.close(handle)
-        writer = imageio_ffmpeg.write_frames(
-            temporary, (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
-            output_params=["-crf", "16", "-movflags", "+faststart+use_metadata_tags", *tags],
-            quality=None, ffmpeg_log_level="error",
+
+class Encoder:
+    """The mp4 of `write_mp4` in the making: ffmpeg takes frames in a thread, while others are decoded.
+
+    A context; if it ends without `save`, nothing is left. Raises OutputError for a path that cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: int):
+        self.path, self.count, self._fps = check_output(path), 0, fps
+        self._temporary, self._process, self._queue = [], None, SimpleQueue()
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process:
+            self._process.kill()
+            self._end()
+            self._process.wait()
+            self._said.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def add(self, frames: "np.ndarray") -> None:
+        """Take the next frames (T, H, W, 3) uint8, all of one size, which may not change any more.
+
+        Raises OutputError if there is no place for them; that ffmpeg failed is told by `save`.
+        """
+        import numpy as np
+
+        if not self._process:
+            with self._told():
+                self._start(*frames.shape[1:3])
+        self._queue.put(np.ascontiguousarray(frames))
+        self.count += len(frames)
+
+    def save(self, metadata: dict | None = None) -> Path:
+        """Wait for ffmpeg, and give the file its metadata and its name. Raises OutputError if it cannot be written."""
+        with self._told():
+            self._end()
+            if self._process.wait():
+                self._said.seek(0)
+                raise OSError(f"ffmpeg ended with {self._process.returncode}: {_last_line(self._said.read())}")
+            whole = self._new_file()
+            _add_metadata(self._temporary[0], whole, metadata)
+            if (written := _count_frames(whole)) != self.count:  # older ffmpegs do not tell of all that failed
+                raise OSError(f"ffmpeg wrote {written} of {self.count} frames")
+            with whole.open("rb+") as file:
+                os.fsync(file.fileno())
+            whole.chmod(0o666 & ~_umask())
+            whole.replace(self.path)
+        return self.path
+
+    def _start(self, height: int, width: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._fps), "-i", "-"]
+        command += ["-vf", "scale=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            _ffmpeg(*command, self._new_file()), stdin=subprocess.PIPE, stderr=self._said,
+            start_new_session=True,  # an interrupt is not for ffmpeg, whose file would be whole, and short
         )  # fmt: skip
-        writer.send(None)
-        for frame in frames:
-            writer.send(frame.tobytes())
-        writer.close()
-        if (written := _count_frames(temporary)) != len(frames):  # imageio-ffmpeg does not tell of a failed ffmpeg
-            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error}; free some space or choose another folder") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-    return path
+        self._thread = threading.Thread(target=self._feed, daemon=True)
+        self._thread.start()
+
+    def _feed(self) -> None:
+        with suppress(OSError), self._process.stdin as pipe:  # ffmpeg has ended, and told why
+            while (frames := self._queue.get()) is not None:
+                pipe.write(frames)
+
+    def _end(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _new_file(self) -> Path:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem[:40]}.", suffix=".mp4")
+        os.close(handle)
+        self._temporary.append(Path(name))
+        return self._temporary[-1]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(self.path)!r}: {error}; free some space or choose another folder"
+            ) from error
 
 
-def _count_frames(path: str) -> int:
+def _add_metadata(source: Path, target: Path, metadata: dict | None) -> None:
+    """Copy an mp4, with the index first and metadata. Raises OSError."""
+    tags = ["-metadata", f"{METADATA_KEY}={json.dumps(metadata)}"] if metadata else []
+    options = ["-c", "copy", "-map_metadata", "-1", *tags, "-movflags", "+faststart+use_metadata_tags"]
+    result = subprocess.run(_ffmpeg("-i", source, *options, target), capture_output=True, check=False)
+    if result.returncode:
+        raise OSError(f"ffmpeg ended with {result.returncode}: {_last_line(result.stderr)}")
+
+
+def _count_frames(path: Path) -> int:
+    """The frames that an mp4's index has, which comes first; 0 if there is none"""
+    data = path.read_bytes()
+    found = data.find(b"stsz")  # and after it 4 bytes of version, 4 of a size, 4 of the count
+    return int.from_bytes(data[found + 12 : found + 16]) if found >= 0 else 0
+
+
+def _ffmpeg(*arguments: str | Path) -> list[str]:
+    """The command that writes the last of the arguments, and says no more than errors"""
     import imageio_ffmpeg
 
-    try:
-        return imageio_ffmpeg.count_frames_and_secs(path)[0]
-    except RuntimeError:  # no video at all
-        return 0
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-v", "error", *map(str, arguments)]
+
+
+def _last_line(text: bytes) -> str:
+    return (text.decode(errors="replace").strip().splitlines() or ["no word of why"])[-1]
 
 
 def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray":

@@ -10,6 +10,7 @@ import math
 import operator
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -62,8 +63,12 @@ class Video:
     peaks: dict[str, int] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> Path:
-        """Write an mp4 that carries the settings. Raises OutputError if it cannot be written."""
+    def save(self, path: "str | Path | media.Encoder") -> Path:
+        """Write an mp4 that carries the settings. Raises OutputError if it cannot be written.
+
+        path: also an encoder that was given the frames while they were decoded (`generate`'s on_frames); what this
+        takes is then what is left of the writing.
+        """
         begin = time.perf_counter()
         path = media.write_mp4(path, self.frames, self.fps, self.settings)
         estimate.remember(self.settings, {"write": time.perf_counter() - begin})
@@ -343,6 +348,7 @@ def generate(
     noise_device: str = "cpu",
     on_stage: "Callable[[str], None] | None" = None,
     on_step: "Callable[[int, int, torch.Tensor], None] | None" = None,
+    on_frames: "Callable[[np.ndarray], None] | None" = None,
 ) -> Video:
     """Make a clip. None stands for the model's own value.
 
@@ -351,8 +357,9 @@ def generate(
     expert works.
 
     on_stage(name) is called as "text", "denoise" and "decode" begin; on_step(done, total, latents) after every step,
-    latents (1, C, T, H, W). What these raise ends the run, which is how to cancel it. If memory runs out, the next plan
-    is taken, once, with a warning.
+    latents (1, C, T, H, W); on_frames(frames) with the clip's frames (t, H, W, 3) uint8, in turn, as they are decoded:
+    `media.Encoder.add` takes them. What these raise ends the run, which is how to cancel it. If memory runs out, the
+    next plan is taken, once, with a warning.
 
     Raises InputError for settings that cannot be used, TurboNbError if the model's output is not finite or memory runs
     out for good.
@@ -422,7 +429,13 @@ def generate(
             "int8 checkpoint"
         )
 
-    clock = _StepClock(pipeline)
+    clock, given = _StepClock(pipeline), 0
+
+    def give(frames: "np.ndarray") -> None:
+        nonlocal given
+        if on_frames and len(frames) > given:  # fewer when decoding began again, with another plan
+            on_frames(frames[given:])
+            given = len(frames)
 
     def denoise() -> torch.Tensor:
         scheduler = pipeline.scheduler = RCMScheduler(settings.sigma_max, settings.ode)
@@ -468,7 +481,7 @@ def generate(
                 raise TurboNbError(
                     "the model's output is not finite (NaN or Inf); nothing was written. Try another seed or dtype"
                 )
-            frames = stage("decode", lambda: decode(pipeline, latents))
+            frames = stage("decode", lambda: decode(pipeline, latents, give))
     finally:
         pipeline.maybe_free_model_hooks()  # a run that was cancelled leaves nothing on the GPU either
     details = asdict(settings) | _how(pipeline)
@@ -572,10 +585,15 @@ def check_image(spec: catalog.ModelSpec, image) -> "Image | None":
     return None if image is None else media.load_image(image)
 
 
-def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Tensor") -> "np.ndarray":
+def decode(
+    pipeline: "WanPipeline | WanImageToVideoPipeline",
+    latents: "torch.Tensor",
+    on_frames: "Callable[[np.ndarray], None]" = lambda frames: None,
+) -> "np.ndarray":
     """Latents (1, C, T, H, W) → frames (4T − 3, 8H, 8W, 3) uint8, as `WanPipeline` itself decodes them.
 
-    Frames of one chunk are copied from a GPU while the next is decoded.
+    Frames of one chunk are copied from a GPU while the next is decoded. on_frames(frames) is called with all frames
+    that are there, after each chunk.
     """
     import torch
     from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -588,13 +606,22 @@ def decode(pipeline: "WanPipeline | WanImageToVideoPipeline", latents: "torch.Te
         torch.tensor(values, device=device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    frames, done = None, 0
+    frames, done, copies = None, 0, deque()
+
+    def hand_on() -> None:
+        end, copied = copies.popleft()
+        if copied:
+            copied.synchronize()
+        on_frames(frames[:end].numpy())
+
     for sample in apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean):
         part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
         if frames is None:
             frames = torch.empty(count, *part.shape[1:], dtype=torch.uint8, pin_memory=part.is_cuda)
         frames[done : done + len(part)].copy_(part, non_blocking=True)
         done += len(part)
-    if part.is_cuda:
-        torch.cuda.synchronize(part.device)
+        copies.append((done, torch.cuda.current_stream(device).record_event() if part.is_cuda else None))
+        if len(copies) > 1:  # one chunk behind: the GPU has its next one before this waits for it
+            hand_on()
+    hand_on()
     return frames.numpy()

@@ -271,17 +271,20 @@ class Studio:
                 job.preview = media.animation(media.preview(denoised, factors), spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
-        video = self._generate(
-            loaded,
-            request.prompt,
-            **request.clip,
-            on_stage=lambda name: self._advance(job, name, total=request.num_steps if name == "denoise" else 0),
-            on_step=after_step,
-        )
+        with self.history.encoder(spec.fps) as encoder:
+            video = self._generate(
+                loaded,
+                request.prompt,
+                **request.clip,
+                on_stage=lambda name: self._advance(job, name, total=request.num_steps if name == "denoise" else 0),
+                on_step=after_step,
+                on_frames=encoder.add,
+            )
+            self._advance(job, "write")
+            run = self.history.save(video, machine(), timings, encoder)
         if spec.preview is None and denoised is not None:
             self._learned[self._vae_key()] = media.fit_preview(denoised, video.frames)
-        self._advance(job, "write")
-        return self.history.save(video, machine(), timings)
+        return run
 
     def _replace_pipeline(self, job: Job) -> None:
         """Load another model, after the memory of the one before is given back"""

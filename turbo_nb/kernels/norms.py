@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int8 import quantize_row
+from .int8 import rounded, row_scale
 from .reference import SUM_TOKENS, Rows
 
 
@@ -32,7 +32,8 @@ def _gated_norm(
         factor = tl.load(scale + batch * width + columns, mask=mask, other=0.0)
         normed = normed * factor + tl.load(shift + batch * width + columns, mask=mask, other=0.0)
         if QUANTIZE:
-            normed, its_scale = quantize_row(tl.where(mask, normed, 0.0))
+            its_scale = row_scale(tl.max(tl.where(mask, tl.abs(normed), 0.0), 0))
+            normed = rounded(normed, its_scale)
             tl.store(out_scale + row, its_scale)
         tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=mask)
 
