@@ -87,7 +87,7 @@ def own_maps(transformer):
     for block in transformer.blocks:
         layer = block.attn1.processor.sla
 
-        def forward(q, k, v, layer=layer):
+        def forward(q, k, v, sums, layer=layer):
             kept = CHOOSE(q, k, layer.topk, layer.block_q, layer.block_k)
             sparse = reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
             linear = layer.proj_l(reference.linear_attention(q, k, v).float())
