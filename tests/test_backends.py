@@ -75,6 +75,7 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         (machine("A100", triton=Library(version="3.3.1")), "block",
          "the kernels need Triton 3.4 or newer, and this is 3.3.1"),
         (machine("T4"), "sla", "the kernels need sm_80 or newer, and this GPU is sm_75"),
+        (machine("H100", triton=Library(version="3.10.0")), "sla", "tried with Triton up to 3.9, and this is 3.10.0"),
         (machine("RTX 5090"), "sla", "made for sm_90, and this GPU is sm_120"),
         (machine("H100", triton=Library(version="3.5.1")), "sla",
          "the kernels need Triton 3.6 or newer, and this is 3.5.1"),

@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from turbo_nb import catalog
 from turbo_nb.checkpoint import load_text_encoder, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
-from turbo_nb.linear import is_quantized
+from turbo_nb.linear import is_quantized, to_rows
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
 from turbo_nb.weights import read, recognise
@@ -214,6 +214,19 @@ def test_quantising_on_load_is_said_and_close_to_the_quantised_file(files, io):
     same = [(ours[key] == ref[key]).float().mean() for key in ref if key.endswith("int8_weight")]
     assert len(same) == 20 and min(same) >= 0.9999
     assert_close("int8", io["out.sla.int8"], run(model, io["x"], io["t"], io["ctx"]), 2e-2)
+
+
+def test_scales_of_rows_are_saved_and_loaded(files, io, tmp_path):
+    model = load_transformer(files / "int8.pth", sla_topk=0.4)
+    to_rows(model)
+    model.save_pretrained(tmp_path / "rows")
+    again = load_transformer(tmp_path / "rows", sla_topk=0.4)
+    assert again.blocks[0].attn1.to_q.scale.ndim == 1
+    assert torch.equal(run(again, io["x"], io["t"], io["ctx"]), run(model, io["x"], io["t"], io["ctx"]))
+    with pytest.warns(UserWarning, match="20 were dequantised"):
+        plain = load_transformer(tmp_path / "rows", quant_linear=False)
+    weight = load_transformer(files / "bf16.pth").blocks[0].attn1.to_q.weight
+    assert_close("weight", weight, plain.blocks[0].attn1.to_q.weight, 1.5e-2)
 
 
 def test_dequantising_on_load_is_said_and_close_to_the_plain_file(files):

@@ -113,6 +113,8 @@ def test_the_prompt_is_projected_once_for_all_steps(triton_chosen, monkeypatch):
         other = step(text)
         assert not torch.equal(other, first) and set(calls.values()) == {2}
         assert torch.equal(step(text.clone()), other) and set(calls.values()) == {3}
+        transformer.blocks[1].attn2.to_v.weight.mul_(2)  # as merging a LoRA does
+        assert not torch.equal(step(text), other)
     copied = copy.deepcopy(transformer)
     kept = transformer.blocks[0].attn2.processor.keys
     del text

@@ -23,7 +23,7 @@ PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilati
 KERNELS_FROM = (8, 0)  # before it Triton has no 8-bit product, and 64 KiB of shared memory are too little
 KERNELS_TRITON = (3, 4)  # the first with tensor descriptors made outside a kernel; it comes with torch 2.8
 GLUON_ARCH = (9, 0)
-GLUON_TRITON = (3, 6)  # the first that our Gluon kernel was compiled and run with
+GLUON_TRITON, GLUON_TRITON_LAST = (3, 6), (3, 9)  # that our Gluon kernels were compiled with; its names still change
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
 LIBRARIES = {
@@ -148,6 +148,9 @@ def _no_gluon(machine: Machine) -> str | None:
         return reason
     if machine.arch != GLUON_ARCH:
         return f"made for {sm(GLUON_ARCH)}, and this GPU is {sm(machine.arch)}"
+    version = machine.libraries["triton"].version
+    if version and tuple(map(int, version.split(".")[:2])) > GLUON_TRITON_LAST:
+        return f"tried with Triton up to {'.'.join(map(str, GLUON_TRITON_LAST))}, and this is {version}"
     return _old_triton(machine, GLUON_TRITON)
 
 

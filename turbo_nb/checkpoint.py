@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
 from .errors import CheckpointError, InputError, OutputError, first_line
-from .linear import Int8Linear, empty_linears, held, int8_dequantize, quantize
+from .linear import Int8Linear, dequantize, empty_linears, held, quantize
 from .scheduler import RCMScheduler
 from .sla import set_attention_type
 from .weights import PROJ_L, Contents, listed, read, require
@@ -60,6 +60,10 @@ def load_transformer(
         model = WanTransformer3DModel.from_config(_config(contents))
         set_attention_type(model, "sla", sla_topk)
         empty_linears(model, contents.quantized, dtype)
+        for key, tensor in contents.tensors.items():
+            name, _, leaf = key.rpartition(".")
+            if leaf == "scale" and tensor.ndim == 1:  # saved with scales of rows
+                model.get_submodule(name).scale = held(torch.empty(tensor.shape))
         set_attention_type(model, attention_type, sla_topk, backend=attention_backend)
 
     tensors = _matched(_fitting_attention(contents, model, attention_type), model.state_dict(), contents)
@@ -76,7 +80,7 @@ def load_transformer(
             module.int8_weight, module.scale = map(held, quantize(tensor))
         elif leaf == "int8_weight" and not quantized:
             scale = _finite(f"{name}.scale", tensors.pop(f"{name}.scale").to(device), contents)
-            _assign(model, f"{name}.weight", int8_dequantize(tensor, scale).to(dtype))
+            _assign(model, f"{name}.weight", dequantize(tensor, scale).to(dtype))
         else:
             if tensor.is_floating_point():
                 keep = any(part in key for part in KEEP_FP32) or leaf == "scale"

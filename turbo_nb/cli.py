@@ -42,7 +42,7 @@ Ode = Annotated[bool, typer.Option("--ode", help="Sample the ODE: sharper, less 
 NumSamples = Annotated[int, typer.Option(help="Videos to make, with seed, seed + 1, …")]
 Grid = Annotated[bool, typer.Option("--grid", help="Put the samples side by side into one file.")]
 AttentionType = Annotated[str, typer.Option(help="sla, sagesla or original (dense).")]
-AttentionBackend = Annotated[str | None, typer.Option(help="Of SageSLA: triton, spargeattn or reference (slow).")]
+AttentionBackend = Annotated[str | None, typer.Option(help="Of SageSLA: gluon, triton, spargeattn, reference (slow).")]
 SlaTopk = Annotated[float | None, typer.Option(help="Share of key blocks that SLA attends to.")]
 QuantLinear = Annotated[
     bool | None, typer.Option("--quant-linear/--no-quant-linear", help="8-bit linears or not; else as the file has it.")

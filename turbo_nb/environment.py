@@ -155,7 +155,7 @@ def cache() -> Path:
         return Path(path).expanduser()
     lasting = volume()
     if home := os.environ.get("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
-        return Path(home) / "cache"
+        return Path(home).expanduser() / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbo_nb"
 
 

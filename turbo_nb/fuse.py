@@ -6,7 +6,7 @@ CPU, float32, a timestep per token) runs as diffusers has it. q, k and v are fus
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import backends, rope
 from .kernels.reference import Rows
-from .linear import in_rows, project, to_rows, to_tiles
+from .linear import Int8Linear, in_rows, project, to_rows, to_tiles
 from .sla import SLAProcessor
 
 TEXT_TOKENS = 512  # of a prompt with its padding
@@ -38,14 +38,14 @@ class Report:
 
 def fuse(transformer: nn.Module) -> Report:
     """Fuse the blocks of a `WanTransformer3DModel`, in place; before hooks for offload are put on it."""
+    if backends.on_triton("linear"):
+        to_rows(transformer.blocks, "cuda" if torch.cuda.is_available() else None)
     choice = backends.choose("block")
     if choice.chosen != "triton":
         reasons = tuple(f"{name}: {reason}" for name, reason in choice.passed_over)
         return Report(0, len(transformer.blocks), reasons)
     repeats = Kept()  # the same for every block
     reasons = [reason for block in transformer.blocks if (reason := _fuse(block, repeats))]
-    if backends.on_triton("linear"):
-        to_rows(transformer.blocks, "cuda" if torch.cuda.is_available() else None)
     text = transformer.condition_embedder.text_embedder
     if type(text) is PixArtAlphaTextProjection and len(reasons) < len(transformer.blocks):
         text.__class__, text.kept = FusedTextProjection, Kept()
@@ -103,11 +103,15 @@ class Kept:
     def __init__(self):
         self._source, self._version, self._result = None, None, None
 
-    def get(self, source: Tensor, compute: Callable[[], Any]) -> Any:
-        """compute(), or its result of last time if that was for this very tensor; with gradients always compute()"""
-        if torch.is_grad_enabled():
+    def get(self, source: Tensor, compute: Callable[[], Any], linears: Sequence[nn.Module] = ()) -> Any:
+        """compute(), or its result of last time if that was for this very tensor; with gradients always compute()
+
+        linears: those that it is computed with. Written to, they count as others; with a LoRA nothing is kept.
+        """
+        if torch.is_grad_enabled() or not all(type(linear) in (nn.Linear, Int8Linear) for linear in linears):
             return compute()
-        version = None if source.is_inference() else source._version
+        parameters = (parameter for linear in linears for parameter in linear.parameters())
+        version = [(id(x), None if x.is_inference() else x._version) for x in (source, *parameters)]
         if self._source is None or self._source() is not source or self._version != version:
             self._result = compute()
             self._source, self._version = weakref.ref(source, self._forget), version
@@ -125,7 +129,8 @@ class FusedTextProjection(PixArtAlphaTextProjection):
     """diffusers' projection of the prompt's embedding, computed once for all steps of a video."""
 
     def forward(self, caption: Tensor) -> Tensor:
-        return self.kept.get(caption, lambda: super(FusedTextProjection, self).forward(caption))
+        linears = self.linear_1, self.linear_2
+        return self.kept.get(caption, lambda: super(FusedTextProjection, self).forward(caption), linears)
 
 
 class FusedRotaryPosEmbed(WanRotaryPosEmbed):
@@ -159,7 +164,7 @@ class FusedCrossAttention(WanAttnProcessor):
             k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_k, attn.to_v), text))
             return [cross.without_repeats(x, repeats) for x in (rope.norm_rope(k, attn.norm_k), v)]
 
-        k, v = self.keys.get(text, keys_and_values)
+        k, v = self.keys.get(text, keys_and_values, (attn.to_k, attn.to_v))
         (q,) = project((attn.to_q,), hidden_states)
         q = rope.norm_rope(q.unflatten(2, (attn.heads, -1)), attn.norm_q)
         return attn.to_out[1](attn.to_out[0](cross.cross_attention(q, k, v, repeats).flatten(2)))

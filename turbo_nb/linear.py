@@ -18,6 +18,7 @@ from .kernels.reference import TILE, Rows, int8_dequantize, row_quantize
 
 __all__ = [
     "Int8Linear",
+    "dequantize",
     "empty_linears",
     "held",
     "in_rows",
@@ -128,6 +129,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return int8_quantize(weight)
 
 
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weight of q (N, K), with scales of rows (N,) or of tiles"""
+    return q.float() * scale[:, None] if scale.ndim == 1 else int8_dequantize(q, scale)
+
+
 @torch.no_grad()
 def to_rows(module: nn.Module, device: torch.device | str | None = None) -> None:
     """Give every row of the 8-bit weights in `module` its own scale, in place; computed on `device`, if given.
@@ -147,7 +153,7 @@ def to_tiles(module: nn.Module) -> None:
     """`to_rows` undone, but for the rounding: the weights of `module` have upstream's scales again."""
     for linear in module.modules():
         if type(linear) is Int8Linear and linear.scale.ndim == 1:
-            weight = linear.int8_weight.float() * linear.scale[:, None]
+            weight = dequantize(linear.int8_weight, linear.scale)
             linear.int8_weight, linear.scale = map(held, int8_quantize(weight))
 
 

@@ -128,8 +128,10 @@ class Turn(ModelHook):
         return args, kwargs
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """accelerate's hook: it is taken off."""
+        """accelerate's hook: it is taken off, and lets go of the page-locked memory: the weights move to other."""
         self.leave()
+        self.others, self.following = (), None
+        self._pieces, self._packed = [], []
         return module
 
     def fetch(self, room: float) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_STEPS = 4
+WARM_UP_TOLD = 2.0  # seconds of compiling that are worth a line
 MAX_SEED = 2**63 - 1
 
 
@@ -241,10 +243,11 @@ def load_pipeline(
         on_progress=on_progress,
     )
     spec, begin = found.spec, time.perf_counter()  # a download is not a part of loading
+    size = clip or (*spec.size, spec.num_frames)
     chosen = plan.choose(
         _sizes(found, quant_linear, dtype),
         found.transformers[0].arch,
-        *(clip or (*spec.size, spec.num_frames)),
+        *size,
         budget=memory or plan.free_memory(device),
         host_budget=plan.free_memory("cpu"),
         device=device,
@@ -265,7 +268,8 @@ def load_pipeline(
         for contents in found.transformers
     ]
     for transformer in transformers:
-        fuse.fuse(transformer)
+        if chosen.device != "cpu":
+            fuse.fuse(transformer)
     parts = {
         "tokenizer": tokens,
         "text_encoder": None,
@@ -294,13 +298,25 @@ def load_pipeline(
     )
     _apply(pipeline, chosen)
     if chosen.device != "cpu" and chosen.offload == "none":
-        if not environment.kernel_cache().exists():
-            print("compiling the kernels for this GPU; later starts find them")
-        fuse.warm_up(transformers[0], (1 + (spec.num_frames - 1) // 4, spec.size[1] // 8, spec.size[0] // 8))
+        _warm_up(transformers[0], *size)
     if any(map(is_quantized, transformers)):
         pipeline.load_lora_weights = _no_lora
     pipeline.loaded_in = time.perf_counter() - begin
     return pipeline
+
+
+def _warm_up(transformer, width: int, height: int, frames: int) -> None:
+    """Compile the kernels now, and tell of it where that took long"""
+    import torch
+
+    from . import fuse
+
+    begin = time.perf_counter()
+    with suppress(torch.OutOfMemoryError):  # the clip itself has a next plan
+        fuse.warm_up(transformer, (1 + (frames - 1) // 4, height // 8, width // 8))
+        torch.cuda.synchronize()
+    if (seconds := time.perf_counter() - begin) > WARM_UP_TOLD:
+        print(f"compiled the kernels for this GPU in {seconds:.0f} s; later starts find them")
 
 
 def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
@@ -621,7 +637,7 @@ def decode(
     for sample in apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean):
         part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
         if frames is None:
-            frames = torch.empty(count, *part.shape[1:], dtype=torch.uint8, pin_memory=part.is_cuda)
+            frames = _main_memory(count, *part.shape[1:], pinned=part.is_cuda)
         frames[done : done + len(part)].copy_(part, non_blocking=True)
         done += len(part)
         copies.append((done, torch.cuda.current_stream(device).record_event() if part.is_cuda else None))
@@ -629,3 +645,13 @@ def decode(
             hand_on()
     hand_on()
     return frames.numpy()
+
+
+def _main_memory(*shape: int, pinned: bool) -> "torch.Tensor":
+    """uint8, page-locked where the system allows it"""
+    import torch
+
+    try:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError:
+        return torch.empty(shape, dtype=torch.uint8)

@@ -178,8 +178,9 @@ class EmbeddingCache:
 
 
 def empty_cache() -> None:
-    """Give the GPU's unused memory back."""
+    """Give the GPU's unused memory back, and page-locked main memory."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for it

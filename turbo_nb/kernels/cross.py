@@ -12,7 +12,7 @@ from .sparse_linear import LOG2_E, attend
 BLOCK_Q = BLOCK_K = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys"])  # of every prompt another number
 def _cross(
     q, k, v, out, length, keys, heads, scale, last_weight,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
