@@ -222,7 +222,8 @@ def test_scales_of_rows_are_saved_and_loaded(files, io, tmp_path):
     model.save_pretrained(tmp_path / "rows")
     again = load_transformer(tmp_path / "rows", sla_topk=0.4)
     assert again.blocks[0].attn1.to_q.scale.ndim == 1
-    assert torch.equal(run(again, io["x"], io["t"], io["ctx"]), run(model, io["x"], io["t"], io["ctx"]))
+    outs = (run(m, io["x"], io["t"], io["ctx"]) for m in (model, again))
+    assert_close("saved and loaded", *outs, 3e-3)
     with pytest.warns(UserWarning, match="20 were dequantised"):
         plain = load_transformer(tmp_path / "rows", quant_linear=False)
     weight = load_transformer(files / "bf16.pth").blocks[0].attn1.to_q.weight
