@@ -1,8 +1,9 @@
 """Fused kernels in the blocks of a diffusers Wan transformer: `fuse(transformer)`, and `unfuse` to take them out.
 
-A fused block is the same module, with the same parameters under the same names; only its class, and so its forward, is
-another. LoRA, offload, saving and a plain diffusers pipeline keep working, and whatever the kernels do not take (a
-CPU, float32, a timestep per token) runs as diffusers has it. q, k and v are fused in `sla.SLAProcessor` itself.
+A fused block is the same module, with the same parameters under the same names; its class, and so its forward, is
+another, and 8-bit linears get a scale for each row (`linear.to_rows`). LoRA, offload, saving and a plain diffusers
+pipeline keep working, and whatever the kernels do not take (a CPU, float32, a timestep per token) runs as diffusers has
+it. q, k and v are fused in `sla.SLAProcessor` itself.
 """
 
 import weakref

@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 ROWS = gl.constexpr(64)  # query rows of a group of warps, and keys of a block
 DIM = gl.constexpr(128)  # head_dim
 STAGES = gl.constexpr(2)  # pairs of blocks on their way
-PAIR_BYTES = gl.constexpr(2 * 64 * 128 * 2)
+STATE_BYTES = gl.constexpr(128 * 128 * 2)
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.6
 
@@ -65,7 +65,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
             mbarrier.wait(v_free.index(stage), phase)
             _fetch_pair(values, first, second, head * DIM, v_buffer, v_ready, stage)
         mbarrier.wait(s_free, (done + 1) & 1)
-        mbarrier.expect(s_ready, PAIR_BYTES)
+        mbarrier.expect(s_ready, STATE_BYTES)
         _load(states, [head * DIM, 0], s_ready, s_buffer)
 
 

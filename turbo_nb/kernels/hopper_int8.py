@@ -1,7 +1,7 @@
 """The product of 8-bit linears for Hopper, in Gluon: `int8.row_product` with larger tiles than Triton's own can have.
 
-What bounds an 8-bit product on this GPU is the way from L2, so a tile is as large as the registers allow: three groups
-of four warps hold 64×256 sums each, and a warp of its own fetches their operands.
+The way from L2 bounds the sums, so a tile is as large as the registers allow: three groups of four warps hold 64×256
+sums each, and a warp of its own fetches their operands. At small depth the scaling and storing of a tile count as much.
 """
 
 import torch
