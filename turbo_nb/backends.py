@@ -218,9 +218,21 @@ def choose(operation: str, machine: Machine | None = None, override: str | None 
     """
     if operation not in CANDIDATES:
         raise InputError(f"operation is {operation!r}; it is one of {', '.join(CANDIDATES)}")
-    machine = _probe_once() if machine is None else machine
+    if machine is not None:
+        return _choose(operation, machine, override, asked_for(operation))
+    # every call of every layer asks: what was chosen for this machine is remembered
+    machine, key = _probe_once(), (operation, override, asked_for(operation))
+    if key not in _chosen or _chosen[key][0] is not machine:
+        _chosen[key] = machine, _choose(operation, machine, *key[1:])
+    return _chosen[key][1]
+
+
+_chosen: dict[tuple, tuple[Machine, Choice]] = {}
+
+
+def _choose(operation: str, machine: Machine, override: str | None, wish: str | None) -> Choice:
     variable, candidates = VARIABLES[operation], CANDIDATES[operation]
-    asked = override or asked_for(operation) or "auto"
+    asked = override or wish or "auto"
     source = f"{operation} backend {asked!r}" if override else f"{variable}={asked}"
     known = [c.name for other in CANDIDATES if VARIABLES[other] == variable for c in CANDIDATES[other]]
     if asked not in ("auto", *known):

@@ -111,7 +111,7 @@ class Kept:
         """
         if torch.is_grad_enabled() or not all(type(linear) in (nn.Linear, Int8Linear) for linear in linears):
             return compute()
-        parameters = (parameter for linear in linears for parameter in linear.parameters())
+        parameters = (x for linear in linears for x in linear._parameters.values() if x is not None)
         version = [(id(x), None if x.is_inference() else x._version) for x in (source, *parameters)]
         if self._source is None or self._source() is not source or self._version != version:
             self._result = compute()

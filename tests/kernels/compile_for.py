@@ -33,8 +33,8 @@ KERNELS = {
     ),
     "linear_state": (
         sparse_linear._linear_state,
-        {"k": B, "v": B, "state": "*fp32", "norm": "*fp32"},
-        {"BLOCK": sparse_linear.STATE_BLOCK, "D": 128},
+        {"k": BLOCK, "v": BLOCK, "state": "*fp32", "norm": "*fp32"},
+        {"BLOCK": sparse_linear.STATE_BLOCK, "D": 128, "STAGES": sparse_linear.STATE_STAGES},
         {"num_warps": sparse_linear.STATE_WARPS},
     ),
     "cross": (
@@ -89,7 +89,8 @@ GLUON = {
     "hopper_int8": (
         hopper_int8._row_product,
         {name: f"tensordesc<i8[{rows}, 128],{hopper_int8.LAYOUT!r}>" for name, rows in (("a", 64), ("b", 256))}
-        | {"out": B, "a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
+        | {"out": f"tensordesc<bf16[64, 64],{hopper_int8.LAYOUT_OUT!r}>"}
+        | {"a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
         {"BIAS": True},
         {"num_warps": 4},
     ),

@@ -7,6 +7,8 @@ arXiv:2407.08608). The linear branch is one more product at the end; its state c
 Keys in int8 make it SageSLA: each group rounds its own queries, with one scale for its 64 rows.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -25,7 +27,8 @@ DIM = gl.constexpr(128)  # head_dim
 STAGES = gl.constexpr(2)  # pairs of blocks on their way
 STATE_BYTES = gl.constexpr(128 * 128 * 2)
 
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name up to Triton 3.6
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names up to Triton 3.6
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -245,6 +248,12 @@ LAYOUT = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)  # the sam
 LAYOUT_INT8 = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has"""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor, scale: float,
     k_scale: Tensor | None = None,
@@ -261,7 +270,7 @@ def sparse_linear(
     factors = norm  # which nothing reads
     if k_scale is not None:
         factors = k_scale.gather(2, kept.flatten(2).long()).view(kept.shape)
-    programs = min(blocks * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(blocks * heads, multiprocessors(q.device))
     for b in range(batch):
         of_head = slice(b * heads, (b + 1) * heads)
         queries, keys, values = (

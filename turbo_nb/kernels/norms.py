@@ -8,34 +8,49 @@ from torch import Tensor
 from .int8 import rounded, row_scale
 from .reference import SUM_TOKENS, Rows
 
+ROWS = 8  # that share what a program reads of gate, scale and shift
+
 
 @triton.jit
 def _gated_norm(
     x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
-    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch = row // length
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    value = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    if BRANCH:
-        added = tl.load(branch + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-        if GATE:
-            added *= tl.load(gate + batch * width + columns, mask=mask, other=0.0)
-        value = (value + added).to(summed.dtype.element_ty)
-        tl.store(summed + row * width + columns, value, mask=mask)
-        value = value.to(tl.float32)
+    batch, columns = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    if GATE:
+        factor = tl.load(gate + batch * width + columns, mask=inside, other=0.0)
     if NORM:
-        centred = tl.where(mask, value - tl.sum(value) / width, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
-        factor = tl.load(scale + batch * width + columns, mask=mask, other=0.0)
-        normed = normed * factor + tl.load(shift + batch * width + columns, mask=mask, other=0.0)
-        if QUANTIZE:
-            its_scale = row_scale(tl.max(tl.where(mask, tl.abs(normed), 0.0), 0))
-            normed = rounded(normed, its_scale)
-            tl.store(out_scale + row, its_scale)
-        tl.store(out + row * width + columns, normed.to(out.dtype.element_ty), mask=mask)
+        stretch = tl.load(scale + batch * width + columns, mask=inside, other=0.0)
+        added = tl.load(shift + batch * width + columns, mask=inside, other=0.0)
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, length) - 1
+    at = (batch * length + first) * width + columns
+    coming = tl.load(x + at, mask=inside, other=0.0)
+    if BRANCH:
+        coming_branch = tl.load(branch + at, mask=inside, other=0.0)
+    for row in range(first, last + 1):
+        at = (batch * length + row) * width + columns
+        following = (batch * length + tl.minimum(row + 1, last)) * width + columns
+        value = coming.to(tl.float32)
+        coming = tl.load(x + following, mask=inside, other=0.0)
+        if BRANCH:
+            more = coming_branch.to(tl.float32)
+            coming_branch = tl.load(branch + following, mask=inside, other=0.0)
+            if GATE:
+                more *= factor
+            value = (value + more).to(summed.dtype.element_ty)
+            tl.store(summed + at, value, mask=inside)
+            value = value.to(tl.float32)
+        if NORM:
+            centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
+            normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps) * stretch + added
+            if QUANTIZE:
+                its_scale = row_scale(tl.max(tl.where(inside, tl.abs(normed), 0.0), 0))
+                normed = rounded(normed, its_scale)
+                tl.store(out_scale + batch * length + row, its_scale)
+            tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -50,14 +65,18 @@ def _rms_norm_rope(
     first = tl.program_id(0) * ROWS
     last = tl.minimum(first + ROWS, length) - 1
     coming = tl.load(x + (batch * length + first) * width + columns, mask=inside, other=0.0)
+    turn = (tl.arange(0, BLOCK // 2) % HALF) * table_c
+    if ROTATE:
+        coming_c, coming_s = tl.load(cos + first * table_l + turn), tl.load(sin + first * table_l + turn)
     for row in range(first, last + 1):
         at = (batch * length + row) * width + columns
+        following = tl.minimum(row + 1, last)
         value = coming.to(tl.float32)
-        coming = tl.load(x + (batch * length + tl.minimum(row + 1, last)) * width + columns, mask=inside, other=0.0)
+        coming = tl.load(x + (batch * length + following) * width + columns, mask=inside, other=0.0)
         value *= tl.rsqrt(tl.sum(value * value) / width + eps) * factor
         if ROTATE:
-            turn = row * table_l + (tl.arange(0, BLOCK // 2) % HALF) * table_c
-            c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
+            c, s = coming_c.to(tl.float32), coming_s.to(tl.float32)
+            coming_c, coming_s = tl.load(cos + following * table_l + turn), tl.load(sin + following * table_l + turn)
             a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
             value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
         rounded = value.to(out.dtype.element_ty)
@@ -85,10 +104,10 @@ def gated_norm(
     out = None if scale is None else torch.empty_like(x, dtype=torch.int8 if quantize else x.dtype)
     out_scale = torch.empty(batch, length, device=x.device) if quantize else None
     block = triton.next_power_of_2(width)
-    _gated_norm[(batch * length,)](
+    _gated_norm[(triton.cdiv(length, ROWS), batch)](
         x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
         BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, QUANTIZE=quantize,
-        BLOCK=block, num_warps=_warps(block),
+        ROWS=ROWS, BLOCK=block, num_warps=min(8, _warps(block)),  # its sums wait for all warps
     )  # fmt: skip
     return summed, Rows(out, out_scale, x.dtype) if quantize else out
 

@@ -51,7 +51,8 @@ def sage_linear_attention(
     gluon: as for `sparse_linear.sparse_linear_attention`; q then has a scale for every 64 rows.
     """
     means = sparse_linear.block_means(k, block_k, sums[1])
-    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k, sums, means)
+    mean = sparse_linear.sequence_mean(means, k.shape[1], block_k)
+    kept = sparse_linear.kept_blocks(q, k, topk, block_q, block_k, sums, (means, mean))
     state, norm = sparse_linear.linear_state(k, v, weight)
-    k8, scale = int8_blocks(k, sparse_linear.sequence_mean(means, k.shape[1], block_k), block_k)
+    k8, scale = int8_blocks(k, mean, block_k)
     return sparse_linear.sparse_linear(q, k8, v, kept, state, norm, bias, block_q, block_k, gluon, scale)

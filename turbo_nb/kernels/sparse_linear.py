@@ -15,9 +15,10 @@ from . import reference
 
 Sums = tuple[Tensor | None, Tensor | None]  # of q and k over runs of tokens
 LOG2_E = 1.4426950408889634
-STATE_BLOCK = 128  # tokens that the linear branch's kernel takes at a time
-STATE_WARPS = 8
-STATE_PROGRAMS = 132  # about as many chunks of it, over all heads
+STATE_BLOCK = 64  # tokens that the linear branch's kernel takes at a time
+STATE_WARPS = 4
+STATE_STAGES = 3
+STATE_PROGRAMS = 264  # about as many chunks of it, over all heads
 
 
 @triton.jit
@@ -54,37 +55,29 @@ def _keep_largest(score, kept, columns, n, BLOCK: tl.constexpr):
 @triton.jit
 def _softmax(x):
     x = tl.exp(x.to(tl.float32) - tl.max(x.to(tl.float32), 1)[:, None])
-    return x / tl.sum(x, 1)[:, None]
-
-
-@triton.jit
-def _linear_state(
-    k, v, state, norm, length, heads, chunk,
-    k_b, k_l, k_h, v_b, v_l, v_h, BLOCK: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    k += batch.to(tl.int64) * k_b + head * k_h
-    v += batch.to(tl.int64) * v_b + head * v_h
-    columns = tl.arange(0, D)
-    total, sums = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
-    begin = tl.program_id(0) * chunk
-    for first in range(begin, tl.minimum(begin + chunk, length), BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        valid = rows[:, None] < length
-        phi = _softmax(tl.load(k + rows[:, None] * k_l + columns, mask=valid, other=0.0))
-        phi = tl.where(valid, phi, 0.0).to(v.dtype.element_ty)
-        tile = tl.load(v + rows[:, None] * v_l + columns, mask=valid, other=0.0)
-        total = tl.dot(tl.trans(phi), tile, total)
-        sums += tl.sum(phi.to(tl.float32), 0)
-    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(state + at * D * D + columns[:, None] * D + columns, total)
-    tl.store(norm + at * D + columns, sums)
+    return x * (1 / tl.sum(x, 1))[:, None]
 
 
 @triton.jit
 def _block(x, batch, index, head, BLOCK: tl.constexpr, D: tl.constexpr):
     """Block `index` of x's descriptor: (BLOCK, D), zeros past the end"""
     return tl.reshape(x.load([batch, index * BLOCK, head, 0]), (BLOCK, D))
+
+
+@triton.jit
+def _linear_state(k, v, state, norm, length, heads, share, BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    columns = tl.arange(0, D)
+    total, sums = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
+    begin = tl.program_id(0) * share
+    for index in tl.range(begin, tl.minimum(begin + share, tl.cdiv(length, BLOCK)), num_stages=STAGES):
+        phi = _softmax(_block(k, batch, index, head, BLOCK, D))
+        phi = tl.where((index * BLOCK + tl.arange(0, BLOCK) < length)[:, None], phi, 0.0).to(v.dtype)
+        total = tl.dot(tl.trans(phi), _block(v, batch, index, head, BLOCK, D), total)
+        sums += tl.sum(phi.to(tl.float32), 0)
+    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(state + at * D * D + columns[:, None] * D + columns, total)
+    tl.store(norm + at * D + columns, sums)
 
 
 @triton.jit
@@ -179,21 +172,23 @@ def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
 
 def sequence_mean(means: Tensor, length: int, block: int) -> Tensor:
     """The mean of all tokens from `block_means`: (B, H, 1, D) float32"""
-    count = torch.full((means.shape[2], 1), float(block), device=means.device)
-    count[-1] = length - (means.shape[2] - 1) * block
-    return (means * (count / length)).sum(2, keepdim=True)
+    missing = means.shape[2] * block - length  # of the last block
+    return (means.sum(2, keepdim=True) * block).sub_(means[:, :, -1:], alpha=missing).div_(length)
 
 
 def kept_blocks(
     q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, sums: Sums = (None, None),
-    means: Tensor | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32
 
-    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k; each where it is there already.
+    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k and their `sequence_mean`; each where it
+    is there already.
     """
-    means = block_means(k, block_k, sums[1]) if means is None else means
-    pooled_k = (means - sequence_mean(means, k.shape[1], block_k)).to(k.dtype)
+    if means is None:
+        means = block_means(k, block_k, sums[1])
+        means = means, sequence_mean(means, k.shape[1], block_k)
+    pooled_k = (means[0] - means[1]).to(k.dtype)
     return keep_largest(block_means(q, block_q, sums[0]).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
 
 
@@ -212,25 +207,16 @@ def keep_largest(score: Tensor, topk: float) -> Tensor:
 def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype, and Σφ(k) (B·H, D) float32, over the sequence"""
     batch, length, heads, dim = k.shape
-    programs = max(1, STATE_PROGRAMS // (batch * heads))
-    chunk = triton.cdiv(triton.cdiv(length, programs), STATE_BLOCK) * STATE_BLOCK
-    grid = triton.cdiv(length, chunk), batch * heads
+    blocks = triton.cdiv(length, STATE_BLOCK)
+    share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
+    grid = triton.cdiv(blocks, share), batch * heads
     state = torch.empty(*grid, dim, dim, device=k.device)
     norm = torch.empty(*grid, dim, device=k.device)
+    keys, values = (TensorDescriptor.from_tensor(x, [1, STATE_BLOCK, 1, dim]) for x in (k, v))
     _linear_state[grid](
-        k,
-        v,
-        state,
-        norm,
-        length,
-        heads,
-        chunk,
-        *_strides(k),
-        *_strides(v),
-        BLOCK=STATE_BLOCK,
-        D=dim,
-        num_warps=STATE_WARPS,
-    )
+        keys, values, state, norm, length, heads, share,
+        BLOCK=STATE_BLOCK, D=dim, STAGES=STATE_STAGES, num_warps=STATE_WARPS,
+    )  # fmt: skip
     return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
 
 
