@@ -117,13 +117,16 @@ def e2e(
     attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
     topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
     linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
+    memory: Annotated[
+        float | None, typer.Option(help="GB of a GPU that the plan is for, and all that is used; else all is loaded.")
+    ] = None,
     runs: Runs = 3,
     warmup: Warmup = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
     """From a prompt to an mp4, warm, as `load_pipeline` makes it."""
-    from turbo_nb.plan import device_of
+    from turbo_nb.plan import GB, device_of
 
     from . import e2e as benchmark
     from . import harness
@@ -137,7 +140,11 @@ def e2e(
     if linears not in quant_linear:
         raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
     load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
-    jobs = benchmark.jobs(model, random, prompt, device, load, made, runs=runs, warmup=warmup)
+    load |= {"clip": clip(size)} if size else {}
+    if memory is not None and not memory > 0:
+        raise InputError(f"memory is {memory:g}; it is in GB, above 0")
+    memory = None if memory is None else memory * GB
+    jobs = benchmark.jobs(model, random, prompt, device, load, made, memory=memory, runs=runs, warmup=warmup)
     raise typer.Exit(harness.run(jobs, device, csv))
 
 

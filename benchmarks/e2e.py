@@ -42,12 +42,18 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "n
 
 
 def jobs(
-    model: str, random: str | None, prompt: str | None, device: str, load: dict, clip: dict, *, runs: int, warmup: int
-) -> Iterator[Job]:
+    model: str, random: str | None, prompt: str | None, device: str, load: dict, clip: dict,
+    *, memory: float | None = None, runs: int, warmup: int,
+) -> Iterator[Job]:  # fmt: skip
     """A job for each stage. random: a name of `step.MODELS` in place of a model with weights. prompt: None for one that
-    suits the model. load, clip: as for `load_pipeline` and `generate`. Raises what these raise, InputError for an
-    unknown name."""
-    load = load | {"device": device, "memory_plan": "resident", "text_cache": False}
+    suits the model. load, clip: as for `load_pipeline` and `generate`. memory: bytes of a GPU that the plan is for, and
+    that are all there is; None leaves everything loaded. Raises what `load_pipeline` and `generate` raise, InputError
+    for an unknown name."""
+    load = load | {"device": device, "text_cache": False}
+    load |= {"memory_plan": "resident"} if memory is None else {"memory": memory}
+    if memory is not None and device != "cpu":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1, memory / total), device)
     pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
     prompt = pipeline.spec.example if prompt is None else prompt
     first, *before, last = (
@@ -77,7 +83,7 @@ def jobs(
         yield Job(
             work=f"{stage} of a clip, {settings['num_steps']} steps, {settings['attention_type']}{topk}, {linears}",
             shape=f"{width}x{height}x{frames}",
-            mode="as loaded",
+            mode="as loaded" if memory is None else f"plan {pipeline.plan.name} in {memory / 1e9:g} GB",
             weights=f"random {random}" if random else pipeline.spec.name,
             run=lambda timing=timing: (timing, check),
         )
@@ -110,17 +116,20 @@ def random_pipeline(name: str, load: dict):
     """What `load_pipeline` makes of files with random weights; what its VAE decodes is smooth."""
     if name not in step.MODELS:
         raise InputError(f"random is {name!r}; it is one of {', '.join(step.MODELS)}")
-    found = random_sources(name, load["device"])
+    found = random_sources(name, load["device"], "memory" in load)
     with patch.object(sources, "resolve", lambda *arguments, **options: found):
         pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
     return pipeline
 
 
-def random_sources(name: str, device: str) -> sources.Sources:
+def random_sources(name: str, device: str, in_main_memory: bool = False) -> sources.Sources:
     """Files of a transformer of `step.MODELS` with Wan2.1's VAE and umT5-xxl as they would be read; random weights,
-    and nano's tokenizer. Beside a transformer that reads narrower embeddings the other two are narrow as well."""
-    transformer = step.random_contents(name, device)
+    and nano's tokenizer. Beside a transformer that reads narrower embeddings the other two are narrow as well.
+
+    The weights are drawn on `device`, and stay there unless they are to be in main memory, as those of files are."""
+    home = "cpu" if in_main_memory else device
+    transformer = step.random_contents(name, device, home=home)
     arch, width = transformer.arch, transformer.text_dim
     config = UMT5_XXL
     if width != config["d_model"]:
@@ -129,9 +138,9 @@ def random_sources(name: str, device: str) -> sources.Sources:
         encoder = UMT5EncoderModel(UMT5Config(**config, feed_forward_proj="gated-gelu"))
     generator = torch.Generator(device).manual_seed(0)
     tensors = {
-        key: torch.ones(tensor.shape, dtype=torch.bfloat16, device=device)
+        key: torch.ones(tensor.shape, dtype=torch.bfloat16, device=home)
         if tensor.ndim == 1  # a norm's
-        else torch.randn(tensor.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
+        else torch.randn(tensor.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02).to(home)
         for key, tensor in encoder.state_dict().items()
         if key != "encoder.embed_tokens.weight"  # shared.weight
     }

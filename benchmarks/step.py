@@ -118,8 +118,11 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
     )
 
 
-def random_contents(model: str, device: str, *, layers: int | None = None, with_sla: bool = True) -> Contents:
-    """A file of a transformer of `MODELS` as it would be read, with random bf16 weights. layers: None for all."""
+def random_contents(
+    model: str, device: str, *, layers: int | None = None, with_sla: bool = True, home: str | None = None
+) -> Contents:
+    """A file of a transformer of `MODELS` as it would be read, with random bf16 weights. layers: None for all. home:
+    where the weights are once they are drawn, None for `device`."""
     arch, text_dim = MODELS[model]
     arch = replace(arch, num_layers=layers or arch.num_layers)
     with torch.device("meta"):
@@ -135,7 +138,7 @@ def random_contents(model: str, device: str, *, layers: int | None = None, with_
         path=Path("random weights"),
         kind="transformer",
         layout="diffusers",
-        tensors={name: _draw(name, tensor.shape, generator) for name, tensor in meta.state_dict().items()},
+        tensors={name: _draw(name, t.shape, generator).to(home or device) for name, t in meta.state_dict().items()},
         arch=arch,
         head_dim=arch.dim // arch.num_heads,
         text_dim=text_dim,

@@ -42,7 +42,8 @@ def machine(monkeypatch):
         (80, [(SMALL, False), (MIDDLE, True), (LARGE, True)], (LARGE, True)),
         (80, [(LARGE, True), (LARGE, False)], (LARGE, False)),
         (32, [(LARGE, True), (LARGE, False)], (LARGE, True)),
-        (24, [(SMALL, False), (LARGE, True)], (SMALL, False)),
+        (20, [(SMALL, False), (LARGE, True)], (SMALL, False)),
+        (24, [(SMALL, False), (LARGE, True)], (LARGE, True)),
         (24, [(SMALL, False), (MIDDLE, True)], (MIDDLE, True)),
         (80, [(I2V, False), (SMALL, True)], (SMALL, True)),
         (80, [(I2V, False)], ("nano", "auto")),
@@ -68,7 +69,7 @@ def test_main_memory_counts(machine):
     ("gigabytes", "downloaded", "words"),
     [
         (80, [], f"takes nano; this GPU could run {LARGE}, .* turbo-nb download {LARGE}$"),
-        (24, [(SMALL, True)], f"takes {SMALL}; this GPU could run {MIDDLE}, .* turbo-nb download {MIDDLE} --quant$"),
+        (20, [(SMALL, True)], f"takes {SMALL}; this GPU could run {MIDDLE}, .* turbo-nb download {MIDDLE} --quant$"),
     ],
 )
 def test_what_would_be_better_is_said_in_one_line(machine, gigabytes, downloaded, words):
@@ -158,7 +159,8 @@ def planned(machine, monkeypatch):
     ("gigabytes", "model", "quantised", "wanted"),
     [
         (80, "auto", None, (LARGE, False)),
-        (24, "auto", None, (MIDDLE, True)),
+        (20, "auto", None, (MIDDLE, True)),
+        (24, "auto", None, (LARGE, True)),
         (80, "auto", True, (LARGE, True)),
         (32, LARGE, None, (LARGE, True)),
         (32, LARGE, False, (LARGE, False)),

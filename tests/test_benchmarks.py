@@ -200,6 +200,11 @@ def test_a_clip_is_a_row_a_stage(bench, monkeypatch, options, weights):
     assert 10 < float(spread) < 120 and 1 < float(size) < 20
 
 
+def test_a_clip_in_so_much_memory_goes_by_a_plan(bench):
+    code, rows = bench(*E2E[:-4], "--runs", 1, "--warmup", 0, "--random", "tiny", "--memory", 1)
+    assert code == 0 and {row["mode"] for row in rows} == {"plan resident in 1 GB"}
+
+
 def test_random_waves_are_smooth_and_pictures_of_them_varied(bench):
     found = e2e.smooth(torch.empty(1, 16, 21, 60, 104))
     assert found.shape == (1, 16, 21, 60, 104) and 0.3 < found.std() < 1.2
@@ -242,6 +247,7 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         ((*ROPE, "--dtype", "int8"), "dtype is 'int8'"),
         (("vae", "--mode", "fast", *QUICK), "mode is 'fast'"),
         (("e2e", "--linears", "int4"), "linears is 'int4'"),
+        (("e2e", "--memory", "-1"), "memory is -1; it is in GB, above 0"),
         (("e2e", "--random", "2B"), "random is '2B'; it is one of 1.3B, 14B, nano, tiny"),
     ],
 )

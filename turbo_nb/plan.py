@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 GB = 1e9
 USABLE = 0.95  # of the budget; the rest is the CUDA context's and the allocator's
-# Peaks measured in bf16 on one H100 (facts of the README's table): bytes a pixel of a frame, and with tiling in all
-DECODE_PER_PIXEL, DECODE_TILED = 12_500, 1.2 * GB
+# Peaks measured in bf16 on one H100: bytes a pixel of a frame, one latent frame at a time; and with tiling in all
+DECODE_PER_PIXEL, DECODE_TILED = 8_400, 1.2 * GB
 TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE
 
 
@@ -155,15 +155,18 @@ def free_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
-    """Bytes at work in one forward: the feed-forward's two tensors and ten of the model's width, in bf16"""
+def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool) -> float:
+    """Bytes at work in one forward, in bf16: of fused blocks the feed-forward's tensor, its 8-bit form and five of the
+    model's width (on an H100 14B in 8 bits took 6.6 GB at 1280x720x81, for which this says 7.0); else two and ten"""
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
-    return 2.0 * tokens * (2 * arch.ffn_dim + 10 * arch.dim)
+    return 2.0 * tokens * (1.5 * arch.ffn_dim + 5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
 
 
-def _needs(plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int) -> float:
+def _needs(
+    plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, device: str
+) -> float:
     """Peak bytes over the stages text, denoise and decode"""
-    denoise = _activations(arch, width, height, num_frames)
+    denoise = _activations(arch, width, height, num_frames, fused=device != "cpu")
     decode = DECODE_TILED if plan.vae_tiling else DECODE_PER_PIXEL * width * height
     text = 0 if plan.text_encoder == "cpu" else sizes.text_encoder
     if plan.offload == "none":
@@ -204,7 +207,7 @@ def choose(
     plans = []
     for plan in reversed(PLANS):
         if device != "cpu" or plan.name in CPU_PLANS:
-            needs = _needs(plan, sizes, arch, width, height, num_frames)
+            needs = _needs(plan, sizes, arch, width, height, num_frames, device)
             # half measures would fail again, so the next plan is one in tiles
             following = next((other for other in plans if other.vae_tiling), None)
             host = 0 if device == "cpu" else _host(plan, sizes)

@@ -20,7 +20,7 @@ from . import backends
 from .kernels import reference
 
 CHUNK = 4  # latent frames decoded at a time, where memory allows
-CHUNK_ACTIVATIONS = 5.5  # of the last layers' size, that a chunk holds at its peak
+HELD, HELD_EACH = 7, 4.1  # of the last layers' size for a latent frame: what decoding holds, and more for each frame
 FREE = 0.8  # share of a GPU's free memory that a chunk may take
 CPU_BYTES = 1 << 30  # that it may take elsewhere
 
@@ -84,7 +84,7 @@ def chunk_length(vae: AutoencoderKLWan, z: Tensor) -> int:
         free = FREE * (torch.cuda.mem_get_info(z.device)[0] + unused)
     edge = vae.spatial_compression_ratio // (vae.config.patch_size or 1)
     last = 4 * edge**2 * z[:, 0, 0].numel() * vae.decoder.norm_out.gamma.numel() * z.element_size()
-    return max(1, min(CHUNK, int(free / (CHUNK_ACTIVATIONS * last))))
+    return max(1, min(CHUNK, int((free / last - HELD) / HELD_EACH)))
 
 
 class Past:
