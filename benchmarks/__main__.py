@@ -84,6 +84,7 @@ def vae(
     size: Size = "832x480x81",
     vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder; random weights if left out.")] = None,
     base_dim: Annotated[int, typer.Option(help="Width of the one with random weights; Wan2.1's is 96.")] = 96,
+    encode: Annotated[bool, typer.Option("--encode", help="Encode a clip in place of decoding one.")] = False,
     mode: Modes = "eager",
     check_size: CheckSize = "256x128x5",
     runs: Runs = 3,
@@ -91,7 +92,7 @@ def vae(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """Decoding of random latents; modes: eager, channels_last, fused."""
+    """Decoding of random latents, or encoding; modes: eager, channels_last, fused."""
     from turbo_nb.plan import device_of
 
     from . import harness
@@ -99,8 +100,8 @@ def vae(
 
     device = device_of(device)
     jobs = benchmark.jobs(
-        clip(size), mode.split(","), vae, base_dim=base_dim, check_size=clip(check_size), device=device, runs=runs,
-        warmup=warmup,
+        clip(size), mode.split(","), vae, encoding=encode, base_dim=base_dim, check_size=clip(check_size),
+        device=device, runs=runs, warmup=warmup,
     )  # fmt: skip
     raise typer.Exit(harness.run(jobs, device, csv))
 

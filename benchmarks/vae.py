@@ -1,8 +1,8 @@
-"""Decoding random latents through Wan's VAE, with random weights or a file's.
+"""Decoding random latents, or encoding a random clip, by Wan's VAE, with random weights or a file's.
 
-The check. A mode's bf16 decode of a small clip is held against the plain float32 decode, and may err by a tenth more
-than the plain bf16 decode does, which is 0.8 dB of PSNR; and it keeps 45 dB from that one. A row's `check` gives both,
-for a range of [-1, 1].
+The check. A mode's bf16 result for a small clip is held against the plain float32 one, and may err by a tenth more than
+the plain bf16 one does, which is 0.8 dB of PSNR; and it keeps 45 dB from that one. A row's `check` gives both, for a
+range of [-1, 1].
 """
 
 import copy
@@ -28,17 +28,19 @@ PSNR = 45  # dB that a mode's decode keeps from the plain bf16 one
 
 def jobs(
     size: tuple[int, int, int], modes: list[str], path: Path | None, *,
-    base_dim: int, check_size: tuple[int, int, int], device: str, runs: int, warmup: int,
+    encoding: bool = False, base_dim: int, check_size: tuple[int, int, int], device: str, runs: int, warmup: int,
 ) -> Iterator[Job]:  # fmt: skip
-    """A job for each mode. path: None for random weights of width base_dim. Raises InputError for an unknown mode."""
+    """A job for each mode, of decoding or of encoding. path: None for random weights of width base_dim. Raises
+    InputError for an unknown mode."""
+    work, make_input = (encode, pictures) if encoding else (decode, latents)
     for mode in modes:
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}")
     exact = load_vae(path, device=device) if path else random_vae(base_dim, device)
     plain = nn.Module.to(copy.deepcopy(exact), torch.bfloat16)  # diffusers' own `to` warns of nothing here
-    small = latents(plain, check_size)
-    ref = decode(exact, small)
-    usual = decode(plain, small)
+    small = make_input(plain, check_size)
+    ref = work(exact, small)
+    usual = work(plain, small)
     own = harness.relative_error(usual, ref)
     del exact
 
@@ -46,7 +48,7 @@ def jobs(
         def run():
             vae = copy.deepcopy(plain)
             MODES[mode](vae)
-            out = decode(vae, small)
+            out = work(vae, small)
             to_bf16 = psnr(out, usual)
             check = Check(
                 error=harness.relative_error(out, ref) if to_bf16 >= PSNR else math.inf,
@@ -54,12 +56,12 @@ def jobs(
                 what=f"PSNR {psnr(out, ref):.1f} dB against float32, {to_bf16:.1f} against plain bf16 (at least "
                 f"{PSNR}), {'x'.join(map(str, check_size))}; plain bf16 {own:.2e}",
             )
-            clip = latents(vae, size)
-            return harness.measure(lambda: decode(vae, clip), device, runs=runs, warmup=warmup), check
+            clip = make_input(vae, size)
+            return harness.measure(lambda: work(vae, clip), device, runs=runs, warmup=warmup), check
 
-        weights, work = (str(path.name), "") if path else ("random", f", base_dim {base_dim}")
+        weights, width = (str(path.name), "") if path else ("random", f", base_dim {base_dim}")
         shape = "x".join(map(str, size))
-        return Job(work=f"vae decode{work}, bf16", shape=shape, mode=mode, weights=weights, run=run)
+        return Job(work=f"vae {work.__name__}{width}, bf16", shape=shape, mode=mode, weights=weights, run=run)
 
     yield from map(job, modes)
 
@@ -89,3 +91,18 @@ def latents(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> Tensor:
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Frames (1, 3, 4T − 3, H, W) in [-1, 1], in the VAE's dtype"""
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+
+def pictures(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> Tensor:
+    """A clip as image-to-video encodes it, (1, 3, T, H, W) in [-1, 1], bf16: a random picture, and grey ones after it"""
+    width, height, frames = size
+    generator = torch.Generator(vae.device).manual_seed(1)
+    clip = torch.zeros(1, 3, frames, height, width, device=vae.device)
+    clip[:, :, 0].uniform_(-1, 1, generator=generator)
+    return clip.to(torch.bfloat16)
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
+    """The mean of the latents of a clip, (1, z_dim, T, H/8, W/8), in the VAE's dtype"""
+    return vae.encode(clip.to(vae.dtype)).latent_dist.mean

@@ -179,6 +179,8 @@ def test_a_vae_is_a_row_and_a_wrong_one_is_not(bench, monkeypatch, capsys):
     )
     code, rows = bench("vae", "--base-dim", 8, *options[2:], *QUICK)
     assert code == 0 and rows[-1]["weights"] == "random"
+    code, rows = bench("vae", "--encode", "--base-dim", 8, *options[2:], "--mode", "eager,fused", *QUICK)
+    assert code == 0 and [row["work"] for row in rows[-2:]] == ["vae encode, base_dim 8, bf16"] * 2
 
 
 E2E = ("e2e", "--size", "64x64x5", "--steps", 2, "--device", "cpu", "--runs", 3, "--warmup", 0)

@@ -1,11 +1,11 @@
-"""A fused VAE decodes to what diffusers' own makes of the latents, in chunks of any length, and comes out again."""
+"""A fused VAE decodes and encodes to what diffusers' own makes of it, in chunks of any length, and comes out again."""
 
 import copy
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d, WanEncoder3d
 
 from turbo_nb import backends, vae
 
@@ -30,6 +30,11 @@ def decode(model, z):
         return model.decode(z, return_dict=False)[0]
 
 
+def encode(model, clip):
+    with torch.inference_mode():
+        return model.encode(clip, return_dict=False)[0].parameters
+
+
 def latents(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -49,13 +54,28 @@ def test_chunks_of_any_length_decode_to_diffusers_frames(config, shape):
     assert model.decode(z).sample.shape == before.shape
 
 
-def test_tiles_and_slices_decode_as_before():
-    model, z = make(WAN), latents(2, 16, 2, 6, 5)
+@pytest.mark.parametrize("config", [WAN, RESIDUAL], ids=["Wan2.1", "residual"])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 32, 48), (2, 3, 5, 48, 32), (1, 3, 23, 32, 32)], ids=str)
+def test_chunks_of_any_length_encode_to_diffusers_latents(config, shape, monkeypatch):
+    model, clip = make(config), latents(*shape).clamp(-1, 1)
+    before = encode(model, clip)
+    assert vae.fuse(model) is None
+    for length in (1, 2, 9):
+        monkeypatch.setattr(vae, "chunk_length", lambda *_, length=length: length)
+        torch.testing.assert_close(encode(model, clip), before, rtol=0, atol=1e-5)
+    vae.unfuse(model)
+    assert "_encode" not in vars(model) and type(model.encoder) is WanEncoder3d
+    torch.testing.assert_close(encode(model, clip), before, rtol=0, atol=1e-5)
+
+
+def test_tiles_and_slices_decode_and_encode_as_before():
+    model, z, clip = make(WAN), latents(2, 16, 2, 6, 5), latents(2, 3, 5, 48, 40).clamp(-1, 1)
     model.enable_tiling(32, 32, 24, 24)
     model.enable_slicing()
-    before = decode(model, z)
+    before, encoded = decode(model, z), encode(model, clip)
     vae.fuse(model)
     torch.testing.assert_close(decode(model, z), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode(model, clip), encoded, rtol=0, atol=1e-5)
     assert len(list(vae.chunks(model, z[:1], 1))) == 1
 
 
@@ -70,31 +90,37 @@ def test_unfuse_and_a_copy():
     torch.testing.assert_close(decode(other, z), decode(make(WAN), z), rtol=0, atol=1e-5)
 
 
-def test_a_decoder_of_another_make_stays():
+def test_what_is_of_another_make_stays():
     class Other(WanDecoder3d):
         pass
 
-    model, z = make(WAN), latents(1, 16, 3, 2, 3)
+    class Another(WanEncoder3d):
+        pass
+
+    model, z, clip = make(WAN), latents(1, 16, 3, 2, 3), latents(1, 3, 9, 16, 16)
     model.decoder.__class__ = Other
-    before = decode(model, z)
+    before, encoded = decode(model, z), encode(model, clip)
     assert vae.fuse(model) == "a Other is no decoder of diffusers'" and type(model.decoder) is Other
     torch.testing.assert_close(decode(model, z), before, rtol=0, atol=1e-5)  # in chunks all the same
+    model.encoder.__class__ = Another
+    assert vae.fuse(model) == "a Other is no decoder of diffusers', a Another is no encoder of diffusers'"
+    torch.testing.assert_close(encode(model, clip), encoded, rtol=0, atol=1e-5)
 
 
-def test_the_kernels_decode_the_same(monkeypatch):
+def test_the_kernels_decode_and_encode_the_same(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("tests/kernels runs them on the GPU")
     pytest.importorskip("triton")
     from turbo_nb.kernels import vae as kernels
 
-    model, z = make(RESIDUAL), latents(1, 16, 3, 2, 2)
-    exact = decode(model, z)
+    model, z, clip = make(RESIDUAL), latents(1, 16, 3, 2, 2), latents(1, 3, 5, 32, 32).clamp(-1, 1)
+    exact, encoded = decode(model, z), encode(model, clip)
     model = torch.nn.Module.to(model, torch.float16)
-    plain = (decode(model, z.half()) - exact).norm()
+    plain, plainly = (decode(model, z.half()) - exact).norm(), (encode(model, clip.half()) - encoded).norm()
     vae.fuse(model)
-    monkeypatch.setattr(vae, "_kernels", lambda decoder, x: kernels)
-    error = (decode(model, z.half()) - exact).norm()
-    assert 0 < error < 1.1 * plain
+    monkeypatch.setattr(vae, "_kernels", lambda module, x: kernels)
+    assert 0 < (decode(model, z.half()) - exact).norm() < 1.1 * plain
+    assert 0 < (encode(model, clip.half()) - encoded).norm() < 1.1 * plainly
 
 
 def test_what_the_kernels_do_not_take_is_left_to_diffusers(monkeypatch):
@@ -102,5 +128,6 @@ def test_what_the_kernels_do_not_take_is_left_to_diffusers(monkeypatch):
     on_gpu = type("Latents", (), {"is_cuda": True, "dtype": torch.bfloat16})
     assert vae._kernels(make(WAN).decoder, on_gpu).__name__.endswith("kernels.vae")
     assert vae._kernels(make(WAN | {"base_dim": 8}).decoder, on_gpu) is None  # 8 channels are too few
+    assert vae._kernels(make(WAN).encoder, on_gpu) is not None  # whose pictures have 3, which are filled up
     on_gpu.dtype = torch.float32
     assert vae._kernels(make(WAN).decoder, on_gpu) is None

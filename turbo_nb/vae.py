@@ -1,8 +1,8 @@
 """Wan's VAE in fused kernels and in chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
 
 As in `fuse`, the modules keep their parameters and names, and what the kernels do not take (float32 on a GPU, a
-decoder of another make) runs as diffusers has it. Decoding keeps two frames before each causal convolution, so a chunk
-of any length gives the same frames; diffusers' chunks are one latent frame each.
+decoder of another make) runs as diffusers has it. Two frames are kept before each causal convolution, so a chunk of any
+length gives the same frames, or the same latents; diffusers' chunks are one latent frame each.
 """
 
 from collections.abc import Iterator
@@ -12,27 +12,40 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanDecoder3d,
+    WanEncoder3d,
+    WanResample,
+    WanResidualDownBlock,
+    patchify,
+    unpatchify,
+)
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from . import backends
 from .kernels import reference
 
-CHUNK = 4  # latent frames decoded at a time, where memory allows
-HELD, HELD_EACH = 7, 4.1  # of the last layers' size for a latent frame: what decoding holds, and more for each frame
+CHUNK = 4  # latent frames decoded or encoded at a time, where memory allows
+HELD, HELD_EACH = 7, 4.1  # of the widest layers' size for a latent frame: what decoding holds, and more for each frame
+LANES = 16  # channels that the kernels' convolutions read at a time
 FREE = 0.8  # share of a GPU's free memory that a chunk may take
 CPU_BYTES = 1 << 30  # that it may take elsewhere
 
 
 def fuse(vae: AutoencoderKLWan) -> str | None:
-    """Fuse a VAE, in place. Returns the reason why diffusers' decoder stays, None where it was fused."""
+    """Fuse a VAE, in place. Returns the reason why diffusers' decoder or encoder stays, None where both were fused."""
     channels_last(vae)
-    vae._decode = partial(_decode, vae)
-    if type(vae.decoder) not in (WanDecoder3d, FusedDecoder):
-        return f"a {type(vae.decoder).__name__} is no decoder of diffusers'"
-    vae.decoder.__class__ = FusedDecoder
-    return None
+    vae._decode, vae._encode = partial(_decode, vae), partial(_encode, vae)
+    reasons = []
+    for name, (own, fused) in _parts().items():
+        part = getattr(vae, name)
+        if type(part) in (own, fused):
+            part.__class__ = fused
+        else:
+            reasons.append(f"a {type(part).__name__} is no {name} of diffusers'")
+    return ", ".join(reasons) or None
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:
@@ -46,15 +59,36 @@ def channels_last(vae: AutoencoderKLWan) -> None:
 
 def unfuse(vae: AutoencoderKLWan) -> None:
     """Give a fused VAE diffusers' own methods back; it computes the same, up to rounding."""
-    vae.__dict__.pop("_decode", None)
-    if isinstance(vae.decoder, FusedDecoder):
-        vae.decoder.__class__ = WanDecoder3d
+    for method in ("_decode", "_encode"):
+        vae.__dict__.pop(method, None)
+    for name, (own, fused) in _parts().items():
+        if isinstance(getattr(vae, name), fused):
+            getattr(vae, name).__class__ = own
+
+
+def _parts() -> dict[str, tuple[type, type]]:
+    """Part of a VAE → diffusers' class of it, and the fused one"""
+    return {"decoder": (WanDecoder3d, FusedDecoder), "encoder": (WanEncoder3d, FusedEncoder)}
 
 
 def _decode(vae: AutoencoderKLWan, z: Tensor, return_dict: bool = True):
     """`AutoencoderKLWan._decode` in chunks"""
     sample = torch.cat(list(chunks(vae, z)), dim=2)
     return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """`AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8)"""
+    if vae.use_tiling and (x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height):
+        return type(vae)._encode(vae, x)
+    frames = 1 + (x.shape[2] - 1) // 4 * 4  # diffusers leaves out the others, too
+    length = 4 * chunk_length(vae, x[:, 0, 0])
+    if vae.config.patch_size is not None:
+        x = patchify(x, patch_size=vae.config.patch_size)
+    past = [None] * vae._cached_conv_counts["encoder"]
+    bounds = pairwise([0, *range(1, frames, length), frames])
+    parts = [vae.encoder(x[:, :, begin:end], feat_cache=past, feat_idx=[0]) for begin, end in bounds]
+    return vae.quant_conv(torch.cat(parts, 2))
 
 
 def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Iterator[Tensor]:
@@ -66,7 +100,8 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     if vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    length = length or chunk_length(vae, z)
+    edge = vae.spatial_compression_ratio
+    length = length or chunk_length(vae, z.new_empty(()).expand(len(z), edge * z.shape[3], edge * z.shape[4]))
     past = [None] * vae._cached_conv_counts["decoder"]
     z = vae.post_quant_conv(z)
     for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
@@ -76,15 +111,15 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
         yield frames.clamp(-1, 1)
 
 
-def chunk_length(vae: AutoencoderKLWan, z: Tensor) -> int:
-    """How many latent frames (B, C, T, h, w) to decode at a time, from the memory that is free"""
+def chunk_length(vae: AutoencoderKLWan, pictures: Tensor) -> int:
+    """How many latent frames of such pictures (B, H, W) to decode or encode at a time, from the memory that is free"""
     free = CPU_BYTES
-    if z.is_cuda:
-        unused = torch.cuda.memory_reserved(z.device) - torch.cuda.memory_allocated(z.device)
-        free = FREE * (torch.cuda.mem_get_info(z.device)[0] + unused)
-    edge = vae.spatial_compression_ratio // (vae.config.patch_size or 1)
-    last = 4 * edge**2 * z[:, 0, 0].numel() * vae.decoder.norm_out.gamma.numel() * z.element_size()
-    return max(1, min(CHUNK, int((free / last - HELD) / HELD_EACH)))
+    if pictures.is_cuda:
+        unused = torch.cuda.memory_reserved(pictures.device) - torch.cuda.memory_allocated(pictures.device)
+        free = FREE * (torch.cuda.mem_get_info(pictures.device)[0] + unused)
+    pixels = pictures.numel() / (vae.config.patch_size or 1) ** 2
+    widest = 4 * pixels * vae.decoder.norm_out.gamma.numel() * pictures.element_size()
+    return max(1, min(CHUNK, int((free / widest - HELD) / HELD_EACH)))
 
 
 class Past:
@@ -124,9 +159,7 @@ class FusedDecoder(WanDecoder3d):
         past = Past(feat_cache)
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1, 1, 1))
         x = _conv(kernels, self.conv_in, past.keep(torch.cat([past.before(x), x], 1)))
-        x = _residual(kernels, self.mid_block.resnets[0], x, past)
-        for attention, block in zip(self.mid_block.attentions, self.mid_block.resnets[1:], strict=True):
-            x = _residual(kernels, block, _attention(kernels, attention, x), past)
+        x = _middle(kernels, self.mid_block, x, past)
         for block in self.up_blocks:
             shortcut = getattr(block, "avg_shortcut", None)
             skipped = shortcut and shortcut(_inner(x), first_chunk=first_chunk)
@@ -139,13 +172,45 @@ class FusedDecoder(WanDecoder3d):
         return _inner(_conv(kernels, self.conv_out, _norm(kernels, self.norm_out, x, past)))
 
 
-def _kernels(decoder: nn.Module, x: Tensor):
+class FusedEncoder(WanEncoder3d):
+    """diffusers' encoder over clips with a rim of zeros around each picture, channels last."""
+
+    def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None) -> Tensor:
+        """x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w)"""
+        kernels = _kernels(self, x)
+        if feat_cache is None or kernels is None:
+            return super().forward(x, feat_cache, feat_idx or [0])
+        past, first, fill = Past(feat_cache), self.conv_in, -x.shape[1] % LANES
+        x = F.pad(x.permute(0, 2, 3, 4, 1), (0, fill, 1, 1, 1, 1))
+        x = past.keep(torch.cat([past.before(x), x], 1))
+        x = kernels.rimmed_conv(x, F.pad(first.weight, (0, 0, 0, 0, 0, 0, 0, fill)), first.bias)
+        for block in self.down_blocks:
+            if isinstance(block, WanResidualDownBlock):
+                skipped = block.avg_shortcut(_inner(x))
+                for resnet in block.resnets:
+                    x = _residual(kernels, resnet, x, past)
+                if block.downsampler is not None:
+                    x = _downsample(kernels, block.downsampler, x, past)
+                _inner(x).add_(skipped)
+            elif isinstance(block, WanResample):
+                x = _downsample(kernels, block, x, past)
+            elif isinstance(block, WanAttentionBlock):
+                x = _attention(kernels, block, x)
+            else:
+                x = _residual(kernels, block, x, past)
+        x = _middle(kernels, self.mid_block, x, past)
+        return _inner(_conv(kernels, self.conv_out, _norm(kernels, self.norm_out, x, past)))
+
+
+def _kernels(coder: nn.Module, x: Tensor):
     """The module whose functions work on x (B, C, T, h, w), None where diffusers' own do"""
     if not x.is_cuda:
         return reference  # of which 128x128x25 takes 1.3 s on one core, and diffusers' own decoding 3.3 s
     if not backends.on_triton("vae", x):
         return None
-    if any(module.in_channels % 16 for module in decoder.modules() if isinstance(module, nn.Conv3d)):
+    convs = (module for module in coder.modules() if isinstance(module, nn.Conv3d))
+    filled_up = coder.conv_in if isinstance(coder, WanEncoder3d) else None
+    if any(conv.in_channels % LANES for conv in convs if conv is not filled_up):
         return None
     from .kernels import vae as kernels
 
@@ -174,6 +239,14 @@ def _residual(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
     return _conv(kernels, block.conv2, _norm(kernels, block.norm2, y, past), x)
 
 
+def _middle(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
+    """`WanMidBlock`"""
+    x = _residual(kernels, block.resnets[0], x, past)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        x = _residual(kernels, resnet, _attention(kernels, attention, x), past)
+    return x
+
+
 def _attention(kernels, block: nn.Module, x: Tensor) -> Tensor:
     """`WanAttentionBlock`, within each picture; changes x"""
     inner = x[:, :, 1:-1, 1:-1]
@@ -189,3 +262,17 @@ def _upsample(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
     if block.mode == "upsample3d" and not past.starts():
         x = _conv(kernels, block.time_conv, past.keep(torch.cat([past.before(x), x], 1)), split=2)
     return kernels.upsample_conv(x, block.resample[1].weight, block.resample[1].bias)
+
+
+def _downsample(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
+    """`WanResample`, downwards"""
+    padded = x[:, :, 1:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # by the rim, at the right and below
+    conv = block.resample[1]
+    y = F.conv2d(padded, conv.weight, conv.bias, stride=2)
+    x = F.pad(y.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unflatten(0, x.shape[:2])
+    if block.mode == "downsample3d":
+        before = past.slots[past.at]
+        past.keep(x)
+        if before is not None:  # after the first frame, which stays alone
+            x = _conv(kernels, block.time_conv, torch.cat([before[:, -1:], x], 1))[:, ::2]
+    return x
