@@ -54,6 +54,20 @@ def test_a_step_that_did_not_end_is_not_counted(nano, monkeypatch):
         assert len(turbo_nb.generate(nano, PROMPT, **SHORT).steps) == 2
 
 
+def test_a_clip_is_made_with_its_own_gpu_as_the_current_one(nano, monkeypatch):
+    class Entered(Exception):
+        pass
+
+    def enter(device):
+        raise Entered(device)
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    turbo_nb.generate(nano, PROMPT, **SHORT)  # on a CPU there is none
+    monkeypatch.setattr(nano, "plan", replace(nano.plan, device="cuda:1"))
+    with pytest.raises(Entered, match="cuda:1"):  # Triton launches on the current one
+        turbo_nb.generate(nano, PROMPT, **SHORT)
+
+
 def test_it_is_diffusers_own_call(nano):
     video = turbo_nb.generate(nano, PROMPT, seed=5, **SHORT)
     nano.scheduler = RCMScheduler()

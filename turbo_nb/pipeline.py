@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -298,21 +298,28 @@ def load_pipeline(
     )
     _apply(pipeline, chosen)
     if chosen.device != "cpu" and chosen.offload == "none":
-        _warm_up(transformers[0], *size)
+        _warm_up(transformers[0], device, *size)
     if any(map(is_quantized, transformers)):
         pipeline.load_lora_weights = _no_lora
     pipeline.loaded_in = time.perf_counter() - begin
     return pipeline
 
 
-def _warm_up(transformer, width: int, height: int, frames: int) -> None:
+def _current(device: str):
+    """A context in which a GPU is torch's current one, which is where Triton launches"""
+    import torch
+
+    return nullcontext() if device == "cpu" else torch.cuda.device(device)
+
+
+def _warm_up(transformer, device: str, width: int, height: int, frames: int) -> None:
     """Compile the kernels now, and tell of it where that took long"""
     import torch
 
     from . import fuse
 
     begin = time.perf_counter()
-    with suppress(torch.OutOfMemoryError):  # the clip itself has a next plan
+    with suppress(torch.OutOfMemoryError), _current(device):  # the clip itself has a next plan
         fuse.warm_up(transformer, (1 + (frames - 1) // 4, height // 8, width // 8))
         torch.cuda.synchronize()
     if (seconds := time.perf_counter() - begin) > WARM_UP_TOLD:
@@ -491,7 +498,7 @@ def generate(
     if spec.task == "i2v":
         pipeline.register_to_config(boundary_ratio=settings.boundary)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _current(pipeline.plan.device):
             embeds = stage("text", lambda: pipeline.encoder(prompt))
             latents = stage("denoise", denoise)
             if pipeline.plan.offload == "model":
