@@ -52,8 +52,9 @@ def jobs(
     load = load | {"device": device, "text_cache": False}
     load |= {"memory_plan": "resident"} if memory is None else {"memory": memory}
     if memory is not None and device != "cpu":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1, memory / total), device)
+        index = torch.device(device).index or 0  # "cuda" alone is no name here
+        total = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1, memory / total), index)
     pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
     prompt = pipeline.spec.example if prompt is None else prompt
     first, *before, last = (
