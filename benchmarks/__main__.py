@@ -119,7 +119,7 @@ def e2e(
     topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
     linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
     memory: Annotated[
-        float | None, typer.Option(help="GB of a GPU that the plan is for, and all that is used; else all is loaded.")
+        float | None, typer.Option(help="GB: as on a GPU of no more, by its plan; else all is loaded.")
     ] = None,
     runs: Runs = 3,
     warmup: Warmup = 1,

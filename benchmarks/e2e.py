@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -46,21 +47,17 @@ def jobs(
     *, memory: float | None = None, runs: int, warmup: int,
 ) -> Iterator[Job]:  # fmt: skip
     """A job for each stage. random: a name of `step.MODELS` in place of a model with weights. prompt: None for one that
-    suits the model. load, clip: as for `load_pipeline` and `generate`. memory: bytes of a GPU that the plan is for, and
-    that are all there is; None leaves everything loaded. Raises what `load_pipeline` and `generate` raise, InputError
+    suits the model. load, clip: as for `load_pipeline` and `generate`. memory: bytes of a smaller GPU than there is, to
+    go by the plan for it; None leaves everything loaded. Raises what `load_pipeline` and `generate` raise, InputError
     for an unknown name."""
-    load = load | {"device": device, "text_cache": False}
-    load |= {"memory_plan": "resident"} if memory is None else {"memory": memory}
-    if memory is not None and device != "cpu":
-        index = torch.device(device).index or 0  # "cuda" alone is no name here
-        total = torch.cuda.get_device_properties(index).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1, memory / total), index)
-    pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
-    prompt = pipeline.spec.example if prompt is None else prompt
-    first, *before, last = (
-        make(pipeline, prompt + " " * number, clip)  # the same text, and not a prompt that is remembered
-        for number in range(1 + warmup + runs)
-    )
+    load = load | {"device": device, "text_cache": False, "memory_plan": "resident" if memory is None else "auto"}
+    with gpu_of(memory, device):
+        pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
+        prompt = pipeline.spec.example if prompt is None else prompt
+        first, *before, last = (
+            make(pipeline, prompt + " " * number, clip)  # the same text, and not a prompt that is remembered
+            for number in range(1 + warmup + runs)
+        )
     warm = [*before, last][warmup:]
     video = last.video
     frames, height, width, _ = video.frames.shape
@@ -90,6 +87,23 @@ def jobs(
         )
 
 
+@contextmanager
+def gpu_of(memory: float | None, device: str) -> Iterator[None]:
+    """For a while a GPU has no more than `memory` bytes, and says so."""
+    if memory is None or device == "cpu":
+        yield
+        return
+    index = torch.device(device).index or 0
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1, memory / total), index)
+    room = lambda device=None: (max(0, int(memory) - torch.cuda.memory_reserved(device)), int(memory))  # noqa: E731
+    try:
+        with patch.object(torch.cuda, "mem_get_info", room):
+            yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Made:
     """A clip, seconds by stage, and bytes of its mp4."""
@@ -117,7 +131,7 @@ def random_pipeline(name: str, load: dict):
     """What `load_pipeline` makes of files with random weights; what its VAE decodes is smooth."""
     if name not in step.MODELS:
         raise InputError(f"random is {name!r}; it is one of {', '.join(step.MODELS)}")
-    found = random_sources(name, load["device"], "memory" in load)
+    found = random_sources(name, load["device"], load["memory_plan"] != "resident")
     with patch.object(sources, "resolve", lambda *arguments, **options: found):
         pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))

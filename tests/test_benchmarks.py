@@ -207,6 +207,16 @@ def test_a_clip_in_so_much_memory_goes_by_a_plan(bench):
     assert code == 0 and {row["mode"] for row in rows} == {"plan resident in 1 GB"}
 
 
+def test_a_gpu_can_be_made_to_look_smaller(monkeypatch):
+    shares = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *told: shares.append(told))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9)
+    with e2e.gpu_of(20e9, "cuda"):
+        assert torch.cuda.mem_get_info("cuda") == (15e9, 20e9)
+    assert shares == [(0.25, 0), (1.0, 0)]
+
+
 def test_random_waves_are_smooth_and_pictures_of_them_varied(bench):
     found = e2e.smooth(torch.empty(1, 16, 21, 60, 104))
     assert found.shape == (1, 16, 21, 60, 104) and 0.3 < found.std() < 1.2

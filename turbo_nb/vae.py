@@ -82,7 +82,7 @@ def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
     if vae.use_tiling and (x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height):
         return type(vae)._encode(vae, x)
     frames = 1 + (x.shape[2] - 1) // 4 * 4  # diffusers leaves out the others, too
-    length = 4 * chunk_length(vae, x[:, 0, 0])
+    length = 4 * chunk_length(vae, x, x[:, 0, 0].numel())
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
     past = [None] * vae._cached_conv_counts["encoder"]
@@ -100,8 +100,7 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     if vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    edge = vae.spatial_compression_ratio
-    length = length or chunk_length(vae, z.new_empty(()).expand(len(z), edge * z.shape[3], edge * z.shape[4]))
+    length = length or chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
     past = [None] * vae._cached_conv_counts["decoder"]
     z = vae.post_quant_conv(z)
     for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
@@ -111,14 +110,14 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
         yield frames.clamp(-1, 1)
 
 
-def chunk_length(vae: AutoencoderKLWan, pictures: Tensor) -> int:
-    """How many latent frames of such pictures (B, H, W) to decode or encode at a time, from the memory that is free"""
+def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
+    """How many latent frames to decode or encode at a time, of so many pixels each: what x's device has room for"""
     free = CPU_BYTES
-    if pictures.is_cuda:
-        unused = torch.cuda.memory_reserved(pictures.device) - torch.cuda.memory_allocated(pictures.device)
-        free = FREE * (torch.cuda.mem_get_info(pictures.device)[0] + unused)
-    pixels = pictures.numel() / (vae.config.patch_size or 1) ** 2
-    widest = 4 * pixels * vae.decoder.norm_out.gamma.numel() * pictures.element_size()
+    if x.is_cuda:
+        unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        free = FREE * (torch.cuda.mem_get_info(x.device)[0] + unused)
+    inner = pixels / (vae.config.patch_size or 1) ** 2
+    widest = 4 * inner * vae.decoder.norm_out.gamma.numel() * x.element_size()
     return max(1, min(CHUNK, int((free / widest - HELD) / HELD_EACH)))
 
 
