@@ -94,7 +94,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def pictures(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> Tensor:
-    """A clip as image-to-video encodes it, (1, 3, T, H, W) in [-1, 1], bf16: a random picture, and grey ones after it"""
+    """A clip as image-to-video encodes it, (1, 3, T, H, W) in [-1, 1], bf16: a random picture, then grey ones"""
     width, height, frames = size
     generator = torch.Generator(vae.device).manual_seed(1)
     clip = torch.zeros(1, 3, frames, height, width, device=vae.device)
