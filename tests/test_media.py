@@ -88,6 +88,39 @@ def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+# A GPU's encoder: the script stands in for one that works
+NVENC = """
+case "$*" in *h264_nvenc*)
+  echo "$*" >> "$(dirname "$0")/asked"
+  set -- $(echo "$*" | sed "s/h264_nvenc.*-b:v 0/libx264/")
+esac
+exec "$FFMPEG" "$@"
+"""
+
+
+def test_a_gpus_encoder_is_taken_where_it_is_asked_for(tmp_path, tmp_path_factory, monkeypatch, frames):
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(folder, NVENC))
+    monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
+    for name in ("a.mp4", "b.mp4"):
+        path = media.write_mp4(tmp_path / name, frames, 16)
+    assert media._count_frames(path) == len(frames)
+    asked = (folder / "asked").read_text().splitlines()
+    assert len(asked) == 3 and "256x256" in asked[0]  # tried once, on a small picture
+    assert all("-c:v h264_nvenc" in line for line in asked) and not any("256x256" in line for line in asked[1:])
+
+
+def test_an_encoder_that_does_not_work_is_told_before_any_work(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
+    refuses = 'case "$*" in *nvenc*) echo "No capable devices found" >&2; exit 1;; esac; exec "$FFMPEG" "$@"'
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), refuses))
+    with pytest.raises(InputError, match=r"TURBO_NB_ENCODER=nvenc does not work here: No capable.*; leave it out"):
+        media.Encoder(tmp_path / "clip.mp4", 16)
+    monkeypatch.setenv("TURBO_NB_ENCODER", "av2")
+    with pytest.raises(InputError, match="TURBO_NB_ENCODER is 'av2'; it is one of x264, nvenc"):
+        media.Encoder(tmp_path / "clip.mp4", 16)
+
+
 def test_frames_in_parts_make_the_same_file(tmp_path, frames):
     whole = media.write_mp4(tmp_path / "whole.mp4", frames, 16, {"seed": 7})
     with media.Encoder(tmp_path / "parts.mp4", 16) as encoder:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METADATA_KEY = "turbo_nb"
+# What TURBO_NB_ENCODER may say → ffmpeg's options; x264's take a third of the usual preset's time for 0.2 dB
+ENCODERS = {
+    "x264": ("libx264", "-preset", "veryfast", "-crf", "15"),
+    "nvenc": ("h264_nvenc", "-preset", "p5", "-rc", "vbr", "-cq", "17", "-b:v", "0"),
+}
 GROUND = "#f4f4f1"  # of a contact sheet
 
 
@@ -118,11 +124,12 @@ def write_mp4(
 class Encoder:
     """The mp4 of `write_mp4` in the making: ffmpeg takes frames in a thread, while others are decoded.
 
-    A context; if it ends without `save`, nothing is left. Raises OutputError for a path that cannot be written.
+    A context; if it ends without `save`, nothing is left. TURBO_NB_ENCODER names one of `ENCODERS`, x264 if it is not
+    set. Raises OutputError for a path that cannot be written, InputError for an encoder that does not work here.
     """
 
     def __init__(self, path: str | os.PathLike, fps: int):
-        self.path, self.count, self._fps = check_output(path), 0, fps
+        self.path, self.count, self._fps, self._options = check_output(path), 0, fps, _encoder_options()
         self._temporary, self._process, self._queue = [], None, SimpleQueue()
 
     def __enter__(self) -> "Encoder":
@@ -170,9 +177,7 @@ class Encoder:
     def _start(self, height: int, width: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._fps), "-i", "-"]
-        command += ["-vf", "scale=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
-        # a third of the usual preset's time, no larger, and 0.2 dB from it
-        command += ["-preset", "veryfast", "-crf", "15"]
+        command += ["-vf", "scale=ceil(iw/2)*2:ceil(ih/2)*2", *self._options]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             _ffmpeg(*command, self._new_file()), stdin=subprocess.PIPE, stderr=self._said,
@@ -206,6 +211,24 @@ class Encoder:
             ) from error
 
 
+def _encoder_options() -> list[str]:
+    name = os.environ.get("TURBO_NB_ENCODER") or "x264"
+    if name not in ENCODERS:
+        raise InputError(f"TURBO_NB_ENCODER is {name!r}; it is one of {', '.join(ENCODERS)}")
+    options = "-c:v", *ENCODERS[name], "-pix_fmt", "yuv420p"
+    if name != "x264" and (reason := _refusal(_ffmpeg(), options)):
+        raise InputError(f"TURBO_NB_ENCODER={name} does not work here: {reason}; leave it out for x264")
+    return [*options]
+
+
+@cache
+def _refusal(ffmpeg: tuple[str, ...], options: tuple[str, ...]) -> str | None:
+    """Why ffmpeg cannot encode by these options, in its own words; None where it can"""
+    command = [*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "256x256", "-i", "-", *options, "-f", "null", "-"]
+    result = subprocess.run(command, input=bytes(3 * 256 * 256), capture_output=True, check=False)
+    return _last_line(result.stderr) if result.returncode else None
+
+
 def _add_metadata(source: Path, target: Path, metadata: dict | None) -> None:
     """Copy an mp4, with the index first and metadata. Raises OSError."""
     tags = ["-metadata", f"{METADATA_KEY}={json.dumps(metadata)}"] if metadata else []
@@ -222,11 +245,11 @@ def _count_frames(path: Path) -> int:
     return int.from_bytes(data[found + 12 : found + 16]) if found >= 0 else 0
 
 
-def _ffmpeg(*arguments: str | Path) -> list[str]:
+def _ffmpeg(*arguments: str | Path) -> tuple[str, ...]:
     """The command that writes the last of the arguments, and says no more than errors"""
     import imageio_ffmpeg
 
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-v", "error", *map(str, arguments)]
+    return imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-v", "error", *map(str, arguments)
 
 
 def _last_line(text: bytes) -> str:
