@@ -7,8 +7,6 @@ arXiv:2407.08608). The linear branch is one more product at the end; its state c
 Keys in int8 make it SageSLA: each group rounds its own queries, with one scale for its 64 rows.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -16,32 +14,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .gluon import load, multiprocessors, own_tiles
 
 ROWS = gl.constexpr(64)  # query rows of a group of warps, and keys of a block
 DIM = gl.constexpr(128)  # head_dim
 STAGES = gl.constexpr(2)  # pairs of blocks on their way
 STATE_BYTES = gl.constexpr(128 * 128 * 2)
 
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names up to Triton 3.6
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def _tiles(count):
-    """How many of so many tiles are this program's"""
-    return (count - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-
 
 @gluon.jit
 def _fetch_pair(x, first, second, column, buffer, ready, stage):
     mbarrier.expect(ready.index(stage), 2 * ROWS * DIM * x.dtype.primitive_bitwidth // 8)
-    _load(x, [first, column], ready.index(stage), buffer.index(2 * stage))
-    _load(x, [second, column], ready.index(stage), buffer.index(2 * stage + 1))
+    load(x, [first, column], ready.index(stage), buffer.index(2 * stage))
+    load(x, [second, column], ready.index(stage), buffer.index(2 * stage + 1))
 
 
 @gluon.jit
@@ -51,7 +41,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
     q_free, k_free, v_free, s_free = free
     Q_STAGES: gl.constexpr = q_buffer.shape[0] // 2
     pairs = (n + 1) // 2
-    for done in range(_tiles(blocks * heads)):
+    for done in range(own_tiles(blocks * heads)):
         tile = gl.program_id(0) + done * gl.num_programs(0)
         block, head = tile % blocks, tile // blocks
         kept = all_kept + tile * n
@@ -69,7 +59,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
             _fetch_pair(values, first, second, head * DIM, v_buffer, v_ready, stage)
         mbarrier.wait(s_free, (done + 1) & 1)
         mbarrier.expect(s_ready, STATE_BYTES)
-        _load(states, [head * DIM, 0], s_ready, s_buffer)
+        load(states, [head * DIM, 0], s_ready, s_buffer)
 
 
 @gluon.jit
@@ -136,7 +126,7 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
     dtype: gl.constexpr = q_buffer.dtype
     pairs = (n + 1) // 2
     columns = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    for done in range(_tiles(blocks * heads)):
+    for done in range(own_tiles(blocks * heads)):
         tile, at = gl.program_id(0) + done * gl.num_programs(0), done * pairs
         block, head = tile % blocks, tile // blocks
         kept = all_kept + tile * n
@@ -246,12 +236,6 @@ def _sparse_linear(
 
 LAYOUT = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)  # the same for fp16 and for the state
 LAYOUT_INT8 = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has"""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sparse_linear(

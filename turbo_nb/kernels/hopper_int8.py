@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import _load, _store, _tiles, multiprocessors
+from .gluon import load, multiprocessors, own_tiles, store
 from .reference import Rows
 
 ROWS = 64  # of a group of warps
@@ -49,7 +49,7 @@ def _fetch(a, b, size, buffers, barriers):
     COLUMNS: gl.constexpr = b_buffer.shape[1]
     DEPTH: gl.constexpr = b_buffer.shape[2]
     steps = gl.cdiv(depth, DEPTH)
-    for done in range(_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
+    for done in range(own_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
         down, across = _place(gl.program_id(0) + done * gl.num_programs(0), rows, columns, ROWS, COLUMNS)
         for k in range(steps):
             at = done * steps + k
@@ -57,8 +57,8 @@ def _fetch(a, b, size, buffers, barriers):
             mbarrier.wait(free.index(stage), (at // STAGES + 1) & 1)
             mbarrier.expect(ready.index(stage), (GROUPS * ROWS + COLUMNS) * DEPTH)
             for group in gl.static_range(GROUPS):
-                _load(a, [down + group * ROWS, k * DEPTH], ready.index(stage), a_buffer.index(stage * GROUPS + group))
-            _load(b, [across, k * DEPTH], ready.index(stage), b_buffer.index(stage))
+                load(a, [down + group * ROWS, k * DEPTH], ready.index(stage), a_buffer.index(stage * GROUPS + group))
+            load(b, [across, k * DEPTH], ready.index(stage), b_buffer.index(stage))
 
 
 @gluon.jit
@@ -78,7 +78,7 @@ def _finish(total, left, right, shift, out, down, across, buffer, BIAS: gl.const
     tma.store_wait(1)  # what this buffer held has left; the other one's may still be on its way
     buffer.store(result.to(out.dtype))
     fence_async_shared()
-    _store(out, [down, across], buffer)
+    store(out, [down, across], buffer)
 
 
 @gluon.jit
@@ -94,7 +94,7 @@ def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr):
     line: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
     own_scales, own_bias = scale_buffer.index(group), bias_buffer.index(group)
     steps = gl.cdiv(depth, b_buffer.shape[2])
-    for done in range(_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
+    for done in range(own_tiles(gl.cdiv(rows, GROUPS * ROWS) * gl.cdiv(columns, COLUMNS))):
         down, across = _place(gl.program_id(0) + done * gl.num_programs(0), rows, columns, ROWS, COLUMNS)
         down += group * ROWS
         at_row = down + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
