@@ -1,4 +1,4 @@
-"""A prompt becomes an mp4 again and again, in one process that keeps everything loaded.
+"""A prompt becomes an mp4 again and again, in one process that keeps everything loaded, or goes by a memory plan.
 
 One row for each stage that `Video.timings` has; for a step of the denoising; for "write", what is left of the writing
 when the last frame is decoded; and for "all", from the call of `generate` to the file on the disk, as a user waits for
@@ -51,6 +51,7 @@ def jobs(
     go by the plan for it; None leaves everything loaded. Raises what `load_pipeline` and `generate` raise, InputError
     for an unknown name."""
     load = load | {"device": device, "text_cache": False, "memory_plan": "resident" if memory is None else "auto"}
+    load |= {"memory": memory} if device == "cpu" else {}
     with gpu_of(memory, device):
         pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
         prompt = pipeline.spec.example if prompt is None else prompt
@@ -132,6 +133,8 @@ def random_pipeline(name: str, load: dict):
     if name not in step.MODELS:
         raise InputError(f"random is {name!r}; it is one of {', '.join(step.MODELS)}")
     found = random_sources(name, load["device"], load["memory_plan"] != "resident")
+    if load["device"] != "cpu":
+        torch.cuda.empty_cache()  # of what was drawn
     with patch.object(sources, "resolve", lambda *arguments, **options: found):
         pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
@@ -164,7 +167,7 @@ def random_sources(name: str, device: str, in_main_memory: bool = False) -> sour
     return sources.Sources(
         spec=catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v"),
         transformers=(transformer,),
-        vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.state_dict()),
+        vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.to(home).state_dict()),
         text_encoder=Contents(path=transformer.path, kind="text encoder", layout="diffusers", tensors=tensors),
         tokenizer=catalog.NANO.folder / "tokenizer",
     )

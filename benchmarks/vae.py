@@ -23,7 +23,7 @@ from .harness import Check, Job
 
 # Name → what it does to the VAE
 MODES = {"eager": lambda vae: None, "channels_last": fast.channels_last, "fused": fast.fuse}
-PSNR = 45  # dB that a mode's decode keeps from the plain bf16 one
+PSNR = 45  # dB that a mode's result keeps from the plain bf16 one
 
 
 def jobs(

@@ -23,6 +23,7 @@ def machine(monkeypatch):
             plan, "device_of", lambda device: device if device != "auto" else "cuda" if gigabytes else "cpu"
         )
         monkeypatch.setattr(plan, "free_memory", lambda device: (host if device == "cpu" else gigabytes) * GB)
+        monkeypatch.setattr(plan, "fused_on", lambda: True)
         monkeypatch.setattr(
             download, "cached", lambda spec, quantised=False: HERE if (spec, quantised) in known else None
         )

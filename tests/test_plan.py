@@ -53,6 +53,14 @@ def test_the_first_plan_that_fits(spec, quantised, gigabytes, name):
     assert plan.fits or plan.name == PLANS[-1].name
 
 
+@pytest.mark.parametrize(
+    ("spec", "gigabytes", "name"), [(LARGE, 24, "group"), (I2V, 24, "group"), (I2V, 32, "offload")]
+)
+def test_without_the_fused_kernels_more_is_needed(spec, gigabytes, name):
+    assert plan_for(spec, gigabytes, quantised=True, fused=False).name == name
+    assert plan_for(spec, gigabytes, quantised=True).name != "group"
+
+
 def test_less_memory_never_gets_a_hungrier_plan():
     needs = [plan_for(I2V, gigabytes, quantised=True).needs for gigabytes in (100, 60, 40, 30, 20, 10)]
     assert needs == sorted(needs, reverse=True)

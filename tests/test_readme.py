@@ -204,7 +204,7 @@ def planted(old: str, new: str) -> str:
         ("](LICENSE)", "](LICENCE)", "lacks the target: link LICENSE"),
         ("![", "[", "lacks the target: image docs/nano.png"),
         ("`TURBO_NB_PORT`", "`TURBO_NB_PORTS`", "lacks the word: `TURBO_NB_PORT`"),
-        ("| 17.8 |", "| 17.9 |", "has a word that README.md has not: 17.9"),
+        ("| 17.9 |", "| 17.7 |", "has a word that README.md has not: 17.7"),
     ],
 )
 def test_a_difference_is_told_in_words(old, new, words):

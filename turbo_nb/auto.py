@@ -17,7 +17,7 @@ def fitting(
     found = []
     for spec in reversed(catalog.MODELS.values()):  # the catalogue goes from small to large
         kinds = (False, True) if quant_linear == "auto" else (quant_linear,)
-        given = {"budget": memory, "host_budget": host}
+        given = {"budget": memory, "host_budget": host, "fused": plan.fused_on()}
         plans = [(plan.for_model(spec, quantised=kind, **given), kind) for kind in kinds if spec.files]
         plans = [one for one in plans if one[0].fits and one[0].offload != "group"]
         found += [(spec, kind) for _, kind in sorted(plans, key=lambda one: one[0].offload == "model")]

@@ -200,7 +200,8 @@ def load_pipeline(
     place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
     attention); attention_backend: what runs SageSLA, as in `sla.SageSparseLinearAttention`. sla_topk: share of key
     blocks, None for the model's own. quant_linear: 8-bit linears as the file has them ("auto"), or True or False.
-    device: "auto", "cpu", "cuda", "cuda:1", …
+    device: "auto", "cpu", "cuda", "cuda:1", …; to call the pipeline itself, and not `generate`, on a GPU that is not
+    torch's current one, do it within `torch.cuda.device(…)`: that is where Triton launches.
 
     The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
     None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is
@@ -251,6 +252,7 @@ def load_pipeline(
         budget=memory or plan.free_memory(device),
         host_budget=plan.free_memory("cpu"),
         device=device,
+        fused=plan.fused_on(),
         name=memory_plan,
     )
     (on_plan or _tell)(chosen)

@@ -7,7 +7,7 @@ time. A plan is data: print it, or ask for another by name. `apply` carries it o
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from . import catalog, environment
+from . import backends, catalog, environment
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 GB = 1e9
 USABLE = 0.95  # of the budget; the rest is the CUDA context's and the allocator's
-# Peaks measured in bf16 on one H100: bytes a pixel of a frame, one latent frame at a time; and with tiling in all
-DECODE_PER_PIXEL, DECODE_TILED = 8_400, 1.2 * GB
+# Peaks measured in bf16 on one H100: bytes a pixel of a frame, of the fused VAE with one latent frame at a time and of
+# diffusers'; and with tiling in all
+DECODE_FUSED, DECODE_PLAIN, DECODE_TILED = 8_600, 12_500, 1.2 * GB
 TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE
 
 
@@ -115,11 +116,18 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
 
 
 def for_model(
-    spec: catalog.ModelSpec, *, quantised: bool = False, budget: float, host_budget: float | None = None
-) -> Plan:
+    spec: catalog.ModelSpec, *, quantised: bool = False, budget: float, host_budget: float | None = None,
+    fused: bool = True,
+) -> Plan:  # fmt: skip
     """The plan that a model of the catalogue would get in `budget` bytes of a GPU, for a clip of its own size."""
     weights, clip = sizes(spec, quantised=quantised), (*spec.size, spec.num_frames)
-    return choose(weights, spec.arch, *clip, budget=budget, host_budget=host_budget)
+    return choose(weights, spec.arch, *clip, budget=budget, host_budget=host_budget, fused=fused)
+
+
+def fused_on(machine: backends.Machine | None = None) -> bool:
+    """Whether the fused kernels of the transformer's blocks and of the VAE run on a machine (None: this one); without
+    them both take more memory."""
+    return all(backends.choose(operation, machine).chosen == "triton" for operation in ("block", "vae"))
 
 
 def device_of(device: str) -> str:
@@ -156,18 +164,18 @@ def free_memory(device: str) -> float:
 
 
 def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool) -> float:
-    """Bytes at work in one forward, in bf16: of fused blocks the feed-forward's tensor, its 8-bit form and five of the
-    model's width (on an H100 14B in 8 bits took 6.6 GB at 1280x720x81, for which this says 7.0); else two and ten"""
+    """Bytes at work in one forward, in bf16: of fused blocks the feed-forward's tensor, its 8-bit form and 5.5 of the
+    model's width (on an H100 14B in 8 bits took 6.8 GB at 1280x720x81, for which this says 7.4); else two and ten"""
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
-    return 2.0 * tokens * (1.5 * arch.ffn_dim + 5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
+    return 2.0 * tokens * (1.5 * arch.ffn_dim + 5.5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
 
 
 def _needs(
-    plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, device: str
+    plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool
 ) -> float:
     """Peak bytes over the stages text, denoise and decode"""
-    denoise = _activations(arch, width, height, num_frames, fused=device != "cpu")
-    decode = DECODE_TILED if plan.vae_tiling else DECODE_PER_PIXEL * width * height
+    denoise = _activations(arch, width, height, num_frames, fused)
+    decode = DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
     text = 0 if plan.text_encoder == "cpu" else sizes.text_encoder
     if plan.offload == "none":
         models = sizes.transformer * sizes.experts + sizes.vae
@@ -194,10 +202,11 @@ def choose(
     budget: float,
     host_budget: float | None = None,
     device: str = "cuda",
+    fused: bool = True,
     name: str = "auto",
 ) -> Plan:
     """The first plan that fits `budget` bytes of `device` and `host_budget` of main memory (None: as much as it takes),
-    or the one asked for by name, with what it needs.
+    or the one asked for by name, with what it needs. fused: whether the fused kernels run there, as `fused_on` says.
 
     If none fits it is the most frugal one, of the device's memory before main memory, and its text says so. Without a
     GPU everything is in memory, and only the text encoder can be freed. Raises InputError for an unknown name.
@@ -207,7 +216,7 @@ def choose(
     plans = []
     for plan in reversed(PLANS):
         if device != "cpu" or plan.name in CPU_PLANS:
-            needs = _needs(plan, sizes, arch, width, height, num_frames, device)
+            needs = _needs(plan, sizes, arch, width, height, num_frames, fused and device != "cpu")
             # half measures would fail again, so the next plan is one in tiles
             following = next((other for other in plans if other.vae_tiling), None)
             host = 0 if device == "cpu" else _host(plan, sizes)

@@ -394,7 +394,8 @@ def fit(spec: catalog.ModelSpec, quantised: bool, found: Backends, free: int, ho
     told = {"model": spec.name, "int8": quantised, "downloaded": not missing, "to_fetch": to_fetch}
     if not found.arch:
         return Fit(fits=False, text="needs a CUDA GPU", **told)
-    chosen = plan.for_model(spec, quantised=quantised, budget=found.free_memory, host_budget=host)
+    given = {"budget": found.free_memory, "host_budget": host, "fused": plan.fused_on(found)}
+    chosen = plan.for_model(spec, quantised=quantised, **given)
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **told)

@@ -200,6 +200,7 @@ class Studio:
             budget=self.pipeline.plan.budget if loaded else plan.free_memory(device),
             host_budget=self.pipeline.plan.host_budget if loaded else plan.free_memory("cpu"),
             device=device,
+            fused=plan.fused_on(),
         )
         wanted = asdict(settings) | {
             "attention_type": request.attention_type,

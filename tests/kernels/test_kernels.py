@@ -262,14 +262,16 @@ def test_row_linear(shape):
 
 
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
-@pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (32760, 1536, 8960)], ids=str)
+@pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (9000, 144, 1096), (32760, 1536, 8960)], ids=str)
 def test_the_gluon_product_is_the_triton_one(shape):
     rows, depth, columns = shape
     x, bias = int8.row_quantize(random(rows, depth)), random(columns)
     weight = reference.row_quantize(random(columns, depth))
     for options in ({"bias": bias}, {}):
         args = x, weight.q, weight.scale
-        assert_close(str(shape), int8.row_product(*args, **options, gluon=True), int8.row_product(*args, **options))
+        expected = int8.row_product(*args, **options)
+        for _ in range(3):  # a race would show now and then
+            assert_close(str(shape), int8.row_product(*args, **options, gluon=True), expected)
 
 
 def rimmed(*shape):

@@ -107,7 +107,7 @@ def gated_norm(
     _gated_norm[(triton.cdiv(length, ROWS), batch)](
         x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
         BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, QUANTIZE=quantize,
-        ROWS=ROWS, BLOCK=block, num_warps=min(8, _warps(block)),  # its sums wait for all warps
+        ROWS=ROWS, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return summed, Rows(out, out_scale, x.dtype) if quantize else out
 

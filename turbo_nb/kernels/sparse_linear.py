@@ -1,6 +1,6 @@
 """Sparse-linear attention in Triton: `reference.sparse_linear_attention` by three kernels and no copy of q, k or v.
 
-1. `block_means` pools q and k, from which PyTorch picks the blocks to keep.
+1. `block_means` pools q and k; of the scores of what is pooled `keep_largest` picks the blocks to keep.
 2. The linear branch's state Σφ(k)ᵀv is summed over chunks of the sequence, and `proj_l` is multiplied into it.
 3. Softmax attention runs over the kept blocks, and the linear branch is its epilogue.
 """
