@@ -107,6 +107,26 @@ def vae(
 
 
 @app.command()
+def switch(
+    gb: Annotated[float, typer.Option(help="Size of each of the two experts.")] = 14.0,
+    mode: Modes = "accelerate,turns,ahead",
+    runs: Runs = 3,
+    warmup: Warmup = 0,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """One expert leaves the GPU, the other comes; modes: accelerate, turns, ahead."""
+    from turbo_nb.plan import device_of
+
+    from . import harness
+    from . import switch as benchmark
+
+    device = device_of(device)
+    jobs = benchmark.jobs(gb, mode.split(","), device, runs=runs, warmup=warmup)
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
 def e2e(
     model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
     random: Annotated[

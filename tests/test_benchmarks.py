@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, harness, kernels, step, vae
+from benchmarks import e2e, harness, kernels, step, switch, vae
 from turbo_nb import media
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError
@@ -183,6 +183,16 @@ def test_a_vae_is_a_row_and_a_wrong_one_is_not(bench, monkeypatch, capsys):
     assert code == 0 and [row["work"] for row in rows[-2:]] == ["vae encode, base_dim 8, bf16"] * 2
 
 
+def test_a_switch_of_experts_is_a_row_a_mode(bench, monkeypatch):
+    monkeypatch.setattr(switch, "STEP", 0)
+    options = ("switch", "--gb", 0.01, "--device", "cpu", "--runs", 2)
+    code, rows = bench(*options)
+    assert code == 0 and [row["mode"] for row in rows] == ["accelerate", "turns", "ahead"]
+    assert {(row["work"], row["shape"], row["error"]) for row in rows} == {("switch of experts, int8", "0.0 GB", "0")}
+    monkeypatch.setattr(switch.Expert, "forward", lambda self: torch.rand(1))  # a wrong one came
+    assert bench(*options) == (1, rows)
+
+
 E2E = ("e2e", "--size", "64x64x5", "--steps", 2, "--device", "cpu", "--runs", 3, "--warmup", 0)
 
 
@@ -261,6 +271,8 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         ((*ROPE, "--dtype", "int8"), "dtype is 'int8'"),
         (("vae", "--mode", "fast", *QUICK), "mode is 'fast'"),
         (("e2e", "--linears", "int4"), "linears is 'int4'"),
+        (("switch", "--mode", "eager"), "mode is 'eager'; it is one of accelerate, turns, ahead"),
+        (("switch", "--gb", "0"), "gb is 0; it is the size of an expert in GB, above 0"),
         (("e2e", "--memory", "-1"), "memory is -1; it is in GB, above 0"),
         (("e2e", "--random", "2B"), "random is '2B'; it is one of 1.3B, 14B, nano, tiny"),
     ],
