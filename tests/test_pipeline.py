@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import turbo_nb
-from turbo_nb import media, pipeline, vae
+from turbo_nb import estimate, media, pipeline, vae
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
@@ -52,6 +52,13 @@ def test_a_step_that_did_not_end_is_not_counted(nano, monkeypatch):
     monkeypatch.setattr(RCMScheduler, "step", full)
     with pytest.warns(UserWarning, match="out of memory while at denoise"):
         assert len(turbo_nb.generate(nano, PROMPT, **SHORT).steps) == 2
+
+
+def test_the_time_of_writing_is_remembered_with_what_was_written(nano, tmp_path):
+    video = turbo_nb.generate(nano, PROMPT, **SHORT)
+    replace(video, frames=media.grid([video.frames, video.frames])).save(tmp_path / "grid.mp4")
+    row = estimate.rows()[0]
+    assert list(row.timings) == ["write"] and (row.width, row.height, row.num_frames) == (256, 128, 5)
 
 
 def test_a_clip_is_made_with_its_own_gpu_as_the_current_one(nano, monkeypatch):

@@ -73,7 +73,8 @@ class Video:
         """
         begin = time.perf_counter()
         path = media.write_mp4(path, self.frames, self.fps, self.settings)
-        estimate.remember(self.settings, {"write": time.perf_counter() - begin})
+        written = dict(zip(("num_frames", "height", "width"), self.frames.shape, strict=False))  # a grid is larger
+        estimate.remember(self.settings | written, {"write": time.perf_counter() - begin})
         return path
 
     @property
