@@ -26,7 +26,7 @@ STEP = 1.0  # seconds for what is fetched ahead to come
 
 
 class Expert(nn.Module):
-    """So many bytes of int8; its output is a sum over all parameters' last ones."""
+    """So many bytes of int8, whose output tells them from others."""
 
     def __init__(self, size: float, seed: int):
         super().__init__()
@@ -37,7 +37,7 @@ class Expert(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(one.roll(97 * i), requires_grad=False) for i in range(count))
 
     def forward(self) -> Tensor:
-        """(parameters, 4096) → (parameters,) float32"""
+        """Of every parameter the sum of its last 4096 bytes, (parameters,) float32"""
         return torch.stack([weight[-4096:].float().sum() for weight in self.weights])
 
 
@@ -70,16 +70,15 @@ def jobs(gigabytes: float, modes: list[str], device: str, *, runs: int, warmup: 
 
     def job(mode: str) -> Job:
         def run() -> tuple[Timing, Check]:
-            times, outputs = [], []
+            if device != "cpu":
+                torch.cuda.reset_peak_memory_stats(device)
             with (_accelerate if mode == "accelerate" else _turns)(experts, device, mode == "ahead") as switch:
-                for _ in range(1 + warmup + runs):
-                    seconds, number, out = switch()
-                    times.append(1e3 * seconds)
-                    outputs.append((out.cpu(), made[number]))
-            first, warm = times[0], times[1 + warmup :]
+                switches = [switch() for _ in range(1 + warmup + runs)]
+            first, *others = (1e3 * seconds for seconds, _, _ in switches)
+            warm = others[warmup:]
             peak = torch.cuda.max_memory_allocated(device) / 2**30 if device != "cpu" else None
             timing = Timing(ms=median(warm), ms_min=min(warm), n=runs, first_ms=first, peak_gib=peak)
-            error = max(harness.relative_error(out, ref) for out, ref in outputs)
+            error = max(harness.relative_error(out, made[number]) for _, number, out in switches)
             return timing, Check(error=error, limit=0, what="what came, against what was made")
 
         size = sum(weight.nbytes for weight in experts[0].weights)
@@ -89,7 +88,7 @@ def jobs(gigabytes: float, modes: list[str], device: str, *, runs: int, warmup: 
     yield from map(job, modes)
 
 
-Switch = Callable[[], tuple[float, int, Tensor]]  # → seconds, which expert came, and its output
+Switch = Callable[[], tuple[float, int, Tensor]]  # → seconds, which expert came, and its output on the CPU
 
 
 @contextmanager
@@ -105,7 +104,8 @@ def _accelerate(experts: tuple[Expert, Expert], device: str, _: bool) -> Iterato
             experts[1 - there].to("cpu")
             experts[there].to(device)
 
-        return _seconds(move, device), there, experts[there]()
+        seconds, _ = _timed(move, device)
+        return seconds, there, experts[there]().cpu()
 
     try:
         yield switch
@@ -116,21 +116,16 @@ def _accelerate(experts: tuple[Expert, Expert], device: str, _: bool) -> Iterato
 
 @contextmanager
 def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator[Switch]:
-    pipeline, out = Pipeline(experts), None
+    pipeline = Pipeline(experts)
     offload.take_turns(pipeline, experts, device)
 
     def switch():
-        nonlocal out
         experts[0]()
         if ahead:
             experts[0]()  # a second step, beside which the other is fetched
             time.sleep(STEP)
-
-        def come():
-            nonlocal out
-            out = experts[1]()
-
-        return _seconds(come, device), 1, out
+        seconds, out = _timed(experts[1], device)
+        return seconds, 1, out.cpu()
 
     try:
         with patch.object(offload, "room_on", offload.room_on if ahead else lambda device: 0):
@@ -140,10 +135,11 @@ def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator
         offload.end_turns(pipeline)
 
 
-def _seconds(work: Callable[[], None], device: str) -> float:
+def _timed(work: Callable[[], Tensor | None], device: str) -> tuple[float, Tensor | None]:
+    """Seconds of the work, and what it gives"""
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     synchronize()
     begin = time.perf_counter()
-    work()
+    out = work()
     synchronize()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, out

@@ -115,7 +115,7 @@ def test_an_encoder_that_does_not_work_is_told_before_any_work(tmp_path, tmp_pat
     refuses = 'case "$*" in *nvenc*) echo "No capable devices found" >&2; exit 1;; esac; exec "$FFMPEG" "$@"'
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), refuses))
     with pytest.raises(InputError, match=r"TURBO_NB_ENCODER=nvenc does not work here: No capable.*; leave it out"):
-        media.Encoder(tmp_path / "clip.mp4", 16)
+        media.check_output(tmp_path / "clip.mp4")
     monkeypatch.setenv("TURBO_NB_ENCODER", "av2")
     with pytest.raises(InputError, match="TURBO_NB_ENCODER is 'av2'; it is one of x264, nvenc"):
         media.Encoder(tmp_path / "clip.mp4", 16)
