@@ -1,11 +1,13 @@
 """Upstream's checkpoints: what they are, that they compute what upstream computes, and what bad ones say."""
 
+import json
 import pickle
 import random
 import shutil
 import time
 import warnings
 import zipfile
+from io import StringIO
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from turbo_nb import catalog
-from turbo_nb.checkpoint import load_text_encoder, load_transformer, load_vae
+from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
 from turbo_nb.linear import is_quantized, to_rows
 from turbo_nb.scheduler import RCMScheduler
@@ -401,3 +403,19 @@ def test_a_text_encoders_folder_is_checked_as_files_are(tmp_path, fault, words):
 
 def test_the_model_is_diffusers_own(files):
     assert type(load_transformer(files / "bf16.pth")) is WanTransformer3DModel
+
+
+def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "own.py").write_text(
+        f"from transformers import PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", StringIO("y\n" * 9))
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        load_tokenizer(folder)
+    assert not ran.exists()

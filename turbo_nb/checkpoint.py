@@ -238,13 +238,13 @@ def _umt5_config(contents: Contents) -> UMT5Config:
 
 
 def load_tokenizer(path: str | Path):
-    """The tokenizer in folder `path`, or of a Hub repository that is in the cache.
+    """Load the tokenizer in folder `path`, or of a Hub repository that is in the cache.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if the folder holds no tokenizer, or one that brings code of its own: that code never runs.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever tokenizers raises on a file that is none
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises many kinds of errors for a file that is not a tokenizer
         raise CheckpointError(
             f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
             "as that of google/umt5-xxl"
