@@ -181,6 +181,30 @@ def test_a_file_without_metadata(tmp_path, frames):
         media.read_metadata(tmp_path / "missing.mp4")
 
 
+@pytest.mark.parametrize("width", [1, 16, 160])
+@pytest.mark.parametrize(
+    "caption", ["two\nlines\r\nand\ta tab", "", "word " * 20_000, "…" * 300], ids=["newlines", "empty", "long", "dots"]
+)
+def test_contact_sheet_takes_any_caption_at_any_width(width, caption):
+    clip = np.zeros((3, 24, width, 3), np.uint8)
+    sheet = media.contact_sheet([clip], [caption])
+    assert sheet.width >= 3 * width
+
+
+def test_a_caption_is_cut_where_it_no_longer_fits():
+    measured = []
+
+    def fits(text: str) -> bool:
+        measured.append(text)
+        return len(text) <= 7
+
+    assert media._fitted("red  circle\ngrowing", fits) == "red ci…"
+    assert media._fitted("red\ncircle"[:7], fits) == "red cir"
+    assert media._fitted("x" * 100_000, fits) == "xxxxxx…"
+    assert media._fitted("red", lambda text: False) == ""
+    assert max(map(len, measured)) <= 1001
+
+
 def test_contact_sheet_shows_first_middle_and_last_frames(frames):
     sheet = np.asarray(media.contact_sheet([frames, frames[::-1], frames], ["one", "two " * 50, "three"], columns=2))
     assert (sheet[8:72, 8:104] == frames[0]).all()

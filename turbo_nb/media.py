@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -319,11 +319,24 @@ def contact_sheet(
         for place, index in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
             sheet.paste(Image.fromarray(clip[index]), (left + place * (width + 2), top))
         if captions:
-            text = captions[number]
-            while pen.textlength(text, font) > strip:
-                text = text[:-2].rstrip("… ") + "…"
+            text = _fitted(captions[number], lambda text: pen.textlength(text, font) <= strip)
             pen.text((left, top + height + 1), text, fill="#333333", font=font)
     return sheet
+
+
+def _fitted(text: str, fits: Callable[[str], bool]) -> str:
+    """The text in one line, shortened by bisection until it fits; empty where not even "…" fits"""
+    line = " ".join(text.split())
+    if len(line) < 1000 and fits(line):  # a longer line does not fit, and measuring it takes long
+        return line
+    low, high = (
+        -1,
+        min(len(line), 1000),
+    )  # a cut after `low` characters fits (-1: nothing does), after `high` it does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(line[:middle].rstrip() + "…") else (low, middle)
+    return line[:low].rstrip() + "…" if low >= 0 else ""
 
 
 def last_frame(path: str | os.PathLike) -> "Image":
