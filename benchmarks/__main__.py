@@ -41,7 +41,7 @@ def step(
     csv: Csv = None,
 ) -> None:
     """One step of a transformer with random weights; modes: reference, eager, fused, compile, or fused+compile."""
-    from turbo_nb.plan import device_of
+    from turbo_nb.machine.probe import device_of
 
     from . import harness
     from . import step as benchmark
@@ -69,7 +69,7 @@ def kernels(
     csv: Csv = None,
 ) -> None:
     """Each operation's reference, and its faster spellings."""
-    from turbo_nb.plan import device_of
+    from turbo_nb.machine.probe import device_of
 
     from . import harness
     from . import kernels as benchmark
@@ -93,7 +93,7 @@ def vae(
     csv: Csv = None,
 ) -> None:
     """Decoding of random latents, or encoding; modes: eager, channels_last, fused."""
-    from turbo_nb.plan import device_of
+    from turbo_nb.machine.probe import device_of
 
     from . import harness
     from . import vae as benchmark
@@ -116,7 +116,7 @@ def switch(
     csv: Csv = None,
 ) -> None:
     """One expert leaves the GPU, the other comes; modes: accelerate, turns, ahead."""
-    from turbo_nb.plan import device_of
+    from turbo_nb.machine.probe import device_of
 
     from . import harness
     from . import switch as benchmark
@@ -147,7 +147,8 @@ def e2e(
     csv: Csv = None,
 ) -> None:
     """From a prompt to an mp4, warm, as `load_pipeline` makes it."""
-    from turbo_nb.plan import GB, device_of
+    from turbo_nb.machine.probe import device_of
+    from turbo_nb.runtime.plan import GB
 
     from . import e2e as benchmark
     from . import harness

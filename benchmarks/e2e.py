@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 import turbo_nb
-from turbo_nb import catalog, media, sources
+from turbo_nb import catalog
 from turbo_nb.errors import InputError
-from turbo_nb.weights import Contents
+from turbo_nb.files import resolve
+from turbo_nb.files.recognise import Contents
+from turbo_nb.video import mp4
 
 from . import harness, step
 from .harness import Check, Job, Timing
@@ -118,7 +120,7 @@ def make(pipeline, prompt: str, clip: dict) -> Made:
     """A clip whose frames are encoded while others are decoded, and written."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        with media.Encoder(Path(folder) / "video.mp4", pipeline.spec.fps) as encoder:
+        with mp4.Encoder(Path(folder) / "video.mp4", pipeline.spec.fps) as encoder:
             video = turbo_nb.generate(pipeline, prompt, **clip, on_frames=encoder.add)
             write = time.perf_counter()
             path = video.save(encoder)
@@ -135,13 +137,13 @@ def random_pipeline(name: str, load: dict):
     found = random_sources(name, load["device"], load["memory_plan"] != "resident")
     if load["device"] != "cpu":
         torch.cuda.empty_cache()  # of what was drawn
-    with patch.object(sources, "resolve", lambda *arguments, **options: found):
+    with patch.object(resolve, "resolve", lambda *arguments, **options: found):
         pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
     return pipeline
 
 
-def random_sources(name: str, device: str, in_main_memory: bool = False) -> sources.Sources:
+def random_sources(name: str, device: str, in_main_memory: bool = False) -> resolve.Sources:
     """Files of a transformer of `step.MODELS` with Wan2.1's VAE and umT5-xxl as they would be read; random weights,
     and nano's tokenizer. Beside a transformer that reads narrower embeddings the other two are narrow as well.
 
@@ -164,7 +166,7 @@ def random_sources(name: str, device: str, in_main_memory: bool = False) -> sour
     }
     vae = random_vae(96 if config is UMT5_XXL else 8, device)
     spread_out(vae)
-    return sources.Sources(
+    return resolve.Sources(
         spec=catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v"),
         transformers=(transformer,),
         vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.to(home).state_dict()),

@@ -14,8 +14,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from turbo_nb import backends
 from turbo_nb.errors import InputError, OutputError, TurboNbError, first_line
+from turbo_nb.machine import probe
 
 COMMIT = "TURBO_NB_COMMIT"  # for a copy that is no checkout
 WORST = 0.05  # relative error that no bf16 configuration may have, whatever its plain modules have
@@ -181,8 +181,8 @@ def limit(own: float | None, worst: float = WORST) -> float:
 
 def facts(device: str) -> dict[str, str]:
     """The columns of the machine, the libraries and the code."""
-    name, _, version = backends.device_name(device).partition(", torch ")
-    machine = backends.probe()
+    name, _, version = probe.device_name(device).partition(", torch ")
+    machine = probe.probe()
     triton = machine.libraries.get("triton")
     return {
         "gpu": name,

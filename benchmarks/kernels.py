@@ -15,7 +15,10 @@ from torch import Tensor
 
 from turbo_nb import backends, linear, rope
 from turbo_nb.errors import InputError
-from turbo_nb.kernels import reference
+from turbo_nb.machine import probe
+from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.linear8 import reference as linear8_reference
+from turbo_nb.ops.norms import reference as norms_reference
 from turbo_nb.sla import BLOCK_K, BLOCK_Q
 
 from . import harness
@@ -80,14 +83,14 @@ def qkv_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> 
 
 
 def sla_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """The arguments of `reference.sparse_linear_attention`"""
+    """The arguments of `attention_reference.sparse_linear_attention`"""
     dim = shape[2]
     weight, bias = _noise(device, torch.float32, (dim, dim), (dim,))
     return *qkv_inputs(shape, device, dtype), weight / dim**0.5, 0.02 * bias, TOPK, BLOCK_Q, BLOCK_K
 
 
 def block_map_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """The arguments of `reference.block_map`"""
+    """The arguments of `attention_reference.block_map`"""
     q, k, _ = qkv_inputs(shape, device, dtype)
     return q, k, TOPK, BLOCK_Q, BLOCK_K
 
@@ -96,11 +99,11 @@ def every_block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Sparse attention that keeps every block, which is dense attention: what sparse attention has to beat."""
     batch, length, heads, _ = q.shape
     kept = torch.ones(batch, heads, -(-length // BLOCK_Q), -(-length // BLOCK_K), dtype=torch.bool, device=q.device)
-    return reference.sparse_attention(q, k, v, kept, BLOCK_Q, BLOCK_K)
+    return attention_reference.sparse_attention(q, k, v, kept, BLOCK_Q, BLOCK_K)
 
 
 def norm_rope_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """The arguments of `reference.rms_norm_rope`: x (1, L, H·D), weight, cos, sin, heads"""
+    """The arguments of `norms_reference.rms_norm_rope`: x (1, L, H·D), weight, cos, sin, heads"""
     x, cos, sin = rope_inputs(shape, device, dtype)
     (weight,) = _noise(device, torch.float32, (shape[1] * shape[2],))
     return x.flatten(2), 1 + 0.1 * weight, cos, sin, shape[1]
@@ -115,17 +118,17 @@ def gated_norm_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dty
 
 
 def linear_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """The arguments of `reference.int8_linear`; the weight is quantised beforehand, as a checkpoint has it"""
+    """The arguments of `linear8_reference.int8_linear`; the weight is quantised beforehand, as a checkpoint has it"""
     rows, inputs, outputs = shape
     x, weight, bias = _noise(device, dtype, (rows, inputs), (outputs, inputs), (outputs,))
-    return x, *reference.int8_quantize(weight / inputs**0.5), bias
+    return x, *linear8_reference.int8_quantize(weight / inputs**0.5), bias
 
 
 def row_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """The arguments of `reference.row_linear`"""
+    """The arguments of `linear8_reference.row_linear`"""
     rows, inputs, outputs = shape
     x, weight, bias = _noise(device, dtype, (rows, inputs), (outputs, inputs), (outputs,))
-    q, scale, _ = reference.row_quantize(weight / inputs**0.5)
+    q, scale, _ = linear8_reference.row_quantize(weight / inputs**0.5)
     return x, q, scale, bias
 
 
@@ -133,42 +136,47 @@ def row_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> 
 OPERATIONS = {
     "apply_rotary_emb": Operation(
         make_inputs=rope_inputs,
-        reference=reference.apply_rotary_emb,
+        reference=norms_reference.apply_rotary_emb,
         spellings={"chosen": rope.apply_rotary_emb},
         shapes=ATTENTION,
     ),
     "rms_norm_rope": Operation(
-        make_inputs=norm_rope_inputs, reference=reference.rms_norm_rope, shapes=ATTENTION, triton="norms"
+        make_inputs=norm_rope_inputs, reference=norms_reference.rms_norm_rope, shapes=ATTENTION, triton="norms"
     ),
     "gated_norm": Operation(
-        make_inputs=gated_norm_inputs, reference=reference.gated_norm, shapes=ATTENTION, triton="norms"
+        make_inputs=gated_norm_inputs, reference=norms_reference.gated_norm, shapes=ATTENTION, triton="norms"
     ),
-    "block_map": Operation(make_inputs=block_map_inputs, reference=reference.block_map, shapes=ATTENTION),
+    "block_map": Operation(make_inputs=block_map_inputs, reference=attention_reference.block_map, shapes=ATTENTION),
     "dense_attention": Operation(
-        make_inputs=qkv_inputs, reference=every_block, spellings={"sdpa": reference.cross_attention}, shapes=ATTENTION
+        make_inputs=qkv_inputs,
+        reference=every_block,
+        spellings={"sdpa": attention_reference.cross_attention},
+        shapes=ATTENTION,
     ),
     "sparse_linear_attention": Operation(
         make_inputs=sla_inputs,
-        reference=reference.sparse_linear_attention,
+        reference=attention_reference.sparse_linear_attention,
         shapes=ATTENTION,
         triton="sparse_linear",
     ),
     "sage_linear_attention": Operation(
         make_inputs=sla_inputs,
-        reference=partial(reference.sparse_linear_attention, sparse_attention=reference.sage_sparse_attention),
-        exact=reference.sparse_linear_attention,
+        reference=partial(
+            attention_reference.sparse_linear_attention, sparse_attention=attention_reference.sage_sparse_attention
+        ),
+        exact=attention_reference.sparse_linear_attention,
         shapes=ATTENTION,
         triton="sage",
     ),
     "row_linear": Operation(
         make_inputs=row_inputs,
-        reference=reference.row_linear,
+        reference=linear8_reference.row_linear,
         spellings={"chosen": linear.row_linear},
         shapes=LINEAR,
     ),
     "int8_linear": Operation(
         make_inputs=linear_inputs,
-        reference=reference.int8_linear,
+        reference=linear8_reference.int8_linear,
         spellings={"chosen": linear.int8_linear},
         shapes=LINEAR,
     ),
@@ -210,7 +218,7 @@ def spellings(name: str, device: str) -> dict[str, Callable]:
     """Name → function of all that can run an operation on the device, the reference first."""
     operation = OPERATIONS[name]
     found = {"reference": operation.reference, **operation.spellings}
-    if operation.triton and device != "cpu" and not backends.no_kernels(backends.probe()):
+    if operation.triton and device != "cpu" and not backends.no_kernels(probe.probe()):
         found["triton"] = function = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
         if name in ("sparse_linear_attention", "sage_linear_attention") and backends.choose("sla").chosen == "gluon":
             found["gluon"] = partial(function, gluon=True)

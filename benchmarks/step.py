@@ -21,12 +21,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from turbo_nb import backends, catalog, fuse, sla
+from turbo_nb import backends, catalog, sla
 from turbo_nb.checkpoint import load_transformer
+from turbo_nb.checkup.selftest import SAGE_STEP_BOUND
 from turbo_nb.errors import InputError
-from turbo_nb.kernels import reference
-from turbo_nb.verify import SAGE_STEP_BOUND
-from turbo_nb.weights import Contents
+from turbo_nb.files.recognise import Contents
+from turbo_nb.fused import transformer as fused_transformer
+from turbo_nb.ops.attention import reference as attention_reference
 
 from . import harness
 from .harness import Check, Job
@@ -185,11 +186,11 @@ def velocity(transformer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _fused(transformer: nn.Module) -> Iterator[None]:
-    print(fuse.fuse(transformer))
+    print(fused_transformer.fuse(transformer))
     try:
         yield
     finally:
-        fuse.unfuse(transformer)
+        fused_transformer.unfuse(transformer)
 
 
 @contextmanager
@@ -234,7 +235,7 @@ def using(mode: str, transformer: nn.Module) -> Iterator[None]:
         yield
 
 
-_source = reference.block_map  # who answers, while `maps_from` lasts
+_source = attention_reference.block_map  # who answers, while `maps_from` lasts
 
 
 # An operation of its own, so that a compiled block asks anew at every call
@@ -252,13 +253,15 @@ def _(q, k, topk, block_q, block_k):
 def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, *_) -> Tensor:
     """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
     kept = _block_map(q, k, topk, block_q, block_k)
-    return kept.int().topk(reference.kept_count(topk, kept.shape[-1]), dim=-1).indices.int().sort(dim=-1).values
+    return (
+        kept.int().topk(attention_reference.kept_count(topk, kept.shape[-1]), dim=-1).indices.int().sort(dim=-1).values
+    )
 
 
 # Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`
 MAP_SEAMS = [
-    ("turbo_nb.kernels.reference", "block_map", _block_map),
-    ("turbo_nb.kernels.sparse_linear", "kept_blocks", _kept_blocks),
+    ("turbo_nb.ops.attention.reference", "block_map", _block_map),
+    ("turbo_nb.ops.attention.triton_sla", "kept_blocks", _kept_blocks),
 ]
 
 
@@ -285,7 +288,7 @@ class Plain:
     weights on the same maps, and their error against it."""
 
     def __init__(self, setup: Setup):
-        choose, self.maps = reference.block_map, []
+        choose, self.maps = attention_reference.block_map, []
 
         def record(*arguments) -> Tensor:
             self.maps.append(choose(*arguments))

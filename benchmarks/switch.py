@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from turbo_nb import offload
 from turbo_nb.errors import InputError
+from turbo_nb.runtime import expert_swap
 
 from . import harness
 from .harness import Check, Job, Timing
@@ -42,7 +42,7 @@ class Expert(nn.Module):
 
 
 class Pipeline:
-    """What `offload.take_turns` asks of a pipeline."""
+    """What `expert_swap.take_turns` asks of a pipeline."""
 
     def __init__(self, experts: tuple[Expert, Expert]):
         self.experts = experts
@@ -117,7 +117,7 @@ def _accelerate(experts: tuple[Expert, Expert], device: str, _: bool) -> Iterato
 @contextmanager
 def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator[Switch]:
     pipeline = Pipeline(experts)
-    offload.take_turns(pipeline, experts, device)
+    expert_swap.take_turns(pipeline, experts, device)
 
     def switch():
         experts[0]()
@@ -128,11 +128,11 @@ def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator
         return seconds, 1, out.cpu()
 
     try:
-        with patch.object(offload, "room_on", offload.room_on if ahead else lambda device: 0):
+        with patch.object(expert_swap, "room_on", expert_swap.room_on if ahead else lambda device: 0):
             yield switch
     finally:
         pipeline.maybe_free_model_hooks()
-        offload.end_turns(pipeline)
+        expert_swap.end_turns(pipeline)
 
 
 def _timed(work: Callable[[], Tensor | None], device: str) -> tuple[float, Tensor | None]:

@@ -14,15 +14,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from turbo_nb import vae as fast
 from turbo_nb.checkpoint import load_vae
 from turbo_nb.errors import InputError
+from turbo_nb.fused import vae as fused_vae
 
 from . import harness
 from .harness import Check, Job
 
 # Name → what it does to the VAE
-MODES = {"eager": lambda vae: None, "channels_last": fast.channels_last, "fused": fast.fuse}
+MODES = {"eager": lambda vae: None, "channels_last": fused_vae.channels_last, "fused": fused_vae.fuse}
 PSNR = 45  # dB that a mode's result keeps from the plain bf16 one
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from turbo_nb import backends
-from turbo_nb.backends import Choice, Library, Machine, choose, detect
+from turbo_nb.backends import Choice, choose, detect
 from turbo_nb.errors import BackendError, InputError
+from turbo_nb.machine import probe
+from turbo_nb.machine.probe import Library, Machine
 
 CARDS = {
     "none": None, "T4": (7, 5), "RTX 3090": (8, 6), "A100": (8, 0), "L40S": (8, 9), "RTX 4090": (8, 9), "H100": (9, 0),
@@ -165,7 +167,7 @@ def test_an_unknown_operation():
 
 def test_detect_is_the_machine_with_its_choices(monkeypatch):
     here = machine("H100", WORKS, WORKS)
-    monkeypatch.setattr(backends, "probe", lambda: here)
+    monkeypatch.setattr(probe, "probe", lambda: here)
     found = detect(attention="reference")
     assert (found.gpu, found.arch, found.libraries) == ("H100", (9, 0), here.libraries)
     assert found.rope.chosen == "flash_attn" and found.attention is found.sla
@@ -180,7 +182,7 @@ def test_detect_here():
     found = detect()
     assert found.torch and found.rope.chosen in ("flash_attn", "reference")
     assert (found.arch is None) == (found.free_memory is None)
-    assert backends._probe_once() is backends._probe_once()
+    assert probe._probe_once() is probe._probe_once()
 
 
 @pytest.fixture
@@ -204,15 +206,15 @@ def package(tmp_path, monkeypatch):
 
 def test_an_import_that_fails_is_a_result(package):
     package("flash_attn", "raise OSError('libfoo.so: undefined symbol: bar\\nand more')")
-    found = backends._probe_library("flash_attn", usable=True)
+    found = probe._probe_library("flash_attn", usable=True)
     assert found.error == "import failed: libfoo.so: undefined symbol: bar"
 
 
 def test_without_a_gpu_nothing_is_imported(package):
     package("spas_sage_attn", "raise SystemExit('imported')")
-    assert backends._probe_library("spas_sage_attn", usable=False).error == "not imported: no CUDA GPU"
+    assert probe._probe_library("spas_sage_attn", usable=False).error == "not imported: no CUDA GPU"
     package("flash_attn", "")
-    assert backends._probe_library("flash_attn", usable=True) == Library()
+    assert probe._probe_library("flash_attn", usable=True) == Library()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_without_a_gpu_nothing_is_imported(package):
 )  # fmt: skip
 def test_the_trial_kernel_fails_in_its_own_process(tmp_path, code, words):
     (tmp_path / "script.py").write_text(code)
-    assert backends._probe_triton(tmp_path / "script.py") == words
+    assert probe._probe_triton(tmp_path / "script.py") == words
 
 
 def test_the_trial_kernel_adds_one():
@@ -245,14 +247,14 @@ def test_the_trial_kernel_adds_one():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_the_trial_kernel_without_a_gpu_fails_in_words():
-    assert re.match(r"its trial kernel failed: \w+(Error|Exception): .*(CUDA|NVIDIA)", backends._probe_triton())
+    assert re.match(r"its trial kernel failed: \w+(Error|Exception): .*(CUDA|NVIDIA)", probe._probe_triton())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_trial_kernel_on_a_gpu(monkeypatch, tmp_path):
-    assert backends._probe_triton() is None
+    assert probe._probe_triton() is None
     monkeypatch.setenv("CC", str(tmp_path / "none"))
-    assert "none" in backends._probe_triton()
+    assert "none" in probe._probe_triton()
 
 
 def test_a_trial_kernel_that_hangs_is_ended_with_what_it_started(tmp_path):
@@ -263,7 +265,7 @@ def test_a_trial_kernel_that_hangs_is_ended_with_what_it_started(tmp_path):
         "time.sleep(60)\n"
     )
     begin = time.monotonic()
-    assert backends._probe_triton(tmp_path / "script.py", 2) == "its trial kernel gave no answer in 2 s"
+    assert probe._probe_triton(tmp_path / "script.py", 2) == "its trial kernel gave no answer in 2 s"
     assert time.monotonic() - begin < 10
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True).stdout
     assert state.strip() in ("", "Z")
@@ -274,9 +276,9 @@ def test_nvidia_smi_as_it_answers(tmp_path, monkeypatch):
     smi.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 580.65.06\\nNVIDIA H100 80GB HBM3, 580.65.06\\n'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert backends._nvidia_smi() == ("NVIDIA H100 80GB HBM3", "580.65.06")
+    assert probe._nvidia_smi() == ("NVIDIA H100 80GB HBM3", "580.65.06")
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    assert backends._nvidia_smi() == (None, None)
+    assert probe._nvidia_smi() == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -300,5 +302,5 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch, cuda, availa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "init", no)
     monkeypatch.setattr(torch, "zeros", no)
-    _, told = choose("rope", backends._probe_once.__wrapped__()).passed_over[0]
+    _, told = choose("rope", probe._probe_once.__wrapped__()).passed_over[0]
     assert told.startswith("torch cannot use the NVIDIA L4: ") and words in told and "\n" not in told

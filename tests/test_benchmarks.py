@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
 from benchmarks import e2e, harness, kernels, step, switch, vae
-from turbo_nb import media
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError
-from turbo_nb.kernels import reference
+from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.norms import reference as norms_reference
+from turbo_nb.video import mp4
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("--device", "cpu", "--runs", "1", "--warmup", "0")
 TINY = ("step", "--model", "tiny", "--size", "128x128x9", "--check-size", "128x128x9", "--topk", "0.4", *QUICK)
 ROPE = ("kernels", "--only", "apply_rotary_emb", "--shape", "63x2x64", *QUICK)
-CHOOSE = reference.block_map
+CHOOSE = attention_reference.block_map
 LINEAR = ("kernels", "--only", "int8_linear", "--shape", "63x200x130", *QUICK)
 
 
@@ -89,8 +90,8 @@ def own_maps(transformer):
 
         def forward(q, k, v, sums, layer=layer):
             kept = CHOOSE(q, k, layer.topk, layer.block_q, layer.block_k)
-            sparse = reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
-            linear = layer.proj_l(reference.linear_attention(q, k, v).float())
+            sparse = attention_reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
+            linear = layer.proj_l(attention_reference.linear_attention(q, k, v).float())
             return (sparse + linear).to(q.dtype)
 
         layer.forward = forward
@@ -127,7 +128,7 @@ def test_block_maps_are_one_a_layer_and_the_reference_is_itself_again():
         model="tiny", layers=2, size=(128, 128, 9), attention="sla", topk=0.4, linears="bf16", device="cpu"
     )
     plain = step.Plain(setup)
-    assert [tuple(kept.shape) for kept in plain.maps] == [(1, 2, 2, 3)] * 2 and reference.block_map is CHOOSE
+    assert [tuple(kept.shape) for kept in plain.maps] == [(1, 2, 2, 3)] * 2 and attention_reference.block_map is CHOOSE
     assert all(kept.sum(-1).eq(1).all() for kept in plain.maps)  # int(0.4 · 3)
     parts = dict(step.build(setup).named_parameters())
     assert all(part.float().std() > 0 for part in parts.values())
@@ -145,9 +146,9 @@ def test_kernels_are_rows(bench):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("slightly", lambda *arguments: 1.02 * reference.apply_rotary_emb(*arguments)),
+        ("slightly", lambda *arguments: 1.02 * norms_reference.apply_rotary_emb(*arguments)),
         ("NaN", lambda *arguments: torch.full_like(arguments[0], torch.nan)),
-        ("cut", lambda *arguments: reference.apply_rotary_emb(*arguments)[:, 1:]),
+        ("cut", lambda *arguments: norms_reference.apply_rotary_emb(*arguments)[:, 1:]),
     ],
 )
 def test_a_wrong_kernel_gives_no_row(bench, monkeypatch, capsys, name, wrong):
@@ -160,8 +161,8 @@ def test_a_wrong_kernel_gives_no_row(bench, monkeypatch, capsys, name, wrong):
 @pytest.mark.parametrize("length", [63, 129, 700, 1000, 1536])
 def test_the_blocks_to_keep_are_beyond_doubt(length):
     inputs = kernels.block_map_inputs((length, 3, 128), "cpu", torch.bfloat16)
-    kept = reference.block_map(*inputs)
-    exact = reference.block_map(inputs[0].double(), inputs[1].double(), *inputs[2:])
+    kept = attention_reference.block_map(*inputs)
+    exact = attention_reference.block_map(inputs[0].double(), inputs[1].double(), *inputs[2:])
     assert torch.equal(kept, exact)
     if length >= 700:
         assert len(kept.flatten(0, 2).unique(dim=0)) > 3  # and not the same everywhere
@@ -198,8 +199,8 @@ E2E = ("e2e", "--size", "64x64x5", "--steps", 2, "--device", "cpu", "--runs", 3,
 
 @pytest.mark.parametrize(("options", "weights"), [((), "nano"), (("--random", "tiny"), "random tiny")])
 def test_a_clip_is_a_row_a_stage(bench, monkeypatch, options, weights):
-    taken, add = [], media.Encoder.add
-    monkeypatch.setattr(media.Encoder, "add", lambda self, frames: taken.append(len(frames)) or add(self, frames))
+    taken, add = [], mp4.Encoder.add
+    monkeypatch.setattr(mp4.Encoder, "add", lambda self, frames: taken.append(len(frames)) or add(self, frames))
     code, rows = bench(*E2E, *options)
     assert code == 0 and taken == [1, 4] * 4  # the first run and three; what is decoded is encoded
     assert [row["work"].split()[0] for row in rows] == ["text", "denoise", "decode", "step", "write", "all"]

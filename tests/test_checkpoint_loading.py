@@ -19,10 +19,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from turbo_nb import catalog
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
+from turbo_nb.files.recognise import read, recognise
 from turbo_nb.linear import is_quantized, to_rows
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
-from turbo_nb.weights import read, recognise
 
 
 @pytest.fixture(scope="module")

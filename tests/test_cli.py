@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import command_line
 
-from turbo_nb import media
-from turbo_nb.media import read_metadata
+from turbo_nb.video import mp4
+from turbo_nb.video.mp4 import read_metadata
 
 PROMPT = "a large red circle moving from left to right on a black background"
 
@@ -61,8 +61,8 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
 
 @pytest.mark.parametrize(("grid", "made"), [(False, ["v-0.mp4", "v-1.mp4"]), (True, ["v.mp4"])], ids=["", "grid"])
 def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, monkeypatch, grid, made):
-    taken, add = [], media.Encoder.add
-    monkeypatch.setattr(media.Encoder, "add", lambda self, frames: taken.append(frames.shape) or add(self, frames))
+    taken, add = [], mp4.Encoder.add
+    monkeypatch.setattr(mp4.Encoder, "add", lambda self, frames: taken.append(frames.shape) or add(self, frames))
     result = command_line(
         "t2v", "--prompt", PROMPT, "--num_frames", 5, "--num_steps", 1, "--resolution", "64x48", "--num_samples", 2,
         "--save_path", "v.mp4", *["--grid"] * grid, cwd=tmp_path,

@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, offload, pipeline, plan, vae
-from turbo_nb.checkpoint import convert, load_transformer
+from turbo_nb import catalog, cli, pipeline
+from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError, InputError, TurboNbError
+from turbo_nb.files.convert import convert
+from turbo_nb.fused import vae
+from turbo_nb.runtime import expert_swap, plan
 
 NANO = catalog.NANO.folder
 TINY = catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256)
@@ -238,8 +241,8 @@ def test_experts_that_take_turns_make_the_same_clip_and_their_switch_is_timed(fo
     )
     expected, parts = make(), (i2v.transformer, i2v.transformer_2, i2v.vae)
     assert "switch" not in expected.timings
-    slowly = _slowly(offload.Turn._come)
-    monkeypatch.setattr(offload.Turn, "_come", slowly)
+    slowly = _slowly(expert_swap.Turn._come)
+    monkeypatch.setattr(expert_swap.Turn, "_come", slowly)
     try:
         pipeline._apply(i2v, replace(before, name="offload", offload="model", text_encoder="freed"))
         for _ in range(2):

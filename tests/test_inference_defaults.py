@@ -10,7 +10,7 @@ from helpers import command_line
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, pipeline
+from turbo_nb import catalog, cli, settings
 
 # From upstream's README, but for the length of the prompts
 UPSTREAM_T2V = """python turbodiffusion/inference/wan2.1_t2v_infer.py \\
@@ -79,10 +79,10 @@ def test_defaults_are_the_models_own(asked):
         "num_frames": None, "num_steps": 4, "seed": 0, "resolution": None, "aspect_ratio": None, "sigma_max": None,
         "ode": False, "noise_device": "cpu",
     }  # fmt: skip
-    settings = pipeline.check_settings(catalog.find("Wan2.2-A14B"), "x")
-    assert (settings.sigma_max, settings.boundary, settings.width, settings.num_frames) == (200.0, 0.9, 1280, 81)
-    settings = pipeline.check_settings(catalog.find("Wan2.1-1.3B"), "x")
-    assert (settings.sigma_max, settings.boundary, settings.width, settings.num_steps) == (80.0, None, 832, 4)
+    checked = settings.check_settings(catalog.find("Wan2.2-A14B"), "x")
+    assert (checked.sigma_max, checked.boundary, checked.width, checked.num_frames) == (200.0, 0.9, 1280, 81)
+    checked = settings.check_settings(catalog.find("Wan2.1-1.3B"), "x")
+    assert (checked.sigma_max, checked.boundary, checked.width, checked.num_steps) == (80.0, None, 832, 4)
 
 
 def test_memory_is_given_in_gigabytes(asked):

@@ -6,7 +6,6 @@ from helpers import assert_close, golden, relative_error
 from torch import nn
 
 from turbo_nb.errors import InputError
-from turbo_nb.kernels import reference
 from turbo_nb.linear import (
     Int8Linear,
     empty_linears,
@@ -20,6 +19,7 @@ from turbo_nb.linear import (
     to_rows,
     to_tiles,
 )
+from turbo_nb.ops.linear8 import reference as linear8_reference
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_linear_keeps_dtype_and_leading_dimensions(dtype):
 def test_many_rows_are_worked_through_in_parts(monkeypatch):
     x, (w_q, scale) = torch.randn(300, 256), int8_quantize(torch.randn(64, 256))
     whole = int8_linear(x, w_q, scale)
-    monkeypatch.setattr(reference, "LINEAR_ROWS", 128)
+    monkeypatch.setattr(linear8_reference, "LINEAR_ROWS", 128)
     assert torch.equal(int8_linear(x, w_q, scale), whole)
 
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 import turbo_nb
-from turbo_nb import estimate, media, pipeline, vae
+from turbo_nb import pipeline
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
+from turbo_nb.fused import vae
+from turbo_nb.runtime import estimate
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
+from turbo_nb.video import mp4, sheet
 
 PROMPT = "a small green square growing on a gray background"
 SHORT = {"num_frames": 5, "num_steps": 2}
@@ -56,7 +59,7 @@ def test_a_step_that_did_not_end_is_not_counted(nano, monkeypatch):
 
 def test_the_time_of_writing_is_remembered_with_what_was_written(nano, tmp_path):
     video = turbo_nb.generate(nano, PROMPT, **SHORT)
-    replace(video, frames=media.grid([video.frames, video.frames])).save(tmp_path / "grid.mp4")
+    replace(video, frames=sheet.grid([video.frames, video.frames])).save(tmp_path / "grid.mp4")
     row = estimate.rows()[0]
     assert list(row.timings) == ["write"] and (row.width, row.height, row.num_frames) == (256, 128, 5)
 
@@ -152,7 +155,7 @@ def test_frames_are_given_once_and_in_turn_while_others_are_decoded(nano, monkey
 
 
 def test_an_encoder_takes_frames_while_they_are_decoded(nano, tmp_path):
-    with media.Encoder(tmp_path / "clip.mp4", nano.spec.fps) as encoder:
+    with mp4.Encoder(tmp_path / "clip.mp4", nano.spec.fps) as encoder:
         video = turbo_nb.generate(nano, PROMPT, on_frames=encoder.add, **SHORT)
         path = video.save(encoder)
     assert path == tmp_path / "clip.mp4" and turbo_nb.read_metadata(path) == video.settings

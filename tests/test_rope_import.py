@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import turbo_nb
-from turbo_nb import backends, rope
-from turbo_nb.backends import Library, Machine
+from turbo_nb import rope
+from turbo_nb.machine import probe
+from turbo_nb.machine.probe import Library, Machine
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def gpu(monkeypatch):
     def make(error=None):
         libraries = {"triton": Library(version="3.6"), "flash_attn": Library(version="2.8.3", error=error)}
         here = Machine(gpu="H100", arch=(9, 0), libraries=libraries)
-        monkeypatch.setattr(backends, "_probe_once", lambda: here)
-        monkeypatch.setattr(backends, "installed", lambda name: True)
+        monkeypatch.setattr(probe, "_probe_once", lambda: here)
+        monkeypatch.setattr(probe, "installed", lambda name: True)
 
     monkeypatch.delenv("TURBO_NB_ROPE", raising=False)
     rope._flash_attn.cache_clear()
@@ -33,7 +34,7 @@ def gpu(monkeypatch):
 
 
 def test_absent_it_is_not_missed(gpu, monkeypatch):
-    monkeypatch.setattr(backends, "installed", lambda name: False)
+    monkeypatch.setattr(probe, "installed", lambda name: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rope._flash_attn() is None
@@ -89,7 +90,7 @@ def test_a_broken_flash_attn_never_breaks_the_import(tmp_path, body):
         from turbo_nb import backends, rope, sla
         x = torch.randn(1, 4, 2, 8)
         rope.apply_rotary_emb(x, torch.ones(4, 4), torch.zeros(4, 4))
-        print(backends._probe_library("flash_attn", usable=True).error)
+        print(probe._probe_library("flash_attn", usable=True).error)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

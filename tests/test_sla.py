@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 from helpers import assert_close, golden
 
 from turbo_nb.errors import InputError
-from turbo_nb.kernels import reference
+from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.sla import SLAProcessor, SparseLinearAttention, attention_type, block_map, set_attention_type
 
 
@@ -35,7 +35,7 @@ def test_sparse_part_is_softmax_over_the_kept_keys(length, topk):
     score = torch.einsum("blhd,bmhd->bhlm", q.double(), k.double()) / 8
     weight = score.masked_fill(~kept[:, :, query][..., key], -torch.inf).softmax(-1)
     expected = torch.einsum("bhlm,bmhd->blhd", weight, v.double())
-    assert_close(f"{length} {topk}", expected, reference.sparse_attention(q, k, v, kept, 128, 64), 1e-5)
+    assert_close(f"{length} {topk}", expected, attention_reference.sparse_attention(q, k, v, kept, 128, 64), 1e-5)
 
 
 @pytest.mark.parametrize("length", [63, 700, 1000])
@@ -43,7 +43,7 @@ def test_linear_part_is_the_formula(length):
     q, k, v = (x.double() for x in qkv(length))
     weight = torch.einsum("blhd,bmhd->bhlm", q.softmax(-1), k.softmax(-1))
     expected = torch.einsum("bhlm,bmhd->blhd", weight / (1e-5 + weight.sum(-1, keepdim=True)), v)
-    assert_close(str(length), expected, reference.linear_attention(q.float(), k.float(), v.float()), 1e-4)
+    assert_close(str(length), expected, attention_reference.linear_attention(q.float(), k.float(), v.float()), 1e-4)
 
 
 @pytest.mark.parametrize("length", [63, 700, 1000])
@@ -54,8 +54,8 @@ def test_the_layer_is_sparse_plus_projected_linear(length, dtype, bound):
     torch.nn.init.normal_(layer.proj_l.weight, std=0.1)
     kept = block_map(q, k, 0.3, 128, 64)
     q64, k64, v64 = q.double(), k.double(), v.double()
-    linear = reference.linear_attention(q64, k64, v64) @ layer.proj_l.weight.double().T
-    expected = reference.sparse_attention(q64, k64, v64, kept, 128, 64) + linear
+    linear = attention_reference.linear_attention(q64, k64, v64) @ layer.proj_l.weight.double().T
+    expected = attention_reference.sparse_attention(q64, k64, v64, kept, 128, 64) + linear
     out = layer(q, k, v)
     assert out.dtype == dtype
     assert_close(f"{length} {dtype}", expected, out, bound)
@@ -81,14 +81,14 @@ def test_from_topk_1_on_every_block_is_kept(topk):
     kept = block_map(q, k, topk, 128, 64)
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     assert kept.all()
-    assert_close("dense", dense, reference.sparse_attention(q, k, v, kept, 128, 64), 1e-6)
+    assert_close("dense", dense, attention_reference.sparse_attention(q, k, v, kept, 128, 64), 1e-6)
 
 
 @pytest.mark.parametrize("length", [63, 700])
 def test_block_means_count_a_ragged_block_by_its_own_tokens(length):
     q, _, _ = qkv(length)
     expected = torch.stack([part.mean(1) for part in q.split(64, dim=1)], dim=2)
-    assert_close(str(length), expected, reference.block_means(q, 64), 1e-6)
+    assert_close(str(length), expected, attention_reference.block_means(q, 64), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -102,9 +102,9 @@ def test_a_clip_too_short_for_one_block_is_finite(length, dtype):
 def test_slabs_give_the_same(monkeypatch):
     q, k, v = qkv(1000)
     kept = block_map(q, k, 0.3, 128, 64)
-    whole = reference.sparse_attention(q, k, v, kept, 128, 64)
-    monkeypatch.setitem(reference.MASK_ELEMENTS, "cpu", 1)
-    assert_close("slabs", whole, reference.sparse_attention(q, k, v, kept, 128, 64), 1e-6)
+    whole = attention_reference.sparse_attention(q, k, v, kept, 128, 64)
+    monkeypatch.setitem(attention_reference.MASK_ELEMENTS, "cpu", 1)
+    assert_close("slabs", whole, attention_reference.sparse_attention(q, k, v, kept, 128, 64), 1e-6)
 
 
 def test_everything_trains():

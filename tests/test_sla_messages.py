@@ -9,9 +9,10 @@ from helpers import assert_close, command_line, golden, relative_error
 
 import turbo_nb
 from turbo_nb import backends, sla
-from turbo_nb.backends import Library, Machine
 from turbo_nb.errors import BackendError
-from turbo_nb.kernels import reference
+from turbo_nb.machine import probe
+from turbo_nb.machine.probe import Library, Machine
+from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.sla import SageSparseLinearAttention, SparseLinearAttention, attention_type, set_attention_type
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")
@@ -58,13 +59,13 @@ def test_spargeattn_is_called_as_it_wants_to_be(monkeypatch, attention):
 
     def kernel(q, k, v, mask_id, pvthreshd):
         asked.update(shape=q.shape, map=mask_id, pvthreshd=pvthreshd)
-        return reference.sage_sparse_attention(
+        return attention_reference.sage_sparse_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_id.bool(), 64, 128
         ).transpose(1, 2)
 
     here = Machine(gpu="H100", arch=(9, 0), libraries={"spas_sage_attn": Library(version="0.1")})
-    monkeypatch.setattr(backends, "probe", lambda: here)
-    monkeypatch.setattr(backends, "_probe_once", lambda: here)
+    monkeypatch.setattr(probe, "probe", lambda: here)
+    monkeypatch.setattr(probe, "_probe_once", lambda: here)
     monkeypatch.setitem(sys.modules, "spas_sage_attn", SimpleNamespace(block_sparse_sage2_attn_cuda=kernel))
     slow, q, k, v, ref = attention
     sage = SageSparseLinearAttention(128, slow.topk)
@@ -104,7 +105,7 @@ def test_the_triton_kernel_is_taken_and_is_nearer_to_the_exact_one(attention, mo
     pytest.importorskip("triton")
     sage, *qkv, _ = attention
     q, k, v = (x.half() for x in qkv)  # interpreted, a bf16 product is wrong
-    exact = sage._attend(q, k, v, reference.sparse_attention)
+    exact = sage._attend(q, k, v, attention_reference.sparse_attention)
     asked = []
     monkeypatch.setattr(backends, "on_triton", lambda *of, override: asked.append((of[0], override)) or True)
     assert 0.004 < relative_error(sage(q, k, v), exact) < 0.015  # the reference, in 8 bits throughout: 0.036

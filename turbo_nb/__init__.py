@@ -3,13 +3,13 @@
 from importlib import import_module
 
 _HOMES = {
-    "generate": "pipeline",
+    "generate": "generation",
     "load_pipeline": "pipeline",
-    "Video": "pipeline",
-    "contact_sheet": "media",
-    "download_model": "auto",
-    "doctor": "preflight",
-    "read_metadata": "media",
+    "Video": "generation",
+    "contact_sheet": "video.sheet",
+    "download_model": "files.resolve",
+    "doctor": "checkup.doctor",
+    "read_metadata": "video.mp4",
     "TurboNbError": "errors",
 }
 __all__ = sorted(_HOMES)

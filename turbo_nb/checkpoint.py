@@ -5,25 +5,23 @@ tensors to a model without storage: nothing is held twice.
 """
 
 import json
-import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
-from .errors import CheckpointError, InputError, OutputError, first_line
+from .errors import CheckpointError, InputError, first_line
+from .files.names import PROJ_L
+from .files.recognise import Contents, listed, read, require
 from .linear import Int8Linear, dequantize, empty_linears, held, quantize
-from .scheduler import RCMScheduler
 from .sla import set_attention_type
-from .weights import PROJ_L, Contents, listed, read, require
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -249,55 +247,3 @@ def load_tokenizer(path: str | Path):
             f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
             "as that of google/umt5-xxl"
         ) from error
-
-
-def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = (), low_noise: bool = False) -> str:
-    """Write a checkpoint as a part of a diffusers folder, in its own dtypes; what was written where, in words.
-
-    loras: "FILE" or "FILE:SCALE", merged into the transformer first. low_noise: it is the second of two experts.
-    Raises CheckpointError, also for LoRAs and int8 linears, and OutputError if the folder cannot be written.
-    """
-    contents, folder = read(source), Path(folder)
-    if loras and (contents.kind != "transformer" or contents.quantized):
-        raise CheckpointError(f"{str(source)!r} is {contents}; a LoRA is merged into a transformer with plain linears")
-    if contents.kind == "transformer":
-        kind = "sla" if contents.sla else "original"
-        module = load_transformer(contents, attention_type=kind, dtype=None)
-        for lora in loras:
-            _merge_lora(module, lora)
-        place = folder / ("transformer_2" if low_noise else "transformer")
-    elif contents.kind == "vae":
-        module, place = load_vae(contents, dtype=None), folder / "vae"
-    elif contents.kind != "text encoder":
-        raise CheckpointError(f"{str(source)!r} is {contents}; a transformer, a VAE or a text encoder can be converted")
-    else:
-        module, place = load_text_encoder(contents, dtype=None), folder / "text_encoder"
-    try:
-        module.save_pretrained(place)
-    except OSError as error:
-        raise OutputError(f"cannot write {str(place)!r}: {error}; free some space or choose another folder") from error
-    merged = f", with {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged" if loras else ""
-    return f"{place}: {contents}{merged}"
-
-
-def _merge_lora(transformer: WanTransformer3DModel, lora: str) -> None:
-    """Add a LoRA's weights to the transformer's own"""
-    path, scale = lora, "1"
-    if not Path(lora).is_file() and ":" in lora:
-        path, _, scale = lora.rpartition(":")
-    if not Path(path).is_file() or not _is_number(scale):
-        raise CheckpointError(f"no LoRA {lora!r}; give FILE or FILE:SCALE, such as style.safetensors:0.8")
-    pipeline = WanPipeline(None, None, None, RCMScheduler(), transformer)
-    try:
-        pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name, adapter_name="merged")
-        pipeline.fuse_lora(components=["transformer"], lora_scale=float(scale))
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path!r} cannot be merged as a LoRA of this model: {first_line(error)}") from error
-    pipeline.unload_lora_weights()
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

@@ -163,10 +163,15 @@ def i2v(
 
 def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict, load: dict) -> None:
     """Load a pipeline with the arguments `load`, and make `num_samples` clips of the arguments `clip`."""
-    from . import auto, environment, media, pipeline
+    from . import generation, pipeline
+    from .files import resolve
+    from .machine import environment
+    from .video import mp4, sheet
 
     if load["model"] == "auto":
-        load["model"], load["quant_linear"] = auto.choose(**{k: load[k] for k in ("device", "memory", "quant_linear")})
+        load["model"], load["quant_linear"] = resolve.choose(
+            **{k: load[k] for k in ("device", "memory", "quant_linear")}
+        )
     if num_samples < 1:
         raise InputError(f"num_samples is {num_samples}; it is 1 or more")
     seeds = range(clip["seed"], clip["seed"] + num_samples)
@@ -174,8 +179,8 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
     if num_samples > 1 and not grid:
         paths = [save_path.with_name(f"{save_path.stem}-{seed}{save_path.suffix}") for seed in seeds]
     for path in paths:
-        media.check_output(path)
-    size = pipeline.check_clip(load["model"], prompt, **clip)
+        mp4.check_output(path)
+    size = generation.check_clip(load["model"], prompt, **clip)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -192,13 +197,13 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
                 bar, description=fetched.stage, completed=fetched.done, total=fetched.total
             ),
         )
-        if outlook := pipeline.outlook(loaded, prompt, **clip):
+        if outlook := generation.outlook(loaded, prompt, **clip):
             progress.console.print(f"a video takes {outlook}")
         steps, clips = clip["num_steps"], []
         for seed in seeds:
             path = paths[0 if grid else seed - seeds[0]]
-            with nullcontext() if grid else media.Encoder(path, loaded.spec.fps) as encoder:
-                video = pipeline.generate(
+            with nullcontext() if grid else mp4.Encoder(path, loaded.spec.fps) as encoder:
+                video = generation.generate(
                     loaded,
                     prompt,
                     **clip | {"seed": seed},
@@ -212,7 +217,7 @@ def _make(prompt: str, save_path: Path, num_samples: int, grid: bool, clip: dict
                     clips.append(video.frames)
                     if seed != seeds[-1]:
                         continue
-                    video = replace(video, frames=media.grid(clips), settings=video.settings | {"seed": [*seeds]})
+                    video = replace(video, frames=sheet.grid(clips), settings=video.settings | {"seed": [*seeds]})
                 progress.reset(bar, description="write", total=None)
                 begin = time.perf_counter()
                 video.save(encoder or path)
@@ -239,18 +244,18 @@ def info(
     if not file.exists():
         raise InputError(f"no file {str(file)!r}; give an mp4 that turbo-nb made, or a checkpoint")
     if file.suffix == ".mp4":
-        from . import media
+        from .video import mp4
 
-        for name, value in media.read_metadata(file).items():
+        for name, value in mp4.read_metadata(file).items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {item}" for key, item in value.items())
             elif isinstance(value, list):
                 value = ", ".join(map(str, value))
             print(f"{name:15} {value}")
         return
-    from . import weights
+    from .files import recognise
 
-    print(weights.read(file))
+    print(recognise.read(file))
 
 
 @app.command()
@@ -263,9 +268,9 @@ def convert(
     ] = False,
 ) -> None:
     """Write a checkpoint as a part of a diffusers folder (safetensors). LoRAs can be merged into a bf16 transformer."""
-    from . import checkpoint
+    from .files import convert
 
-    print(checkpoint.convert(source, folder, loras=lora or (), low_noise=low_noise))
+    print(convert.convert(source, folder, loras=lora or (), low_noise=low_noise))
 
 
 @app.command()
@@ -274,9 +279,9 @@ def doctor(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 on warnings.")] = False,
 ) -> None:
     """Check this machine: what runs here, on what, and what to mend. Exit code 2 where nothing can run."""
-    from . import preflight
+    from .checkup import doctor
 
-    report = preflight.doctor()
+    report = doctor.doctor()
     if as_json:
         import json
 
@@ -297,9 +302,9 @@ def download(
     ] = None,
 ) -> None:
     """Fetch a model's files into the Hub cache ($HF_HOME): the plan, the transfer, and where they lie."""
-    from . import auto
+    from .files import resolve
 
-    files = auto.download_model(model, quantised=quant)
+    files = resolve.download_model(model, quantised=quant)
     if files:
         print(files)
 
@@ -312,9 +317,9 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, to paste or to parse.")] = False,
 ) -> None:
     """Try this machine and a model: operations, files, a step, a short clip. Exit code 2 where something is wrong."""
-    from . import verify
+    from .checkup import selftest
 
-    result = verify.verify(model, quantised=quant, device=device)
+    result = selftest.verify(model, quantised=quant, device=device)
     if as_json:
         import json
 
@@ -360,7 +365,7 @@ def batch(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import batch
+    from .batch import prompts, runner, summary
 
     if dit_path and model == "auto":
         model, dit_path = dit_path, None
@@ -374,10 +379,10 @@ def batch(
                 nonlocal made
                 made += record["status"] == "done"
                 progress.update(bar, description="make", completed=number, total=total)
-                print(f"{number}/{total}  {batch.describe(record)}", flush=True)
+                print(f"{number}/{total}  {summary.describe(record)}", flush=True)
 
-            summary = batch.run(
-                batch.read_prompts(prompts),
+            summary = runner.run(
+                prompts.read_prompts(prompts),
                 {
                     "model": model, "checkpoint": dit_path, "attention_type": attention_type, "sla_topk": sla_topk,
                     "attention_backend": attention_backend, "device": device, "memory_plan": memory_plan,

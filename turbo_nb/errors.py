@@ -1,4 +1,13 @@
-"""Typed errors. Each message says what was got, what is allowed and what to do."""
+"""Typed errors and warnings.
+
+The message of an error has three parts: NAME is GOT. Expected ALLOWED. FIX. `warn` issues every warning of this
+package, so that a job in a thread can collect its own warnings without touching Python's process-wide filters.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class TurboNbError(Exception):
@@ -29,6 +38,38 @@ class DownloadError(TurboNbError, OSError):
     """A file that cannot be fetched from the Hub, or that came with wrong bytes; files that are whole stay."""
 
 
+class TurboNbWarning(UserWarning):
+    """Category of every warning of this package."""
+
+
+_collector: ContextVar[list[str] | None] = ContextVar("turbo_nb_warnings", default=None)
+
+
+def warn(message: str, *, stacklevel: int = 1) -> None:
+    """Warn with `TurboNbWarning`; within `collect_warnings` the message goes to its list instead.
+
+    Args:
+        message: what happened, and what to do about it.
+        stacklevel: 1 names the caller of the function that calls `warn`.
+    """
+    collected = _collector.get()
+    if collected is None:
+        warnings.warn(message, TurboNbWarning, stacklevel=stacklevel + 2)
+    else:
+        collected.append(message)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect the messages of `warn` from this thread (or asyncio task) in a list, in order."""
+    messages: list[str] = []
+    token = _collector.set(messages)
+    try:
+        yield messages
+    finally:
+        _collector.reset(token)
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 160 characters"""
+    """Return what an error says, in one line of at most 160 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

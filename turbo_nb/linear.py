@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import backends
 from .errors import InputError
-from .kernels import reference
-from .kernels.reference import TILE, Rows, int8_dequantize, row_quantize
+from .ops.linear8 import reference as linear8_reference
+from .ops.linear8.reference import TILE, Rows, int8_dequantize, row_quantize
 
 __all__ = [
     "Int8Linear",
@@ -42,7 +42,7 @@ def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.ndim != 2:
         raise InputError(f"x has shape {tuple(x.shape)}; int8_quantize takes a matrix (rows, columns)")
-    return reference.int8_quantize(x)
+    return linear8_reference.int8_quantize(x)
 
 
 def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,16 +55,16 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
         raise InputError(f"x {tuple(x.shape)} and w_q {tuple(w_q.shape)} don't fit; their last dimensions are equal")
     if tuple(w_scale.shape) != tiles:
         raise InputError(f"w_scale has shape {tuple(w_scale.shape)}; for w_q {tuple(w_q.shape)} it is {tiles}")
-    return reference.int8_linear(x, w_q, w_scale, bias)
+    return linear8_reference.int8_linear(x, w_q, w_scale, bias)
 
 
 def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) times the quantised weight w_q (N, K) with scales (N,), plus bias (N,) → (…, N) in x's dtype."""
     if backends.on_triton("linear", x):
-        from .kernels import int8
+        from .ops.linear8 import triton_rows
 
-        return int8.row_product(int8.row_quantize(x), w_q, w_scale, bias, _on_gluon())
-    return reference.row_linear(x, w_q, w_scale, bias)
+        return triton_rows.row_product(triton_rows.row_quantize(x), w_q, w_scale, bias, _on_gluon())
+    return linear8_reference.row_linear(x, w_q, w_scale, bias)
 
 
 def _on_gluon() -> bool:
@@ -82,11 +82,12 @@ def project(linears: Sequence[nn.Module], x: Tensor | Rows) -> list[Tensor]:
     x may be `Rows` where `in_rows` says so and "linear" is on Triton.
     """
     if isinstance(x, Rows) or (in_rows(linears) and backends.on_triton("linear", x)):
-        from .kernels import int8
+        from .ops.linear8 import triton_rows
 
-        rows = x if isinstance(x, Rows) else int8.row_quantize(x)
+        rows = x if isinstance(x, Rows) else triton_rows.row_quantize(x)
         return [
-            int8.row_product(rows, linear.int8_weight, linear.scale, linear.bias, _on_gluon()) for linear in linears
+            triton_rows.row_product(rows, linear.int8_weight, linear.scale, linear.bias, _on_gluon())
+            for linear in linears
         ]
     return [linear(x) for linear in linears]
 

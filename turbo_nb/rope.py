@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import backends
 from .errors import InputError
-from .kernels import reference
+from .machine import probe
+from .ops.norms import reference as norms_reference
 
 THETA = 10000.0
 
@@ -73,7 +74,7 @@ def apply_rotary_emb_torch(
             raise InputError(
                 f"{name} has shape {tuple(tensor.shape)}; for x {tuple(x.shape)} it is (tokens, head_dim/2) = {table}"
             )
-    out = reference.apply_rotary_emb(x, cos, sin, interleaved)
+    out = norms_reference.apply_rotary_emb(x, cos, sin, interleaved)
     return x.copy_(out) if inplace else out
 
 
@@ -93,7 +94,7 @@ def norm_rope(
     sums that `reference.rms_norm_rope` tells of, where the kernel made them, else None.
     """
     if backends.on_triton("block", x):
-        from .kernels.norms import rms_norm_rope
+        from .ops.norms.triton_norms import rms_norm_rope
 
         return rms_norm_rope(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums)
     x = norm(x.flatten(2)).unflatten(2, x.shape[2:])
@@ -104,7 +105,7 @@ def norm_rope(
 @cache
 def _flash_attn() -> Callable | None:
     """flash_attn's function, or None where it is not there. Warns, once, where it is there and cannot be used."""
-    if not backends.installed("flash_attn"):
+    if not probe.installed("flash_attn"):
         return None
     choice = backends.choose("rope")
     if choice.chosen == "flash_attn":

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from . import backends, rope
 from .errors import InputError
-from .kernels import reference
-from .kernels.reference import block_map
 from .linear import project
+from .machine import probe
+from .ops.attention import reference as attention_reference
+from .ops.attention.reference import block_map
+from .ops.linear8 import reference as linear8_reference
 
 __all__ = [
     "ATTENTION_TYPES",
@@ -58,16 +60,16 @@ class SparseLinearAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sums=(None, None)) -> Tensor:
         if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sla", q, k, v):
-            from .kernels.sparse_linear import sparse_linear_attention
+            from .ops.attention.triton_sla import sparse_linear_attention
 
             weight, bias = self.proj_l.weight, self.proj_l.bias
             gluon = backends.choose("sla").chosen == "gluon"
             return sparse_linear_attention(q, k, v, weight, bias, self.topk, self.block_q, self.block_k, gluon, sums)
-        return self._attend(q, k, v, reference.sparse_attention)
+        return self._attend(q, k, v, attention_reference.sparse_attention)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sparse_attention) -> Tensor:
         weight, bias = self.proj_l.weight, self.proj_l.bias
-        return reference.sparse_linear_attention(
+        return attention_reference.sparse_linear_attention(
             q, k, v, weight, bias, self.topk, self.block_q, self.block_k, sparse_attention
         )
 
@@ -94,21 +96,21 @@ class SageSparseLinearAttention(SparseLinearAttention):
     ):
         blocks = BLOCK_Q, BLOCK_K
         if backends.choose("sagesla", override=backend).require() == "spargeattn":
-            blocks = SPARGEATTN_BLOCKS.get(backends.probe().arch, blocks)
+            blocks = SPARGEATTN_BLOCKS.get(probe.probe().arch, blocks)
         super().__init__(head_dim, topk, block_q or blocks[0], block_k or blocks[1])
         self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sums=(None, None)) -> Tensor:
         chosen = backends.choose("sagesla", override=self.backend).chosen
         if q.shape[-1] in KERNEL_HEAD_DIMS and backends.on_triton("sagesla", q, k, v, override=self.backend):
-            from .kernels.sage import sage_linear_attention
+            from .ops.attention.triton_sage import sage_linear_attention
 
             weight, bias = self.proj_l.weight, self.proj_l.bias
             return sage_linear_attention(
                 q, k, v, weight, bias, self.topk, self.block_q, self.block_k, chosen == "gluon", sums
             )
         fast = chosen == "spargeattn" and q.is_cuda and q.shape[1] >= SPARGEATTN_TOKENS
-        return self._attend(q, k, v, _spargeattn if fast else reference.sage_sparse_attention)
+        return self._attend(q, k, v, _spargeattn if fast else attention_reference.sage_sparse_attention)
 
 
 def _spargeattn(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
@@ -133,7 +135,7 @@ class SLAProcessor(nn.Module):
     def forward(
         self,
         attn: nn.Module,
-        hidden_states: Tensor | reference.Rows,
+        hidden_states: Tensor | linear8_reference.Rows,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,

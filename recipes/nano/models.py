@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from turbo_nb import checkpoint, verify
+from turbo_nb import checkpoint
+from turbo_nb.checkup import selftest
 
 from .world import ASSET
 
@@ -103,4 +104,4 @@ def load_transformer(attention_type: str = "original", topk: float = 0.15) -> Wa
 
 def write_sums() -> None:
     """Record the shipped files' hashes, by which `turbo-nb verify` knows them."""
-    (ASSET / verify.SUMS).write_text(verify.sums(ASSET), encoding="utf-8")
+    (ASSET / selftest.SUMS).write_text(selftest.sums(ASSET), encoding="utf-8")

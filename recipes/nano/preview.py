@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from turbo_nb import media
+from turbo_nb.video import preview
 
 from .models import load_vae, write_sums
 from .world import ASSET, TRAINING_SCENES, draw, indices
@@ -25,12 +25,12 @@ def main(count: int = 64) -> None:
     frames = clips.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
     # side by side the clips are one wide clip
     wide = torch.cat(list(latents), dim=3)[None]
-    factors = media.fit_preview(wide, np.concatenate(list(frames), axis=2))
+    factors = preview.fit_preview(wide, np.concatenate(list(frames), axis=2))
     rounded = [[round(value, 2) for value in row] for row in factors]
     (ASSET / "preview.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
     write_sums()
     cells = np.concatenate(list(frames), axis=2)[::4, 3::8, 3::8].astype(float)
-    error = np.abs(media.preview(wide, rounded) - cells).mean()
+    error = np.abs(preview.preview(wide, rounded) - cells).mean()
     print(f"mean difference to the clips' own pixels: {error:.1f} of 255")
 
 

@@ -1,0 +1,540 @@
+"""Many prompts: read with care, made once, whatever stops the run."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from turbo_nb import generation
+from turbo_nb.batch import engines, jobs, manifest, notebook, prompts, runner
+from turbo_nb.errors import InputError, OutputError, TurboNbError
+from turbo_nb.files import fingerprint
+from turbo_nb.video import mp4
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_batch.ipynb"
+PROMPTS = ["a red circle", "a blue square", "a green triangle"]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The prompts that were made, by a `generate` that needs no model; prompts with "bad" in them fail."""
+    prompts = []
+
+    def generate(loaded, prompt, *, on_frames, **settings):
+        checked = generation.check_job(loaded.spec, prompt, **settings)
+        if "bad" in prompt:
+            raise TurboNbError("the model's output is not finite")
+        prompts.append(prompt)
+        frames = np.full((checked.num_frames, checked.height, checked.width, 3), 40 * len(prompts), np.uint8)
+        on_frames(frames)
+        return generation.Video(frames=frames, fps=16, timings={"text": 0.5, "denoise": 1.5}, settings=asdict(checked))
+
+    monkeypatch.setattr(runner.pipeline, "generate", generate)
+    return prompts
+
+
+def run(nano, folder, jobs=PROMPTS, **settings):
+    return runner.run(jobs, nano, folder, **{"num_frames": 1} | settings)
+
+
+def videos(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*.mp4")}
+
+
+# Prompts
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path):
+    path = write(tmp_path / "p.txt", "\ufeff# first\n\n  a red circle \n#x\nsize #4, a\u2028b\x0cc\n一个红色的圆")
+    assert [(job.prompt, job.source, job.settings) for job in prompts.read_prompts(path)] == [
+        ("a red circle", f"{path}:3", {}),
+        ("size #4, a\u2028b\x0cc", f"{path}:5", {}),
+        ("一个红色的圆", f"{path}:6", {}),
+    ]
+
+
+def test_rows_set_what_is_theirs(tmp_path):
+    table = (
+        'Prompt,seed,num-frames,sigma_max,ode,image\r\n"red, and\nround",3,,1e2,yes,a.png\r\n,,\r\nblue,,5,,false,\r\n'
+    )
+    lines = (
+        '{"prompt": "red, and\\nround", "seed": 3, "num_frames": null, "sigma_max": 100, '
+        '"ode": true, "image": "a.png"}\n'
+        '\n{"num-frames": "5", "ode": false, "prompt": "blue"}'
+    )
+    for name, text, second in [("p.csv", table, 5), ("p.jsonl", lines, 3)]:
+        jobs = prompts.read_prompts(write(tmp_path / name, text))
+        assert [job.prompt for job in jobs] == ["red, and\nround", "blue"]
+        first = {"seed": 3, "sigma_max": 100.0, "ode": True, "image": str(tmp_path / "a.png")}
+        assert [job.settings for job in jobs] == [first, {"num_frames": 5, "ode": False}]
+        assert jobs[1].source == f"{tmp_path / name}:{second}"
+
+
+def test_rows_may_set_all_that_generate_takes():
+    taken = signature(generation.generate).parameters.keys() - {"pipeline", "prompt"}
+    assert {name for name in taken if not name.startswith("on_")} == prompts.SETTINGS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.md", "x", "give a .txt, .csv or .jsonl"),
+        ("p.txt", "# nothing\n", "holds no prompt"),
+        ("p.csv", "", "p.csv:1: the head"),
+        ("p.csv", "text,seed\nred,1\n", "one of them prompt"),
+        ("p.csv", "prompt,seed,seed\nred,1,1\n", "p.csv:1: the head names a column twice"),
+        ("p.csv", "prompt,seed\nred,1\nred, and round,1\n", "p.csv:3: 3 cells, and the head has 2"),
+        ("p.csv", 'prompt,seed\n"a\nb",1\nred,x\n', "p.csv:4: seed is 'x'; it is a whole number"),
+        ("p.csv", "prompt,sed\nred,1\n", "p.csv:2: unknown setting 'sed'; known: prompt, image.* mean 'seed'"),
+        ("p.csv", "prompt,ode\nred,maybe\n", "p.csv:2: ode is 'maybe'; it is true or false"),
+        ("p.csv", "prompt,seed\n,1\n", "p.csv:2: no prompt"),
+        ("p.csv", 'prompt\nred\n"blue\n', "p.csv:3: .*quotes"),
+        ("p.jsonl", '{"prompt": "red"}\n{"prompt": red}\n', "p.jsonl:2: no JSON"),
+        ("p.jsonl", '["red"]\n', "p.jsonl:1: .* is no object"),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: no prompt"),
+        ("p.jsonl", '{"prompt": "red", "seed": 1.5}\n', "p.jsonl:1: seed is 1.5; it is a whole number"),
+        ("p.jsonl", '{"prompt": "red", "seed": true}\n', "p.jsonl:1: seed is True"),
+        ("p.jsonl", '{"prompt": "red", "resolution": 480}\n', "p.jsonl:1: resolution is 480; it is text"),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_its_line(tmp_path, name, text, words):
+    with pytest.raises(InputError, match=words):
+        prompts.read_prompts(write(tmp_path / name, text))
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "p.txt").write_bytes("grün".encode("latin-1"))
+    with pytest.raises(InputError, match="not in UTF-8"):
+        prompts.read_prompts(tmp_path / "p.txt")
+    with pytest.raises(InputError, match=r"cannot read .*No such file"):
+        prompts.read_prompts(tmp_path / "q.txt")
+
+
+def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("turbo_nb.files.resolve.resolve", None)  # nothing can be loaded
+    text = '{"prompt": "red"}\n{"prompt": "red", "num_frames": 24}\n{"prompt": "red", "image": "a.png"}\n'
+    path = write(tmp_path / "p.jsonl", text)
+    with pytest.raises(InputError, match=r"p.jsonl:2: num_frames is 24.*; .*p.jsonl:3: nano makes videos from text"):
+        runner.run(path, "nano", tmp_path / "out")
+    for load, settings, words in [
+        ("nano", {"num_steps": 5}, "prompt 1: num_steps is 5"),
+        ("nano", {"steps": 4}, "unknown setting 'steps'"),
+        ("nano", {"num_samples": 0}, "num_samples is 0"),
+        ("nanno", {}, "did you mean 'nano'"),
+        ({"model": "nano", "attention": "sla"}, {}, "load_pipeline takes no attention"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            runner.run(PROMPTS, load, tmp_path / "out", **settings)
+    with pytest.raises(InputError, match="no prompts"):
+        runner.run([], "nano", tmp_path / "out")
+    with pytest.raises(InputError, match="a: unknown setting 'model'"):
+        runner.run([prompts.Job(prompt="red", settings={"model": "nano"}, source="a")], "nano", tmp_path / "out")
+    with pytest.raises(OutputError, match="is a file"):
+        runner.run(PROMPTS, "nano", path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Ids
+
+
+def ids(jobs, load="nano", **settings):
+    load = {"model": load} if isinstance(load, str) else load
+    return [task.id for task in jobs._check(jobs, load, Path("out"), settings, 1)]
+
+
+def test_an_id_is_what_determines_the_video(nano):
+    base = ids(["a red circle"])
+    assert base == ids(["a red circle"], num_frames=25, resolution="128x128", seed=0)  # the model's own, spelled out
+    assert base == ids(["a red circle"], "auto") == ids(["a red circle"], {"model": Path("nano")})
+    assert base == ids(["a red circle"], nano)
+    assert base == ids(["a red circle"], {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15})
+    others = [
+        *ids(["a blue circle"]),
+        *(
+            ids(["a red circle"], **{name: value})[0]
+            for name, value in {
+                "seed": 1, "num_steps": 2, "num_frames": 5, "resolution": "64x64", "sigma_max": 90.0, "ode": True,
+                "noise_device": "cuda",
+            }.items()
+        ),
+        *(
+            ids(["a red circle"], {"model": "nano", name: value})[0]
+            for name, value in {"sla_topk": 0.2, "attention_type": "original", "quant_linear": True}.items()
+        ),
+    ]  # fmt: skip
+    assert len({*base, *others}) == 1 + len(others) == 12
+
+
+def test_weights_are_known_by_content_not_by_name(tmp_path):
+    data = bytearray(np.random.default_rng(0).bytes(3 * fingerprint.PIECE * fingerprint.PIECES // 2))
+    first, moved = tmp_path / "a.pth", tmp_path / "b.pth"
+    first.write_bytes(data)
+    before = fingerprint.fingerprint(first)
+    first.rename(moved)
+    assert fingerprint.fingerprint(moved) == before
+    data[len(data) // 2 : len(data) // 2 + 2 * fingerprint.PIECE] = bytes(2 * fingerprint.PIECE)
+    moved.write_bytes(data)
+    assert fingerprint.fingerprint(moved) != before
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    moved.rename(folder / "b.pth")
+    whole = ids(["red"], {"model": "nano", "vae": folder})
+    (folder / "b.pth").write_bytes(data[:-1])
+    assert ids(["red"], {"model": "nano", "vae": folder}) != whole
+
+
+# Runs
+
+
+def test_a_batch_is_videos_manifest_and_contact_sheet(nano, made, tmp_path):
+    told = []
+    jobs = [*PROMPTS, "a red circle", prompts.Job(prompt="Ein GRÜNES Dreieck!", settings={"resolution": "64x32"})]
+    summary = run(nano, tmp_path, jobs, on_record=lambda record, *count: told.append((record["prompt"], *count)))
+    assert told == [(prompt, n, 4) for n, prompt in enumerate([*PROMPTS, "Ein GRÜNES Dreieck!"], 1)]
+    assert (summary.made, len(summary.done), summary.failed, summary.repeated) == (4, 4, [], 1)
+    names = [record["file"] for record in summary.records]
+    slugs = ["a-red-circle", "a-blue-square", "a-green-triangle", "ein-grunes-dreieck"]
+    assert names == [f"{record['id']}-{slug}.mp4" for record, slug in zip(summary.records, slugs, strict=True)]
+    assert {p.name for p in tmp_path.iterdir()} == {*names, manifest.MANIFEST, summary.SHEET, manifest.LOCK}
+    assert manifest.read_manifest(tmp_path) == summary.records
+    for record in summary.records:
+        told = mp4.read_metadata(tmp_path / record["file"])
+        assert (told["job"], told["prompt"]) == (record["id"], record["prompt"])
+        assert record["timings"].keys() == {"text", "denoise", "write"}
+    from PIL import Image
+
+    assert Image.open(summary.sheet).size == (2 * (3 * 128 + 2 * 2 + 8) + 8, 2 * (128 + 18 + 8) + 8)
+    table = str(summary).splitlines()
+    assert table[0].split() == ["video", "prompt", "seed", "text", "denoise", "decode", "write", "total"]
+    assert table[1].startswith(names[0]) and "1.50" in table[1]
+    assert table[-1].startswith("4 made, 0 there before, 0 failed, 1 asked for twice")
+
+
+def test_a_second_run_does_nothing(nano, made, tmp_path, monkeypatch):
+    first = run(nano, tmp_path)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("[!.]*")}
+    monkeypatch.setattr("turbo_nb.files.resolve.resolve", None)  # nothing can be loaded
+    monkeypatch.setattr(runner.media, "read_metadata", None)  # the manifest is enough
+    second = runner.run(PROMPTS, "nano", tmp_path, num_frames=1)
+    assert (second.made, second.records) == (0, first.records)
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("[!.]*")}
+    assert "0 made, 3 there before" in second.line()
+
+
+def test_every_video_and_the_batch_say_what_they_cost(nano, made, tmp_path, monkeypatch):
+    assert "$" not in str(run(nano, tmp_path, PROMPTS[:1]))
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")  # a dollar a second
+    told = []
+    summary = run(nano, tmp_path, on_record=lambda record, *_: told.append(summary.describe(record)))
+    before, *after = summary.records
+    assert before["cost"] is None and [sum(r["timings"].values()) for r in after] == [r["cost"] for r in after]
+    assert [f"${record['cost']:.4f}" for record in after] == [line.split()[-1] for line in told]
+    head, first, second, *_, line = str(summary).splitlines()
+    assert head.split()[-1] == "cost" and "$" not in first and second.endswith(f"${after[0]['cost']:.4f}")
+    assert f"in {summary.seconds:.1f} s, ${summary.seconds:.4f}; " in line
+
+
+def test_samples_have_their_own_seeds(nano, made, tmp_path):
+    summary = run(nano, tmp_path, [prompts.Job(prompt="red", settings={"seed": 5}), "blue"], num_samples=2, seed=1)
+    told = [(record["prompt"], record["settings"]["seed"]) for record in summary.records]
+    assert told == [("red", 5), ("red", 6), ("blue", 1), ("blue", 2)]
+
+
+def test_a_failed_prompt_is_recorded_and_tried_again_last(nano, made, tmp_path, monkeypatch):
+    jobs = ["a red circle", "a bad <b>shape</b>", "a blue square"]
+    first = run(nano, tmp_path, jobs)
+    assert made == ["a red circle", "a blue square"]
+    assert [record["status"] for record in first.records] == ["done", "failed", "done"]
+    assert first.failed[0]["error"] == "the model's output is not finite"
+    assert "failed: prompt 2: the model's output is not finite" in str(first)
+    assert "&lt;b&gt;" in first._repr_html_() and "<b>" not in first._repr_html_()
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    order = []
+    monkeypatch.setattr(runner.pipeline, "generate", out_of_memory)
+    second = run(nano, tmp_path, [*jobs, "new"], on_record=lambda record, *_: order.append(record["prompt"]))
+    assert order == ["new", "a bad <b>shape</b>"]
+    assert [record["error"] for record in second.failed] == ["RuntimeError: no memory"] * 2
+    assert (second.made, len(second.done), len(videos(tmp_path))) == (0, 2, 2)
+
+
+def test_a_lost_gpu_or_a_full_disk_ends_the_run(nano, made, tmp_path, monkeypatch):
+    def lost(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.pipeline, "generate", lost)
+        with pytest.raises(TurboNbError, match=r"illegal memory access.*start again"):
+            run(nano, tmp_path)
+    assert [record["status"] for record in manifest.read_manifest(tmp_path)] == ["failed"]
+
+    def full(*args, **kwargs):
+        raise OutputError("No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.media.Encoder, "save", full)
+        with pytest.raises(OutputError, match="No space"):
+            run(nano, tmp_path)
+    assert len(manifest.read_manifest(tmp_path)) == 1 and run(nano, tmp_path).made == 3
+
+
+def test_a_kill_between_the_video_and_its_line_neither_loses_nor_repeats_it(nano, made, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(nano, tmp_path)
+    assert manifest.read_manifest(tmp_path) == [] and len(videos(tmp_path)) == 1
+    before = videos(tmp_path)
+    (tmp_path / f".{next(iter(before))[:30]}.x1y2.mp4").write_text("torn")
+    (tmp_path / ".mine.mp4").write_text("")
+    summary = run(nano, tmp_path)
+    assert made == PROMPTS and summary.made == 2 and len(summary.done) == 3
+    assert videos(tmp_path).items() >= before.items()
+    assert [path.name for path in tmp_path.glob(".*.mp4")] == [".mine.mp4"]
+    assert [record["prompt"] for record in manifest.read_manifest(tmp_path)] == PROMPTS
+
+
+def test_only_what_is_missing_is_made_again(nano, made, tmp_path):
+    files = [tmp_path / record["file"] for record in run(nano, tmp_path).records]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    assert run(nano, tmp_path).made == 2
+    assert made == [*PROMPTS, *PROMPTS[:2]] and mp4.read_metadata(files[1])["prompt"] == PROMPTS[1]
+    (tmp_path / manifest.MANIFEST).unlink()
+    assert run(nano, tmp_path).made == 0 and len(manifest.read_manifest(tmp_path)) == 3
+    files[0].write_bytes(files[2].read_bytes())  # whole, but another job's
+    assert run(nano, tmp_path).made == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "abc', b'{"id": "abc", "status": "done"}', b"\0\0\0\n", b"[]\n", b"\n"])
+def test_a_torn_line_is_ignored_and_mended(nano, made, tmp_path, torn):
+    records = run(nano, tmp_path).records
+    path = tmp_path / manifest.MANIFEST
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    assert manifest.read_manifest(tmp_path) == records and path.read_bytes() == whole + torn
+    assert run(nano, tmp_path).made == 0 and manifest.read_bytes() == whole
+    manifest.write_bytes(whole + torn)
+    run(nano, tmp_path, [*PROMPTS, "one more"])
+    assert len([json.loads(line) for line in manifest.read_bytes().splitlines()]) == 4
+
+
+def test_a_line_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *args, **kwargs): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args): ...
+        def write(self, line):
+            return len(line) - 1
+
+    monkeypatch.setattr(Path, "open", Full)
+    with pytest.raises(OutputError, match="the disk is full; free some space"):
+        manifest._append(tmp_path / manifest.MANIFEST, {"id": "a"})
+
+
+def test_two_runs_in_one_folder_are_kept_apart(nano, made, tmp_path):
+    with (
+        manifest._lock(tmp_path),
+        pytest.raises(OutputError, match=rf"another run .*process {os.getpid()} on .*output_dir"),
+    ):
+        run(nano, tmp_path)
+    with (
+        manifest._lock(tmp_path, shared=True),  # workers whose first process was killed
+        manifest._lock(tmp_path, shared=True),
+        pytest.raises(OutputError, match="another run"),
+    ):
+        run(nano, tmp_path)
+    assert made == [] and run(nano, tmp_path).made == 3
+
+
+def test_a_picture_is_known_by_its_pixels(tmp_path):
+    from PIL import Image
+
+    def picture(name, colour):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+        return [prompts.Job(prompt="it moves", settings={"image": tmp_path / name})]
+
+    red, copy, blue = (
+        jobs._check(picture(*kind), {"model": "Wan2.2-A14B"}, tmp_path, {}, 1)[0]
+        for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
+    )
+    assert red.id == copy.id != blue.id
+    assert red.record("failed")["image"] == str(tmp_path / "red.png")
+
+
+def test_a_damaged_video_of_another_batch_is_left_off_the_sheet(nano, made, tmp_path):
+    from PIL import Image
+
+    record = run(nano, tmp_path, PROMPTS[:2]).records[0]
+    (tmp_path / record["file"]).write_text("torn")
+    assert Image.open(run(nano, tmp_path, ["another"]).sheet).height == 128 + 18 + 8 + 8  # two clips, not three
+
+
+def test_a_pipeline_with_a_lora_is_refused(nano, tmp_path, monkeypatch):
+    monkeypatch.setattr(nano.transformer, "peft_config", {"default": ...}, raising=False)
+    with pytest.raises(InputError, match="merge it first"):
+        run(nano, tmp_path)
+
+
+def test_workers_that_cannot_be(nano, made, tmp_path, monkeypatch):
+    for load, workers, words in [(nano, 2, "a loaded pipeline is one"), ("nano", 0, "1 or more")]:
+        with pytest.raises(InputError, match=words):
+            runner.run(PROMPTS, load, tmp_path, workers=workers)
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="workers is 3, and there is one a GPU, of which torch sees 2"):
+        runner.run(PROMPTS, "nano", tmp_path, workers=3)
+
+
+def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
+    killed = []
+
+    def kill_one(record, done, total):
+        if not killed:
+            worker = multiprocessing.active_children()[-1]
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            with pytest.raises(OutputError, match="another run"):
+                runner.run(["a"], "nano", tmp_path)
+
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")
+    jobs = [f"a red circle {n}" for n in range(6)]
+    load = {"model": "nano", "device": "cpu"}
+    summary = runner.run(jobs, load, tmp_path, workers=2, num_frames=1, num_steps=1, on_record=kill_one)
+    assert len(killed) == 1 and (summary.made, summary.failed) == (6, [])
+    assert len(manifest.read_manifest(tmp_path)) == 6 and len(videos(tmp_path)) == 6
+    priced = [record for record in summary.records if record.get("cost")]  # but for one found after its worker's death
+    assert len(priced) >= 5 and all(r["cost"] == sum(r["timings"].values()) / 2 for r in priced)
+    assert multiprocessing.active_children() == []
+
+
+def dying(connection, load, folder, place, workers, gpu):
+    """A worker that dies over every job with "bad" in its prompt"""
+    connection.send(None)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        if "bad" in task.prompt:
+            os._exit(3)
+        connection.send(task.record("done", bytes=0))
+
+
+def test_a_job_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "_work", dying)
+    summary = runner.run(["bad", *PROMPTS], {"model": "nano", "device": "cpu"}, tmp_path / "out", workers=2)
+    assert [record["status"] for record in summary.records] == ["failed", "done", "done", "done"]
+    assert "ended with exit code 3 over it, 2 times" in summary.failed[0]["error"]
+
+
+def refusing(connection, load, folder, place, workers, gpu):
+    connection.send(TurboNbError("no such checkpoint"))
+
+
+def test_what_a_worker_cannot_load_ends_the_run(tmp_path, monkeypatch):
+    load = {"model": "nano", "device": "cpu"}
+    monkeypatch.setattr(engines, "_work", refusing)
+    with pytest.raises(TurboNbError, match="no such checkpoint"):
+        runner.run(PROMPTS, load, tmp_path, workers=2)
+    monkeypatch.setattr(engines, "_work", time.sleep)  # ends at once, with a traceback
+    with pytest.raises(TurboNbError, match="ended with exit code 1 while it loaded"):
+        runner.run(PROMPTS, load, tmp_path, workers=2)
+
+
+# From a shell
+
+
+def command(*arguments):
+    return ["batch", *map(str, arguments), "--num_frames", "1", "--num_steps", "1"]
+
+
+@pytest.fixture
+def shell():
+    from helpers import command_line  # not above: it loads torch, which workers that stand in for others need not
+
+    return command_line
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkeypatch, shell):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster where other tests run beside it
+    prompts = write(tmp_path / "p.txt", "\n".join(f"a red circle {n}" for n in range(3)))
+    line = command(prompts, "--output_dir", tmp_path / "out", "--model", "nano")
+    with subprocess.Popen(
+        [sys.executable, "-m", "turbo_nb.cli", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=120)
+    assert first.startswith("1/3  ") and process.returncode == 130, (first, rest, errors)
+    made = 1 + rest.count("/3  ")
+    assert f"cancelled; {made} made, which stay" in errors and "Traceback" not in errors
+    assert len(videos(tmp_path / "out")) == made and not list((tmp_path / "out").glob(".*.mp4"))
+    again = shell(*line, cwd=tmp_path)
+    assert again.returncode == 0 and f"{3 - made} made, {made} there before, 0 failed" in again.stdout, again
+
+
+def test_an_error_is_one_line(tmp_path, shell):
+    prompts = write(tmp_path / "p.csv", "prompt,num_frames\na red circle,24\n")
+    result = shell(*command(prompts, "--output_dir", tmp_path / "out"), cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {prompts}:2: num_frames is 24")
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_killed_three_times():
+    script = Path(__file__).with_name("kill_batch.py")
+    result = subprocess.run([sys.executable, script, "--kills", "3"], capture_output=True, text=True)
+    assert result.returncode == 0 and "'kills': 3" in result.stderr, result.stderr
+
+
+# The notebook
+
+
+def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pytest.importorskip("papermill", reason="papermill is not installed")
+    prompts = write(tmp_path / "p.csv", "prompt,seed\na large red circle,1\na large red circle,2\n")
+    parameters = {"prompts_path": str(prompts), "output_dir": str(tmp_path / "made"), "num_frames": 1, "num_steps": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        notebook.run_notebook(NOTEBOOK, tmp_path / "new" / "done.ipynb", parameters, cwd=str(tmp_path))
+    assert [record["settings"]["seed"] for record in manifest.read_manifest(tmp_path / "made")] == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "made", "new"}
+
+
+def test_unknown_parameters_are_refused(tmp_path):
+    pytest.importorskip("papermill", reason="papermill is not installed")
+    with pytest.raises(InputError, match=r"no parameter 'num_step'; it has: .*num_steps.*; did you mean 'num_steps'\?"):
+        notebook.run_notebook(NOTEBOOK, tmp_path / "done.ipynb", {"num_step": 1, "output_dir": "x"})
+    with pytest.raises(InputError, match="no notebook"):
+        notebook.run_notebook(tmp_path / "no.ipynb", tmp_path / "done.ipynb")
+    assert not (tmp_path / "done.ipynb").exists()
+
+
+def test_without_papermill(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    with pytest.raises(TurboNbError, match=r"pip install 'turbo-nb\[notebook\]'"):
+        notebook.run_notebook(NOTEBOOK, tmp_path / "done.ipynb")

@@ -1,0 +1,380 @@
+"""The doctor's report: problems with their remedies, the exit code, and nothing unescaped."""
+
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from helpers import command_line
+
+import turbo_nb
+from turbo_nb import backends, catalog
+from turbo_nb.checkup import doctor as preflight
+from turbo_nb.checkup import tables
+from turbo_nb.checkup.doctor import Hub, ask_hub, fit
+from turbo_nb.checkup.tables import GIB
+from turbo_nb.files import hub as download
+from turbo_nb.machine import environment
+from turbo_nb.machine.environment import Cache, Disk, Environment, Memory, Package
+from turbo_nb.machine.probe import Library, Machine
+from turbo_nb.runtime.plan import GB
+
+VARIABLES = (
+    *backends.VARIABLES.values(),
+    "TURBO_NB_PRICE_PER_HOUR",
+    "TURBO_NB_HOME",
+    "HF_ENDPOINT",
+    "TRANSFORMERS_OFFLINE",
+)
+TRITON = {"triton": Library(version="3.5.0")}
+H100 = Machine(
+    gpu="NVIDIA H100", gpu_count=1, arch=(9, 0), free_memory=79 * GIB, total_memory=80 * GIB, driver="580.65",
+    torch="2.9.0+cu130", cuda="13.0", compiler="/usr/bin/gcc", libraries=TRITON,
+)  # fmt: skip
+CPU = Machine(torch="2.9.0+cpu")
+
+
+def surroundings(tmp_path, **changes):
+    cache = Cache(name="Hub", path=str(tmp_path / "hub"), size=0, free=10**12, writable=True)
+    seen = Environment(
+        place="plain", notebook=False, system="Linux", python="3.12.3", version="0.1.0",
+        memory=Memory(available=60 * GIB, total=64 * GIB), caches=(cache,),
+        disks=(Disk(name="machine", path="/", free=10**11, total=10**12),),
+        packages=(Package(name="torch", needed=">=2.7", installed="2.9.0", ok=True),),
+    )  # fmt: skip
+    return replace(seen, **changes)
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """report(machine, **changes of the surroundings) → the doctor's Report for them"""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def make(machine=CPU, **changes):
+        monkeypatch.setattr(backends, "probe", lambda: machine)
+        monkeypatch.setattr(environment, "survey", lambda: surroundings(tmp_path, **changes))
+        return turbo_nb.doctor()
+
+    return make
+
+
+def test_a_sound_machine_has_no_problem(report):
+    for machine in (CPU, H100):
+        found = report(machine)
+        assert found.problems == () and found.exit_code() == found.exit_code(strict=True) == 0
+
+
+OLD = Package(name="peft", needed=">=0.17", installed="0.16.1", ok=False)
+
+
+def libraries(**named):
+    return replace(H100, libraries=TRITON | named)
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "level", "words", "remedy"),
+    [
+        (CPU, {"packages": (OLD,)}, "error", "peft is 0.16.1; turbo_nb needs >=0.17", "pip install 'peft>=0.17'"),
+        (CPU, {"packages": (replace(OLD, name="ftfy", installed=None),)}, "error", "ftfy is missing", "'ftfy>=0.17'"),
+        (CPU, {"packages": (replace(OLD, name="torch"),)}, "error", "torch is 0.16.1", "image with a newer torch"),
+        (Machine(cuda_error="libcudart.so.13 not found"), {}, "error", "libcudart", "install torch again"),
+        (replace(CPU, gpu="NVIDIA L4", cuda_error="torch 2.9.0+cpu is built without CUDA"), {}, "warning",
+         "torch cannot use the NVIDIA L4: torch 2.9.0+cpu is built without CUDA", "pytorch.org"),
+        (CPU, {"place": "RunPod pod"}, "warning", "no GPU here: only nano", "start a pod with a GPU"),
+        (CPU, {"place": "Colab"}, "warning", "no GPU here", "Change runtime type"),
+        (replace(H100, free_memory=9 * GIB), {}, "warning", "71.0 GiB of the GPU's 80.0 GiB are taken", "nvidia-smi"),
+        (replace(H100, libraries={}), {}, "warning", "Triton not installed", "pip install triton"),
+        (libraries(triton=Library(version="3.5", error="its trial kernel failed: Python.h: No such file")), {},
+         "warning", "Python.h", "apt-get install -y python3."),
+        (replace(libraries(triton=Library(version="3.5", error="its trial kernel failed: no compiler")), compiler=None),
+         {}, "warning", "no compiler", "apt-get install -y gcc"),
+        (libraries(flash_attn=Library(version="2.8.3", error="import failed: undefined symbol: _ZN")), {}, "warning",
+         "flash_attn 2.8.3 import failed: undefined symbol: _ZN", "pip uninstall"),
+        (replace(H100, total_memory=1.5 * GIB, free_memory=1.5 * GIB), {}, "warning",
+         "only nano fits: plan group: needs 1.8 GB of 1.6 GB", "more memory"),
+    ],
+)  # fmt: skip
+def test_every_problem_has_its_remedy(report, machine, changes, level, words, remedy):
+    found = report(machine, **changes)
+    mine = [problem for problem in found.problems if words in problem.text]
+    assert len(mine) == 1, found.problems
+    assert mine[0].level == level and remedy in mine[0].remedy
+    assert found.exit_code() == (2 if level == "error" else 0)
+    assert found.exit_code(strict=True) == (2 if level == "error" else 1)
+
+
+def test_models_on_a_pod_belong_on_its_volume(report, monkeypatch, tmp_path):
+    volume = Disk(name="volume", path="/workspace", free=10**11, total=10**12)
+    monkeypatch.setattr(environment, "same_disk", lambda one, other: True)
+    with_volume = report(H100, place="RunPod pod", disks=(volume,)).problems
+    assert [problem.remedy.split()[:2] for problem in with_volume] == [
+        ["export", "HF_HOME=/workspace/.cache/huggingface"]
+    ]
+    assert ["no volume" in problem.text for problem in report(H100, place="RunPod pod").problems] == [True]
+    monkeypatch.setattr(environment, "same_disk", lambda one, other: False)
+    assert report(H100, place="RunPod pod", disks=(volume,)).problems == ()
+
+
+def test_a_cache_that_cannot_be_written(report, tmp_path):
+    cache = Cache(name="Hub", path="/mnt/[ro]", size=0, free=10**12, writable=False)
+    assert "cannot write to /mnt/[ro]" in [problem.text for problem in report(caches=(cache,)).problems]
+
+
+def test_an_impossible_override_is_an_error_of_the_report(report, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_ROPE", "flash_attn")
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "wrong")
+    found = report(CPU)
+    assert [(p.level, p.remedy) for p in found.problems] == [
+        ("error", "unset TURBO_NB_ROPE"),
+        ("error", "unset TURBO_NB_ATTENTION"),
+    ]
+    assert found.backends.rope.chosen is None and "no CUDA GPU" in found.backends.rope.passed_over[0][1]
+    assert found.backends.linear.chosen == "reference"
+
+
+def test_cost(report, monkeypatch):
+    assert "$" not in repr(report())
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "2.99")
+    found = report()
+    assert found.price_per_hour == 2.99 and "$2.99 an hour, $0.050 a minute" in repr(found)
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "cheap")
+    assert [problem.level for problem in report().problems] == ["warning"]
+
+
+def cells(html):
+    return re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", html)
+
+
+def test_html_and_text_say_the_same_and_nothing_in_them_is_markup(report, monkeypatch):
+    monkeypatch.setattr(tables.shutil, "get_terminal_size", lambda fallback: os.terminal_size((300, 24)))
+    bad = "import failed: <script>alert(1)</script> [red]&amp; [Errno 2]"
+    found = report(libraries(flash_attn=Library(version="<b>", error=bad)), system="<i>Linux</i>")
+    page, text = found._repr_html_(), repr(found)
+    assert "<script" not in page and "<i>" not in page and "<b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; [red]&amp;amp; [Errno 2]" in page
+    assert bad in text and "<i>Linux</i>" in text
+    assert found.problems and page.count("<caption>") == len(list(found.tables())) == 5
+    for title, head, rows in found.tables():
+        assert f"<caption>{title}</caption>" in page and title in text
+        for row in rows:
+            assert len(row) == len(head) and all(cell in text for cell in row)
+
+
+def test_a_notebook_shows_it_once(report, monkeypatch, capsys):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(args))
+    assert "Machine" in repr(report(CPU)) and shown == [] and capsys.readouterr().out == ""
+
+
+def test_the_dict_is_json(report):
+    found = report(libraries(flash_attn=Library(version="2.8.3")))
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["backends"]["rope"]["chosen"] == "flash_attn" and told["backends"]["arch"] == [9, 0]
+    assert [(model["model"], model["int8"]) for model in told["models"]] == [
+        ("nano", False),
+        *((name, int8) for name in catalog.MODELS if name != "nano" for int8 in (False, True)),
+    ]
+    assert told["problems"] == [] and told["hub"]["state"] == "offline"
+
+
+SMALL, LARGE = catalog.find("Wan2.1-1.3B"), catalog.find("TurboWan2.1-T2V-14B-720P")
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes", "fits", "plan"),
+    [
+        (SMALL, False, 24, True, "resident"),
+        (SMALL, True, 12, True, "cpu-text"),
+        (LARGE, False, 80, True, "resident"),
+        (LARGE, True, 24, True, "cpu-text"),
+        (LARGE, False, 8, False, "group"),
+    ],
+)
+def test_a_model_is_told_with_the_plan_it_would_get(spec, quantised, gigabytes, fits, plan):
+    machine = replace(H100, free_memory=gigabytes * GB)
+    found = fit(spec, quantised, machine, 10**12)
+    assert (found.model, found.int8, found.fits, found.plan) == (spec.name, quantised, fits, plan)
+    assert found.text.startswith(f"plan {plan}: needs ") and f" of {gigabytes:.1f} GB: " in found.text
+    assert ("may run out of memory" in found.text) is not fits
+
+
+def test_a_model_that_main_memory_is_too_small_for(report):
+    machine = replace(H100, free_memory=16 * GB)
+    told = {
+        gigabytes: next(
+            fit
+            for fit in report(machine, memory=Memory(available=gigabytes and gigabytes * GB, total=None)).models
+            if (fit.model, fit.int8) == (LARGE.name, True)
+        )
+        for gigabytes in (None, 16, 32)
+    }
+    assert [fit.fits for fit in told.values()] == [True, False, True]
+    assert "takes 26.1 GB of main memory, and 16.0 GB are free: take a machine with more" in told[16].text
+
+
+def test_without_a_gpu_only_nano_fits(report):
+    nano, *rest = report(CPU).models
+    assert (nano.fits, nano.plan, nano.text) == (True, "resident", "on the CPU; comes with the package")
+    assert {(fit.fits, fit.plan, fit.text, fit.downloaded) for fit in rest} == {
+        (False, None, "needs a CUDA GPU", False)
+    }
+    assert report(H100).models[0].text == "on the GPU; comes with the package"
+
+
+def test_what_is_here_is_not_fetched_again_and_the_rest_must_fit_the_disk(monkeypatch):
+    missing = [*LARGE.files, catalog.VAE, catalog.TEXT_ENCODER, *download.TOKENIZER_FILES]
+    monkeypatch.setattr(download, "missing", lambda spec, quantised: tuple(missing))
+    whole = fit(LARGE, False, H100, 10**12)
+    assert whole.fits and not whole.downloaded and whole.to_fetch == pytest.approx(40.2 * GB, rel=0.02)
+    assert fit(LARGE, False, H100, whole.to_fetch).fits
+    short = fit(LARGE, False, H100, whole.to_fetch - 1)
+    assert not short.fits and short.text.startswith("too large for the disk: 40.")
+    missing.remove(catalog.TEXT_ENCODER)
+    assert whole.to_fetch - fit(LARGE, False, H100, 10**12).to_fetch == pytest.approx(11.36 * GB)
+    missing.clear()
+    here = fit(LARGE, False, H100, 0)
+    assert here.fits and here.downloaded and here.to_fetch == 0
+
+
+def test_a_hub_library_that_is_missing_is_no_crash(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "turbo_nb.files.hub", None)
+    monkeypatch.delattr(turbo_nb, "download", raising=False)
+    assert not any(fit.downloaded for fit in report(H100).models[1:])
+
+
+def test_one_table_by_itself(report, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    models = report(H100).only("Models")
+    assert [title for title, _, _ in models.tables()] == ["Models"]
+    assert "comes with the package" in repr(models) and models._repr_html_().count("<caption>") == 1
+
+
+def test_what_failed_at_the_start_of_the_pod_is_a_problem(report, monkeypatch, tmp_path):
+    monkeypatch.setenv("TURBO_NB_HOME", str(tmp_path))
+    assert report().problems == ()
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "failed.txt").write_text("")
+    assert report().problems == ()
+    (logs / "failed.txt").write_text("setup, exit 1: <no space>; see setup.log\n\ndownload nano, exit 2\n")
+    found = report()
+    assert [(p.level, p.text, p.remedy) for p in found.problems] == [
+        ("warning", "setup, exit 1: <no space>; see setup.log", f"see the log in {logs}"),
+        ("warning", "download nano, exit 2", f"see the log in {logs}"),
+    ]
+    assert found.exit_code() == 0 and "&lt;no space&gt;" in found._repr_html_()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(status) → the address of a Hub that answers with it; `.asked` counts requests"""
+    servers = []
+
+    def start(status):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                start.asked.append(self.headers)
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"127.0.0.1:{server.server_address[1]}"
+
+    start.asked = []
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "error"),
+    [(200, "reachable", None), (401, "reachable", None), (503, "unreachable", "HTTP 503 Service Unavailable")],
+)
+def test_the_hubs_answer(hub, monkeypatch, status, state, error):
+    address = hub(status)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{address}/")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    answer = ask_hub()
+    assert (answer.endpoint, answer.state, answer.error) == (f"http://{address}", state, error)
+    assert (answer.seconds is None) == (state == "unreachable")
+    assert len(hub.asked) == 1 and "hf_secret" not in str(hub.asked[0])
+
+
+def test_a_password_in_the_endpoint_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@mirror.example/hf")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert ask_hub() == Hub(endpoint="https://mirror.example/hf", state="offline")
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_asks_nobody(hub, monkeypatch, variable):
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{hub(200)}")
+    monkeypatch.setenv(variable, "1")
+    assert ask_hub().state == "offline" and not hub.asked
+
+
+def test_a_hub_that_refuses_or_is_none(hub, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        answer = ask_hub()
+    assert answer.state == "unreachable" and "refused" in answer.error
+    monkeypatch.setenv("HF_ENDPOINT", "mirror")
+    assert "unknown url type" in ask_hub().error
+
+
+def test_a_hub_that_hangs_is_given_its_seconds_and_is_a_warning(hub, monkeypatch, report):
+    report()  # puts a sound machine in place, offline
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(preflight, "HUB_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        begin = time.monotonic()
+        (problem,) = turbo_nb.doctor().problems
+    assert time.monotonic() - begin < 2
+    assert problem.level == "warning" and "HF_ENDPOINT" in problem.remedy
+
+
+def doctor(*arguments, cwd, **variables):
+    command = [sys.executable, "-m", "turbo_nb.cli", "doctor", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), **variables}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_the_command(tmp_path):
+    result = doctor("--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["environment"]["caches"][0]["path"] == str(tmp_path / "hf" / "hub")
+    assert told["backends"]["rope"]["chosen"] and not list(tmp_path.iterdir())
+
+
+def test_the_commands_exit_code(tmp_path, monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TURBO_NB_ROPE", "wrong")
+    result = command_line("doctor", cwd=tmp_path)
+    assert result.returncode == 2 and "unset TURBO_NB_ROPE" in result.stdout and result.stderr == ""
+    monkeypatch.delenv("TURBO_NB_ROPE")
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "cheap")
+    assert command_line("doctor", cwd=tmp_path).returncode == 0
+    assert command_line("doctor", "--strict", cwd=tmp_path).returncode == 1

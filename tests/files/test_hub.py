@@ -1,0 +1,596 @@
+"""Downloads against a loopback server that speaks the Hub's HTTP, and the ways they go wrong."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.utils import close_session
+
+from turbo_nb import catalog
+from turbo_nb.errors import DownloadError, InputError
+from turbo_nb.files import hub as download
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+MODEL = "TurboWan2.1-T2V-1.3B-480P"
+SPEC = catalog.find(MODEL)
+TURBO, WAN, UMT5 = f"TurboDiffusion/{MODEL}", "Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl"
+T5 = catalog.TEXT_ENCODER.path
+IN_GIT = ("tokenizer_config.json", "special_tokens_map.json")  # the other files are in LFS
+
+
+def some_bytes(name: str, size: int = 200_000) -> bytes:
+    return hashlib.shake_256(name.encode()).digest(size)
+
+
+class Hub(ThreadingHTTPServer):
+    """Three repositories; faults by the end of a file's or repository's name; a log of what was asked."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repos = {
+            TURBO: {name: some_bytes(name) for name in (f"{MODEL}.pth", f"{MODEL}-quant.pth")},
+            WAN: {name: some_bytes(name) for name in (catalog.VAE.path, T5)} | {"README.md": b"not for us"},
+            UMT5: {name: some_bytes(name, 3000) for name in download.TOKENIZER_FILES},
+        }
+        self.commits = {repo: hashlib.sha1(repo.encode()).hexdigest() for repo in self.repos}
+        self.faults: dict[str, tuple] = {}
+        self.log: list[tuple[str, str]] = []
+        self.tokens: set[str | None] = set()
+        self.stuck, self.release = threading.Event(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.cdn = f"http://localhost:{self.server_port}"  # another host to the client: its token stays behind
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def fetched(self) -> list[str]:
+        """Names of the files whose bytes were asked for, in order, once."""
+        return list(dict.fromkeys(path.rsplit("/", 1)[-1] for method, path in self.log if method == "GET-FILE"))
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is part of the tests."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Hub
+
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def fault(self, *names: str) -> bool:
+        """Whether a status was asked for instead of an answer; a fault with a count ends with it."""
+        for name in names:
+            kind, *rest = self.server.faults.get(name, (None,))
+            if kind == "status":
+                status, headers, *times = rest
+                if times:
+                    self.server.faults[name] = (kind, status, headers, times[0] - 1)
+                    if times[0] <= 1:
+                        del self.server.faults[name]
+                self.reply(status, b"", **headers)
+                return True
+        return False
+
+    def do_GET(self):
+        self.answer()
+
+    def do_HEAD(self):
+        self.answer()
+
+    def answer(self):
+        hub, path = self.server, self.path.split("?")[0]
+        self.server.tokens.add(self.headers.get("authorization"))
+        if path.startswith("/api/models/"):
+            owner, name, *rest = path.removeprefix("/api/models/").split("/")
+            hub.log.append(("API", path))
+            return self.about(f"{owner}/{name}")
+        owner, name, resolve, revision, *rest = path.strip("/").split("/")
+        repo, file = f"{owner}/{name}", "/".join(rest)
+        if resolve == "cdn":
+            return self.content(file, hub.repos[repo][file])
+        if revision not in (hub.commits[repo], "main") or file not in hub.repos[repo]:
+            return self.reply(404, X_Error_Code="EntryNotFound")
+        hub.log.append((self.command, path))
+        if self.fault(file):
+            return None
+        body, commit = hub.repos[repo][file], {"X_Repo_Commit": hub.commits[repo]}
+        if file in IN_GIT:
+            if self.command == "GET":
+                return self.content(file, body)
+            return self.reply(200, body, ETag=f'"{git_hash(body)}"', **commit)
+        sha256 = hashlib.sha256(body).hexdigest()
+        return self.reply(
+            302, Location=f"{hub.cdn}/{repo}/cdn/{revision}/{file}", X_Linked_Etag=f'"{sha256}"',
+            X_Linked_Size=str(len(body)), **commit,
+        )  # fmt: skip
+
+    def about(self, repo: str):
+        if self.fault(repo):
+            return
+        siblings = []
+        for name, body in self.server.repos[repo].items():
+            sibling = {"rfilename": name, "size": len(body), "blobId": git_hash(body)}
+            if name not in IN_GIT:
+                sibling["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+            siblings.append(sibling)
+        self.reply(200, json.dumps({"id": repo, "sha": self.server.commits[repo], "siblings": siblings}).encode())
+
+    def content(self, file: str, body: bytes):
+        self.server.log.append(("GET-FILE", file))
+        kind, *_ = self.server.faults.get(file, (None,))
+        if kind == "wrong":
+            body = bytes(len(body) - 1) + b"!"
+        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        if kind not in ("cut", "stuck"):
+            return self.reply(206 if start else 200, body[start:], **headers)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body[start : len(body) // 2])  # after a first cut nothing more comes
+        self.wfile.flush()
+        if kind == "stuck":
+            self.server.stuck.set()
+            self.server.release.wait(20)
+        self.close_connection = True
+        return None
+
+
+def git_hash(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(hub, tmp_path, monkeypatch):
+    """The Hub's cache in an empty folder, with this process online at `hub`; sleeps are skipped and noted."""
+    folder = tmp_path / "home" / "hub"
+    settings = {
+        "HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder), "HF_HUB_DISABLE_TELEMETRY": True,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    slept.clear()
+    close_session()
+    yield folder
+    close_session()
+
+
+slept: list[float] = []
+
+
+def turbo_nb(*arguments, hub: Hub, home: Path, **environment) -> subprocess.Popen:
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "turbo_nb.cli", *arguments],
+        env=kept | variables | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def assert_whole(hub: Hub, files: download.Files, stem: str = MODEL) -> None:
+    """Every file that is handed out has the Hub's bytes."""
+    assert [path.name for path in files.transformers] == [f"{stem}.pth"]
+    assert files.transformers[0].read_bytes() == hub.repos[TURBO][f"{stem}.pth"]
+    assert files.vae.read_bytes() == hub.repos[WAN][catalog.VAE.path]
+    assert files.text_encoder.read_bytes() == hub.repos[WAN][T5]
+    for name in download.TOKENIZER_FILES:
+        assert (files.tokenizer / name).read_bytes() == hub.repos[UMT5][name]
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return [*cache.rglob("*.incomplete"), *cache.rglob("*.tmp")]
+
+
+def fails(**settings) -> str:
+    """The one line of the DownloadError that fetching raises; nothing is then taken for whole."""
+    with pytest.raises(DownloadError) as caught:
+        download.fetch(SPEC, **settings)
+    assert "\n" not in str(caught.value)
+    assert download.cached(SPEC) is None
+    return str(caught.value)
+
+
+def test_the_plan_says_what_is_needed_and_writes_nothing(hub, cache):
+    plan = download.plan(SPEC)
+    assert [f.file.path for f in plan.files] == [f"{MODEL}.pth", catalog.VAE.path, T5, *download.TOKENIZER_FILES]
+    assert plan.to_fetch == 3 * 200_000 + 4 * 3000 == sum(f.size for f in plan.files)
+    assert plan.files[0].sha256 == hashlib.sha256(hub.repos[TURBO][f"{MODEL}.pth"]).hexdigest()
+    assert [f.file.path for f in plan.files if f.sha256 is None] == list(IN_GIT)
+    assert {f.commit for f in plan.files} == set(hub.commits.values())
+    assert plan.free == shutil.disk_usage(cache.parents[1]).free and plan.cache == cache
+    text = str(plan).splitlines()
+    assert text[0].startswith(f"{MODEL}: 7 files, 612.0 kB; 612.0 kB to fetch, ") and text[0].endswith(str(cache))
+    assert text[1].split() == ["fetch", "200.0", "kB", f"{TURBO}/{MODEL}.pth,", "main", f"({hub.commits[TURBO][:7]})"]
+    assert len(hub.log) == 3 and hub.fetched() == [] and not cache.parent.exists()
+
+
+def test_a_second_run_fetches_nothing_and_hashes_nothing(hub, cache, monkeypatch):
+    assert download.cached(SPEC) is None
+    steps = []
+    files = download.fetch(SPEC, on_progress=steps.append)
+    assert_whole(hub, files)
+    assert not leftovers(cache) and not list(cache.rglob("checkpoints"))
+    fetched = [step for step in steps if step.stage == "fetch"]
+    assert [s.done for s in fetched] == sorted(s.done for s in fetched) and {s.total for s in steps} == {612_000}
+    assert fetched[-1].done == 612_000 and steps[-1].stage == "check"
+    assert {s.file.file.path for s in steps if s.stage == "check" and s.file_done == s.file.size} == {
+        f.file.path for f in download.plan(SPEC).files
+    }
+    assert download.cached(SPEC) == files and download.cached(SPEC, quantised=True) is None
+
+    hub.log.clear()
+    monkeypatch.setattr(download, "_check", None)
+    plan = download.plan(SPEC)
+    assert plan.to_fetch == 0 and "7 files, 612.0 kB; nothing to fetch" in str(plan)
+    again = []
+    assert download.fetch(SPEC, on_progress=again.append) == files
+    assert hub.fetched() == [] and again == []
+
+
+def test_quantised_weights_share_the_other_files(hub, cache):
+    download.fetch(SPEC)
+    hub.log.clear()
+    assert download.plan(SPEC, quantised=True).to_fetch == 200_000
+    assert_whole(hub, download.fetch(SPEC, quantised=True), stem=f"{MODEL}-quant")
+    assert hub.fetched() == [f"{MODEL}-quant.pth"]
+
+
+def test_two_experts_are_two_files(hub, cache):
+    spec = catalog.find("TurboWan2.2-I2V-A14B-720P")
+    repo = spec.files[0].repo
+    hub.repos[repo] = {file.path: some_bytes(file.path) for file in spec.files}
+    hub.commits[repo] = "c" * 40
+    files = download.fetch(spec)
+    assert [path.read_bytes() for path in files.transformers] == list(hub.repos[repo].values())
+
+
+def test_nano_needs_no_download(hub, cache):
+    plan = download.plan(catalog.NANO)
+    assert (plan.files, plan.to_fetch, str(plan)) == ((), 0, "nano comes with the package: nothing to download")
+    with pytest.raises(InputError, match="nano comes with the package"):
+        download.fetch(catalog.NANO)
+    assert download.cached(catalog.NANO) is None and hub.log == []
+
+
+def test_a_pinned_commit_is_asked_for_once(hub, cache, monkeypatch):
+    pin = {name: getattr(download, name) for name in ("VAE", "TEXT_ENCODER", "TOKENIZER")}
+    for name, file in pin.items():
+        monkeypatch.setattr(download, name, replace(file, revision=hub.commits[file.repo]))
+    spec = replace(SPEC, files=(replace(SPEC.files[0], revision=hub.commits[TURBO]),))
+    assert_whole(hub, download.fetch(spec))
+    hub.log.clear()
+    plan = download.plan(spec)
+    assert plan.to_fetch == 0 and hub.log == [] and "(" not in str(plan) and hub.commits[TURBO][:7] in str(plan)
+
+
+def test_main_moves_in_the_cache_when_its_files_are_there(hub, cache):
+    before = download.fetch(SPEC)
+    old = hub.repos[TURBO][f"{MODEL}.pth"]
+    hub.repos[TURBO][f"{MODEL}.pth"] = some_bytes("newer")
+    hub.commits[TURBO] = "d" * 40
+    hub.faults[f"{MODEL}.pth"] = ("cut",)
+    with pytest.raises(DownloadError, match="broke off"):
+        download.fetch(SPEC)
+    assert download.cached(SPEC) == before and before.transformers[0].read_bytes() == old
+    hub.faults.clear()
+    after = download.fetch(SPEC)
+    assert_whole(hub, after)
+    assert download.cached(SPEC) == after != before
+
+
+def test_a_new_commit_with_the_same_files_fetches_nothing(hub, cache):
+    download.fetch(SPEC)
+    hub.commits[WAN] = "e" * 40
+    hub.log.clear()
+    assert download.plan(SPEC).to_fetch == 0
+    files = download.fetch(SPEC)
+    assert_whole(hub, files)
+    assert hub.fetched() == [] and files.vae.parent.name == "e" * 40 and download.cached(SPEC) == files
+
+
+def test_a_cache_without_links(hub, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    hub.faults[T5] = ("wrong",)
+    assert "wrong bytes" in fails()
+    hub.faults.clear()
+    files = download.fetch(SPEC)
+    assert_whole(hub, files)
+    assert not files.vae.is_symlink() and download.cached(SPEC) == files
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download.fetch(SPEC) == files
+    files.vae.write_bytes(b"half")
+    assert download.cached(SPEC) is None
+
+
+def test_files_that_another_program_fetched_are_only_checked(hub, cache):
+    for file in download.plan(SPEC).files:
+        hf_hub_download(file.file.repo, file.file.path)
+    assert download.cached(SPEC) is None  # nobody has looked at the bytes
+    hub.log.clear()
+    assert download.plan(SPEC).to_fetch == 0
+    files = download.fetch(SPEC)
+    assert_whole(hub, files)
+    assert hub.fetched() == [] and download.cached(SPEC) == files
+
+
+@pytest.mark.parametrize("name", [f"{MODEL}.pth", "tokenizer_config.json"])
+def test_wrong_bytes_are_removed_and_the_rest_stays(hub, cache, name):
+    hub.faults[name] = ("wrong",)
+    text = fails()
+    assert f"{name} came with wrong bytes" in text and "run it again" in text
+    assert not [path for path in cache.rglob("*") if path.name == name]
+    hub.faults.clear()
+    fetched = hub.fetched()
+    hub.log.clear()
+    assert_whole(hub, download.fetch(SPEC))
+    assert hub.fetched() == [name, *(f for f in (f.file.path for f in download.plan(SPEC).files) if f not in fetched)]
+
+
+def test_bytes_that_rot_later_are_found(hub, cache):
+    files = download.fetch(SPEC)
+    blob = files.vae.resolve()
+    blob.write_bytes(bytes(200_000))
+    assert download.cached(SPEC) is None
+    assert "wrong bytes" in fails()
+    assert not blob.exists() and not files.vae.is_symlink()
+    hub.log.clear()
+    assert_whole(hub, download.fetch(SPEC))
+    assert hub.fetched() == [catalog.VAE.path]
+
+
+def test_a_cut_goes_on_by_itself_if_the_hub_answers_again(hub, cache, monkeypatch):
+    hub.faults[T5] = ("cut",)
+    monkeypatch.setattr(time, "sleep", lambda seconds: hub.faults.clear())
+    steps = []
+    assert_whole(hub, download.fetch(SPEC, on_progress=steps.append))
+    assert [method for method, path in hub.log if path == T5].count("GET-FILE") == 2
+    assert max(step.done for step in steps) == 612_000
+
+
+def test_a_cut_that_lasts_is_an_error_and_the_finished_files_stay(hub, cache):
+    hub.faults[T5] = ("cut",)
+    assert f"{WAN}/{T5}: the transfer broke off" in fails()
+    assert len(slept) <= 10 and not leftovers(cache)
+    hub.faults.clear()
+    hub.log.clear()
+    assert download.plan(SPEC).to_fetch == 200_000 + 4 * 3000
+    assert_whole(hub, download.fetch(SPEC))
+    assert hub.fetched() == [T5, *download.TOKENIZER_FILES]
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "headers", "words"),
+    [
+        (TURBO, 401, {}, "does not show it to you (401)"),
+        (f"{MODEL}.pth", 401, {"X_Error_Code": "GatedRepo"}, "accept its licence"),
+        (f"{MODEL}.pth", 403, {}, "HF_TOKEN"),
+        (TURBO, 404, {"X_Error_Code": "RepoNotFound"}, "does not have it (404)"),
+        (T5, 404, {"X_Error_Code": "EntryNotFound"}, "does not have it (404)"),
+        (WAN, 500, {}, "failed (500)"),
+        (T5, 503, {}, "failed (503)"),
+        (T5, 429, {"Retry_After": "2"}, "asked too often (429)"),
+    ],
+)
+def test_a_status_is_one_clear_line(hub, cache, where, status, headers, words):
+    hub.faults[where] = ("status", status, headers)
+    text = fails()
+    assert words in text and where in text and hub.url in text
+    assert len(slept) <= 6 and not leftovers(cache)
+    hub.faults.clear()
+    assert_whole(hub, download.fetch(SPEC))
+
+
+@pytest.mark.parametrize("headers", [{"Retry_After": "7"}, {"RateLimit": '"api";r=0;t=7'}], ids=lambda h: next(iter(h)))
+def test_too_many_requests_waits_as_asked(hub, cache, headers):
+    hub.faults[TURBO] = ("status", 429, headers, 2)
+    with pytest.warns(UserWarning, match="asking again in 7 s"):
+        assert_whole(hub, download.fetch(SPEC))
+    assert slept == [7, 7]
+
+
+def test_too_many_requests_for_long_is_an_error(hub, cache):
+    hub.faults[WAN] = ("status", 429, {"Retry_After": "2"})
+    with pytest.warns(UserWarning, match="asking again in 2 s"):
+        assert f"{WAN}: {hub.url} is asked too often (429); wait 2 s" in fails()
+    assert slept == [2, 2]
+
+
+def test_a_very_long_wait_is_left_to_the_user(hub, cache):
+    hub.faults[TURBO] = ("status", 429, {"Retry_After": "3600"})
+    assert "wait 3600 s" in fails()
+    assert slept == []
+
+
+def test_a_file_that_is_gone_names_those_that_are_there(hub, cache):
+    hub.repos[WAN]["Wan2.1_VAE_v2.pth"] = hub.repos[WAN].pop(catalog.VAE.path)
+    text = fails()
+    assert f"{WAN} has no 'Wan2.1_VAE.pth' at main" in text and "Wan2.1_VAE_v2.pth" in text
+    assert hub.fetched() == []
+
+
+def test_refused(hub, cache):
+    hub.shutdown()
+    hub.server_close()
+    text = fails()
+    assert f"cannot reach {hub.url}" in text and slept == [] and not cache.exists()
+
+
+def test_refused_with_everything_in_the_cache_goes_on_with_a_warning(hub, cache):
+    files = download.fetch(SPEC)
+    hub.shutdown()
+    hub.server_close()
+    close_session()
+    with pytest.warns(UserWarning, match="files in the cache, because .* cannot reach"):
+        assert download.fetch(SPEC) == files
+
+
+def test_offline(hub, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set and it is not in" in fails()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    files = download.fetch(SPEC)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    assert download.fetch(SPEC) == download.cached(SPEC) == files and hub.log == []
+    files.vae.resolve().write_bytes(b"half")  # the cache alone is enough to tell
+    assert "wrong bytes" in fails() and hub.log == []
+
+
+def test_a_page_that_is_not_the_hubs(hub, cache):
+    hub.faults[TURBO] = ("status", 200, {"Content_Type": "text/html"})
+    assert "no answer that the Hub would give" in fails()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, cache, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 611_999, 611_999))
+    assert download.plan(SPEC).free == 611_999
+    text = fails()
+    assert "needs 612.0 kB more" in text and "has 612.0 kB free" in text and "HF_HOME" in text
+    assert hub.fetched() == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 612_000, 612_000))
+    assert_whole(hub, download.fetch(SPEC))
+
+
+def test_a_disk_that_fills_up_on_the_way(hub, cache, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download, "hf_hub_download", full)
+    text = fails()
+    assert "no space left in" in text and "HF_HOME" in text
+
+
+def test_stale_halves_are_removed_and_fresh_ones_stay(hub, cache):
+    blobs = cache / "models--Wan-AI--Wan2.1-T2V-1.3B" / "blobs"
+    blobs.mkdir(parents=True)
+    old, fresh = blobs / "a.1.incomplete", blobs / "b.2.incomplete"
+    for path, days in ((old, 1.1), (fresh, 0.9)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+    download.plan(SPEC)
+    assert old.exists()
+    download.fetch(SPEC)
+    assert leftovers(cache) == [fresh]
+
+
+def test_a_token_goes_with_a_warning_to_what_is_not_the_hub(hub, cache, monkeypatch):
+    download.plan(SPEC)  # no token, no warning
+    assert hub.tokens == {None}
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.warns(UserWarning, match=f"token goes to {hub.url}, which is not the Hub") as warned:
+        download.plan(SPEC)
+    assert "hf_secret" not in str(warned[0].message) and "Bearer hf_secret" in hub.tokens
+
+
+def test_what_on_progress_raises_ends_the_run(hub, cache):
+    class Cancel(Exception):
+        pass
+
+    def cancel(progress):
+        if progress.file.file.path == T5:
+            raise Cancel
+
+    with pytest.raises(Cancel):
+        download.fetch(SPEC, on_progress=cancel)
+    assert not leftovers(cache) and download.cached(SPEC) is None
+    assert_whole(hub, download.fetch(SPEC))
+
+
+def test_progress_in_a_log_is_a_line_a_file(hub, cache, capsys):
+    with download.progress_bars() as show:
+        download.fetch(SPEC, on_progress=show)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{f.file.path}: {'200.0' if f.size == 200_000 else '3.0'} kB, checked" for f in download.plan(SPEC).files
+    ]
+
+
+def test_progress_in_a_notebook_is_tqdm(hub, cache, monkeypatch, capsys):
+    import rich.console
+
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    with download.progress_bars() as show:
+        download.fetch(SPEC, on_progress=show)
+    text = capsys.readouterr().err
+    assert "all files: 100%" in text and "check spiece.model: 100%" in text
+
+
+def test_command_line(hub, tmp_path):
+    home = tmp_path / "home"
+    first = turbo_nb("download", MODEL, hub=hub, home=home)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{MODEL}: 7 files, 612.0 kB; 612.0 kB to fetch") and len(lines) == 1 + 7 + 4
+    assert [line.split()[0] for line in lines[-4:]] == ["transformer", "vae", "text", "tokenizer"]
+    assert all(Path(line[13:]).exists() and str(home / "hub") in line for line in lines[-4:])
+    assert f"{MODEL}.pth: 200.0 kB, checked" in err and "Traceback" not in err
+    hub.log.clear()
+    hub.faults[UMT5] = ("status", 500, {})
+    second = turbo_nb("download", MODEL, hub=hub, home=home)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0 and "nothing to fetch" in out and hub.fetched() == []
+    assert err.count("\n") == 1 and err.startswith("note: going on with the files in the cache")
+    third = turbo_nb("download", "Wan2.1-14B", hub=hub, home=home, HF_HUB_OFFLINE="1")
+    nano = turbo_nb("download", "nano", hub=hub, home=home)
+    out, err = third.communicate(timeout=60)
+    assert (third.returncode, out) == (2, "") and err.startswith("error: TurboDiffusion/") and err.count("\n") == 1
+    assert nano.communicate(timeout=60) == ("nano comes with the package: nothing to download\n", "")
+
+
+def test_killed_in_the_middle_and_run_again(hub, cache):
+    hub.faults[T5] = ("stuck",)
+    process = turbo_nb("download", MODEL, hub=hub, home=cache.parent)
+    assert hub.stuck.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    hub.release.set()
+    assert download.cached(SPEC) is None
+    half = leftovers(cache)
+    assert len(half) == 1 and half[0].suffix == ".incomplete"
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(half[0], (time.time() - 2 * 24 * 3600,) * 2)
+    hub.faults.clear()
+    hub.log.clear()
+    assert_whole(hub, download.fetch(SPEC))
+    assert hub.fetched() == [T5, *download.TOKENIZER_FILES] and not leftovers(cache)

@@ -1,0 +1,339 @@
+"""Every Triton kernel against its reference: on a GPU in bf16, without one interpreted in fp16."""
+
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.conv import reference as conv_reference
+from turbo_nb.ops.linear8 import reference as linear8_reference
+from turbo_nb.ops.norms import reference as norms_reference
+
+pytest.importorskip("triton")
+from turbo_nb.ops.attention import triton_cross, triton_sage, triton_sla
+from turbo_nb.ops.conv import triton_conv
+from turbo_nb.ops.linear8 import triton_rows
+from turbo_nb.ops.norms import triton_norms
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
+ROUNDING = 4e-3 if CUDA else 6e-4
+LENGTHS = [63, 700, 1000, 32760] if CUDA else [63, 300]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What torch.empty gives is NaN, or −128 in int8, until a kernel writes it"""
+    empty, empty_like = torch.empty, torch.empty_like
+    poison = lambda t: t.fill_(float("nan") if t.is_floating_point() else -128)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def random(*shape, dtype=DTYPE):
+    return torch.randn(*shape, generator=GENERATOR).to(DEVICE, dtype)
+
+
+def assert_close(name, out, expected, ratio=ROUNDING):
+    assert out.shape == expected.shape and out.dtype == expected.dtype, name
+    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert error <= ratio, f"{name}: rel. L2 {error:.2e}, allowed {ratio:.0e}"  # NaN fails too
+
+
+def smooth(batch, length, heads, dim):
+    """q, k, v whose neighbours are alike, so that block scores differ by more than rounding"""
+    blocks = [random(batch, -(-length // 64), heads, dim).repeat_interleave(64, 1)[:, :length] for _ in range(2)]
+    q, k = (block + 0.3 * random(batch, length, heads, dim) for block in blocks)
+    return q, k, random(batch, length, heads, dim)
+
+
+def use_the_map_of_the_kernels(monkeypatch, args):
+    """In the reference, too, which must not decide ties in another way"""
+    q, k, *_, topk, block_q, block_k = args
+    kept = triton_sla.kept_blocks(q, k, topk, block_q, block_k)
+    chosen = torch.zeros(*kept.shape[:3], -(-k.shape[1] // block_k), dtype=torch.bool, device=DEVICE)
+    chosen.scatter_(-1, kept.long(), True)
+    monkeypatch.setattr(attention_reference, "block_map", lambda *_: chosen)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sparse_linear_attention(length, heads, dim, monkeypatch):
+    q, k, v = smooth(1, length, heads, dim)
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        exact = attention_reference.sparse_linear_attention(*(t.float() for t in args[:5]), *args[5:]).to(DTYPE)
+        assert_close(f"topk {topk}", triton_sla.sparse_linear_attention(*args), exact)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
+def test_sage_linear_attention(length, heads, dim, monkeypatch):
+    q, k, v = smooth(1, length, heads, dim)
+    k = k + 2  # which is no news to a softmax
+    weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
+    for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
+        args = (q, k, v, weight, bias, topk, block_q, block_k)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        meant = attention_reference.sparse_linear_attention(*wide, in_8_bits).to(DTYPE)
+        assert_close(f"topk {topk}", triton_sage.sage_linear_attention(*args), meant)
+        wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
+        exact = attention_reference.sparse_linear_attention(*wide).to(DTYPE)
+        assert_close(f"topk {topk}, exact", triton_sage.sage_linear_attention(*args), exact, 1.5e-2)
+
+
+def in_8_bits(q, k, v, block_map, block_q, block_k, q_rows=None):
+    """`reference.sage_sparse_attention` with v and the probabilities as they are; q_rows: of q with a scale each"""
+    q, k = q.to(DTYPE), k.to(DTYPE)
+    q, k = dequantised(q, q_rows or block_q), dequantised(k - k.mean(1, keepdim=True), block_k)
+    return attention_reference.sparse_attention(q, k, v, block_map, block_q, block_k)
+
+
+def dequantised(x, block):
+    integers, scale = attention_reference._int8_blocks(x, block)
+    return (integers * scale[..., None, None]).flatten(2, 3)[:, :, : x.shape[1]].transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_int8_blocks_are_exact(length):
+    x = random(2, length, 3, 64) + 1
+    mean = x.mean(1, keepdim=True)
+    expected, expected_scale = attention_reference._int8_blocks(
+        (x - mean).cpu(), 64
+    )  # PyTorch divides inexactly on a GPU
+    out, scale = triton_sage.int8_blocks(x, mean.transpose(1, 2), 64)
+    assert torch.equal(out.cpu(), expected.flatten(2, 3)[:, :, :length].transpose(1, 2).to(torch.int8))
+    assert torch.equal(scale.cpu(), expected_scale)
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
+    q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
+    q[1], v[1] = random(length, 3, 128), random(length, 3, 128)
+    weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
+    for topk in (0.01, 0.2, 0.4, 1.0):
+        args = (q, k, v, weight, bias, topk, 128, 64)
+        expected = triton_sla.sparse_linear_attention(*args)
+        for _ in range(3):  # a race would show now and then
+            assert_close(f"topk {topk}", triton_sla.sparse_linear_attention(*args, gluon=True), expected)
+        use_the_map_of_the_kernels(monkeypatch, args)
+        wide = *(t.float() for t in args[:5]), *args[5:]
+        expected = attention_reference.sparse_linear_attention(*wide, partial(in_8_bits, q_rows=64)).to(DTYPE)
+        for _ in range(3):
+            assert_close(f"SageSLA, topk {topk}", triton_sage.sage_linear_attention(*args, gluon=True), expected)
+
+
+def test_a_batch_of_strided_operands():
+    fused = random(2, 200, 3 * 2 * 64)
+    q, k, v = (part.unflatten(2, (2, 64)) for part in fused.chunk(3, dim=2))
+    args = (random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 1.0, 128, 64)
+    exact = attention_reference.sparse_linear_attention(q.float(), k.float(), v.float(), *args).to(DTYPE)
+    assert_close("strided", triton_sla.sparse_linear_attention(q, k, v, *args), exact)
+    assert_close("SageSLA, strided", triton_sage.sage_linear_attention(q, k, v, *args), exact, 1.5e-2)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_kept_blocks_are_those_of_the_block_map(length):
+    q, k, _ = smooth(1, length, 2, 64)
+    kept = triton_sla.kept_blocks(q, k, 0.3, 128, 64)
+    expected = attention_reference.block_map(q, k, 0.3, 128, 64)
+    found = torch.zeros_like(expected).scatter(-1, kept.long(), True)
+    assert kept.diff(dim=-1).gt(0).all()
+    assert (found == expected).float().mean() > 0.995  # a tie may fall either way
+
+
+@pytest.mark.parametrize("length", LENGTHS[:2])
+def test_block_means_from_sums(length):
+    x = random(2, length, 2, 64)
+    sums = torch.nn.functional.pad(x.float(), (0, 0, 0, 0, 0, -length % 16)).unflatten(1, (-1, 16)).sum(2)
+    for block in (64, 128):
+        assert_close("means", triton_sla.block_means(x, block, sums), attention_reference.block_means(x, block), 1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 512, 1182])
+def test_keep_largest(columns):
+    score = random(2, 1, 5, columns)
+    score[0, 0, 0] = 0.25 * torch.arange(columns).remainder(3)  # full of ties
+    score[0, 0, 1] = -score[0, 0, 0] - 1
+    for topk in (0.01, 0.1, 0.5, 1.0):
+        kept = triton_sla.keep_largest(score, topk).long()
+        n = attention_reference.kept_count(topk, columns)
+        assert kept.shape == (2, 1, 5, n) and (kept >= 0).all() and (kept < columns).all()
+        assert kept.diff(dim=-1).gt(0).all()
+        best = score.topk(n, dim=-1).values
+        assert torch.equal(score.gather(-1, kept).sort(-1, descending=True).values, best)
+
+
+@pytest.mark.parametrize("shape", [(1, 63, 256), (2, 100, 1536)], ids=str)
+def test_gated_norm(shape):
+    batch, _, width = shape
+    x, branch = random(*shape) + 0.3, random(*shape)
+    gate, scale, shift = (random(batch, width, dtype=torch.float32) for _ in range(3))
+    cases = {
+        "norm": (x, None, None, scale, shift),
+        "branch, gate and norm": (x, branch, gate, scale, shift),
+        "branch, no gate, weights of a module": (x, branch, None, scale[0], shift[0]),
+        "residual alone": (x, branch, gate, None, None),
+    }
+    for name, args in cases.items():
+        for out, expected in zip(triton_norms.gated_norm(*args), norms_reference.gated_norm(*args), strict=True):
+            if expected is None:
+                assert out is None, name
+            else:
+                assert_close(name, out, expected)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (12, 128)])
+def test_rms_norm_rope(heads, dim):
+    x, weight = random(2, 63, heads * dim), random(heads * dim, dtype=torch.float32)
+    angles = random(63, dim // 2, dtype=torch.float32)
+    repeated = angles.repeat_interleave(2, 1)
+    for cos, sin in [(angles.cos(), angles.sin()), (repeated.cos()[:, 0::2], repeated.sin()[:, 0::2]), (None, None)]:
+        expected = norms_reference.rms_norm_rope(x.float(), weight, cos, sin, heads).to(DTYPE)
+        assert_close("rms_norm_rope", triton_norms.rms_norm_rope(x, weight, cos, sin, heads), expected)
+        out, sums = triton_norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True)
+        assert_close("with sums", out, expected)
+        padded = torch.nn.functional.pad(out.float(), (0, 0, 0, 0, 0, 1)).unflatten(1, (4, 16)).sum(2)
+        assert_close("sums", sums, padded, 1e-5)
+
+
+@pytest.mark.parametrize("prompts", [(5, 5), (70, 10), (100, 3)], ids="{} tokens of 100".format)
+def test_cross_attention(prompts):
+    text, (k, v) = random(2, 100, 32), (random(2, 100, 2, 64) for _ in range(2))
+    for b, prompt in enumerate(prompts):
+        for x in (text, k, v):
+            x[b, prompt:] = x[b, -1:].clone()
+    repeats = triton_cross.repeats(text)
+    assert repeats == max(1, 100 - max(prompts))
+    q = random(2, 130, 2, 64)
+    exact = attention_reference.cross_attention(q.float(), k.float(), v.float()).to(DTYPE)
+    k, v = (triton_cross.without_repeats(x, repeats) for x in (k, v))
+    assert k.shape[1] == 101 - repeats
+    assert_close("cross", triton_cross.cross_attention(q, k, v, repeats), exact)
+
+
+def test_the_last_row_stands_for_the_padding():
+    x = random(1, 100, 2)
+    assert torch.equal(triton_cross.without_repeats(x, 30), torch.cat([x[:, :70], x[:, 99:]], 1))
+    assert triton_cross.without_repeats(x, 1) is x
+
+
+def assert_rows(out, expected):
+    assert torch.equal(out.scale, expected.scale) or torch.allclose(out.scale, expected.scale, rtol=1e-6)
+    difference = (out.q.int() - expected.q.int()).abs()
+    assert out.q.dtype == torch.int8 and difference.max() <= 1 and difference.float().mean() < 3e-3  # near a half
+
+
+@pytest.mark.parametrize("shape", [(63, 100), (2, 30, 1536)], ids=str)
+def test_row_quantize(shape):
+    x = random(*shape)
+    x[..., 1, :] = 0
+    out = triton_rows.row_quantize(x)
+    assert out.dtype == DTYPE and out.scale.shape == shape[:-1]
+    assert_rows(out, linear8_reference.row_quantize(x))
+    assert_rows(triton_rows.row_quantize(x, gelu=True), linear8_reference.row_quantize(x, gelu=True))
+
+
+def test_gated_norm_in_8_bits():
+    x, branch = random(2, 63, 256) + 0.3, random(2, 63, 256)
+    gate, scale, shift = (random(2, 256, dtype=torch.float32) for _ in range(3))
+    args = (x, branch, gate, scale, shift, 1e-6, True)
+    (summed, out), (expected_sum, expected) = triton_norms.gated_norm(*args), norms_reference.gated_norm(*args)
+    assert_close("sum", summed, expected_sum)
+    assert out.dtype == expected.dtype == DTYPE
+    close = (out.q.float() * out.scale[..., None], expected.q.float() * expected.scale[..., None])
+    assert_close("norm", *close, ratio=5e-3)  # a value near a half falls either way
+
+
+@pytest.mark.parametrize("shape", [(63, 128, 72), (150, 384, 264), (20, 100, 70)], ids=str)
+def test_row_linear(shape):
+    rows, depth, columns = shape
+    x, bias = random(2, rows, depth), random(columns)
+    weight = linear8_reference.row_quantize(random(columns, depth))
+    quantized = triton_rows.row_quantize(x)
+    for name, options in {"bias": {"bias": bias}, "no bias": {}}.items():
+        expected = linear8_reference.row_product(quantized, weight.q, weight.scale, **options)
+        assert_close(name, triton_rows.row_product(quantized, weight.q, weight.scale, **options), expected)
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (9000, 144, 1096), (32760, 1536, 8960)], ids=str)
+def test_the_gluon_product_is_the_triton_one(shape):
+    rows, depth, columns = shape
+    x, bias = triton_rows.row_quantize(random(rows, depth)), random(columns)
+    weight = linear8_reference.row_quantize(random(columns, depth))
+    for options in ({"bias": bias}, {}):
+        args = x, weight.q, weight.scale
+        expected = triton_rows.row_product(*args, **options)
+        for _ in range(3):  # a race would show now and then
+            assert_close(str(shape), triton_rows.row_product(*args, **options, gluon=True), expected)
+
+
+def rimmed(*shape):
+    """A clip (B, T, H, W, C) in a rim of zeros"""
+    return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
+
+
+def weights(columns, channels, *taps):
+    return random(columns, channels, *taps) / (channels * math.prod(taps)) ** 0.5, random(columns)
+
+
+@pytest.mark.parametrize(
+    ("channels", "columns", "taps", "split"),
+    [(96, 96, (3, 3, 3), 1), (16, 192, (3, 3, 3), 1), (32, 3, (3, 3, 3), 1), (48, 64, (1, 1, 1), 1),
+     (32, 64, (3, 1, 1), 2), (16, 400, (3, 1, 1), 2)],
+    ids=str,
+)  # fmt: skip
+def test_rimmed_conv(channels, columns, taps, split):
+    x, (weight, bias) = rimmed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
+    residual = rimmed(2, 2 * split, 5, 11, columns // split)
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
+        exact = conv_reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        out = triton_conv.rimmed_conv(*args)
+        assert_close("conv", out, exact)
+        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("columns", [3, 96])
+def test_upsample_conv(columns):
+    x, (weight, bias) = rimmed(2, 2, 3, 7, 32), weights(columns, 32, 3, 3)
+    exact = conv_reference.upsample_conv(x.float(), weight.float(), bias.float()).to(DTYPE)
+    out = triton_conv.upsample_conv(x, weight, bias)
+    assert_close("upsample", out, exact)
+    assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [16, 96, 384])
+def test_rms_norm_silu(channels):
+    x, gamma, before = rimmed(2, 3, 5, 7, channels), random(channels, 1, 1, 1), random(2, 2, 7, 9, channels)
+    for args in [(x, gamma), (x, gamma, before), (x, gamma, None, False), (x, gamma, before[:, :1])]:
+        exact = conv_reference.rms_norm_silu(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
+        assert_close("norm", triton_conv.rms_norm_silu(*args), exact)
+
+
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 3)])
+def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
+    """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_for.py")), arch],
+        capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == kernels and all(int(shared) <= memory * 1024 for *_, shared in lines), result.stdout

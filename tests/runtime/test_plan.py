@@ -1,0 +1,163 @@
+"""The plan: what fits which GPU, before anything is loaded."""
+
+import pytest
+
+from turbo_nb import catalog
+from turbo_nb.errors import InputError
+from turbo_nb.machine import environment
+from turbo_nb.machine.environment import Memory
+from turbo_nb.machine.probe import free_memory
+from turbo_nb.runtime import expert_swap
+from turbo_nb.runtime.place import apply
+from turbo_nb.runtime.plan import GB, PLANS, choose, sizes
+
+SMALL, LARGE, I2V = (
+    catalog.find(name)
+    for name in ("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-720P", "TurboWan2.2-I2V-A14B-720P")
+)
+
+
+def plan_for(spec, gigabytes, quantised=False, **kwargs):
+    width, height = spec.size
+    weights = sizes(spec, quantised=quantised)
+    return choose(weights, spec.arch, width, height, spec.num_frames, budget=gigabytes * GB, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes"),
+    [(SMALL, False, 2.8), (SMALL, True, 1.4), (LARGE, False, 28.6), (LARGE, True, 14.5)],
+)
+def test_weights_are_as_large_as_the_released_files(spec, quantised, gigabytes):
+    assert sizes(spec, quantised=quantised).transformer / GB == pytest.approx(gigabytes, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes", "name"),
+    [
+        (SMALL, False, 80, "resident"),
+        (SMALL, False, 24, "resident"),
+        (SMALL, False, 16, "free-text"),
+        (SMALL, True, 12, "cpu-text"),
+        (LARGE, True, 80, "resident"),
+        (LARGE, True, 24, "cpu-text"),
+        (LARGE, True, 16, "group"),
+        (LARGE, False, 48, "free-text"),
+        (I2V, True, 80, "resident"),
+        (I2V, True, 48, "free-text"),
+        (I2V, True, 32, "offload"),
+        (SMALL, True, 6, "cpu-text"),
+        (SMALL, True, 4.5, "offload-cpu-text"),
+        (SMALL, True, 3.5, "offload-tiled"),
+        (LARGE, False, 4, "group"),
+    ],
+)
+def test_the_first_plan_that_fits(spec, quantised, gigabytes, name):
+    plan = plan_for(spec, gigabytes, quantised)
+    assert plan.name == name, str(plan)
+    assert plan.fits or plan.name == PLANS[-1].name
+
+
+@pytest.mark.parametrize(
+    ("spec", "gigabytes", "name"), [(LARGE, 24, "group"), (I2V, 24, "group"), (I2V, 32, "offload")]
+)
+def test_without_the_fused_kernels_more_is_needed(spec, gigabytes, name):
+    assert plan_for(spec, gigabytes, quantised=True, fused=False).name == name
+    assert plan_for(spec, gigabytes, quantised=True).name != "group"
+
+
+def test_less_memory_never_gets_a_hungrier_plan():
+    needs = [plan_for(I2V, gigabytes, quantised=True).needs for gigabytes in (100, 60, 40, 30, 20, 10)]
+    assert needs == sorted(needs, reverse=True)
+
+
+def test_a_plan_says_what_it_does():
+    assert str(plan_for(SMALL, 12, quantised=True)).startswith("plan cpu-text: needs ")
+    assert "of 12.0 GB: text encoder on the CPU" in str(plan_for(SMALL, 12, quantised=True))
+    assert "may run out of memory" in str(plan_for(LARGE, 4))
+    assert "everything stays loaded" in str(plan_for(SMALL, 80))
+
+
+def test_a_plan_can_be_asked_for_by_name_even_if_it_is_too_large():
+    plan = plan_for(LARGE, 4, name="resident")
+    assert plan.name == "resident" and not plan.fits
+    with pytest.raises(InputError, match="one of auto, resident"):
+        plan_for(SMALL, 4, name="magic")
+    with pytest.raises(InputError, match="resident, free-text"):
+        plan_for(SMALL, 4, name="group", device="cpu")
+
+
+def test_on_a_cpu_only_the_text_encoder_can_go():
+    assert plan_for(SMALL, 64, device="cpu").name == "resident"
+    assert plan_for(SMALL, 13, device="cpu").name == "free-text"
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantised", "gigabytes", "host", "name", "doubt"),
+    [
+        (SMALL, True, 12, 16, "cpu-text", None),
+        (SMALL, True, 12, 8, "offload", None),  # the text encoder is too large for this machine, the expert is not
+        (SMALL, True, 8, 8, "cpu-text", "takes 11.4 GB of main memory, and 8.0 GB are free: take a machine with more"),
+        (I2V, True, 32, 16, "offload", "takes 29.3 GB of main memory, and 16.0 GB are free"),
+        (LARGE, True, 24, 16, "cpu-text", None),
+        (LARGE, True, 16, 16, "group", "takes 26.1 GB of main memory, and 16.0 GB are free"),
+        (LARGE, True, 16, 32, "group", None),
+        (LARGE, False, 80, 1, "resident", None),
+        (LARGE, False, 8, 64, "group", "may run out of memory"),
+    ],
+)
+def test_what_a_plan_keeps_in_main_memory_must_fit_there(spec, quantised, gigabytes, host, name, doubt):
+    plan = plan_for(spec, gigabytes, quantised, host_budget=host * GB)
+    assert (plan.name, plan.fits) == (name, doubt is None), str(plan)
+    assert "\n" not in str(plan) and (doubt in str(plan) if doubt else "; " not in str(plan))
+
+
+def test_free_main_memory_heeds_the_containers_limit(monkeypatch):
+    monkeypatch.setattr(environment, "memory", lambda: Memory(available=7, total=8))
+    assert free_memory("cpu") == 7
+    monkeypatch.setattr(environment, "memory", lambda: Memory(available=None, total=None))  # no /proc
+    assert free_memory("cpu") > 7
+
+
+def test_the_next_plan_frees_more_until_there_is_none():
+    told, plan = [], plan_for(SMALL, 80)
+    while plan:
+        told.append((plan.name, plan.needs))
+        plan = plan.next
+    assert [name for name, _ in told] == ["resident", "offload-tiled", "group"]
+    assert [needs for _, needs in told] == sorted((needs for _, needs in told), reverse=True)
+    assert plan_for(SMALL, 80).next == plan_for(SMALL, 80, name="offload-tiled")
+    assert plan_for(SMALL, 64, device="cpu").next is None
+
+
+class Recorder:
+    """A pipeline that records what is asked of it"""
+
+    def __init__(self, told, name=""):
+        self._told, self._name = told, name
+
+    def __getattr__(self, name):
+        if name in ("transformer", "transformer_2", "vae"):
+            return Recorder(self._told, name)
+        return lambda *args, **kwargs: self._told.append(
+            " ".join([self._name, name, *map(str, (*args, *kwargs.values()))])
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "done"),
+    [
+        ("resident", {"transformer to cuda", "transformer_2 to cuda", "vae to cuda", "vae disable_tiling"}),
+        ("offload", {"turns of transformer, transformer_2, vae on cuda", "vae disable_tiling"}),
+        ("offload-tiled", {"turns of transformer, transformer_2, vae on cuda", "vae enable_tiling"}),
+        ("group", {"transformer to cpu", "vae to cuda", "vae enable_tiling",
+                   "transformer_2 enable_group_offload cuda cpu block_level 1 True"}),
+    ],
+)  # fmt: skip
+def test_a_plan_is_carried_out(name, done, monkeypatch):
+    told = []
+    turns = lambda pipeline, modules, device: told.append(  # noqa: E731
+        f"turns of {', '.join(module._name for module in modules)} on {device}"
+    )
+    monkeypatch.setattr(expert_swap, "take_turns", turns)
+    apply(plan_for(I2V, 40, quantised=True, name=name), Recorder(told))
+    assert told[0] == " remove_all_hooks" and done <= set(told)

@@ -1,0 +1,149 @@
+"""Embeddings of prompts on disk: found again to the bit, whatever happened to the files meanwhile."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import turbo_nb
+from turbo_nb.machine import environment
+from turbo_nb.text import embedding_cache
+
+PROMPT = "a small green square growing on a gray background"
+SHORT = {"num_frames": 5, "num_steps": 1}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "text"
+
+
+def load(**more):
+    return turbo_nb.load_pipeline("nano", device="cpu", on_plan=lambda chosen: None, **more)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Where text encoders were loaded to"""
+    from turbo_nb import checkpoint
+
+    told, real = [], checkpoint.load_text_encoder
+    monkeypatch.setattr(checkpoint, "load_text_encoder", lambda *a, **k: told.append(k["device"]) or real(*a, **k))
+    return told
+
+
+@pytest.mark.parametrize("memory_plan", ["resident", "free-text"])
+def test_prompts_that_are_known_need_no_encoder(folder, loads, memory_plan):
+    first = load(memory_plan=memory_plan)
+    frames = turbo_nb.generate(first, PROMPT, **SHORT).frames
+    assert loads == ["cpu"]
+    again = load(memory_plan=memory_plan, prompts=[PROMPT])
+    assert torch.equal(again.encoder(PROMPT), first.encoder(PROMPT))
+    assert np.array_equal(turbo_nb.generate(again, f"  {PROMPT}\n", **SHORT).frames, frames)  # cleaned, it is the same
+    assert loads == ["cpu"] and again.text_encoder is None
+    turbo_nb.generate(again, "a large red circle", **SHORT)  # another one after all
+    assert loads == ["cpu", "cpu"] and (again.text_encoder is not None) == (memory_plan == "resident")
+
+
+def test_without_word_of_the_prompts_a_resident_encoder_is_there(folder, loads):
+    load().encoder(PROMPT)
+    assert load().text_encoder is not None
+    assert load(prompts=[PROMPT, "a large red circle"]).text_encoder is not None  # one of them is new
+
+
+def test_a_file_has_the_prompts_own_tokens_and_not_its_words(folder):
+    embedding = load().encoder(PROMPT)
+    (file,) = folder.iterdir()
+    (rows,) = load_file(file).values()
+    assert rows.shape[0] == int(embedding[0].any(1).sum()) < 60 and rows.dtype == embedding.dtype
+    assert torch.equal(rows, embedding[0, : len(rows)]) and b"square" not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{"encoder": "other"}, {"dtype": torch.bfloat16}, {"prompt": "a red circle"}], ids=lambda c: next(iter(c))
+)
+def test_another_encoder_dtype_or_prompt_is_another_file(tmp_path, change):
+    embedding = torch.zeros(1, 512, 8)
+    embedding[0, :3] = 1
+    kept = {"encoder": "one", "dtype": torch.float32, "prompt": PROMPT}
+
+    def cache(encoder, dtype, prompt):
+        return embedding_cache.EmbeddingCache(tmp_path, encoder, dtype), prompt
+
+    one, prompt = cache(**kept)
+    one.put(prompt, embedding)
+    other, prompt = cache(**kept | change)
+    assert other.get(prompt) is None and torch.equal(one.get(PROMPT), embedding)
+
+
+@pytest.mark.parametrize("damage", ["cut", "page", "shape", "nan", "dtype"])
+def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
+    expected = load().encoder(PROMPT)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[:-7])
+    elif damage == "page":
+        file.write_text("<html>")
+    else:
+        wrong = {"shape": torch.ones(3), "nan": torch.full((3, 8), torch.nan), "dtype": torch.ones(3, 8).half()}
+        save_file({"embedding": wrong[damage]}, file)
+    again = load(prompts=[PROMPT])
+    with pytest.warns(UserWarning, match="cannot be read .* encoded again"):
+        assert torch.equal(again.encoder(PROMPT), expected)
+    assert file.read_bytes() == whole and [*folder.iterdir()] == [file] and len(loads) == 2
+
+
+@pytest.mark.parametrize("off", ["argument", "variable"])
+def test_it_can_be_turned_off(folder, loads, monkeypatch, off):
+    load().encoder(PROMPT)
+    (file,) = folder.iterdir()
+    file.write_bytes(b"")  # which nobody looks at
+    if off == "variable":
+        monkeypatch.setenv("TURBO_NB_TEXT_CACHE", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(prompts=[PROMPT], text_cache=False if off == "argument" else None).encoder(PROMPT)
+    assert len(loads) == 2 and file.read_bytes() == b""
+
+
+def test_the_least_recently_used_go_first(tmp_path, monkeypatch):
+    cache = embedding_cache.EmbeddingCache(tmp_path, "one", torch.float32)
+    embedding = torch.zeros(1, 512, 100)
+    embedding[0, :10] = 1  # 4 kB and a head
+    monkeypatch.setattr(embedding_cache, "KEPT", 9500)
+    for age, prompt in enumerate("ab"):
+        cache.put(prompt, embedding)
+        os.utime(cache.path(prompt), (1e9 + age, 1e9 + age))
+    assert cache.get("a") is not None  # used, so b is the older one now
+    cache.put("c", embedding)
+    assert [cache.has(prompt) for prompt in "abc"] == [True, False, True]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_video(folder):
+    folder.parent.parent.joinpath("cache").write_text("a file")
+    with pytest.warns(UserWarning, match="cannot keep .* TURBO_NB_CACHE"):
+        assert load().encoder(PROMPT).shape[1] == 512
+
+
+def test_an_embedding_that_is_not_finite_is_not_kept(tmp_path):
+    cache = embedding_cache.EmbeddingCache(tmp_path, "one", torch.float32)
+    cache.put("a", torch.full((1, 512, 4), torch.nan))
+    assert not cache.has("a")
+
+
+def test_the_folder_lasts_as_long_as_what_is_downloaded(monkeypatch, tmp_path):
+    for name in ("TURBO_NB_CACHE", "TURBO_NB_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert environment.cache() == tmp_path / ".cache" / "turbo_nb"
+    monkeypatch.setattr(environment, "volume", lambda: tmp_path / "workspace")
+    assert environment.cache() == tmp_path / "workspace" / "turbo_nb_home" / "cache"
+    monkeypatch.setenv("TURBO_NB_HOME", "/elsewhere")
+    assert str(environment.cache()) == "/elsewhere/cache"
+    monkeypatch.setenv("TURBO_NB_CACHE", "~/mine")
+    assert environment.cache() == tmp_path / "mine"

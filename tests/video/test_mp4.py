@@ -1,0 +1,213 @@
+"""mp4 files: what goes in comes out, and nothing half-written stays."""
+
+import shlex
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from turbo_nb.errors import InputError, OutputError
+from turbo_nb.video import mp4, sheet
+
+
+@pytest.fixture
+def frames():
+    y, x = np.mgrid[:64, :96]
+    return np.stack([np.stack([x * 2, y * 3, np.full_like(x, 10 * t)], -1) for t in range(9)]).astype(np.uint8)
+
+
+def test_frames_and_metadata_come_back(tmp_path, frames):
+    metadata = {"prompt": 'a = "b"; #c \\ é 图\nsecond line', "seed": 7, "versions": {"torch": "2"}}
+    path = mp4.write_mp4(tmp_path / "new" / "clip.mp4", frames, 16, metadata)
+    read = iio.imread(path, plugin="FFMPEG")
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames).mean() < 6
+    details = iio.immeta(path, plugin="FFMPEG")
+    assert (details["fps"], details["codec"], details["pix_fmt"]) == (16, "h264", "yuv420p(progressive)")
+    assert mp4.read_metadata(path) == metadata
+    assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_the_index_comes_first_so_that_a_browser_can_start(tmp_path, frames):
+    data = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16).read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize(("size", "kept"), [((48, 80), (48, 80)), ((47, 79), (48, 80))])
+def test_a_size_is_kept_up_to_the_pixel_that_yuv420p_needs(tmp_path, frames, size, kept):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", frames[:, : size[0], : size[1]], 8)
+    assert iio.imread(path, plugin="FFMPEG").shape == (9, *kept, 3)
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkeypatch):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16)
+    before = path.read_bytes()
+
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mp4.Path, "replace", full_disk)
+    with pytest.raises(OutputError, match="No space left"):
+        mp4.write_mp4(path, frames[::-1], 16)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def stand_in(folder, script: str) -> str:
+    """An ffmpeg that is a shell script, in which $FFMPEG is the real one"""
+    path = folder / "ffmpeg"
+    path.write_text(f"#!/bin/sh\nFFMPEG={shlex.quote(imageio_ffmpeg.get_ffmpeg_exe())}\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (f'{FULL}; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
+        (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
+        ("kill -9 $$", "ffmpeg ended with -9: no word of why"),
+        ("echo no codec >&2; exit 3", "ffmpeg ended with 3: no codec"),
+        ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; esac', "ffmpeg wrote 0 of 81 frames"),
+        ('case "$*" in *rawvideo*) set -- -t 0.43 "$@";; esac; exec "$FFMPEG" "$@"', "ffmpeg wrote 7 of 81 frames"),
+    ],
+    ids=["disk full", "disk full at the end", "killed", "refused", "nothing", "short"],
+)
+def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path, tmp_path_factory, monkeypatch, script, words
+):
+    frames = np.random.default_rng(0).integers(0, 256, (81, 64, 96, 3), np.uint8)  # more than a pipe holds
+    path = tmp_path / "clip.mp4"
+    path.write_text("old")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), script))
+    with pytest.raises(OutputError, match=rf"cannot write .*: {words}; free some space"):
+        mp4.write_mp4(path, frames, 16)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# A GPU's encoder: the script stands in for one that works
+NVENC = """
+case "$*" in *h264_nvenc*)
+  echo "$*" >> "$(dirname "$0")/asked"
+  set -- $(echo "$*" | sed "s/h264_nvenc.*-b:v 0/libx264/")
+esac
+exec "$FFMPEG" "$@"
+"""
+
+
+def test_a_gpus_encoder_is_taken_where_it_is_asked_for(tmp_path, tmp_path_factory, monkeypatch, frames):
+    folder = tmp_path_factory.mktemp("bin")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(folder, NVENC))
+    monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
+    for name in ("a.mp4", "b.mp4"):
+        path = mp4.write_mp4(tmp_path / name, frames, 16)
+    assert mp4._count_frames(path) == len(frames)
+    asked = (folder / "asked").read_text().splitlines()
+    assert len(asked) == 3 and "256x256" in asked[0]  # tried once, on a small picture
+    assert all("-c:v h264_nvenc" in line for line in asked) and not any("256x256" in line for line in asked[1:])
+
+
+def test_an_encoder_that_does_not_work_is_told_before_any_work(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
+    refuses = 'case "$*" in *nvenc*) echo "No capable devices found" >&2; exit 1;; esac; exec "$FFMPEG" "$@"'
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), refuses))
+    with pytest.raises(InputError, match=r"TURBO_NB_ENCODER=nvenc does not work here: No capable.*; leave it out"):
+        mp4.check_output(tmp_path / "clip.mp4")
+    monkeypatch.setenv("TURBO_NB_ENCODER", "av2")
+    with pytest.raises(InputError, match="TURBO_NB_ENCODER is 'av2'; it is one of x264, nvenc"):
+        mp4.Encoder(tmp_path / "clip.mp4", 16)
+
+
+def test_frames_in_parts_make_the_same_file(tmp_path, frames):
+    whole = mp4.write_mp4(tmp_path / "whole.mp4", frames, 16, {"seed": 7})
+    with mp4.Encoder(tmp_path / "parts.mp4", 16) as encoder:
+        for part in (frames[:1], frames[1:5], frames[5:]):
+            encoder.add(part)
+        with pytest.raises(OutputError, match=r"has 9 of 8 frames; give its `add`"):
+            mp4.write_mp4(encoder, frames[:8], 16)
+        path = mp4.write_mp4(encoder, frames, 16, {"seed": 7})
+    assert path.read_bytes() == whole.read_bytes() and path.stat().st_mode == whole.stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.mp4", "whole.mp4"]
+
+
+def test_an_encoder_that_is_left_takes_its_ffmpeg_with_it(tmp_path, frames):
+    with mp4.Encoder(tmp_path / "new" / "clip.mp4", 16):
+        pass
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ZeroDivisionError), mp4.Encoder(tmp_path / "clip.mp4", 16) as encoder:
+        encoder.add(frames)
+        assert [p.suffix for p in tmp_path.glob(".clip.*")] == [".mp4"] and encoder._process.poll() is None
+        1 / 0  # noqa: B018
+    assert encoder._process.poll() is not None and not encoder._thread.is_alive()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_fitted_into_the_size_asked_for(tmp_path, frames):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16)  # 96x64
+    read = mp4.read_frames(path, 48, 48)
+    assert read.shape == (9, 48, 48, 3)
+    assert np.abs(read[:, [0, 7, 40, 47]].astype(int) - 0xF4).max() < 8  # the ground, above and below
+    assert np.abs(read[:, 10:38].astype(int) - frames[:, 4:60:2, ::2]).mean() < 8
+    path.write_text("")
+    with pytest.raises(InputError, match="no video that can be read"):
+        mp4.read_frames(path, 48, 48)
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    for path, words in [
+        (tmp_path / "file" / "clip.mp4", "is a file"),
+        (tmp_path / "file" / "deeper" / "clip.mp4", "is a file"),
+        (tmp_path / "folder.mp4", "is a folder"),
+        (tmp_path / "clip.avi", "must end in .mp4"),
+    ]:
+        with pytest.raises(OutputError, match=words):
+            mp4.check_output(path)
+    mp4.check_output(tmp_path / "new" / "clip.mp4")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_metadata(tmp_path, frames):
+    with pytest.raises(InputError, match="says nothing"):
+        mp4.read_metadata(mp4.write_mp4(tmp_path / "clip.mp4", frames, 16))
+    (tmp_path / "page.mp4").write_text("<html>")
+    with pytest.raises(InputError, match="says nothing"):
+        mp4.read_metadata(tmp_path / "page.mp4")
+    with pytest.raises(InputError, match="no file"):
+        mp4.read_metadata(tmp_path / "missing.mp4")
+
+
+@pytest.mark.parametrize("width", [1, 16, 160])
+@pytest.mark.parametrize(
+    "caption", ["two\nlines\r\nand\ta tab", "", "word " * 20_000, "…" * 300], ids=["newlines", "empty", "long", "dots"]
+)
+def test_contact_sheet_takes_any_caption_at_any_width(width, caption):
+    clip = np.zeros((3, 24, width, 3), np.uint8)
+    drawn = sheet.contact_sheet([clip], [caption])
+    assert drawn.width >= 3 * width
+
+
+def test_a_caption_is_cut_where_it_no_longer_fits():
+    measured = []
+
+    def fits(text: str) -> bool:
+        measured.append(text)
+        return len(text) <= 7
+
+    assert sheet._fitted("red  circle\ngrowing", fits) == "red ci…"
+    assert sheet._fitted("red\ncircle"[:7], fits) == "red cir"
+    assert sheet._fitted("x" * 100_000, fits) == "xxxxxx…"
+    assert sheet._fitted("red", lambda text: False) == ""
+    assert max(map(len, measured)) <= 1001
+
+
+def test_contact_sheet_shows_first_middle_and_last_frames(frames):
+    drawn = np.asarray(sheet.contact_sheet([frames, frames[::-1], frames], ["one", "two " * 50, "three"], columns=2))
+    assert (drawn[8:72, 8:104] == frames[0]).all()
+    assert (drawn[8:72, 106:202] == frames[4]).all()
+    assert (drawn[8:72, 204:300] == frames[8]).all()
+    assert sheet.shape == (2 * (64 + 18 + 8) + 8, 2 * (3 * 96 + 4 + 8) + 8, 3)

@@ -1,0 +1,1 @@
+"""Kernels put into diffusers' modules, and taken out again."""

@@ -1,0 +1,1 @@
+"""The generator's jobs and its widgets."""

@@ -1,0 +1,1 @@
+"""Self-attention (dense, SLA, SageSLA) and cross-attention."""

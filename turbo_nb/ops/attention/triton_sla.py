@@ -1,0 +1,258 @@
+"""Sparse-linear attention in Triton: `reference.sparse_linear_attention` by three kernels and no copy of q, k or v.
+
+1. `block_means` pools q and k; of the scores of what is pooled `keep_largest` picks the blocks to keep.
+2. The linear branch's state Σφ(k)ᵀv is summed over chunks of the sequence, and `proj_l` is multiplied into it.
+3. Softmax attention runs over the kept blocks, and the linear branch is its epilogue.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..norms import reference as norms_reference
+from . import reference as attention_reference
+
+Sums = tuple[Tensor | None, Tensor | None]  # of q and k over runs of tokens
+LOG2_E = 1.4426950408889634
+STATE_BLOCK = 64  # tokens that the linear branch's kernel takes at a time
+STATE_WARPS = 4
+STATE_STAGES = 3
+STATE_PROGRAMS = 264  # about as many chunks of it, over all heads
+
+
+@triton.jit
+def _block_means(
+    x, out, rows, length, heads, stride_b, stride_l, stride_h,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
+    row, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    x += batch.to(tl.int64) * stride_b + head * stride_h
+    tile = tl.load(x + row[:, None] * stride_l + columns, mask=row[:, None] < rows, other=0.0).to(tl.float32)
+    count = tl.minimum(length - block * BLOCK * TOKENS, BLOCK * TOKENS)
+    out += (tl.program_id(1) * tl.num_programs(0) + block) * D
+    tl.store(out + columns, tl.sum(tile, 0) / count)
+
+
+@triton.jit
+def _keep_largest(score, kept, columns, n, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    bits = tl.load(score + row * columns + at, mask=at < columns, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+    rank = tl.where(bits < 0, bits ^ 0x7FFF, bits)  # an integer that orders as the 16-bit float does
+    rank = tl.where(at < columns, rank, -32769)
+    threshold = -32768  # to become the largest that n ranks reach
+    for bit in range(16):
+        higher = threshold + (32768 >> bit)
+        threshold = tl.where(tl.sum((rank >= higher).to(tl.int32)) >= n, higher, threshold)
+    above, equal = rank > threshold, rank == threshold
+    spare = n - tl.sum(above.to(tl.int32))
+    taken = above | (equal & (tl.cumsum(equal.to(tl.int32)) <= spare))
+    place = tl.cumsum(taken.to(tl.int32)) - 1
+    tl.store(kept + row * n + place, at, mask=taken)
+
+
+@triton.jit
+def _softmax(x):
+    x = tl.exp(x.to(tl.float32) - tl.max(x.to(tl.float32), 1)[:, None])
+    return x * (1 / tl.sum(x, 1))[:, None]
+
+
+@triton.jit
+def _block(x, batch, index, head, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Block `index` of x's descriptor: (BLOCK, D), zeros past the end"""
+    return tl.reshape(x.load([batch, index * BLOCK, head, 0]), (BLOCK, D))
+
+
+@triton.jit
+def _linear_state(k, v, state, norm, length, heads, share, BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    columns = tl.arange(0, D)
+    total, sums = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
+    begin = tl.program_id(0) * share
+    for index in tl.range(begin, tl.minimum(begin + share, tl.cdiv(length, BLOCK)), num_stages=STAGES):
+        phi = _softmax(_block(k, batch, index, head, BLOCK, D))
+        phi = tl.where((index * BLOCK + tl.arange(0, BLOCK) < length)[:, None], phi, 0.0).to(v.dtype)
+        total = tl.dot(tl.trans(phi), _block(v, batch, index, head, BLOCK, D), total)
+        sums += tl.sum(phi.to(tl.float32), 0)
+    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(state + at * D * D + columns[:, None] * D + columns, total)
+    tl.store(norm + at * D + columns, sums)
+
+
+@triton.jit
+def int8(x):
+    """The integers (half away from zero) and the scale of a block in int8; x (rows, columns) float32"""
+    scale = tl.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), 127.0) + 1e-7
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8), scale  # which cuts off what is after the point
+
+
+@triton.jit
+def attend(score, scale, value, largest, total, result):
+    """One more block of keys in a softmax of base 2 that goes along: its scores (Q, K), their scale, its values (K, D)
+
+    largest and total (Q,), result (Q, D): what the blocks before it came to; returned with this one in them.
+    """
+    following = tl.maximum(largest, tl.max(score, 1) * scale)
+    p, shrink = tl.exp2(score * scale - following[:, None]), tl.exp2(largest - following)
+    result = tl.dot(p.to(value.dtype), value, result * shrink[:, None])
+    return following, total * shrink + tl.sum(p, 1), result
+
+
+@triton.jit
+def _scale(scale, k_scale, block):
+    return scale if k_scale is None else scale * tl.load(k_scale + block)
+
+
+@triton.jit
+def _sparse_linear(
+    q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    block, row = tl.program_id(0), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    q += batch.to(tl.int64) * q_b + head * q_h
+    kept += (row * tl.num_programs(0) + block).to(tl.int64) * n
+    rows, columns = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
+    own = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
+    queries = own
+    if k_scale is not None:  # SageSLA: k is int8, and so is what it is multiplied with
+        queries, q_scale = int8(own.to(tl.float32))
+        scale *= q_scale
+        k_scale += row * tl.cdiv(length, BLOCK_K)
+
+    result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+    largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    pairs = (n - 1) // 2 * 2  # the last kept block alone may be ragged
+    for j in range(0, pairs, 2):
+        first, second = tl.load(kept + j), tl.load(kept + j + 1)
+        score_1 = tl.dot(queries, tl.trans(_block(k, batch, first, head, BLOCK_K, D))).to(tl.float32)
+        score_2 = tl.dot(queries, tl.trans(_block(k, batch, second, head, BLOCK_K, D))).to(tl.float32)
+        scale_1, scale_2 = _scale(scale, k_scale, first), _scale(scale, k_scale, second)
+        following = tl.maximum(largest, tl.maximum(tl.max(score_1, 1) * scale_1, tl.max(score_2, 1) * scale_2))
+        p_1 = tl.exp2(score_1 * scale_1 - following[:, None])
+        p_2 = tl.exp2(score_2 * scale_2 - following[:, None])
+        shrink = tl.exp2(largest - following)
+        total = total * shrink + tl.sum(p_1 + p_2, 1)
+        result = tl.dot(p_1.to(q.dtype.element_ty), _block(v, batch, first, head, BLOCK_K, D), result * shrink[:, None])
+        result = tl.dot(p_2.to(q.dtype.element_ty), _block(v, batch, second, head, BLOCK_K, D), result)
+        largest = following
+    for j in range(pairs, n):
+        index = tl.load(kept + j)
+        score = tl.dot(queries, tl.trans(_block(k, batch, index, head, BLOCK_K, D))).to(tl.float32)
+        score = tl.where((index * BLOCK_K + tl.arange(0, BLOCK_K) < length)[None], score, -float("inf"))
+        value = _block(v, batch, index, head, BLOCK_K, D)
+        largest, total, result = attend(score, _scale(scale, k_scale, index), value, largest, total, result)
+    result = result / total[:, None]
+
+    phi = _softmax(own).to(own.dtype)
+    summed = tl.load(norm + row * D + columns)
+    share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
+    projected = tl.load(state + row * D * D + columns[:, None] * D + columns)
+    result += tl.dot(phi, projected) / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
+    at = ((batch.to(tl.int64) * length + rows[:, None]) * heads + head) * D + columns
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
+    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32; sums of x as `rms_norm_rope` gives them"""
+    batch, length, heads, dim = x.shape
+    out = torch.empty(batch, heads, triton.cdiv(length, block), dim, device=x.device)
+    tokens, x = (1, x) if sums is None else (norms_reference.SUM_TOKENS, sums)
+    _block_means[(out.shape[2], batch * heads)](
+        x, out, x.shape[1], length, heads, *_strides(x), BLOCK=block // tokens, TOKENS=tokens, D=dim
+    )
+    return out
+
+
+def sequence_mean(means: Tensor, length: int, block: int) -> Tensor:
+    """The mean of all tokens from `block_means`: (B, H, 1, D) float32"""
+    missing = means.shape[2] * block - length  # of the last block
+    return (means.sum(2, keepdim=True) * block).sub_(means[:, :, -1:], alpha=missing).div_(length)
+
+
+def kept_blocks(
+    q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, sums: Sums = (None, None),
+    means: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32
+
+    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k and their `sequence_mean`; each where it
+    is there already.
+    """
+    if means is None:
+        means = block_means(k, block_k, sums[1])
+        means = means, sequence_mean(means, k.shape[1], block_k)
+    pooled_k = (means[0] - means[1]).to(k.dtype)
+    return keep_largest(block_means(q, block_q, sums[0]).to(q.dtype) @ pooled_k.transpose(-1, -2), topk)
+
+
+def keep_largest(score: Tensor, topk: float) -> Tensor:
+    """Where the best share of each row of a bf16 or fp16 score (B, H, Q_blocks, K_blocks) is, in ascending order"""
+    columns = score.shape[-1]
+    n = attention_reference.kept_count(topk, columns)
+    kept = torch.empty(*score.shape[:-1], n, dtype=torch.int32, device=score.device)
+    block = triton.next_power_of_2(columns)
+    _keep_largest[(kept[..., 0].numel(),)](
+        score.contiguous(), kept, columns, n, BLOCK=block, num_warps=min(8, max(1, block // 256))
+    )
+    return kept
+
+
+def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype, and Σφ(k) (B·H, D) float32, over the sequence"""
+    batch, length, heads, dim = k.shape
+    blocks = triton.cdiv(length, STATE_BLOCK)
+    share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
+    grid = triton.cdiv(blocks, share), batch * heads
+    state = torch.empty(*grid, dim, dim, device=k.device)
+    norm = torch.empty(*grid, dim, device=k.device)
+    keys, values = (TensorDescriptor.from_tensor(x, [1, STATE_BLOCK, 1, dim]) for x in (k, v))
+    _linear_state[grid](
+        keys, values, state, norm, length, heads, share,
+        BLOCK=STATE_BLOCK, D=dim, STAGES=STATE_STAGES, num_warps=STATE_WARPS,
+    )  # fmt: skip
+    return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
+
+
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    gluon: bool = False, sums: Sums = (None, None),
+) -> Tensor:  # fmt: skip
+    """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
+
+    gluon: the last kernel is that of `hopper`, where it takes these blocks and this head_dim.
+    """
+    kept = kept_blocks(q, k, topk, block_q, block_k, sums)
+    state, norm = linear_state(k, v, weight)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, gluon)
+
+
+def sparse_linear(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
+    block_q: int, block_k: int, gluon: bool, k_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The last kernel: kept of `kept_blocks`, state and norm of `linear_state` → (B, L, H, D) contiguous
+
+    k_scale: (B, H, K_blocks) float32 of a k in int8, which makes it SageSLA.
+    """
+    batch, length, heads, dim = q.shape
+    scale = dim**-0.5 * LOG2_E
+    if gluon and (block_q, block_k, dim) == (128, 64, 128):
+        from . import hopper_sla
+
+        return hopper_sla.sparse_linear(q, k, v, kept, state, norm, bias, scale, k_scale)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # two key blocks at a time through the copy engine of Hopper and newer; older cards get loads from the descriptors
+    keys, values = (TensorDescriptor.from_tensor(x, [1, block_k, 1, dim]) for x in (k, v))
+    _sparse_linear[(kept.shape[2], batch * heads)](
+        q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], scale, *_strides(q),
+        BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""Convolutions and norms of Wan's VAE."""

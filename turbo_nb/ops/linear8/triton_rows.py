@@ -1,0 +1,119 @@
+"""8-bit linears in Triton, with one scale a row: `reference.row_quantize` and `reference.row_linear`.
+
+Neither operand's scale stands inside the sum, so the whole depth is one integer product (LLM.int8(), arXiv:2208.07339).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import reference as linear8_reference
+from .reference import Rows
+
+NEAREST_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves a float32 below 2²² no bits after the point
+
+
+@triton.jit
+def row_scale(largest):
+    """The scale of a row whose largest magnitude is that"""
+    return tl.maximum(largest, 1e-8) * (1 / 127)
+
+
+@triton.jit
+def rounded(value, scale):
+    """float32 → the nearest integers of int8"""
+    return (value * (1 / scale) + NEAREST_EVEN - NEAREST_EVEN).to(tl.int8)
+
+
+@triton.jit
+def _part(x, columns, width, GELU: tl.constexpr):
+    value = tl.load(x + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if GELU:  # the tanh form
+        value = value / (1 + tl.exp(-1.5957691216057308 * (value + 0.044715 * value * value * value)))
+    return value
+
+
+@triton.jit
+def _row_quantize(x, q, scale, width, GELU: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first, rest = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
+    value_1, value_2 = _part(x + row * width, first, width, GELU), _part(x + row * width, rest, width, GELU)
+    its_scale = row_scale(tl.maximum(tl.max(tl.abs(value_1), 0), tl.max(tl.abs(value_2), 0)))
+    tl.store(q + row * width + first, rounded(value_1, its_scale), mask=first < width)
+    tl.store(q + row * width + rest, rounded(value_2, its_scale), mask=rest < width)
+    tl.store(scale + row, its_scale)
+
+
+@triton.jit
+def _row_product(
+    a, b, out, a_scale, b_scale, bias, rows, columns, depth,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        first = tile // (GROUP * tiles_n) * GROUP  # tiles that run together share rows of a and b
+        size = tl.minimum(tiles_m - first, GROUP)
+        down = (first + tile % (GROUP * tiles_n) % size) * BLOCK_M
+        across = tile % (GROUP * tiles_n) // size * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        for k in range(tl.cdiv(depth, BLOCK_K)):
+            left, right = a.load([down, k * BLOCK_K]), b.load([across, k * BLOCK_K])
+            total = tl.dot(left, tl.trans(right), total, out_dtype=tl.int32)
+        at_row, at_column = down + tl.arange(0, BLOCK_M), across + tl.arange(0, BLOCK_N)
+        left_scale = tl.load(a_scale + at_row, mask=at_row < rows, other=0.0)
+        right_scale = tl.load(b_scale + at_column, mask=at_column < columns, other=0.0)
+        result = total.to(tl.float32) * left_scale[:, None] * right_scale[None]
+        if BIAS:
+            result += tl.load(bias + at_column, mask=at_column < columns, other=0.0).to(tl.float32)[None]
+        out.store([down, across], result.to(out.dtype))
+
+
+def row_quantize(x: Tensor, gelu: bool = False) -> Rows:
+    """`reference.row_quantize`: x (…, K) → int8 (…, K) and float32 scales (…)"""
+    x = x.contiguous()
+    width = x.shape[-1]
+    q, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], device=x.device)
+    first = triton.next_power_of_2(width + 1) // 2  # two powers of 2 waste fewer lanes than one: 8960 is 8192 + 1024
+    rest = max(16, triton.next_power_of_2(width - first))
+    _row_quantize[(scale.numel(),)](
+        x, q, scale, width, GELU=gelu, FIRST=first, REST=rest, num_warps=min(16, max(1, first // 512))
+    )
+    return Rows(q, scale, x.dtype)
+
+
+def _tiles(device: torch.device) -> tuple[dict, dict, int]:
+    """Block sides, launch options and programs a multiprocessor"""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128}, {"num_warps": 8, "num_stages": 3}, 1
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
+
+
+def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gluon: bool = False) -> Tensor:
+    """What follows the quantisation of x in `reference.row_linear`: (…, N) in the dtype that x was quantised from
+
+    gluon: by the kernel of `hopper_int8`.
+    """
+    depth, columns = x.q.shape[-1], w_q.shape[0]
+    if depth % 16 or columns % 8:  # a descriptor needs 16 bytes from row to row
+        return linear8_reference.row_product(x, w_q, w_scale, bias)
+    if gluon:
+        from . import hopper_rows
+
+        return hopper_rows.row_product(x, w_q, w_scale, bias)
+    rows = x.scale.numel()
+    out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
+    sides, options, occupancy = _tiles(x.q.device)
+    down, across, deep = sides.values()
+    programs = triton.cdiv(rows, down) * triton.cdiv(columns, across)
+    if x.q.is_cuda:
+        programs = min(programs, occupancy * torch.cuda.get_device_properties(x.q.device).multi_processor_count)
+    _row_product[(programs,)](
+        TensorDescriptor.from_tensor(x.q.view(rows, depth), [down, deep]),
+        TensorDescriptor.from_tensor(w_q, [across, deep]),
+        TensorDescriptor.from_tensor(out.view(rows, columns), [down, across]),
+        x.scale, w_scale, bias, rows, columns, depth,
+        BIAS=bias is not None, GROUP=8, **sides, **options,
+    )  # fmt: skip
+    return out

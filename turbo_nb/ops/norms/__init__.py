@@ -1,0 +1,1 @@
+"""Norms, residuals and rotary embedding of a transformer block."""

@@ -1,0 +1,133 @@
+"""The norms of a Wan block in Triton, each in one pass over its tokens, with what stands before and after it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..linear8.reference import Rows
+from ..linear8.triton_rows import rounded, row_scale
+from .reference import SUM_TOKENS
+
+ROWS = 8  # that share what a program reads of gate, scale and shift
+
+
+@triton.jit
+def _gated_norm(
+    x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
+    BRANCH: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, QUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch, columns = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    if GATE:
+        factor = tl.load(gate + batch * width + columns, mask=inside, other=0.0)
+    if NORM:
+        stretch = tl.load(scale + batch * width + columns, mask=inside, other=0.0)
+        added = tl.load(shift + batch * width + columns, mask=inside, other=0.0)
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, length) - 1
+    at = (batch * length + first) * width + columns
+    coming = tl.load(x + at, mask=inside, other=0.0)
+    if BRANCH:
+        coming_branch = tl.load(branch + at, mask=inside, other=0.0)
+    for row in range(first, last + 1):
+        at = (batch * length + row) * width + columns
+        following = (batch * length + tl.minimum(row + 1, last)) * width + columns
+        value = coming.to(tl.float32)
+        coming = tl.load(x + following, mask=inside, other=0.0)
+        if BRANCH:
+            more = coming_branch.to(tl.float32)
+            coming_branch = tl.load(branch + following, mask=inside, other=0.0)
+            if GATE:
+                more *= factor
+            value = (value + more).to(summed.dtype.element_ty)
+            tl.store(summed + at, value, mask=inside)
+            value = value.to(tl.float32)
+        if NORM:
+            centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
+            normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps) * stretch + added
+            if QUANTIZE:
+                its_scale = row_scale(tl.max(tl.where(inside, tl.abs(normed), 0.0), 0))
+                normed = rounded(normed, its_scale)
+                tl.store(out_scale + batch * length + row, its_scale)
+            tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_rope(
+    x, weight, cos, sin, out, sums, length, width, eps, table_l, table_c,
+    HALF: tl.constexpr, ROTATE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch, columns = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, length) - 1
+    coming = tl.load(x + (batch * length + first) * width + columns, mask=inside, other=0.0)
+    turn = (tl.arange(0, BLOCK // 2) % HALF) * table_c
+    if ROTATE:
+        coming_c, coming_s = tl.load(cos + first * table_l + turn), tl.load(sin + first * table_l + turn)
+    for row in range(first, last + 1):
+        at = (batch * length + row) * width + columns
+        following = tl.minimum(row + 1, last)
+        value = coming.to(tl.float32)
+        coming = tl.load(x + (batch * length + following) * width + columns, mask=inside, other=0.0)
+        value *= tl.rsqrt(tl.sum(value * value) / width + eps) * factor
+        if ROTATE:
+            c, s = coming_c.to(tl.float32), coming_s.to(tl.float32)
+            coming_c, coming_s = tl.load(cos + following * table_l + turn), tl.load(sin + following * table_l + turn)
+            a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
+            value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(out + at, rounded, mask=inside)
+        total += rounded.to(tl.float32)
+    if SUMS:
+        tl.store(sums + (batch * tl.num_programs(0) + tl.program_id(0)) * width + columns, total, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def gated_norm(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    eps: float = 1e-6, quantize: bool = False,
+) -> tuple[Tensor, Tensor | Rows | None]:  # fmt: skip
+    """`reference.gated_norm`"""
+    batch, length, width = x.shape
+    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
+    gate, scale, shift = (
+        None if t is None else t.float().expand(batch, width).contiguous() for t in (gate, scale, shift)
+    )
+    summed = x if branch is None else torch.empty_like(x)
+    out = None if scale is None else torch.empty_like(x, dtype=torch.int8 if quantize else x.dtype)
+    out_scale = torch.empty(batch, length, device=x.device) if quantize else None
+    block = triton.next_power_of_2(width)
+    _gated_norm[(triton.cdiv(length, ROWS), batch)](
+        x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
+        BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, QUANTIZE=quantize,
+        ROWS=ROWS, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return summed, Rows(out, out_scale, x.dtype) if quantize else out
+
+
+def rms_norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.rms_norm_rope`"""
+    batch, length, width = x.shape
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    runs = triton.cdiv(length, SUM_TOKENS)
+    summed = torch.empty(batch, runs, width, device=x.device) if sums else None
+    block = triton.next_power_of_2(width)
+    strides = (0, 0) if cos is None else cos.stride()
+    _rms_norm_rope[(runs, batch)](
+        x, weight, cos, sin, out, summed, length, width, eps, *strides,
+        HALF=width // heads // 2, ROTATE=cos is not None, SUMS=sums, ROWS=SUM_TOKENS,
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    out = out.unflatten(2, (heads, -1))
+    return (out, summed.unflatten(2, (heads, -1))) if sums else out

@@ -1,0 +1,1 @@
+"""Where the parts of a model are while it runs, and how long its stages take."""

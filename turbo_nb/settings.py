@@ -1,0 +1,638 @@
+"""Every option of this package, declared once: its type, default, help text and check.
+
+`LoadOptions` chooses a model and how it is loaded. `ClipSettings` describes one clip. `RunOptions` says what a command
+makes of them. The command line, `load_pipeline`, `generate`, the rows of a batch, the widgets and the metadata of an
+mp4 are derived from these three classes. To add an option, add one field here.
+
+Constructing one of the classes checks it: a value that cannot be used raises InputError before any other work.
+"""
+
+import inspect
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Literal
+
+from . import catalog
+from .errors import InputError
+
+MAX_STEPS = 4  # steps that rCM models were trained for
+MAX_SEED = 2**63 - 1  # torch's generators take 63 bits
+MAX_SAMPLES = 10_000  # clips of one prompt in one run
+MAX_POSITIONS = 1024  # length of diffusers' rotary tables, in latent patches along each axis
+MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
+SIGMA_MAX_ABOVE = math.tan(1.5)  # the second trig-flow time of rCM is 1.5, and noise levels must fall
+ATTENTION_TYPES = ("sla", "sagesla", "original")
+PLAN_NAMES = ("auto", "resident", "free-text", "cpu-text", "offload", "offload-cpu-text", "offload-tiled", "group")
+Weights = str | Path | tuple[str | Path, str | Path]  # a file or a folder; or (high-noise, low-noise)
+
+
+# Kinds of values: each checks a Python value, and reads the text of a cell
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `least` to `most`. numpy's integers count; True and False do not."""
+
+    least: int
+    most: int
+    fix: str = ""
+    type: type = int
+
+    def __call__(self, name: str, value: Any) -> int:
+        try:
+            number = None if _is_bool(value) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or not self.least <= number <= self.most:
+            raise _wrong(name, value, f"a whole number from {self.least} to {self.most}", self.fix)
+        return number
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in an interval; `words` names the interval."""
+
+    inside: Callable[[float], bool]
+    words: str
+    fix: str = ""
+    type: type = float
+
+    def __call__(self, name: str, value: Any) -> float:
+        try:
+            number = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and self.inside(number)):
+            raise _wrong(name, value, f"a number {self.words}", self.fix)
+        return number
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False. numpy's booleans count; text and numbers do not."""
+
+    type: type = bool
+
+    def __call__(self, name: str, value: Any) -> bool:
+        if not _is_bool(value):
+            raise _wrong(name, value, "True or False")
+        return bool(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words; `more` are values beside them that are no words, such as True."""
+
+    words: tuple[str, ...]
+    more: tuple = ()
+    fix: str = ""
+
+    @property
+    def type(self) -> Any:
+        return Literal[self.words]
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if _is_bool(value) and bool(value) in self.more:
+            return bool(value)
+        if not isinstance(value, str) or value not in self.words:
+            allowed = ", ".join([*self.words, *map(str, self.more)])
+            raise _wrong(name, value, f"one of {allowed}", self.fix or _close(value, self.words))
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that is not empty; `pattern` and `words` describe its form."""
+
+    words: str
+    pattern: str = r"(?s).*\S.*"
+    fix: str = ""
+    type: type = str
+
+    def __call__(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(self.pattern, value):
+            raise _wrong(name, value, self.words, self.fix)
+        return str(value)
+
+
+@dataclass(frozen=True)
+class PathLike:
+    """A path as text or Path; `pair`: also two of them."""
+
+    pair: bool = False
+    type: type = Path
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if self.pair and isinstance(value, tuple | list) and len(value) == 2:
+            return tuple(PathLike()(name, one) for one in value)
+        if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fspath(value):
+            raise _wrong(name, value, "a path" + (", or a pair of paths (high-noise, low-noise)" if self.pair else ""))
+        return value
+
+
+@dataclass(frozen=True)
+class Anything:
+    """A value whose own reader checks it."""
+
+    type: type = Path
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's own type counts
+
+
+def _close(value: Any, words: Iterable[str]) -> str:
+    close = get_close_matches(str(value), list(words), n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """Return the repr of a value for an error message, shortened to `length` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _wrong(name: str, value: Any, allowed: str, fix: str = "") -> InputError:
+    """NAME is GOT. Expected ALLOWED. FIX"""
+    return InputError(" ".join(filter(None, [f"{name} is {shown(value)}.", f"Expected {allowed}.", fix])))
+
+
+# Declarations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is declared of an option beside its name and default.
+
+    Args:
+        check: checks a value and returns it in its own type.
+        help: one sentence for `--help`, docstrings and tooltips.
+        group: the panel of `--help` in which the option stands.
+        flag: its spelling on the command line, where that is not its name.
+        scale: what the number given on the command line is multiplied by.
+        row: whether a row of a batch may set it.
+    """
+
+    check: Any
+    help: str
+    group: str
+    flag: str | None = None
+    scale: float | None = None
+    row: bool = False
+
+    def parse(self, name: str, text: str) -> Any:
+        """Return the value that a cell's text stands for. Raises InputError where it stands for none."""
+        text, kind = text.strip(), self.check.type
+        try:
+            if kind is bool:
+                value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            else:
+                value = kind(text) if kind in (int, float) else text
+        except (KeyError, ValueError):
+            value = text
+        return self.check(name, value)
+
+
+def _option(default: Any, check: Any, help: str, group: str, **more) -> Any:
+    return field(default=default, metadata={"option": Option(check=check, help=help, group=group, **more)})
+
+
+class _Checked:
+    """Checks every field of a dataclass when an instance is made. None stands for the default."""
+
+    def __post_init__(self):
+        for name, option in options(type(self)).items():
+            value = getattr(self, name)
+            if value is not None or self.__dataclass_fields__[name].default is MISSING:
+                object.__setattr__(self, name, option.check(name, value))
+            elif (default := self.__dataclass_fields__[name].default) is not None:
+                object.__setattr__(self, name, default)
+
+
+@cache
+def options(cls: type) -> dict[str, Option]:
+    """Return the options that a class declares, by name, in order."""
+    return {one.name: one.metadata["option"] for one in fields(cls)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(_Checked):
+    """Which model to load, and how."""
+
+    model: Weights = _option(
+        "auto", PathLike(pair=True), "A model's name, auto, a checkpoint, or a folder in diffusers layout.", "model"
+    )
+    checkpoint: Weights | None = _option(
+        None, PathLike(pair=True), "The checkpoint to take for a model given by name.", "model", flag="--dit-path"
+    )
+    attention_type: Literal["sla", "sagesla", "original"] | None = _option(
+        None, Choice(ATTENTION_TYPES), "Attention; sla if left out, original (dense) for a file without SLA.", "model"
+    )
+    sla_topk: float | None = _option(
+        None,
+        Number(lambda x: 0 < x <= 1, "above 0 and at most 1, such as 0.1"),
+        "Share of the key blocks that SLA attends to; the model's own if left out.",
+        "model",
+    )
+    quant_linear: bool | Literal["auto"] = _option(
+        "auto", Choice(("auto",), (True, False)), "8-bit linears, or not; as the file has them if left out.", "model"
+    )
+    attention_backend: str | None = _option(
+        None,
+        Choice(("auto", "gluon", "triton", "spargeattn", "reference")),
+        "What runs SageSLA; the fastest that works here if left out.",
+        "advanced",
+    )
+    vae: str | Path | None = _option(
+        None, PathLike(), "Wan2.1_VAE.pth, or a folder in diffusers layout.", "model", flag="--vae-path"
+    )
+    text_encoder: str | Path | None = _option(
+        None, PathLike(), "models_t5_umt5-xxl-enc-bf16.pth, or a folder.", "model", flag="--text-encoder-path"
+    )
+    tokenizer: str | Path | None = _option(
+        None, PathLike(), "The folder of umT5's tokenizer.", "model", flag="--tokenizer-path"
+    )
+    device: str = _option(
+        "auto",
+        Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:\d{1,3}"),
+        "auto, cpu, cuda, or one GPU such as cuda:1.",
+        "memory",
+    )
+    memory_plan: str = _option(
+        "auto", Choice(PLAN_NAMES), "Where the parts go; auto takes the fastest that fits.", "memory", flag="--plan"
+    )
+    memory: float | None = _option(
+        None,
+        Number(lambda x: x > 0, "of bytes above 0 (on the command line GB, such as 12)"),
+        "Plan for this many GB of GPU memory; what is free if left out.",
+        "memory",
+        scale=1e9,
+    )
+    text_cache: bool | None = _option(
+        None, Flag(), "Keep embeddings of prompts on disk; TURBO_NB_TEXT_CACHE decides if left out.", "advanced"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(_Checked):
+    """One clip as it was asked for. None stands for the model's own value."""
+
+    prompt: str = _option(
+        MISSING,
+        Text("text that says what to show", fix="Write a prompt, such as 'a small green square growing'."),
+        "What to show.",
+        "clip",
+    )
+    image: Any = _option(
+        None, Anything(), "The picture that the clip begins with.", "clip", flag="--image-path", row=True
+    )
+    num_frames: int | None = _option(
+        None, Whole(1, MAX_FRAMES), "4n + 1; the model's own if left out.", "clip", row=True
+    )
+    num_steps: int = _option(
+        4,
+        Whole(1, MAX_STEPS, "rCM models are trained for few steps."),
+        "Steps of the sampler, 1 to 4.",
+        "clip",
+        row=True,
+    )
+    seed: int = _option(0, Whole(0, MAX_SEED), "The same seed gives the same clip.", "clip", row=True)
+    resolution: str | None = _option(
+        None,
+        Text("480p, 720p or WIDTHxHEIGHT, such as 128x128", r"480p|720p|\s*\d{1,6}\s*[xX×]\s*\d{1,6}\s*"),
+        "480p, 720p or WIDTHxHEIGHT; the model's own if left out.",
+        "clip",
+        row=True,
+    )
+    aspect_ratio: str | None = _option(
+        None,
+        Choice(tuple(catalog.RESOLUTIONS["480p"])),
+        "Aspect of the picture, with 480p or 720p.",
+        "clip",
+        row=True,
+    )
+    adaptive_resolution: bool = _option(
+        False, Flag(), "Keep the image's aspect, at the resolution's area.", "clip", row=True
+    )
+    sigma_max: float | None = _option(
+        None,
+        Number(lambda x: x > SIGMA_MAX_ABOVE, f"above {SIGMA_MAX_ABOVE:.1f}, such as 80"),
+        "First noise level; a larger one is sharper and less diverse.",
+        "clip",
+        row=True,
+    )
+    ode: bool = _option(False, Flag(), "Sample the ODE: sharper, less robust.", "clip", row=True)
+    boundary: float | None = _option(
+        None,
+        Number(lambda x: 0 <= x <= 1, "from 0 to 1, such as 0.9"),
+        "Noise level below which the low-noise expert works.",
+        "clip",
+        row=True,
+    )
+    noise_device: Literal["cpu", "cuda"] = _option(
+        "cpu", Choice(("cpu", "cuda")), "cpu: the same clip everywhere; cuda: upstream's seeds.", "advanced", row=True
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_frames is not None and self.num_frames % 4 != 1:
+            near = 4 * max(0, round((self.num_frames - 1) / 4)) + 1
+            raise _wrong("num_frames", self.num_frames, "4n + 1 (1, 5, 9, …)", f"Take {near}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(_Checked):
+    """What a command makes, and where it writes it."""
+
+    save_path: Path = _option(Path("video.mp4"), PathLike(), "The mp4 to write.", "output")
+    output_dir: Path = _option(Path("outputs/batch"), PathLike(), "The folder of videos and manifest.", "output")
+    num_samples: int = _option(1, Whole(1, MAX_SAMPLES), "Clips to make, with seed, seed + 1, …", "output")
+    grid: bool = _option(False, Flag(), "Put the samples side by side into one file.", "output")
+    workers: int | None = _option(
+        None, Whole(1, 1024), "Processes, each with the model; one a GPU if left out.", "memory"
+    )
+
+
+def build(cls: type, values: Mapping[str, Any], **more: Any) -> Any:
+    """Make an instance of a class of options.
+
+    Args:
+        cls: LoadOptions, ClipSettings or RunOptions.
+        values: options by name.
+        more: options that override `values`.
+
+    Raises:
+        InputError: an option is unknown, missing, or has a value that cannot be used.
+    """
+    values = {**values, **more}
+    _check_names("an option", values, options(cls))
+    for name, one in cls.__dataclass_fields__.items():
+        if one.default is MISSING and name not in values:
+            raise InputError(f"{name} is missing. Expected a value for it. {options(cls)[name].help}")
+    return cls(**values)
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            close = _close(name, known)
+            raise InputError(f"{what} is {shown(name)}. Expected one of {', '.join(sorted(known))}. {close}".strip())
+
+
+# A clip of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedClip:
+    """Everything that determines a clip of a model, with the model's defaults filled in.
+
+    Width and height are in pixels; boundary is None for a model with one expert.
+    """
+
+    model: str
+    prompt: str
+    seed: int
+    num_steps: int
+    num_frames: int
+    width: int
+    height: int
+    sigma_max: float
+    ode: bool
+    noise_device: str
+    boundary: float | None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Width, height and number of frames."""
+        return self.width, self.height, self.num_frames
+
+
+def resolve_clip(
+    settings: ClipSettings, spec: catalog.ModelSpec, image_size: tuple[int, int] | None = None
+) -> ResolvedClip:
+    """Fill in a model's defaults.
+
+    Args:
+        settings: the clip as it was asked for.
+        spec: the model.
+        image_size: width and height of the image that the clip begins with; None: there is no image.
+
+    Returns:
+        The clip.
+
+    Raises:
+        InputError: a setting does not suit this model.
+    """
+    if settings.boundary is not None and spec.boundary is None:
+        raise _wrong("boundary", settings.boundary, f"None for {spec.name}, which has one expert", "Leave it out.")
+    width, height = size_of(spec, settings.resolution, settings.aspect_ratio)
+    if image_size and settings.adaptive_resolution:
+        width, height = adaptive_size(width * height, *image_size)
+        _check_sides(f"{width}x{height}", width, height, "Crop the image, or leave adaptive_resolution out.")
+    return ResolvedClip(
+        model=spec.name,
+        prompt=settings.prompt,
+        seed=settings.seed,
+        num_steps=settings.num_steps,
+        num_frames=spec.num_frames if settings.num_frames is None else settings.num_frames,
+        width=width,
+        height=height,
+        sigma_max=spec.sigma_max if settings.sigma_max is None else settings.sigma_max,
+        ode=settings.ode,
+        noise_device=settings.noise_device,
+        boundary=spec.boundary if settings.boundary is None else settings.boundary,
+    )
+
+
+def adaptive_size(area: int, width: int, height: int) -> tuple[int, int]:
+    """Return the sides, multiples of 16, of about `area` pixels with the aspect of an image of width × height."""
+    sides = ((area * width / height) ** 0.5, (area * height / width) ** 0.5)
+    return tuple(max(1, round(side / catalog.SIZE_MULTIPLE)) * catalog.SIZE_MULTIPLE for side in sides)
+
+
+def size_of(spec: catalog.ModelSpec, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
+    """Return width and height in pixels.
+
+    Args:
+        spec: the model, whose own size is taken where resolution is None.
+        resolution: "480p", "720p" or "WIDTHxHEIGHT".
+        aspect_ratio: "16:9" and others, for 480p and 720p.
+
+    Raises:
+        InputError: the two do not go together, or a side is not a multiple of 16 within the model's limits.
+    """
+    known = " or ".join(catalog.RESOLUTIONS)
+    if resolution is None:
+        if aspect_ratio is not None:
+            raise _wrong("aspect_ratio", aspect_ratio, "None without a resolution", f"Give resolution {known} with it.")
+        return spec.size
+    if resolution in catalog.RESOLUTIONS:
+        return catalog.RESOLUTIONS[resolution][aspect_ratio or "16:9"]
+    width, height = (int(side) for side in re.split(r"[xX×]", resolution))
+    if aspect_ratio is not None:
+        raise _wrong("aspect_ratio", aspect_ratio, f"None with resolution {resolution}", f"Or give resolution {known}.")
+    near = "x".join(str(_near(side)) for side in (width, height))
+    _check_sides(resolution, width, height, f"Take {near}.")
+    return width, height
+
+
+def _near(side: int) -> int:
+    multiple = catalog.SIZE_MULTIPLE
+    return min(MAX_POSITIONS, max(1, round(side / multiple))) * multiple
+
+
+def _check_sides(resolution: str, width: int, height: int, fix: str) -> None:
+    multiple = catalog.SIZE_MULTIPLE
+    most = MAX_POSITIONS * multiple
+    if any(side < 1 or side % multiple or side > most for side in (width, height)):
+        raise _wrong(
+            "resolution", resolution, f"sides that are multiples of {multiple}, from {multiple} to {most}", fix
+        )
+
+
+# Signatures and documentation
+
+
+def accepts(*classes: type, skip: Iterable[str] = ()) -> Callable:
+    """Give a function the options of some classes as keyword arguments.
+
+    The decorated function receives one instance of each class, by the class's own parameter name (the first parameters
+    of the function, in order), and everything else as it was given. Its signature and docstring list all options.
+
+    Args:
+        classes: of options, in the order of the function's first parameters.
+        skip: options that the function does not take.
+    """
+    declared = {name: cls for cls in classes for name in options(cls) if name not in skip}
+
+    def decorate(function: Callable) -> Callable:
+        own = list(inspect.signature(function).parameters.values())
+        takes, rest = own[: len(classes)], own[len(classes) :]
+        first = [p for p in rest if p.kind is p.POSITIONAL_OR_KEYWORD]
+        others = [p for p in rest if p.kind is p.KEYWORD_ONLY]
+        positional = [name for name in ("model", "prompt") if name in declared]
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            names = [p.name for p in first] + positional
+            if len(args) > len(names):
+                raise TypeError(f"{function.__name__}() takes {len(names)} positional arguments, got {len(args)}")
+            given = dict(zip(names, args, strict=False))
+            if twice := given.keys() & kwargs.keys():
+                raise TypeError(f"{function.__name__}() got several values for {', '.join(sorted(twice))}")
+            given |= kwargs
+            _check_names(f"an argument of {function.__name__}", given, {*declared, *(p.name for p in rest)})
+            built = {}
+            for parameter, cls in zip(takes, classes, strict=True):
+                chosen = {n: given.pop(n) for n, owner in declared.items() if owner is cls and n in given}
+                built[parameter.name] = build(cls, chosen)
+            return function(**built, **given)
+
+        made = [*first]
+        for name in declared:
+            default = declared[name].__dataclass_fields__[name].default
+            made.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD if name in positional else inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if default is MISSING else default,
+                    annotation=declared[name].__dataclass_fields__[name].type,
+                )
+            )
+        made.sort(key=lambda p: p.kind)
+        call.__signature__ = inspect.Signature([*made, *others])
+        lines = [f"    {name}: {options(cls)[name].help}" for name, cls in declared.items()]
+        call.__doc__ = (inspect.getdoc(function) or "").replace("{options}", "\n".join(lines).strip())
+        return call
+
+    return decorate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that determines a clip, checked."""
+
+    model: str
+    prompt: str
+    seed: int
+    num_steps: int
+    num_frames: int
+    width: int
+    height: int
+    sigma_max: float
+    ode: bool
+    noise_device: str
+    boundary: float | None
+
+
+def check_settings(
+    spec: catalog.ModelSpec,
+    prompt: str,
+    *,
+    num_frames: int | None = None,
+    num_steps: int = 4,
+    seed: int = 0,
+    resolution: str | None = None,
+    aspect_ratio: str | None = None,
+    sigma_max: float | None = None,
+    ode: bool = False,
+    noise_device: str = "cpu",
+    boundary: float | None = None,
+    adaptive_to: tuple[int, int] | None = None,
+) -> Settings:
+    """Settings with the model's defaults filled in. Raises InputError for the first that cannot be used.
+
+    adaptive_to: width and height of an image whose aspect the clip takes on, at the area of the resolution.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError('the prompt is empty; say what to show, such as "a small green square growing"')
+    num_frames = _whole("num_frames", spec.num_frames if num_frames is None else num_frames)
+    num_steps, seed = _whole("num_steps", num_steps), _whole("seed", seed)
+    if num_frames < 1 or num_frames % 4 != 1:
+        near = 4 * max(0, round((num_frames - 1) / 4)) + 1
+        raise InputError(f"num_frames is {num_frames}; it is 4n + 1 (1, 5, 9, …), such as {near}")
+    if num_steps not in range(1, MAX_STEPS + 1):
+        raise InputError(f"num_steps is {num_steps}; rCM models take 1 to {MAX_STEPS} steps")
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed}; it is a whole number from 0 to {MAX_SEED}")
+    sigma_max = spec.sigma_max if sigma_max is None else sigma_max
+    if not (math.isfinite(sigma_max) and sigma_max > math.tan(1.5)):
+        raise InputError(
+            f"sigma_max is {sigma_max}; it is a number above {math.tan(1.5):.1f}, such as {spec.sigma_max:g}"
+        )
+    if noise_device not in ("cpu", "cuda"):
+        raise InputError(
+            f"noise_device is {noise_device!r}; it is cpu (the same clip everywhere) or cuda (upstream's seeds)"
+        )
+    if boundary is not None and spec.boundary is None:
+        raise InputError(f"boundary is {boundary}, and {spec.name} has no second expert to take over; leave it out")
+    boundary = spec.boundary if boundary is None else boundary
+    if boundary is not None and not 0 <= boundary <= 1:
+        raise InputError(f"boundary is {boundary}; it is a noise level from 0 to 1, such as {spec.boundary or 0.9}")
+    width, height = catalog.size_of(spec, resolution, aspect_ratio)
+    if adaptive_to:
+        width, height = catalog.adaptive_size(width * height, *adaptive_to)
+    return Settings(
+        model=spec.name, prompt=prompt, seed=seed, num_steps=num_steps, num_frames=num_frames,
+        width=width, height=height, sigma_max=float(sigma_max), ode=ode, noise_device=noise_device, boundary=boundary,
+    )  # fmt: skip
+
+
+def _whole(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}; it is a whole number") from None

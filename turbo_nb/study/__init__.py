@@ -1,0 +1,1 @@
+"""What notebooks 02 and 03 measure and draw."""

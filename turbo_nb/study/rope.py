@@ -1,0 +1,252 @@
+"""Whether the rotary embedding is right on this machine, and how fast it is: what notebook 02 measures.
+
+The yardstick shares nothing with what it measures: the angle of each token from the token's own number, and one product
+of complex numbers, all in float64.
+"""
+
+import html
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .. import backends, rope
+from ..errors import TurboNbError
+from ..rope import VideoSize
+
+# Relative L2 error that an implementation may have: five to ten times what rounding costs it
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+RECORDED_BOUND = 1e-3  # between two implementations in bf16: one number in some hundred is rounded the other way
+ANGLE_BOUND = 1e-6
+
+Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, L, H, D), cos and sin (L, D/2), interleaved → x's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison: relative L2 error, and the most it may be."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # false for NaN
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationCheck(Check):
+    """A check of one implementation on random x of one dtype and clip size (latent patches)."""
+
+    implementation: str
+    dtype: str
+    interleaved: bool
+    size: VideoSize
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Median time of one call; bandwidth counts x read once and written once."""
+
+    implementation: str
+    dtype: str
+    milliseconds: float
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome as data. not_checked: what could not be compared here, and why."""
+
+    machine: str
+    checks: tuple[Check, ...]
+    not_checked: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Every check passed, and there was one."""
+        return bool(self.checks) and not self.failed
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    def to_dict(self) -> dict:
+        """Ready for JSON: an error that is no number is None."""
+        checks = [
+            {"name": c.name, "error": c.error if math.isfinite(c.error) else None, "bound": c.bound, "passed": c.passed}
+            for c in self.checks
+        ]
+        return {"passed": self.passed} | asdict(self) | {"checks": checks}
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def require(self) -> None:
+        """Raise TurboNbError, with the worst check, unless it passed."""
+        if not self.checks:
+            raise TurboNbError("nothing was checked; give at least one size and dtype")
+        if self.failed:
+            worst = max(self.failed, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.bound)
+            raise TurboNbError(
+                f"RoPE is wrong here: {len(self.failed)} of {len(self.checks)} checks failed, the worst {worst.name} "
+                f"(rel. L2 {worst.error:.2g}, at most {worst.bound:.2g}). Clips made now would be wrong too; if only "
+                "flash_attn failed, TURBO_NB_ROPE=reference does without it"
+            )
+
+    def _repr_html_(self) -> str:
+        colour, word = ("#1b7837", "passed") if self.passed else ("#b2182b", "FAILED")
+        head = f"{word}: {len(self.checks) - len(self.failed)} of {len(self.checks)} checks, {self.machine}"
+        rows = "".join(
+            f"<tr><td>{html.escape(c.name)}</td><td>{c.error:.2g}</td><td>{c.bound:.2g}</td></tr>" for c in self.failed
+        )
+        table = f"<table><tr><th>failed</th><th>rel. L2</th><th>at most</th></tr>{rows}</table>" if rows else ""
+        notes = "".join(f"<div>not checked: {html.escape(note)}</div>" for note in self.not_checked)
+        box = f"border-left:6px solid {colour};padding:.4em .8em"
+        return f'<div role="status" style="{box}"><b style="color:{colour}">{html.escape(head)}</b>{table}{notes}</div>'
+
+
+def exact_angles(size: VideoSize, head_dim: int) -> Tensor:
+    """Angles of every token, written out one column after the other: (T·H·W, head_dim/2) float64."""
+    spatial = head_dim // 6 * 2
+    token = torch.arange(math.prod(size))
+    places = (token // (size[1] * size[2]), token // size[2] % size[1], token % size[2])
+    return torch.stack(
+        [
+            place.double() / 10000.0 ** (2 * pair / channels)
+            for place, channels in zip(places, (head_dim - 2 * spatial, spatial, spatial), strict=True)
+            for pair in range(channels // 2)
+        ],
+        dim=-1,
+    )
+
+
+def exact_rotation(x: Tensor, angles: Tensor, interleaved: bool = True) -> Tensor:
+    """Each pair of channels as a complex number times e^(i·angle): x (B, L, H, D) → the same shape in float64."""
+    pairs = x.double().unflatten(-1, (-1, 2)) if interleaved else x.double().unflatten(-1, (2, -1)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    pairs = torch.view_as_real(turned)
+    return (pairs if interleaved else pairs.mT).flatten(-2)
+
+
+def complex_rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+    """The rotation by PyTorch's complex64, the other way of writing it without a kernel: to compare speeds."""
+    pairs = x.float().unflatten(-1, (-1, 2)) if interleaved else x.float().unflatten(-1, (2, -1)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None]
+    pairs = torch.view_as_real(turned)
+    return (pairs if interleaved else pairs.mT).flatten(-2).to(x.dtype)
+
+
+def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
+    """What can rotate on this device, by name, and why anything else was passed over, a line each."""
+    found = {"turbo_nb": rope.apply_rotary_emb_torch, "complex64": complex_rotation}
+    choice = backends.choose("rope")
+    if choice.chosen == "flash_attn" and device.startswith("cuda"):
+        found["flash_attn"] = importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
+    reasons = dict(choice.passed_over)
+    if "flash_attn" not in found:
+        reasons.setdefault("flash_attn", f"not for device {device!r}")
+    return found, tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in found)
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖ in float64"""
+    return ((out.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def rotation_errors(
+    found: Mapping[str, Rotation],
+    sizes: Iterable[VideoSize],
+    *,
+    head_dim: int = 128,
+    heads: int = 2,
+    dtypes: Iterable[str] = ("float32", "float16", "bfloat16"),
+    device: str = "cpu",
+) -> list[RotationCheck]:
+    """Every implementation against the yardstick, for each size, dtype and pairing, by the angles of `rope_freqs`."""
+    checks = []
+    for size in map(VideoSize._make, sizes):
+        angles = exact_angles(size, head_dim).to(device)
+        freqs = rope.rope_freqs(size, head_dim).to(device)
+        noise = torch.randn(1, math.prod(size), heads, head_dim, generator=torch.Generator().manual_seed(0)).to(device)
+        for dtype in dtypes:
+            x = noise.to(getattr(torch, dtype))
+            for interleaved in (True, False):
+                exact = exact_rotation(x, angles, interleaved)
+                for name, rotate in found.items():
+                    out = rotate(x, freqs.cos(), freqs.sin(), interleaved)
+                    pairing = "interleaved" if interleaved else "halves"
+                    checks.append(
+                        RotationCheck(
+                            name=f"{name}, {dtype}, {pairing}, {'×'.join(map(str, size))}",
+                            error=relative_error(out, exact), bound=BOUNDS[x.dtype],
+                            implementation=name, dtype=dtype, interleaved=interleaved, size=size,
+                        )
+                    )  # fmt: skip
+    return checks
+
+
+def recorded_checks(path: str | Path, found: Mapping[str, Rotation], device: str = "cpu") -> list[Check]:
+    """Against what flash_attn gave on another machine: tests/golden/ops.safetensors of the repository."""
+    from safetensors.torch import load_file
+
+    recorded = load_file(path)
+    x, angles, out = (recorded[f"rope.{name}"].to(device) for name in ("x", "freqs", "out"))
+    ours = rope.rope_freqs(VideoSize(3, 6, 8), x.shape[-1]).to(device)
+    checks = [Check(name="angles, recorded", error=relative_error(ours, angles), bound=ANGLE_BOUND)]
+    for name, rotate in found.items():
+        error = relative_error(rotate(x, ours.cos(), ours.sin(), True), out)
+        checks.append(Check(name=f"{name}, flash_attn's recorded output", error=error, bound=RECORDED_BOUND))
+    return checks
+
+
+def rotation_speeds(
+    found: Mapping[str, Rotation],
+    size: VideoSize,
+    *,
+    head_dim: int = 128,
+    heads: int = 12,
+    dtypes: Iterable[str] = ("float32", "bfloat16"),
+    device: str = "cpu",
+    repeats: int = 7,
+) -> list[Speed]:
+    """Median time of each implementation on x (1, T·H·W, heads, head_dim), after one call that is not counted."""
+    freqs = rope.rope_freqs(VideoSize._make(size), head_dim).to(device)
+    cos, sin = freqs.cos(), freqs.sin()
+    speeds = []
+    for dtype in dtypes:
+        x = torch.randn(1, math.prod(size), heads, head_dim, device=device).to(getattr(torch, dtype))
+        for name, rotate in found.items():
+            seconds = []
+            for _ in range(repeats + 1):
+                begin = _now(device)
+                rotate(x, cos, sin, True)
+                seconds.append(_now(device) - begin)
+            typical = median(seconds[1:])
+            moved = 2 * x.numel() * x.element_size() / typical / 1e9
+            speeds.append(
+                Speed(implementation=name, dtype=dtype, milliseconds=typical * 1e3, gigabytes_per_second=moved)
+            )
+    return speeds
+
+
+def _now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

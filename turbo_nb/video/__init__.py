@@ -1,0 +1,1 @@
+"""Images in, mp4 files out, previews and galleries."""
