@@ -152,7 +152,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _close(value: Any, words: Iterable[str]) -> str:
-    close = get_close_matches(str(value), list(words), n=1)
+    close = get_close_matches(str(value), list(words), n=1, cutoff=0.7)
     return f"Did you mean {close[0]!r}?" if close else ""
 
 

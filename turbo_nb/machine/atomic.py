@@ -46,7 +46,7 @@ def write(path: str | os.PathLike, data: bytes | str, *, durable: bool = False) 
 
 
 def sweep(folder: str | os.PathLike, older_than: float) -> None:
-    """Remove temporary files in `folder` that were last written before the time `older_than` (seconds, as time.time)."""
+    """Remove temporary files of `folder` that were last written before `older_than`, in seconds as of time.time."""
     with suppress(OSError):
         for path in Path(folder).glob(f"{PREFIX}*"):
             with suppress(OSError):
