@@ -192,7 +192,7 @@ def test_cost(monkeypatch):
 
 def test_survey_here_makes_nothing_and_is_data(tmp_path):
     code = (
-        "import dataclasses, json, sys; from turbo_nb import environment\n"
+        "import dataclasses, json, sys; from turbo_nb.machine import environment\n"
         "print(json.dumps(dataclasses.asdict(environment.survey())))\n"
         "assert not {'torch', 'huggingface_hub', 'numpy'} & set(sys.modules)"
     )

@@ -139,7 +139,7 @@ def test_memory_that_cannot_be_page_locked_is_told_once_and_used_as_it_is(small,
 
     monkeypatch.setattr(torch, "empty", refused)
     pipeline = Pipeline(2)
-    with pytest.warns(UserWarning, match="cannot be page-locked .CUDA error: out of memory.; models come") as told:
+    with pytest.warns(UserWarning, match="cannot be pinned .CUDA error: out of memory.. Copies") as told:
         expert_swap.take_turns(pipeline, pipeline.modules, "cuda")
     assert len(asked) == len(told) == 1 and not pipeline.modules[1]._hf_hook.pinned
 

@@ -83,7 +83,7 @@ def survey() -> Environment:
         notebook=in_notebook(),
         system=platform.platform(),
         python=platform.python_version(),
-        version=_version(DISTRIBUTION),
+        version=version(DISTRIBUTION),
         memory=memory(),
         disks=disks(),
         caches=caches(),
@@ -242,7 +242,7 @@ def needed_packages() -> tuple[Package, ...]:
         return ()
     extra = {"extra": "notebook" if in_notebook() else ""}
     needed = [Requirement(line) for line in ours.requires or ()]
-    found = {r.name: (r.specifier, _version(r.name)) for r in needed if r.marker is None or r.marker.evaluate(extra)}
+    found = {r.name: (r.specifier, version(r.name)) for r in needed if r.marker is None or r.marker.evaluate(extra)}
     found = {"Python": (SpecifierSet(ours.metadata["Requires-Python"]), platform.python_version()), **found}
     return tuple(
         Package(
@@ -255,7 +255,8 @@ def needed_packages() -> tuple[Package, ...]:
     )
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

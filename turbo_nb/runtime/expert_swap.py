@@ -7,7 +7,6 @@ its kind on each model, which diffusers heeds and removes.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -17,7 +16,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
-from ..errors import first_line
+from .pinned import pinned_empty
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -96,25 +95,13 @@ class Turn(ModelHook):
                 size += room
         for group in filter(None, groups):
             last, start = group[-1]
-            self._pieces.append(self._main_memory(start + last.nbytes))
+            self._pieces.append(pinned_empty(start + last.nbytes, pin=self.pinned))
+            self.pinned = self._pieces[-1].is_pinned()  # where the system refused once, it is not asked again
             for tensor, start in group:  # what held it is given back before the next piece is taken
                 home = _part(self._pieces[-1], start, tensor)
                 home.copy_(tensor.data)
                 tensor.data = home
                 self._packed.append((tensor, home, len(self._pieces) - 1, start))
-
-    def _main_memory(self, size: int) -> Tensor:
-        if self.pinned:
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:  # the system allows no more
-                self.pinned = False
-                warnings.warn(
-                    f"main memory cannot be page-locked ({first_line(error)}); models come to the GPU slower. "
-                    "`ulimit -l` is the limit, if there is one",
-                    stacklevel=5,
-                )
-        return torch.empty(size, dtype=torch.uint8)
 
     def pre_forward(self, module: nn.Module, *args, **kwargs) -> tuple[tuple, dict]:
         """accelerate's hook: before the module works."""
