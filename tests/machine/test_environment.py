@@ -105,6 +105,35 @@ def test_caches_and_their_sizes(monkeypatch, tmp_path):
     assert not (tmp_path / ".triton").exists() and not (tmp_path / "ours").exists()
 
 
+def test_a_user_without_a_home_gets_a_temporary_cache(tmp_path):
+    code = (
+        "import os, pwd, tempfile\nos.environ.pop('HOME', None)\npwd.getpwuid = lambda uid: {}['no such user']\n"
+        "for name in ('TURBO_NB_CACHE', 'TURBO_NB_HOME', 'XDG_CACHE_HOME', 'HF_HOME'): os.environ.pop(name, None)\n"
+        "from turbo_nb.machine import environment\n"
+        "assert environment.cache().is_relative_to(tempfile.gettempdir())\n"
+        "assert environment.survey().caches"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_folders_that_may_not_be_read_do_not_raise(monkeypatch, tmp_path):
+    def refused(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(environment, "VOLUMES", {"RunPod pod": tmp_path})
+    monkeypatch.setenv("RUNPOD_POD_ID", "abc")
+    for owner, name in [(environment.shutil, "disk_usage"), (environment.Path, "is_dir"), (environment.Path, "exists")]:
+        monkeypatch.setattr(owner, name, refused)
+    assert environment.disks() == () and [one.free for one in environment.caches()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("path", ["a" * 256, "nul\0byte", "a" * 5000], ids=["long name", "nul", "long path"])
+def test_predicates_answer_for_paths_that_no_system_takes(tmp_path, path):
+    for predicate in (environment.exists, environment.is_dir, environment.is_file):
+        assert not predicate(tmp_path / path)
+
+
 def write(root, files):
     for name, text in files.items():
         path = root / name

@@ -1,6 +1,6 @@
-"""Where we are (RunPod, Colab, Jupyter, a plain shell), and what is there: disks, caches, memory, packages.
+"""The place (RunPod, Colab, Jupyter, a plain shell) and what it has: disks, caches, memory, packages.
 
-Nothing here needs a package of ours to be installed, so that it can tell which one is missing.
+Importing this module needs no other package, so that `needed_packages` can name one that is missing.
 """
 
 import os
@@ -8,23 +8,26 @@ import platform
 import re
 import shutil
 import sys
-import warnings
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, warn
 
 DISTRIBUTION = "turbo-nb"
 VOLUMES = {"RunPod pod": Path("/workspace"), "RunPod serverless": Path("/runpod-volume")}
 CONTAINER = Path("/")
 PRICE = "TURBO_NB_PRICE_PER_HOUR"
+# pathlib's predicates raise for a name that is too long or a folder without permission, before Python 3.14
+exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """A disk by what it is for; free and total in bytes."""
+    """A disk. `name` says what it is for; `free` and `total` are in bytes."""
 
     name: str
     path: str
@@ -34,7 +37,7 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A folder of files that can be fetched or made again; size, and free on its disk, in bytes."""
+    """A folder of files that can be fetched or made again. `size`, and `free` on its disk, are in bytes."""
 
     name: str
     path: str
@@ -45,7 +48,7 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Main memory in bytes, the container's limit counted in; None where the system does not tell."""
+    """Main memory in bytes, at most the container's limit. None where the system does not report it."""
 
     available: int | None
     total: int | None
@@ -53,7 +56,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package that we need: `needed` is a specifier such as ">=2.7", `installed` a version or None."""
+    """A required package. `needed` is a specifier such as ">=2.7", `installed` a version or None."""
 
     name: str
     needed: str
@@ -63,7 +66,7 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Everything `survey()` saw. version is ours, None where turbo_nb is not installed but lies on the path."""
+    """The result of `survey`. `version` is turbo_nb's own, None where it is imported from a folder, not installed."""
 
     place: str
     notebook: bool
@@ -77,7 +80,7 @@ class Environment:
 
 
 def survey() -> Environment:
-    """Look around. Makes nothing, sends nothing."""
+    """Describe this machine. Writes nothing and sends nothing."""
     return Environment(
         place=place(),
         notebook=in_notebook(),
@@ -92,8 +95,8 @@ def survey() -> Environment:
 
 
 def place(variables: Mapping[str, str] = os.environ) -> str:
-    """ "RunPod pod", "RunPod serverless", "Colab", "Jupyter" or "plain"."""
-    if "RUNPOD_ENDPOINT_ID" in variables or "RUNPOD_WEBHOOK_GET_JOB" in variables:  # a worker has a pod's id, too
+    """Return "RunPod pod", "RunPod serverless", "Colab", "Jupyter" or "plain"."""
+    if "RUNPOD_ENDPOINT_ID" in variables or "RUNPOD_WEBHOOK_GET_JOB" in variables:  # first, as workers have a pod's id
         return "RunPod serverless"
     if "RUNPOD_POD_ID" in variables:
         return "RunPod pod"
@@ -103,117 +106,129 @@ def place(variables: Mapping[str, str] = os.environ) -> str:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
+    """Return whether this process is a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 
 def price_per_hour() -> float | None:
-    """What this machine costs an hour, from TURBO_NB_PRICE_PER_HOUR. Raises InputError if that is no price."""
+    """Return the price of an hour of this machine in dollars, from TURBO_NB_PRICE_PER_HOUR.
+
+    Raises:
+        InputError: the variable does not hold a price.
+    """
     text = os.environ.get(PRICE)
     if not text:
         return None
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text.strip()):
-        raise InputError(f"{PRICE} is {text!r}; it is a number of dollars, such as 2.99")
+        raise InputError(f"{PRICE} is {text!r}. Expected a number of dollars, such as 2.99. Set it again, or unset it.")
     return float(text)
 
 
 def cost(seconds: float) -> float | None:
-    """Dollars for so many seconds of this machine; None without a price, and with a warning if it cannot be read."""
+    """Return the dollars for so many seconds of this machine. None without a price; a wrong price warns."""
     try:
         price = price_per_hour()
-    except InputError as error:  # what was made in that time is not lost over it
-        warnings.warn(str(error), stacklevel=1)
+    except InputError as error:  # the video of these seconds is worth more than its price
+        warn(str(error))
         return None
     return None if price is None else price * seconds / 3600
 
 
 def dollars(cost: float | None, before: str = ", ") -> str:
-    """A cost as it follows a time, such as ", $0.0042"; nothing without one."""
+    """Return a cost as it follows a time, such as ", $0.0042", or nothing without a cost."""
     return "" if cost is None else f"{before}${cost:.4f}"
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps downloaded files: $HF_HUB_CACHE, else `hub` in $HF_HOME or its default."""
+    """Return huggingface_hub's folder of files: $HF_HUB_CACHE, else `hub` in $HF_HOME or in its default."""
     if path := os.environ.get("HF_HUB_CACHE"):
-        return Path(path).expanduser()
+        return _expanded(path)
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return (Path(os.environ.get("HF_HOME") or default) / "hub").expanduser()
+    return _expanded(Path(os.environ.get("HF_HOME") or default) / "hub")
 
 
 def volume() -> Path | None:
-    """The disk that outlasts the container, on RunPod; None where there is none."""
+    """Return the disk that outlasts the container on RunPod, or None."""
     path = VOLUMES.get(place())
-    return path if path and path.is_dir() and not same_disk(path, CONTAINER) else None
+    return path if path and is_dir(path) and not same_disk(path, CONTAINER) else None
 
 
 def cache() -> Path:
-    """Where we keep what makes later runs quicker: $TURBO_NB_CACHE, else `cache` in $TURBO_NB_HOME or on a pod's
-    volume, else the user's own cache."""
+    """Return the folder for what makes later runs faster.
+
+    It is $TURBO_NB_CACHE, else `cache` in $TURBO_NB_HOME or on a pod's volume, else in the user's own cache. A user
+    without a home gets a temporary folder.
+    """
     if path := os.environ.get("TURBO_NB_CACHE"):
-        return Path(path).expanduser()
+        return _expanded(path)
     lasting = volume()
     if home := os.environ.get("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
-        return Path(home).expanduser() / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbo_nb"
+        return _expanded(home) / "cache"
+    import platformdirs
+
+    with suppress(RuntimeError):  # without a home platformdirs raises, and its older versions return "~/.cache"
+        if (path := platformdirs.user_cache_path("turbo_nb", appauthor=False)).is_absolute():
+            return path
+    return Path(tempfile.gettempdir(), "turbo_nb")
 
 
 def text_cache() -> Path:
-    """The folder of prompts' embeddings."""
+    """Return the folder of the prompts' embeddings."""
     return cache() / "text"
 
 
+def kernel_cache() -> Path:
+    """Return the folder of the kernels that Triton compiled."""
+    return _expanded(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache")
+
+
 def same_disk(one: Path, other: Path) -> bool:
-    """Whether two folders, or where they will be made, are on one disk."""
+    """Return whether two folders are on one disk. A folder that does not exist counts as where it would be made."""
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
 def disks() -> tuple[Disk, ...]:
-    """The volume, if there is one, and the container's (or the machine's) own disk."""
+    """Return the volume, if this place has one, and the container's (or the machine's) own disk."""
     own = "container" if place().startswith("RunPod") else "machine"
     return tuple(
-        Disk(name=name, path=str(path), free=usage.free, total=usage.total)
+        Disk(name=name, path=str(path), free=usage[0], total=usage[1])
         for name, path in (("volume", volume()), (own, CONTAINER))
-        if path and (usage := shutil.disk_usage(path))
+        if path and (usage := _free_and_total(path))[1]
     )
 
 
 def caches() -> tuple[Cache, ...]:
-    """The Hub's files first, then Triton's kernels and the embeddings of prompts."""
+    """Return the caches of the Hub's files, of Triton's kernels and of the prompts' embeddings."""
     return tuple(
         Cache(
             name=name,
             path=str(path),
             size=folder_size(path),
-            free=shutil.disk_usage(_existing(path)).free,
+            free=_free_and_total(path)[0],
             writable=os.access(_existing(path), os.W_OK),
         )
         for name, path in (("Hub", hub_cache()), ("Triton", kernel_cache()), ("prompt", text_cache()))
     )
 
 
-def kernel_cache() -> Path:
-    """Where Triton keeps what it compiled."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
-
-
 def folder_size(path: Path) -> int:
-    """Bytes of all files under a folder, links not followed; 0 for one that isn't there."""
+    """Return the bytes of all files under a folder, without following links. A missing folder has 0."""
     size = 0
     for folder, _, names in os.walk(path):
         for name in names:
             try:
                 size += os.lstat(os.path.join(folder, name)).st_size
-            except OSError:  # gone since it was listed
+            except OSError:  # deleted since it was listed
                 continue
     return size
 
 
 def memory(root: Path = Path("/")) -> Memory:
-    """Main memory, by the kernel's count or the container's limit (cgroup 2 or 1), whichever is less."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
-    total, available = (int(told[key]) * 1024 if key in told else None for key in ("MemTotal", "MemAvailable"))
+    """Return main memory: the kernel's count or the container's limit (cgroup 2 or 1), whichever is less."""
+    counts = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    total, available = (int(counts[key]) * 1024 if key in counts else None for key in ("MemTotal", "MemAvailable"))
     for folder, limit_file, used_file, cached_key in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -221,7 +236,7 @@ def memory(root: Path = Path("/")) -> Memory:
         limit, used = (_read(root / folder / name).strip() for name in (limit_file, used_file))
         if not (limit.isdigit() and used.isdigit()) or (total is not None and int(limit) >= total):
             continue
-        # the page cache counts as used, and gives way
+        # the page cache counts as used, but the kernel frees it for programs
         cached = re.search(rf"^{cached_key} (\d+)", _read(root / folder / "memory.stat"), re.MULTILINE)
         left = max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0))
         total, available = int(limit), left if available is None else min(available, left)
@@ -229,9 +244,10 @@ def memory(root: Path = Path("/")) -> Memory:
 
 
 def needed_packages() -> tuple[Package, ...]:
-    """Python, then every package that ours asks for (in a notebook, the extra `notebook` counted in).
+    """Return Python and every package that turbo_nb requires, in a notebook those of its extra `notebook` too.
 
-    Empty where turbo_nb is not installed but lies on the path.
+    Returns:
+        One entry for each package. Empty where turbo_nb is imported from a folder and not installed.
     """
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -263,12 +279,26 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def _expanded(path: str | os.PathLike) -> Path:
+    """Expand "~", which stays as it is for a user without a home"""
+    return Path(os.path.expanduser(path))
+
+
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest folder above it that exists"""
     path = path.absolute()
-    while not path.exists():
+    while not exists(path) and path != path.parent:
         path = path.parent
     return path
+
+
+def _free_and_total(path: Path) -> tuple[int, int]:
+    """Return the free and total bytes of a path's disk, zeros where the system refuses to tell them"""
+    try:
+        usage = shutil.disk_usage(_existing(path))
+    except OSError:
+        return 0, 0
+    return usage.free, usage.total
 
 
 def _read(path: Path) -> str:
