@@ -11,6 +11,7 @@ _HOMES = {
     "doctor": "checkup.doctor",
     "read_metadata": "video.mp4",
     "TurboNbError": "errors",
+    "TurboNbWarning": "errors",
 }
 __all__ = sorted(_HOMES)
 

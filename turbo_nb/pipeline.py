@@ -1,224 +1,246 @@
-"""A prompt becomes frames: `load_pipeline()` and `generate()`.
+"""`load_pipeline()`: resolve → plan → load → fuse → place.
 
-The pipeline is diffusers' `WanPipeline` or `WanImageToVideoPipeline`, unchanged, with our scheduler; `generate`
-encodes, denoises and decodes one after the other, so that each can be timed and shown. Importing this module is cheap:
-torch and diffusers are loaded with the first model.
+The result is diffusers' own `WanPipeline` or `WanImageToVideoPipeline` with our scheduler. Its one attribute of ours is
+`pipeline.turbo_nb`, a `LoadedModel`. Importing this module is cheap: torch and diffusers are imported with the first
+model.
 """
 
+import gc
+import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from . import catalog
-from .errors import CheckpointError, InputError
-from .files import resolve
-from .runtime import place, plan
-from .text import embedding_cache, prompt_encoder
+from .catalog import ModelSpec
+from .errors import InputError
+from .files import hub
+from .files.resolve import ResolvedModel, resolve
+from .runtime.place import place, transformers
+from .runtime.plan import Plan
+from .runtime.stages import current_device
+from .settings import LoadOptions, accepts
+from .text import embedding_cache
+from .text.prompt_encoder import PromptEncoder, empty_cache
 
 if TYPE_CHECKING:
     import torch
     from diffusers import WanImageToVideoPipeline, WanPipeline
-WARM_UP_TOLD = 2.0  # seconds of compiling that are worth a line
+
+WARM_UP_LOGGED = 2.0  # seconds of warm-up from which on it is logged, because kernels were compiled in them
+SAMPLES = 32  # elements of each tensor that a fingerprint of the weights reads
+
+log = logging.getLogger("turbo_nb")
 
 
-def find_spec(model: "str | Path | tuple[str | Path, str | Path]") -> catalog.ModelSpec:
-    """The spec of what `load_pipeline` takes as `model`; a name is found without torch. Raises what finding raises."""
-    if model == "auto":
-        model, _ = resolve.choose()
-    if catalog.is_name(model):
-        return catalog.find(str(model))
-    return resolve.spec_of(model)
+@dataclass(kw_only=True, eq=False)
+class LoadedModel:
+    """What `load_pipeline` knows of the pipeline that it made, at `pipeline.turbo_nb`.
+
+    Args:
+        resolved: the model, its files and how it was loaded.
+        pipeline: diffusers' pipeline.
+        prompt_encoder: encodes prompts, and loads the text encoder when the plan says so.
+        plan: the memory plan in effect.
+        load_seconds: what loading took without downloads; None once a clip has reported it.
+    """
+
+    resolved: ResolvedModel
+    pipeline: "WanPipeline | WanImageToVideoPipeline" = field(repr=False)
+    prompt_encoder: PromptEncoder = field(repr=False)
+    plan: Plan
+    load_seconds: float | None = None
+    _weights_at_load: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, pipeline: "WanPipeline | WanImageToVideoPipeline") -> "LoadedModel":
+        """Return the LoadedModel of a pipeline. Raises InputError for one that `load_pipeline` did not make."""
+        model = getattr(pipeline, "turbo_nb", None)
+        if not isinstance(model, cls):
+            raise InputError(
+                f"pipeline is a {type(pipeline).__name__}. Expected one that turbo_nb.load_pipeline returned."
+            )
+        return model
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model and its defaults."""
+        return self.resolved.spec
+
+    @property
+    def device(self) -> str:
+        """Where the model runs."""
+        return self.plan.device
+
+    @property
+    def attention(self) -> dict:
+        """The attention and the linears that the transformers have now: attention_type, sla_topk, quant_linear."""
+        from .linear import is_quantized
+        from .sla import attention_type, topk_of
+
+        first = transformers(self.pipeline)[0]
+        return {
+            "attention_type": attention_type(first),
+            "sla_topk": topk_of(first),
+            "quant_linear": is_quantized(first),
+        }
+
+    @property
+    def identity(self) -> dict:
+        """What a clip of this model depends on now, with changes since it was loaded (top-k, a fused LoRA)."""
+        weights = self._fingerprint()
+        changed = {} if weights == self._weights_at_load else {"weights": weights}
+        return self.resolved.identity | self.attention | changed
+
+    def follow(self, plan: Plan) -> None:
+        """Put the parts where a plan says, after the memory of the earlier one is given back."""
+        self.pipeline.maybe_free_model_hooks()
+        gc.collect()
+        empty_cache()
+        self.plan = plan
+        self.prompt_encoder.follow(plan)
+        place(self.pipeline, plan)
+
+    def _fingerprint(self) -> str:
+        """Hash evenly spaced elements of every tensor of the transformers and the VAE"""
+        import hashlib
+
+        import torch
+
+        digest = hashlib.sha256()
+        with torch.no_grad():
+            for module in (*transformers(self.pipeline), self.pipeline.vae):
+                samples: dict[str, list[torch.Tensor]] = {}
+                for tensor in module.state_dict().values():
+                    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+                    step = max(1, flat.numel() // SAMPLES)
+                    samples.setdefault(str(tensor.device), []).append(flat[::step][:SAMPLES].double())
+                for parts in samples.values():
+                    digest.update(torch.cat(parts).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
+@accepts(LoadOptions)
 def load_pipeline(
-    model: "str | Path | tuple[str | Path, str | Path]" = "auto",
+    options: LoadOptions,
     *,
-    attention_type: str = "sla",
-    sla_topk: float | None = None,
-    quant_linear: bool | str = "auto",
-    device: str = "auto",
-    attention_backend: str | None = None,
-    checkpoint: "str | Path | tuple[str | Path, str | Path] | None" = None,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    memory_plan: str = "auto",
-    memory: float | None = None,
     clip: tuple[int, int, int] | None = None,
     prompts: Sequence[str] = (),
-    text_cache: bool | None = None,
-    on_plan: Callable[[plan.Plan], None] | None = None,
-    on_progress: Callable | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[hub.Progress], None] | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
-    """A diffusers pipeline with an `RCMScheduler` and the attention asked for; `.spec` holds the model's defaults,
-    `.made_of` the arguments that determine what it makes.
+    """Load a model as a diffusers pipeline with an `RCMScheduler`.
 
-    model: a name of the catalogue, a checkpoint, two of them (high-noise, low-noise), a diffusers folder, or "auto":
-    the best text-to-video model that was downloaded and fits the GPU, nano on a CPU; see `resolve.choose`.
-    checkpoint: the file or files to take for a model given by name; vae, text_encoder, tokenizer: paths to take in
-    place of the model's own (from the Hub, through its cache). attention_type: "sla", "sagesla" or "original" (dense
-    attention); attention_backend: what runs SageSLA, as in `sla.SageSparseLinearAttention`. sla_topk: share of key
-    blocks, None for the model's own. quant_linear: 8-bit linears as the file has them ("auto"), or True or False.
-    device: "auto", "cpu", "cuda", "cuda:1", …; to call the pipeline itself, and not `generate`, on a GPU that is not
-    torch's current one, do it within `torch.cuda.device(…)`: that is where Triton launches.
+    To call the pipeline itself, and not `generate`, on a GPU that is not torch's current one, do it within
+    `torch.cuda.device(…)`, because Triton launches there.
 
-    The memory plan is chosen for a clip of (width, height, frames), None for the model's own, and for `memory` bytes,
-    None for what is free; memory_plan asks for one by name. on_plan(plan) is called before anything is loaded; it is
-    `pipeline.plan` afterwards. on_progress is told of downloads, as by `download.fetch`.
+    Args:
+        {options}
+        clip: width, height and frames that the memory plan is chosen for. None: the model's own.
+        prompts: the prompts to come, if they are known. The text encoder is not loaded while the embeddings of all
+            of them are on disk.
+        on_plan: called with the memory plan before anything is loaded. None: the plan is logged.
+        on_progress: called as bytes of a download arrive.
 
-    prompts: those that will be made, if they are known: the text encoder is not loaded before one comes whose embedding
-    is not in the cache on disk. text_cache: whether there is one; None asks TURBO_NB_TEXT_CACHE.
+    Returns:
+        The pipeline; `pipeline.turbo_nb` is its `LoadedModel`.
 
-    Raises UnknownModelError, CheckpointError, InputError, DownloadError or BackendError.
+    Raises:
+        UnknownModelError, InputError, BackendError: an option cannot be used; found before any download.
+        DownloadError: a file cannot be fetched.
+        CheckpointError: a file is not what it was taken for.
     """
-    from . import backends, sla
-    from .machine import probe
+    return load(resolve(options), clip=clip, prompts=prompts, on_plan=on_plan, on_progress=on_progress)
 
-    if attention_type not in sla.ATTENTION_TYPES:
-        raise InputError(f"attention_type is {attention_type!r}; it is one of {', '.join(sla.ATTENTION_TYPES)}")
-    if model != "auto" and checkpoint is None and catalog.is_name(model):
-        catalog.find(str(model))  # an unknown name is found before torch is loaded
-    device = probe.device_of(device)
-    if attention_type == "sagesla":
-        machine = probe.Machine() if device == "cpu" else None
-        backends.choose("sagesla", machine, attention_backend).require()
-    import torch
-    from diffusers import WanPipeline
 
-    from .checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
-    from .fused.transformer import fuse
-    from .fused.vae import fuse as fuse_vae
-    from .linear import is_quantized
-    from .scheduler import RCMScheduler
+def load(
+    resolved: ResolvedModel,
+    *,
+    clip: tuple[int, int, int] | None = None,
+    prompts: Sequence[str] = (),
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: Callable[[hub.Progress], None] | None = None,
+) -> "WanPipeline | WanImageToVideoPipeline":
+    """Load a model that `files.resolve.resolve` found; arguments, result and errors as those of `load_pipeline`."""
+    resolved.plan(clip)  # a plan that does not suit the device is an error before the download
+    resolved = resolved.fetch(on_progress)
+    plan = resolved.plan(clip)
+    (on_plan or (lambda plan: log.info("%s", plan)))(plan)
 
-    if model == "auto" and checkpoint is None:
-        model, quant_linear = resolve.choose(device=device, memory=memory, quant_linear=quant_linear)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # CPUs are slower in bf16
-    found = resolve.resolve(
-        model,
-        checkpoint=checkpoint,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        quantised=None if quant_linear == "auto" else quant_linear,
-        on_progress=on_progress,
-    )
-    spec, begin = found.spec, time.perf_counter()  # a download is not a part of loading
-    size = clip or (*spec.size, spec.num_frames)
-    chosen = plan.choose(
-        _sizes(found, quant_linear, dtype),
-        found.transformers[0].arch,
-        *size,
-        budget=memory or probe.free_memory(device),
-        host_budget=probe.free_memory("cpu"),
-        device=device,
-        fused=plan.fused_on(),
-        name=memory_plan,
-    )
-    (on_plan or _tell)(chosen)
-    tokens = load_tokenizer(found.tokenizer)  # first, as the quickest to be wrong
-    transformers = [
-        load_transformer(
-            contents,
-            attention_type=attention_type,
-            sla_topk=spec.sla_topk if sla_topk is None else sla_topk,
-            quant_linear=quant_linear,
-            attention_backend=attention_backend,
-            device=device if chosen.offload == "none" else "cpu",
-            dtype=dtype,
-        )
-        for contents in found.transformers
-    ]
-    for transformer in transformers:
-        if chosen.device != "cpu":
-            fuse(transformer)
-    parts = {
-        "tokenizer": tokens,
-        "text_encoder": None,
-        "vae": load_vae(found.vae, device=device if chosen.offload == "none" else "cpu", dtype=dtype),
-        "scheduler": RCMScheduler(spec.sigma_max),
-        "transformer": transformers[0],
-    }
-    fuse_vae(parts["vae"])
-    if spec.task == "i2v":
-        from diffusers import WanImageToVideoPipeline
-
-        pipeline = WanImageToVideoPipeline(**parts, transformer_2=transformers[1], boundary_ratio=spec.boundary)
-    else:
-        pipeline = WanPipeline(**parts)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.spec = spec
-    pipeline.made_of = {
-        "model": model, "checkpoint": checkpoint, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer,
-        "attention_type": attention_type, "sla_topk": sla_topk, "quant_linear": quant_linear,
-    }  # fmt: skip
-    pipeline.encoder = prompt_encoder.PromptEncoder(
-        pipeline,
-        lambda where: load_text_encoder(found.text_encoder, device=where, dtype=dtype),
-        embedding_cache.cache_for(found.text_encoder.path, found.tokenizer, dtype)
-        if embedding_cache.is_cached(text_cache)
-        else None,
-        prompts,
-    )
-    _apply(pipeline, chosen)
-    if chosen.device != "cpu" and chosen.offload == "none":
-        _warm_up(transformers[0], device, *size)
-    if any(map(is_quantized, transformers)):
-        pipeline.load_lora_weights = _no_lora
-    pipeline.loaded_in = time.perf_counter() - begin
+    begin = time.perf_counter()
+    pipeline, encoder = _modules(resolved, plan, prompts)
+    model = pipeline.turbo_nb = LoadedModel(resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan)
+    encoder.follow(plan)
+    place(pipeline, plan)
+    if plan.device != "cpu" and plan.offload == "none":
+        _warm_up(transformers(pipeline)[0], plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames))
+    model._weights_at_load = model._fingerprint()
+    model.load_seconds = time.perf_counter() - begin
     return pipeline
 
 
-def _current(device: str):
-    """A context in which a GPU is torch's current one, which is where Triton launches"""
+def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tuple:
+    """Load and fuse the modules; return the pipeline and its prompt encoder"""
     import torch
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
-    return nullcontext() if device == "cpu" else torch.cuda.device(device)
+    from . import checkpoint
+    from .fused import transformer as fused_transformer
+    from .fused import vae as fused_vae
+    from .scheduler import RCMScheduler
+
+    dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
+    device = plan.device if plan.offload == "none" else "cpu"
+    parts = {
+        "tokenizer": checkpoint.load_tokenizer(resolved.tokenizer),  # first, because it is the quickest to fail
+        "text_encoder": None,
+        "scheduler": RCMScheduler(resolved.spec.sigma_max),
+    }
+    experts = [
+        checkpoint.load_transformer(
+            contents,
+            attention_type=resolved.attention_type,
+            sla_topk=resolved.sla_topk,
+            quant_linear=resolved.quant_linear,
+            attention_backend=resolved.attention_backend,
+            device=device,
+            dtype=dtype,
+        )
+        for contents in resolved.transformers
+    ]
+    parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
+    if plan.device != "cpu":
+        for expert in experts:
+            fused_transformer.fuse(expert)
+    fused_vae.fuse(parts["vae"])
+    if resolved.spec.task == "i2v":
+        pipeline = WanImageToVideoPipeline(
+            **parts, transformer=experts[0], transformer_2=experts[1], boundary_ratio=resolved.spec.boundary
+        )
+    else:
+        pipeline = WanPipeline(**parts, transformer=experts[0])
+    pipeline.set_progress_bar_config(disable=True)
+    cached = embedding_cache.is_cached(resolved.options.text_cache)
+    encoder = PromptEncoder(
+        pipeline,
+        lambda where: checkpoint.load_text_encoder(resolved.text_encoder, device=where, dtype=dtype),
+        embedding_cache.cache_for(resolved.text_encoder.path, resolved.tokenizer, dtype) if cached else None,
+        prompts,
+    )
+    return pipeline, encoder
 
 
-def _warm_up(transformer, device: str, width: int, height: int, frames: int) -> None:
-    """Compile the kernels now, and tell of it where that took long"""
+def _warm_up(transformer: "torch.nn.Module", device: str, size: tuple[int, int, int]) -> None:
+    """Compile the transformer's kernels for a clip's size, and log it where that took long"""
     import torch
 
     from .fused.transformer import warm_up
 
+    width, height, frames = size
     begin = time.perf_counter()
-    with suppress(torch.OutOfMemoryError), _current(device):  # the clip itself has a next plan
+    with suppress(torch.OutOfMemoryError), current_device(device):  # the clip itself can fall back to the next plan
         warm_up(transformer, (1 + (frames - 1) // 4, height // 8, width // 8))
-        torch.cuda.synchronize()
-    if (seconds := time.perf_counter() - begin) > WARM_UP_TOLD:
-        print(f"compiled the kernels for this GPU in {seconds:.0f} s; later starts find them")
-
-
-def _sizes(found, quant_linear: bool | str, dtype: "torch.dtype") -> plan.Sizes:
-    """Bytes of the parts as they will be loaded"""
-    one = found.transformers[0]
-    in_8_bits = one.quantized if quant_linear == "auto" else quant_linear
-    counts = [sum(t.numel() for t in part.tensors.values()) for part in (one, found.text_encoder, found.vae)]
-    return plan.Sizes(
-        transformer=counts[0] * (1.03 if in_8_bits else dtype.itemsize),
-        experts=len(found.transformers),
-        text_encoder=counts[1] * dtype.itemsize,
-        vae=counts[2] * dtype.itemsize,
-    )
-
-
-def _tell(chosen: plan.Plan) -> None:
-    """A plan that moves things is worth a line."""
-    if chosen.name != "resident":
-        print(chosen)
-
-
-def _apply(pipeline, chosen: plan.Plan) -> None:
-    pipeline.plan = chosen
-    pipeline.encoder.follow(chosen)
-    place.apply(chosen, pipeline)
-
-
-def _no_lora(*args, **kwargs):
-    raise CheckpointError(
-        "a LoRA cannot be added to int8 linears; merge it into the bf16 file first (turbo-nb convert IN OUT --lora "
-        "FILE) and load that, with quant_linear=True if it should be 8-bit"
-    )
+        torch.cuda.synchronize(device)
+    if (seconds := time.perf_counter() - begin) > WARM_UP_LOGGED:
+        log.info("compiled the kernels for this GPU in %.0f s; later starts find them", seconds)

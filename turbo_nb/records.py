@@ -81,8 +81,8 @@ def read(cls: type[Record], data: Any) -> Record | None:
 
 
 def write(record: Any) -> dict:
-    """Return a record as JSON takes it, without the fields that are None."""
-    return {name: value for name, value in asdict(record).items() if value is not None}
+    """Return a record as JSON takes it, without the fields that say nothing (None, and empty ones)."""
+    return {name: value for name, value in asdict(record).items() if value not in (None, "", [], {})}
 
 
 def _fitted(kind: Any, value: Any) -> tuple[bool, Any]:

@@ -276,7 +276,7 @@ class LoadOptions(_Checked):
     )
     memory: float | None = _option(
         None,
-        Number(lambda x: x > 0, "of bytes above 0 (on the command line GB, such as 12)"),
+        Number(lambda x: x > 0, "above 0 (bytes; on the command line GB, such as 12)"),
         "Plan for this many GB of GPU memory; what is free if left out.",
         "memory",
         scale=1e9,
@@ -457,6 +457,13 @@ def resolve_clip(
     )
 
 
+def seeds(first: int, count: int) -> range:
+    """Return the seeds of `count` clips. Raises InputError where the last one is too large for a generator."""
+    if first + count - 1 > MAX_SEED:
+        raise _wrong("seed", first, f"at most {MAX_SEED - count + 1} for {count} samples")
+    return range(first, first + count)
+
+
 def adaptive_size(area: int, width: int, height: int) -> tuple[int, int]:
     """Return the sides, multiples of 16, of about `area` pixels with the aspect of an image of width × height."""
     sides = ((area * width / height) ** 0.5, (area * height / width) ** 0.5)
@@ -559,80 +566,3 @@ def accepts(*classes: type, skip: Iterable[str] = ()) -> Callable:
         return call
 
     return decorate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that determines a clip, checked."""
-
-    model: str
-    prompt: str
-    seed: int
-    num_steps: int
-    num_frames: int
-    width: int
-    height: int
-    sigma_max: float
-    ode: bool
-    noise_device: str
-    boundary: float | None
-
-
-def check_settings(
-    spec: catalog.ModelSpec,
-    prompt: str,
-    *,
-    num_frames: int | None = None,
-    num_steps: int = 4,
-    seed: int = 0,
-    resolution: str | None = None,
-    aspect_ratio: str | None = None,
-    sigma_max: float | None = None,
-    ode: bool = False,
-    noise_device: str = "cpu",
-    boundary: float | None = None,
-    adaptive_to: tuple[int, int] | None = None,
-) -> Settings:
-    """Settings with the model's defaults filled in. Raises InputError for the first that cannot be used.
-
-    adaptive_to: width and height of an image whose aspect the clip takes on, at the area of the resolution.
-    """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError('the prompt is empty; say what to show, such as "a small green square growing"')
-    num_frames = _whole("num_frames", spec.num_frames if num_frames is None else num_frames)
-    num_steps, seed = _whole("num_steps", num_steps), _whole("seed", seed)
-    if num_frames < 1 or num_frames % 4 != 1:
-        near = 4 * max(0, round((num_frames - 1) / 4)) + 1
-        raise InputError(f"num_frames is {num_frames}; it is 4n + 1 (1, 5, 9, …), such as {near}")
-    if num_steps not in range(1, MAX_STEPS + 1):
-        raise InputError(f"num_steps is {num_steps}; rCM models take 1 to {MAX_STEPS} steps")
-    if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed}; it is a whole number from 0 to {MAX_SEED}")
-    sigma_max = spec.sigma_max if sigma_max is None else sigma_max
-    if not (math.isfinite(sigma_max) and sigma_max > math.tan(1.5)):
-        raise InputError(
-            f"sigma_max is {sigma_max}; it is a number above {math.tan(1.5):.1f}, such as {spec.sigma_max:g}"
-        )
-    if noise_device not in ("cpu", "cuda"):
-        raise InputError(
-            f"noise_device is {noise_device!r}; it is cpu (the same clip everywhere) or cuda (upstream's seeds)"
-        )
-    if boundary is not None and spec.boundary is None:
-        raise InputError(f"boundary is {boundary}, and {spec.name} has no second expert to take over; leave it out")
-    boundary = spec.boundary if boundary is None else boundary
-    if boundary is not None and not 0 <= boundary <= 1:
-        raise InputError(f"boundary is {boundary}; it is a noise level from 0 to 1, such as {spec.boundary or 0.9}")
-    width, height = catalog.size_of(spec, resolution, aspect_ratio)
-    if adaptive_to:
-        width, height = catalog.adaptive_size(width * height, *adaptive_to)
-    return Settings(
-        model=spec.name, prompt=prompt, seed=seed, num_steps=num_steps, num_frames=num_frames,
-        width=width, height=height, sigma_max=float(sigma_max), ode=ode, noise_device=noise_device, boundary=boundary,
-    )  # fmt: skip
-
-
-def _whole(name: str, value) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} is {value!r}; it is a whole number") from None

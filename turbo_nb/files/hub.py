@@ -166,6 +166,14 @@ def part(file: HubFile, *, on_progress: Callable[[Progress], None] | None = None
     return first.parent if file.path == "/" else first
 
 
+def find(file: HubFile) -> Path | None:
+    """Return where a file (or a tokenizer's folder) lies, if it is in the cache and was checked; else None."""
+    found = [_in_cache(one) for one in _expanded(file)]
+    if not all(one and _is_checked(one) for one in found):
+        return None
+    return _pointer(found[0]).parent if file.path == "/" else _pointer(found[0])
+
+
 def _fetch(planned: DownloadPlan, on_progress: Callable[[Progress], None] | None) -> list[Path]:
     """Fetch and check the files of a plan, and say where they lie"""
     for repo in {file.file.repo for file in planned.files}:

@@ -1,211 +1,416 @@
-"""Where the parts of a model come from: a name of the catalogue, a checkpoint, two of them, or a diffusers folder."""
+"""What `LoadOptions` mean on this machine: the only owner of "auto".
 
-import warnings
+`resolve` turns a name, a path or "auto" into one frozen `ResolvedModel`: the model, its files, the device, the number
+format and the reasons. The command line, the pipeline, batches, the generator, the doctor and the time estimate receive
+that object. `resolve` downloads nothing; `ResolvedModel.fetch` does.
+"""
+
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from .. import catalog
-from ..errors import InputError
+from .. import backends, catalog
+from ..catalog import HubFile, ModelSpec
+from ..errors import CheckpointError, InputError, warn
 from ..machine import probe
 from ..runtime import plan
+from ..settings import LoadOptions, Weights
 from . import hub, recognise
+from .fingerprint import fingerprint
 from .recognise import Contents
 
-Checkpoint = str | Path | tuple[str | Path, str | Path]
+OFFLOADS = ("none", "model", "group")  # from fast to slow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """What a pipeline is made of: what its files hold (transformers: one, or high-noise and low-noise)."""
+class ResolvedModel:
+    """A model as it will be loaded.
 
-    spec: catalog.ModelSpec
-    transformers: tuple[Contents, ...]
-    vae: Contents
-    text_encoder: Contents
-    tokenizer: Path
-
-
-def resolve(
-    model: Checkpoint,
-    *,
-    checkpoint: Checkpoint | None = None,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    quantised: bool | None = None,
-    on_progress: Callable | None = None,
-) -> Sources:
-    """Find the parts of `model`, fetching what is on the Hub and not in the cache.
-
-    model: a name; a path; or (high-noise, low-noise) paths. checkpoint: the file or files to take for a named model,
-    whose shape they must have ("auto": any). vae, text_encoder, tokenizer: paths that take the place of the model's
-    own. quantised: whether to take the released files with int8 linears; None takes those in the cache, the plain ones
-    first.
-
-    Raises UnknownModelError, InputError, CheckpointError or DownloadError.
+    Args:
+        spec: the model and its defaults.
+        transformers: one, or (high-noise, low-noise). A HubFile is not downloaded yet.
+        vae, text_encoder, tokenizer: the other parts.
+        device: where the model runs, such as "cpu" or "cuda:0".
+        memory: bytes of the device that a plan may use. host_memory: bytes of main memory.
+        attention_type, attention_backend, sla_topk: the attention that the transformers get.
+        quant_linear: whether their linears are 8-bit.
+        reason: why this model was taken.
+        options: what was asked for.
     """
-    name, paths = _name_or_paths(model)
-    if checkpoint is not None:
-        name, paths = None if model == "auto" else model, _pair(checkpoint)
-    spec = catalog.find(str(name)) if name is not None else None
-    if not paths and spec.folder:
-        paths = (spec.folder / "transformer",)
-    if not paths:
-        paths = _released(spec, quantised, on_progress)
-    contents = tuple(recognise.read(path) for path in paths)
-    recognise.require(contents[0], "transformer", spec)
-    spec = spec or _spec_of(contents[0], paths[0])
-    for one in contents[1:]:
-        recognise.require(one, "transformer", spec)
-    experts = 2 if spec.task == "i2v" else 1
-    if len(contents) != experts:
-        raise InputError(
-            f"{spec.name} takes {experts} checkpoint{'s (high-noise, low-noise)' if experts > 1 else ''}, and got "
-            f"{len(contents)}: {', '.join(str(path) for path in paths)}"
+
+    spec: ModelSpec
+    transformers: tuple[Contents | HubFile, ...]
+    vae: Contents | HubFile
+    text_encoder: Contents | HubFile
+    tokenizer: Path | HubFile
+    device: str
+    memory: float
+    host_memory: float
+    attention_type: str
+    attention_backend: str | None
+    sla_topk: float
+    quant_linear: bool
+    reason: str
+    options: LoadOptions = field(repr=False)
+
+    @property
+    def downloads(self) -> tuple[HubFile, ...]:
+        """Files that are not here yet."""
+        parts = (*self.transformers, self.vae, self.text_encoder, self.tokenizer)
+        return tuple(part for part in parts if isinstance(part, HubFile))
+
+    def fetch(self, on_progress: Callable[[hub.Progress], None] | None = None) -> "ResolvedModel":
+        """Download the parts that are missing.
+
+        Args:
+            on_progress: called as bytes arrive.
+
+        Returns:
+            The same model with all its parts here.
+
+        Raises:
+            DownloadError: a file cannot be fetched.
+            CheckpointError: a file is not what it should be.
+        """
+        if not self.downloads:
+            return self
+        if all(isinstance(part, HubFile) for part in self.transformers):  # as one plan with one check of the disk
+            hub.fetch(self.spec, quantised=self.quant_linear, on_progress=on_progress)
+
+        def here(part: Contents | Path | HubFile) -> Contents | Path:
+            if not isinstance(part, HubFile):
+                return part
+            path = hub.part(part, on_progress=on_progress)
+            return path if part.path == "/" else recognise.read(path)
+
+        found = replace(
+            self,
+            transformers=tuple(map(here, self.transformers)),
+            vae=here(self.vae),
+            text_encoder=here(self.text_encoder),
+            tokenizer=here(self.tokenizer),
         )
-    near = paths[0].parent  # a diffusers folder, or where upstream's README puts its files
+        found.check()
+        return found
 
-    def part(given: str | Path | None, folder: str, file: catalog.HubFile) -> Path:
-        if given is not None:
-            return Path(given)
-        own = [near / folder]
-        if spec.folder:
-            own.append(spec.folder / folder)
-        elif file.path != "/":
-            own.append(near / file.path)
-        return next((path for path in own if path.exists()), None) or hub.part(file, on_progress=on_progress)
+    def check(self) -> None:
+        """Raise CheckpointError where a part that is here is not the part it was taken for."""
+        for part, kind in (*((part, "transformer") for part in self.transformers), (self.vae, "vae"),
+                           (self.text_encoder, "text encoder")):  # fmt: skip
+            if isinstance(part, Contents):
+                recognise.require(part, kind, self.spec if kind == "transformer" else None)
 
-    found_vae = recognise.read(part(vae, "vae", catalog.VAE))
-    found_encoder = recognise.read(part(text_encoder, "text_encoder", catalog.TEXT_ENCODER))
-    recognise.require(found_vae, "vae")
-    recognise.require(found_encoder, "text encoder")
-    return Sources(
-        spec=spec,
-        transformers=contents,
-        vae=found_vae,
-        text_encoder=found_encoder,
-        tokenizer=part(tokenizer, "tokenizer", catalog.TOKENIZER),
+    @cached_property
+    def sizes(self) -> plan.Sizes:
+        """Bytes of the parts as they will be loaded; of parts that are not here yet an estimate from their shapes."""
+        if self.spec.arch is not None:
+            sizes = plan.sizes(self.spec, quantised=self.quant_linear)
+        item = 4 if self.device == "cpu" else 2  # bytes of a number: float32 or bfloat16
+        counts = {}
+        for name, part in (
+            ("transformer", self.transformers[0]),
+            ("text_encoder", self.text_encoder),
+            ("vae", self.vae),
+        ):
+            if isinstance(part, Contents):
+                counts[name] = sum(tensor.numel() for tensor in part.tensors.values()) * item
+        if "transformer" in counts and self.quant_linear:
+            counts["transformer"] *= 1.03 / item  # a byte for each weight, and the scales
+        return replace(sizes, **counts, experts=len(self.transformers))
+
+    def plan(self, size: tuple[int, int, int] | None = None) -> plan.Plan:
+        """Choose the memory plan.
+
+        Args:
+            size: width, height and frames of the clip. None: the model's own.
+
+        Raises:
+            InputError: the plan that was asked for does not suit the device.
+        """
+        return plan.choose(
+            self.sizes,
+            self.spec.arch,
+            *(size or (*self.spec.size, self.spec.num_frames)),
+            budget=self.memory,
+            host_budget=self.host_memory,
+            device=self.device,
+            fused=plan.fused_on(),
+            name=self.options.memory_plan,
+        )
+
+    @cached_property
+    def identity(self) -> dict:
+        """What a clip depends on. Weights count by their content: a moved file is the same, a changed one is not."""
+        named = self.options.checkpoint is None and (
+            self.options.model == "auto" or catalog.is_name(self.options.model)
+        )
+        given = {name: getattr(self.options, name) for name in ("vae", "text_encoder", "tokenizer")}
+        return {
+            "model": self.spec.name if named else [fingerprint(part.path) for part in self.transformers],
+            "attention_type": self.attention_type,
+            "sla_topk": None if self.attention_type == "original" else self.sla_topk,
+            "quant_linear": self.quant_linear,
+        } | {name: path and fingerprint(Path(path)) for name, path in given.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A released model in one number format, with the plan that it would get on a device for a clip of its own size."""
+
+    spec: ModelSpec
+    quantized: bool
+    plan: plan.Plan
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether all files are in the cache and checked."""
+        return hub.cached(self.spec, quantised=self.quantized) is not None
+
+    @property
+    def rank(self) -> tuple:
+        """What is better sorts first: a plan that fits, less offload, and plain linears."""
+        return not self.plan.fits, OFFLOADS.index(self.plan.offload), self.quantized
+
+
+def candidates(
+    spec: ModelSpec,
+    *,
+    memory: float,
+    host_memory: float | None,
+    device: str = "cuda",
+    quant_linear: bool | str = "auto",
+) -> list[Candidate]:
+    """Return the number formats in which a released model can be loaded, the best first.
+
+    Args:
+        spec: the model.
+        memory: bytes of the device. host_memory: bytes of main memory; None: as many as it takes.
+        quant_linear: True or False: only files with 8-bit linears, or only plain ones.
+    """
+    given = {"budget": memory, "host_budget": host_memory, "fused": plan.fused_on(), "device": device}
+    return sorted(
+        (
+            Candidate(spec=spec, quantized=quantized, plan=plan.for_model(spec, quantised=quantized, **given))
+            for quantized in ((False, True) if quant_linear == "auto" else (quant_linear,))
+        ),
+        key=lambda one: one.rank,
     )
 
 
-def spec_of(model: Checkpoint) -> catalog.ModelSpec:
-    """The spec of a checkpoint, two of them, or a folder, from its tensors. Raises CheckpointError or InputError."""
-    _, paths = _name_or_paths(model)
-    if not paths:
-        return catalog.find(str(model))
-    contents = recognise.read(paths[0])
-    recognise.require(contents, "transformer")
-    return _spec_of(contents, paths[0])
+def suitable(*, memory: float, host_memory: float | None, quant_linear: bool | str = "auto") -> list[Candidate]:
+    """Return the released text-to-video models that fit a GPU without streaming blocks, the best first.
 
-
-def _pair(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    return tuple(map(Path, checkpoint)) if isinstance(checkpoint, tuple | list) else (Path(checkpoint),)
-
-
-def _name_or_paths(model: Checkpoint) -> tuple[str | None, tuple[Path, ...]]:
-    """A catalogue name, or the paths of transformers"""
-    if isinstance(model, tuple | list):
-        return None, _pair(model)
-    path = Path(model)
-    if str(model) in (*catalog.MODELS, *catalog.UPSTREAM_NAMES, "auto"):
-        return str(model), ()  # whatever lies here under that name
-    if path.is_dir():
-        folders = [path / name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
-        return None, tuple(folders or [path])
-    if path.suffix in (".pth", ".pt", ".safetensors") or path.is_file():
-        return None, (path,)
-    return str(model), ()
-
-
-def _released(spec: catalog.ModelSpec, quantised: bool | None, on_progress: Callable | None) -> tuple[Path, ...]:
-    """The transformers of a released model"""
-    choices = (False, True) if quantised is None else (quantised,)
-    for choice in choices:
-        if files := hub.cached(spec, quantised=choice):
-            return files.transformers
-    return hub.fetch(spec, quantised=choices[0], on_progress=on_progress).transformers
-
-
-def _spec_of(contents: Contents, path: Path) -> catalog.ModelSpec:
-    """The spec of the first model with this shape; for another shape, Wan's defaults for its task"""
-    if known := catalog.of_arch(contents.arch):
-        return known
-    if contents.arch.task is None:
-        raise InputError(
-            f"{str(path)!r} is {contents}; models of 16 channels (text-to-video) and 36 (image-to-video) run here"
-        )
-    name = path.parent.name if path.name == "transformer" else path.stem
-    return catalog.unnamed(name, contents.arch, contents.arch.task)
-
-
-def fitting(
-    memory: float, quant_linear: bool | str = "auto", host: float | None = None
-) -> list[tuple[catalog.ModelSpec, bool]]:
-    """The released models that work in `memory` bytes of a GPU and `host` of main memory (None: as much as it takes)
-    without moving block by block, the best first.
-
-    Each comes with whether it is its files with int8 linears (quant_linear: only those, or only the plain ones). Larger
-    models go first; of one model the files that stay on the GPU, and of these the plain ones.
+    A larger model is better. Of one model, `candidates` gives the order.
     """
-    found = []
-    for spec in reversed(catalog.MODELS.values()):  # the catalogue goes from small to large
-        kinds = (False, True) if quant_linear == "auto" else (quant_linear,)
-        given = {"budget": memory, "host_budget": host, "fused": plan.fused_on()}
-        plans = [(plan.for_model(spec, quantised=kind, **given), kind) for kind in kinds if spec.files]
-        plans = [one for one in plans if one[0].fits and one[0].offload != "group"]
-        found += [(spec, kind) for _, kind in sorted(plans, key=lambda one: one[0].offload == "model")]
+    return [
+        one
+        for spec in reversed(catalog.MODELS.values())  # the catalogue goes from small to large
+        if spec.files and spec.task == "t2v"
+        for one in candidates(spec, memory=memory, host_memory=host_memory, quant_linear=quant_linear)
+        if one.plan.fits and one.plan.offload != "group"
+    ]
+
+
+def resolve(options: LoadOptions | None = None, *, to_download: bool = False) -> ResolvedModel:
+    """Find out what some options mean on this machine. Downloads and allocates nothing.
+
+    Args:
+        options: what was asked for. None: the defaults.
+        to_download: let "auto" be the best model that fits, and not the best that is downloaded.
+
+    Returns:
+        The model, its files and how it will be loaded.
+
+    Raises:
+        UnknownModelError, InputError: an option cannot be used.
+        CheckpointError: a file is not what it was taken for.
+        BackendError: SageSLA cannot run here.
+    """
+    options = options or LoadOptions()
+    name, paths = _name_or_paths(options)
+    spec = catalog.find(name) if name not in (None, "auto") else None  # an unknown name fails before torch is imported
+    device = probe.device_of(options.device)
+    memory = options.memory or probe.free_memory(device)
+    host_memory, quantized = probe.free_memory("cpu"), options.quant_linear
+    if options.attention_type == "sagesla":
+        backends.choose("sagesla", probe.Machine() if device == "cpu" else None, options.attention_backend).require()
+    if name == "auto":
+        spec, quantized, reason = _auto(device, memory, host_memory, options.quant_linear, to_download)
+    elif paths:
+        reason = "its files were given"
+    else:
+        reason = "it was asked for by name"
+    if not paths and spec.folder:
+        paths = (spec.folder / "transformer",)
+    if paths:
+        transformers = tuple(map(recognise.read, paths))
+        recognise.require(transformers[0], "transformer", spec)
+        spec = spec or _spec_of(transformers[0], paths[0])
+    else:
+        if quantized == "auto":
+            quantized = _number_format(spec, device, memory, host_memory)
+        transformers = tuple(map(_here_or_hub, spec.quant_files if quantized else spec.files))
+    experts = 2 if spec.task == "i2v" else 1
+    if len(transformers) != experts:
+        raise InputError(
+            f"checkpoint is {', '.join(str(path) for path in paths)}. Expected {experts} "
+            f"file{'s (high-noise, low-noise)' if experts > 1 else ''} for {spec.name}."
+        )
+    near = paths[0].parent if paths else None
+    found = ResolvedModel(
+        spec=spec,
+        transformers=transformers,
+        vae=_part(options.vae, "vae", catalog.VAE, near, spec),
+        text_encoder=_part(options.text_encoder, "text_encoder", catalog.TEXT_ENCODER, near, spec),
+        tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near, spec),
+        device=device,
+        memory=memory,
+        host_memory=host_memory,
+        attention_type=options.attention_type or _attention_type(transformers),
+        attention_backend=options.attention_backend,
+        sla_topk=spec.sla_topk if options.sla_topk is None else options.sla_topk,
+        quant_linear=_is_quantized(transformers) if quantized == "auto" else quantized,
+        reason=reason,
+        options=options,
+    )
+    found.check()
     return found
 
 
-def choose(
-    *, device: str = "auto", memory: float | None = None, quant_linear: bool | str = "auto"
-) -> tuple[str, bool | str]:
-    """The model that "auto" stands for, and `quant_linear` for loading it.
+def download_model(
+    model: str = "auto",
+    *,
+    quantised: bool | None = None,
+    on_plan: Callable[[hub.DownloadPlan], None] | None = None,
+    on_progress: Callable[[hub.Progress], None] | None = None,
+) -> hub.Files | None:
+    """Download a released model.
 
-    On a GPU it is the best text-to-video model that was downloaded and fits `memory` bytes (None: what is free); else,
-    and on a CPU, nano. Warns, in one line, of a better one that could be downloaded. Raises InputError for a device
-    that is not here.
+    Args:
+        model: its name; "auto" is the best text-to-video model that fits this machine.
+        quantised: take the files with 8-bit linears, or the plain ones. None: those that suit this GPU.
+        on_plan: called with the plan before the first byte.
+        on_progress: called as bytes arrive. None: a progress bar is drawn.
+
+    Returns:
+        Where the files lie; None for a model that ships with the package.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        DownloadError: a file cannot be fetched, or the disk is too small.
     """
-    fits = _text_to_video(device, memory, quant_linear)
-    here = next((one for one in fits if hub.cached(one[0], quantised=one[1])), (catalog.NANO, quant_linear))
-    if fits and here[0] is not fits[0][0]:
-        best, quantised = fits[0]
-        warnings.warn(
-            f"model auto takes {here[0].name}; this GPU could run {best.name}, which is not downloaded: "
-            f"turbo-nb download {best.name}{' --quant' if quantised else ''}",
-            stacklevel=1,  # told once a process, whoever asks
-        )
-    return here[0].name, here[1]
-
-
-def download_model(model: str = "auto", *, quantised: bool | None = None) -> hub.Files | None:
-    """Fetch a model with its plan and progress shown, and say where its files lie; None for one of the package.
-
-    "auto" is the best text-to-video model that fits this machine. quantised: the files with int8 linears or the plain
-    ones; None takes what suits this GPU, the plain ones if neither does. Raises what `hub.plan` and `fetch` raise.
-    """
-    quant_linear = "auto" if quantised is None else quantised
-    if model == "auto":
-        spec, quantised = next(iter(_text_to_video("auto", None, quant_linear)), (catalog.NANO, False))
-    else:
-        spec = catalog.find(model)
-        if quantised is None:
-            quantised = next((is_int8 for one, is_int8 in _fitting_here("auto", None, "auto") if one is spec), False)
-    planned = hub.plan(spec, quantised=quantised)
-    print(planned, flush=True)
+    if not catalog.is_name(model):
+        raise InputError(f"model is {str(model)!r}, a path. Expected the name of a released model.")
+    found = resolve(LoadOptions(model=model, quant_linear="auto" if quantised is None else quantised), to_download=True)
+    planned = hub.plan(found.spec, quantised=found.quant_linear)
+    if on_plan:
+        on_plan(planned)
     if not planned.files:
         return None
+    if on_progress:
+        return hub.fetch(found.spec, quantised=found.quant_linear, planned=planned, on_progress=on_progress)
     with hub.progress_bars() as show:
-        return hub.fetch(spec, quantised=quantised, planned=planned, on_progress=show)
+        return hub.fetch(found.spec, quantised=found.quant_linear, planned=planned, on_progress=show)
 
 
-def _fitting_here(device: str, memory: float | None, quant_linear: bool | str) -> list[tuple[catalog.ModelSpec, bool]]:
-    device = probe.device_of(device)
-    return (
-        [] if device == "cpu" else fitting(memory or probe.free_memory(device), quant_linear, probe.free_memory("cpu"))
+def _auto(
+    device: str, memory: float, host_memory: float, quant_linear: bool | str, to_download: bool
+) -> tuple[ModelSpec, bool | str, str]:
+    """Return the spec, the number format and the reason that "auto" stands for"""
+    if device == "cpu":
+        return catalog.NANO, quant_linear, "auto: the embedded model runs on a CPU"
+    fits = suitable(memory=memory, host_memory=host_memory, quant_linear=quant_linear)
+    here = next((one for one in fits if to_download or one.downloaded), None)
+    if fits and here is not fits[0]:
+        best = fits[0]
+        if here is None or best.spec is not here.spec:
+            warn(
+                f"model auto takes {here.spec.name if here else catalog.NANO.name}; this GPU could run "
+                f"{best.spec.name}, which is not downloaded. Run: turbo-nb download {best.spec.name}"
+                f"{' --quant' if best.quantized else ''}",
+                stacklevel=3,
+            )
+    if here is None:
+        why = "no released model that fits is downloaded" if fits else "no released model fits"
+        return catalog.NANO, quant_linear, f"auto: {why} ({memory / plan.GB:.1f} GB)"
+    best = "the best model" if to_download else "the best downloaded model"
+    return here.spec, here.quantized, f"auto: {best} that fits {memory / plan.GB:.1f} GB"
+
+
+def _number_format(spec: ModelSpec, device: str, memory: float, host_memory: float) -> bool:
+    """Return whether to take a released model's 8-bit files: of those in the cache, or else of all, the best"""
+    ordered = candidates(spec, memory=memory, host_memory=host_memory, device=device)
+    return next((one for one in ordered if one.downloaded), ordered[0]).quantized
+
+
+def _attention_type(transformers: tuple[Contents | HubFile, ...]) -> str:
+    """Return "sla", or dense attention where a file lacks the projections of SLA's linear branch"""
+    without = [part for part in transformers if isinstance(part, Contents) and not part.sla]
+    if not without:
+        return "sla"
+    warn(
+        f"{str(without[0].path)!r} has no SLA projections, so dense attention is used. "
+        "--attention_type sla runs SLA without its linear branch",
+        stacklevel=3,
     )
+    return "original"
 
 
-def _text_to_video(device: str, memory: float | None, quant_linear: bool | str) -> list[tuple[catalog.ModelSpec, bool]]:
-    return [one for one in _fitting_here(device, memory, quant_linear) if one[0].task == "t2v"]
+def _is_quantized(transformers: tuple[Contents | HubFile, ...]) -> bool:
+    return any(isinstance(part, Contents) and part.quantized for part in transformers)
+
+
+def _pair(weights: Weights) -> tuple[Path, ...]:
+    return tuple(map(Path, weights)) if isinstance(weights, tuple | list) else (Path(weights),)
+
+
+def _name_or_paths(options: LoadOptions) -> tuple[str | None, tuple[Path, ...]]:
+    """Return a name of the catalogue (or "auto", or None), and the paths of transformers"""
+    model = options.model
+    if options.checkpoint is not None:
+        return (None if model == "auto" else str(model)), _transformers(_pair(options.checkpoint))
+    if not isinstance(model, tuple) and catalog.is_name(model):
+        return str(model), ()
+    return None, _transformers(_pair(model))
+
+
+def _transformers(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The paths, or the transformer folders in one that is the root of a diffusers folder"""
+    if len(paths) == 1 and paths[0].is_dir():
+        folders = [paths[0] / name for name in ("transformer", "transformer_2") if (paths[0] / name).is_dir()]
+        return tuple(folders or paths)
+    return paths
+
+
+def _part(given: str | Path | None, folder: str, file: HubFile, near: Path | None, spec: ModelSpec):
+    """Return a part that was given, lies beside the transformer, ships with the model, or is on the Hub"""
+    own = [near / folder] if near else []  # a diffusers folder, or where upstream's README puts its files
+    if spec.folder:
+        own.append(spec.folder / folder)
+    elif near and file.path != "/":
+        own.append(near / file.path)
+    path = Path(given) if given is not None else next((path for path in own if path.exists()), None)
+    if path is None:
+        return _here_or_hub(file)
+    return path if folder == "tokenizer" else recognise.read(path)
+
+
+def _here_or_hub(file: HubFile) -> Contents | Path | HubFile:
+    """Return a Hub file's contents (or a tokenizer's folder) if it is in the cache and checked, else the file"""
+    path = hub.find(file)
+    if path is None:
+        return file
+    return path if file.path == "/" else recognise.read(path)
+
+
+def _spec_of(contents: Contents, path: Path) -> ModelSpec:
+    """Return the spec of the first model with this shape; for another shape, Wan's defaults for its task"""
+    if known := catalog.of_arch(contents.arch):
+        return known
+    if contents.arch.task is None:
+        raise CheckpointError(
+            f"{str(path)!r} is {contents}. Expected 16 input channels (text-to-video) or 36 (image-to-video)."
+        )
+    name = path.parent.name if path.name == "transformer" else path.stem
+    return catalog.unnamed(name, contents.arch, contents.arch.task)

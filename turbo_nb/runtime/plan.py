@@ -1,30 +1,42 @@
-"""What goes where in memory, decided before anything is loaded.
+"""Memory plans: which part of a model is where, decided before anything is loaded. Pure data.
 
-`choose(sizes, arch, …)` takes the first plan whose peak fits the budget; they go from all on the GPU to one block at a
-time. A plan is data: print it, or ask for another by name. `apply` carries it out, by `offload` or diffusers' own.
+`choose` takes the first plan whose peak fits the device. The plans go from everything on the GPU to one block at a
+time. `runtime.place` carries a plan out.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from .. import backends, catalog
 from ..errors import InputError
-from ..machine import probe
-
-if TYPE_CHECKING:
-    pass
+from ..settings import PLAN_NAMES
 
 GB = 1e9
-USABLE = 0.95  # of the budget; the rest is the CUDA context's and the allocator's
-# Peaks measured in bf16 on one H100: bytes a pixel of a frame, of the fused VAE with one latent frame at a time and of
-# diffusers'; and with tiling in all
-DECODE_FUSED, DECODE_PLAIN, DECODE_TILED = 8_600, 12_500, 1.2 * GB
-TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE
+USABLE = 0.95  # share of the budget; the CUDA context and the allocator take the rest
+# Peaks in bf16, measured on an H100: bytes a pixel of a frame. The fused VAE decodes one latent frame at a time.
+DECODE_FUSED, DECODE_PLAIN = 8_600, 12_500
+DECODE_TILED = 1.2 * GB  # measured likewise, in all
+TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE, facts of the released files
+# Name → where the text encoder is, what is offloaded, and whether the VAE decodes in tiles
+KINDS = {
+    "resident": ("resident", "none", False),
+    "free-text": ("freed", "none", False),
+    "cpu-text": ("cpu", "none", False),
+    "offload": ("freed", "model", False),
+    "offload-cpu-text": ("cpu", "model", False),
+    "offload-tiled": ("cpu", "model", True),
+    "group": ("cpu", "group", True),
+}
+CPU_PLANS = ("resident", "free-text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes of the weights as they are loaded: of one expert, how many experts, the text encoder, the VAE."""
+    """Bytes of the weights as they are loaded.
+
+    Args:
+        transformer: of one expert. experts: how many there are.
+        text_encoder, vae: of the other parts.
+    """
 
     transformer: float
     experts: int
@@ -36,9 +48,13 @@ class Sizes:
 class Plan:
     """Where the parts of a pipeline are while it works.
 
-    text_encoder: "resident", "freed" after each new prompt is encoded, or "cpu", where it runs and stays. offload:
-    "none", "model" (the expert that works is on the GPU) or "group" (only the blocks that work are). needs: the peak in
-    bytes of `budget`, on `device`; host: bytes that are in main memory meanwhile, of `host_budget` (None: not known).
+    Args:
+        text_encoder: "resident"; "freed" after each new prompt is encoded; or "cpu", where it stays and runs.
+        offload: "none"; "model" (only the model that works is on the GPU); or "group" (only the blocks that work).
+        vae_tiling: whether the VAE decodes in tiles.
+        needs: peak bytes of `device`, of which `budget` may be used.
+        host: bytes of main memory that hold offloaded parts, of which `host_budget` are free (None: not known).
+        next: the plan to take when memory runs out all the same; None: there is no smaller one.
     """
 
     name: str
@@ -50,14 +66,16 @@ class Plan:
     host: float = 0
     host_budget: float | None = None
     device: str = "cuda"
-    next: "Plan | None" = field(default=None, repr=False)  # for when memory runs out after all
+    next: "Plan | None" = field(default=None, repr=False)
 
     @property
     def fits(self) -> bool:
+        """Whether the plan fits the device and main memory."""
         return self.fits_device and (self.host_budget is None or self.host <= self.host_budget)
 
     @property
     def fits_device(self) -> bool:
+        """Whether the peak fits the usable share of the device's budget."""
         return self.needs <= self.budget * USABLE
 
     def __str__(self) -> str:
@@ -69,41 +87,37 @@ class Plan:
         }
         does = [text[self.text_encoder], offload[self.offload], "VAE in tiles" if self.vae_tiling else None]
         how = ", ".join(filter(None, does)) or "everything stays loaded"
-        doubt = "" if self.fits_device else "; it may run out of memory"
-        if self.fits_device and not self.fits:
-            doubt = (
-                f"; that takes {self.host / GB:.1f} GB of main memory, and {self.host_budget / GB:.1f} GB are free: "
-                "take a machine with more of it, a larger GPU, or int8 files"
+        line = f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}"
+        if not self.fits_device:
+            return f"{line}; it may run out of memory"
+        if not self.fits:
+            return (
+                f"{line}; it takes {self.host / GB:.1f} GB of main memory, of which {self.host_budget / GB:.1f} GB are "
+                "free: take a machine with more of it, a larger GPU, or int8 files"
             )
-        return f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}{doubt}"
+        return line
 
 
 PLANS = tuple(
-    Plan(name=name, text_encoder=text, offload=offload, vae_tiling=tiling)
-    for name, text, offload, tiling in (
-        ("resident", "resident", "none", False),
-        ("free-text", "freed", "none", False),
-        ("cpu-text", "cpu", "none", False),
-        ("offload", "freed", "model", False),
-        ("offload-cpu-text", "cpu", "model", False),
-        ("offload-tiled", "cpu", "model", True),
-        ("group", "cpu", "group", True),
-    )
+    Plan(name=name, **dict(zip(("text_encoder", "offload", "vae_tiling"), KINDS[name], strict=True)))
+    for name in PLAN_NAMES[1:]
 )
-NAMES = ("auto", *(plan.name for plan in PLANS))
 
 
 def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
-    """Estimated from a model's shape, for one that is not here yet; from its files, for one that ships with us.
+    """Estimate the sizes of a model from its shape; of one that ships with the package, read them from its files.
 
-    Raises InputError for a spec without a shape.
+    Raises:
+        InputError: the shape of the model is not known.
     """
     if spec.folder:
         parts = ("transformer", "text_encoder", "vae")
         one, text, vae = (sum(f.stat().st_size for f in (spec.folder / part).iterdir()) for part in parts)
         return Sizes(transformer=one, experts=1, text_encoder=text, vae=vae)
     if spec.arch is None:
-        raise InputError(f"the shape of {spec.name} is not known before it is loaded")
+        raise InputError(
+            f"model is {spec.name!r}, whose shape is not known. Expected one of {', '.join(catalog.MODELS)}."
+        )
     dim, ffn = spec.arch.dim, spec.arch.ffn_dim
     linears = spec.arch.num_layers * (8 * dim * dim + 2 * dim * ffn)
     rest = 8 * dim * dim + 4096 * dim + spec.arch.in_channels * 4 * dim
@@ -115,24 +129,22 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
     )
 
 
-def for_model(
-    spec: catalog.ModelSpec, *, quantised: bool = False, budget: float, host_budget: float | None = None,
-    fused: bool = True,
-) -> Plan:  # fmt: skip
-    """The plan that a model of the catalogue would get in `budget` bytes of a GPU, for a clip of its own size."""
-    weights, clip = sizes(spec, quantised=quantised), (*spec.size, spec.num_frames)
-    return choose(weights, spec.arch, *clip, budget=budget, host_budget=host_budget, fused=fused)
+def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, **given) -> Plan:
+    """Choose the plan of a model of the catalogue for a clip of its own size; the rest is given as to `choose`."""
+    return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, **given)
 
 
-def fused_on(machine: probe.Machine | None = None) -> bool:
-    """Whether the fused kernels of the transformer's blocks and of the VAE run on a machine (None: this one); without
-    them both take more memory."""
+def fused_on(machine=None) -> bool:
+    """Return whether the fused kernels of the blocks and of the VAE run here; without them both take more memory."""
     return all(backends.choose(operation, machine).chosen == "triton" for operation in ("block", "vae"))
 
 
 def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool) -> float:
-    """Bytes at work in one forward, in bf16: of fused blocks the feed-forward's tensor, its 8-bit form and 5.5 of the
-    model's width (on an H100 14B in 8 bits took 6.8 GB at 1280x720x81, for which this says 7.4); else two and ten"""
+    """Estimate the bytes of activations in one forward, in bf16.
+
+    Fused blocks hold the feed-forward's tensor, its 8-bit form and 5.5 tensors of the model's width. On an H100 14B
+    with 8-bit linears took 6.8 GB at 1280x720x81, for which this gives 7.4. Plain blocks hold two and ten.
+    """
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
     return 2.0 * tokens * (1.5 * arch.ffn_dim + 5.5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
 
@@ -140,21 +152,21 @@ def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, f
 def _needs(
     plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool
 ) -> float:
-    """Peak bytes over the stages text, denoise and decode"""
+    """Return the peak bytes over the stages text, denoise and decode"""
     denoise = _activations(arch, width, height, num_frames, fused)
     decode = DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
     text = 0 if plan.text_encoder == "cpu" else sizes.text_encoder
     if plan.offload == "none":
         models = sizes.transformer * sizes.experts + sizes.vae
-        if plan.text_encoder == "resident":  # "freed" and "cpu" part here: the first needs the room while it encodes
+        if plan.text_encoder == "resident":
             return models + text + max(denoise, decode)
-        return models + max(text, denoise, decode)
+        return models + max(text, denoise, decode)  # a freed encoder shares its room with the later stages
     at_work = sizes.transformer if plan.offload == "model" else 3 * sizes.transformer / arch.num_layers
     return max(text, at_work + sizes.vae + denoise, sizes.vae + decode)
 
 
 def _host(plan: Plan, sizes: Sizes) -> float:
-    """Bytes of the parts that a plan for a GPU keeps in main memory"""
+    """Return the bytes that a plan for a GPU keeps in main memory"""
     text = sizes.text_encoder if plan.text_encoder == "cpu" else 0
     return text + (0 if plan.offload == "none" else sizes.transformer * sizes.experts + sizes.vae)
 
@@ -172,19 +184,30 @@ def choose(
     fused: bool = True,
     name: str = "auto",
 ) -> Plan:
-    """The first plan that fits `budget` bytes of `device` and `host_budget` of main memory (None: as much as it takes),
-    or the one asked for by name, with what it needs. fused: whether the fused kernels run there, as `fused_on` says.
+    """Choose a memory plan.
 
-    If none fits it is the most frugal one, of the device's memory before main memory, and its text says so. Without a
-    GPU everything is in memory, and only the text encoder can be freed. Raises InputError for an unknown name.
+    Args:
+        sizes: of the weights.
+        arch: the shape of the transformer.
+        width, height, num_frames: of the clip.
+        budget: bytes of `device` that may be used.
+        host_budget: bytes of main memory that are free. None: as many as the plan takes.
+        device: "cpu" keeps everything in main memory; only the text encoder can be freed there.
+        fused: whether the fused kernels run, as `fused_on` says.
+        name: a plan to take, one of settings.PLAN_NAMES; "auto" takes the first that fits.
+
+    Returns:
+        The plan, with what it needs. If none fits, the most frugal one, first of the device's memory, then of main
+        memory; its text says so.
+
+    Raises:
+        InputError: the plan that was asked for offloads to a GPU, and the device is the CPU.
     """
-    if name not in NAMES:
-        raise InputError(f"plan is {name!r}; it is one of {', '.join(NAMES)}")
-    plans = []
+    plans: list[Plan] = []
     for plan in reversed(PLANS):
         if device != "cpu" or plan.name in CPU_PLANS:
             needs = _needs(plan, sizes, arch, width, height, num_frames, fused and device != "cpu")
-            # half measures would fail again, so the next plan is one in tiles
+            # a plan that saves a little would run out again, so the next one decodes in tiles
             following = next((other for other in plans if other.vae_tiling), None)
             host = 0 if device == "cpu" else _host(plan, sizes)
             plan = replace(plan, needs=needs, budget=budget, host=host, host_budget=host_budget)
@@ -193,11 +216,9 @@ def choose(
         asked = [plan for plan in plans if plan.name == name]
         if not asked:
             raise InputError(
-                f"plan {name!r} moves things to a GPU, and the device is the CPU; use {', '.join(CPU_PLANS)}"
+                f"memory_plan is {name!r}, which offloads to a GPU. Expected {' or '.join(CPU_PLANS)}, because the "
+                "device is the CPU."
             )
         return asked[0]
     enough = [plan for plan in plans if plan.fits_device] or plans[-1:]
     return next((plan for plan in enough if plan.fits), min(enough, key=lambda plan: plan.host))
-
-
-CPU_PLANS = ("resident", "free-text")

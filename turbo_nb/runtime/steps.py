@@ -1,49 +1,44 @@
-"""A prompt becomes frames: `load_pipeline()` and `generate()`.
-
-The pipeline is diffusers' `WanPipeline` or `WanImageToVideoPipeline`, unchanged, with our scheduler; `generate`
-encodes, denoises and decodes one after the other, so that each can be timed and shown. Importing this module is cheap:
-torch and diffusers are loaded with the first model.
-"""
+"""Seconds of each denoising step."""
 
 import time
 from typing import TYPE_CHECKING
 
-from . import place
+from .place import transformers
 
 if TYPE_CHECKING:
-    pass
+    from diffusers import DiffusionPipeline
 
 
-class _StepClock:
-    """Times the steps of a denoising, hooked to the transformers of a pipeline for as long as it is entered.
+class StepTimer:
+    """Time the steps of a denoising, hooked to the transformers of a pipeline while it is entered.
 
-    A kernel's launch returns before the kernel runs, so on a GPU perf_counter would time the launches. Waiting for the
-    GPU at every step would empty its queue; an event in the stream between two kernels costs microseconds and is read
-    after the stage, when all is done.
+    On a GPU a launch returns before its kernel runs, so `perf_counter` would time the launches. Waiting for the GPU at
+    every step would empty its queue. An event in the stream between two kernels costs microseconds, and is read after
+    the stage.
     """
 
-    def __init__(self, pipeline):
-        self._pipeline = pipeline
+    def __init__(self, pipeline: "DiffusionPipeline", device: str):
+        self._pipeline, self._device = pipeline, device
 
     def mark(self, name: str) -> None:
-        """Where the work is now: a step is at its "call", at its "begin" (with its weights there) or at its "end"."""
-        device = self._pipeline.plan.device
-        if device == "cpu":
+        """Note the time of a step's "call", its "begin" (when its weights are on the device) or its "end"."""
+        if self._device == "cpu":
             self._marks[name].append(time.perf_counter())
             return
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
+        event.record(torch.cuda.current_stream(self._device))
         self._marks[name].append(event)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "StepTimer":
         self._marks, self._hooks = {"call": [], "begin": [], "end": []}, []
-        for transformer in place.transformers(self._pipeline):
-            # between the two is what a plan has put around its forward to bring the weights
+        for transformer in transformers(self._pipeline):
+            # a plan's own hook, which onloads the weights, runs between these two
             for module, name in ((transformer, "call"), (transformer.rope, "begin")):
                 hook = lambda *_, name=name: self.mark(name)  # noqa: E731
                 self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
+        return self
 
     def __exit__(self, *_) -> None:
         for hook in self._hooks:
@@ -56,7 +51,7 @@ class _StepClock:
 
     @property
     def switch(self) -> float:
-        """Seconds that steps waited for weights."""
+        """Seconds that the steps waited for weights."""
         return sum(self._between("call", "begin"))
 
     def _between(self, first: str, last: str) -> tuple[float, ...]:

@@ -1,0 +1,94 @@
+"""The stages of a clip, run one after another: timed, with their peak memory, and with one retry."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Protocol, TypeVar
+
+from ..errors import TurboNbError, warn
+from .plan import Plan
+
+Result = TypeVar("Result")
+
+
+def current_device(device: str):
+    """Return a context in which `device` is torch's current GPU, because Triton launches there."""
+    import torch
+
+    return nullcontext() if device == "cpu" else torch.cuda.device(device)
+
+
+class Planned(Protocol):
+    """Something whose parts are where a memory plan says."""
+
+    plan: Plan
+
+    def follow(self, plan: Plan) -> None:
+        """Put the parts where another plan says."""
+
+
+class StageRunner:
+    """Run the stages of a clip.
+
+    Args:
+        model: what the stages work with.
+        on_stage: called with the name of each stage as it begins.
+
+    After `run`, `timings` holds the seconds of each stage, and `peaks` the most bytes of GPU memory in each.
+    """
+
+    def __init__(self, model: Planned, on_stage: Callable[[str], None] | None = None):
+        self.timings: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._model, self._device, self._fallen = model, model.plan.device, False
+        self._on_stage = on_stage or (lambda name: None)
+
+    def run(self, name: str, work: Callable[[], Result]) -> Result:
+        """Run one stage.
+
+        If memory runs out, the next plan is taken with a warning, and the stage runs again; once in all stages.
+
+        Args:
+            name: "text", "denoise" or "decode".
+            work: the stage; it may be called twice.
+
+        Returns:
+            What work returned, which is not None.
+
+        Raises:
+            TurboNbError: memory ran out for good.
+        """
+        import torch
+
+        self._on_stage(name)
+        begin, on_gpu = time.perf_counter(), self._device != "cpu"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            result = work()
+        except torch.OutOfMemoryError:
+            result = None  # the retry is outside of this clause, because the error holds on to its tensors
+        if result is None:
+            result = self._again(name, work)
+        if on_gpu:
+            torch.cuda.synchronize(self._device)
+            self.peaks[name] = torch.cuda.max_memory_allocated(self._device)
+        self.timings[name] = time.perf_counter() - begin
+        return result
+
+    def _again(self, name: str, work: Callable[[], Result]) -> Result:
+        import torch
+
+        failed, following = self._model.plan, None if self._fallen else self._model.plan.next
+        if following:
+            self._fallen = True
+            warn(f"out of memory while at {name}; going on with {following}", stacklevel=3)
+            try:
+                self._model.follow(following)
+                return work()
+            except torch.OutOfMemoryError:
+                failed = following
+        raise TurboNbError(
+            f"out of memory while at {name}, with plan {failed.name}. Take fewer frames, a smaller resolution, or the "
+            "int8 checkpoint."
+        )
