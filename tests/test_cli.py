@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,11 @@ def run(*arguments, cwd, **variables):
     )
 
 
-def test_help_needs_neither_torch_nor_time(tmp_path):
+def test_help_imports_nothing_heavy(tmp_path):
     code = "import sys, turbo_nb.cli; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
-    begin = time.monotonic()
     result = run("--help", cwd=tmp_path)
     assert result.returncode == 0 and "t2v" in result.stdout and "info" in result.stdout
-    assert time.monotonic() - begin < 10  # a guard against heavy imports; the target is 1 s on a quiet machine
 
 
 def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
@@ -77,9 +74,9 @@ def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, mon
     [
         (["--num_frames", "24"], "4n + 1"),
         (["--resolution", "100x100"], "multiples of 16"),
-        (["--num_steps", "5"], "1 to 4"),
+        (["--num_steps", "5"], "from 1 to 4"),
         (["--num_steps", "0"], "1 to 4"),
-        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", ""], "Write a prompt"),
         (["--save_path", "file/clip.mp4"], "is a file"),
         (["--model", "TurboWan9"], "known: auto, nano"),
         (["--attention_type", "sagesla"], "--attention_type sla"),

@@ -7,7 +7,7 @@ with the next memory plan.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,8 +67,8 @@ class Video:
 
     @property
     def settings(self) -> dict:
-        """The record as a dictionary, as the mp4 carries it."""
-        return write(self.record)
+        """How the clip was made, without what was measured: the same for the same clip."""
+        return write(replace(self.record, timings={}, steps=[], peaks={}))
 
     @property
     def cost(self) -> float | None:
@@ -76,7 +76,7 @@ class Video:
         return environment.cost(sum(self.timings.values()))
 
     def save(self, path: "str | Path | mp4.Encoder") -> Path:
-        """Write an mp4 that carries the record.
+        """Write an mp4 that carries `settings`.
 
         Args:
             path: the file; or an encoder that was given the frames while they were decoded (`generate`'s on_frames).
@@ -158,12 +158,11 @@ def generate(
         with torch.inference_mode(), current_device(model.device):
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step))
+            if model.plan.offload == "model":
+                runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
             frames = runner.run("decode", lambda: decode(pipeline, latents, deliver))
     finally:
         pipeline.maybe_free_model_hooks()  # a cancelled run leaves nothing on the GPU either
-    if model.plan.offload == "model":
-        runner.timings["switch"] = timer.switch
-        runner.timings["denoise"] -= timer.switch
     record = _record(model, clip, settings, runner, timer)
     loading, model.load_seconds = model.load_seconds, None  # only the first clip reports it
     estimate.remember(

@@ -233,7 +233,10 @@ class LoadOptions(_Checked):
     """Which model to load, and how."""
 
     model: Weights = _option(
-        "auto", PathLike(pair=True), "A model's name, auto, a checkpoint, or a folder in diffusers layout.", "model"
+        "auto",
+        PathLike(pair=True, type=str),
+        "A model's name, auto, a checkpoint, or a folder in diffusers layout.",
+        "model",
     )
     checkpoint: Weights | None = _option(
         None, PathLike(pair=True), "The checkpoint to take for a model given by name.", "model", flag="--dit-path"

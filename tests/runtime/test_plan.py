@@ -8,7 +8,7 @@ from turbo_nb.machine import environment
 from turbo_nb.machine.environment import Memory
 from turbo_nb.machine.probe import free_memory
 from turbo_nb.runtime import expert_swap
-from turbo_nb.runtime.place import apply
+from turbo_nb.runtime.place import place
 from turbo_nb.runtime.plan import GB, PLANS, choose, sizes
 
 SMALL, LARGE, I2V = (
@@ -80,9 +80,7 @@ def test_a_plan_says_what_it_does():
 def test_a_plan_can_be_asked_for_by_name_even_if_it_is_too_large():
     plan = plan_for(LARGE, 4, name="resident")
     assert plan.name == "resident" and not plan.fits
-    with pytest.raises(InputError, match="one of auto, resident"):
-        plan_for(SMALL, 4, name="magic")
-    with pytest.raises(InputError, match="resident, free-text"):
+    with pytest.raises(InputError, match="resident or free-text"):
         plan_for(SMALL, 4, name="group", device="cpu")
 
 
@@ -96,10 +94,17 @@ def test_on_a_cpu_only_the_text_encoder_can_go():
     [
         (SMALL, True, 12, 16, "cpu-text", None),
         (SMALL, True, 12, 8, "offload", None),  # the text encoder is too large for this machine, the expert is not
-        (SMALL, True, 8, 8, "cpu-text", "takes 11.4 GB of main memory, and 8.0 GB are free: take a machine with more"),
-        (I2V, True, 32, 16, "offload", "takes 29.3 GB of main memory, and 16.0 GB are free"),
+        (
+            SMALL,
+            True,
+            8,
+            8,
+            "cpu-text",
+            "takes 11.4 GB of main memory, of which 8.0 GB are free: take a machine",
+        ),
+        (I2V, True, 32, 16, "offload", "takes 29.3 GB of main memory, of which 16.0 GB are free"),
         (LARGE, True, 24, 16, "cpu-text", None),
-        (LARGE, True, 16, 16, "group", "takes 26.1 GB of main memory, and 16.0 GB are free"),
+        (LARGE, True, 16, 16, "group", "takes 26.1 GB of main memory, of which 16.0 GB are free"),
         (LARGE, True, 16, 32, "group", None),
         (LARGE, False, 80, 1, "resident", None),
         (LARGE, False, 8, 64, "group", "may run out of memory"),
@@ -159,5 +164,5 @@ def test_a_plan_is_carried_out(name, done, monkeypatch):
         f"turns of {', '.join(module._name for module in modules)} on {device}"
     )
     monkeypatch.setattr(expert_swap, "take_turns", turns)
-    apply(plan_for(I2V, 40, quantised=True, name=name), Recorder(told))
+    place(Recorder(told), plan_for(I2V, 40, quantised=True, name=name))
     assert told[0] == " remove_all_hooks" and done <= set(told)

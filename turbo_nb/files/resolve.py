@@ -369,7 +369,7 @@ def _name_or_paths(options: LoadOptions) -> tuple[str | None, tuple[Path, ...]]:
     """Return a name of the catalogue (or "auto", or None), and the paths of transformers"""
     model = options.model
     if options.checkpoint is not None:
-        return (None if model == "auto" else str(model)), _transformers(_pair(options.checkpoint))
+        return (None if str(model) == "auto" else str(model)), _transformers(_pair(options.checkpoint))
     if not isinstance(model, tuple) and catalog.is_name(model):
         return str(model), ()
     return None, _transformers(_pair(model))

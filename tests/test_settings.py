@@ -1,0 +1,182 @@
+"""Options: declared once, checked when they are made, and the same wherever they appear."""
+
+import inspect
+import json
+import typing
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import turbo_nb
+from turbo_nb import catalog, cli, settings
+from turbo_nb.errors import InputError
+from turbo_nb.runtime import plan
+from turbo_nb.settings import ClipSettings, LoadOptions, RunOptions, build, options, resolve_clip
+
+NANO, WAN, I2V = (catalog.find(name) for name in ("nano", "Wan2.1-1.3B", "Wan2.2-A14B"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "values"),
+    [
+        (LoadOptions, "memory", [-3, 0, float("inf"), float("nan"), "12", True]),
+        (LoadOptions, "memory_plan", ["cpu-tex", "", 3]),
+        (LoadOptions, "sla_topk", [0, -1, 1.5, "0.1", float("nan")]),
+        (LoadOptions, "quant_linear", ["yes", 1, 0.0]),
+        (LoadOptions, "attention_type", ["magic", b"sla"]),
+        (LoadOptions, "attention_backend", ["magic"]),
+        (LoadOptions, "device", ["gpu", "mps", "cuda:", "cuda:x", "cpu:0", 0]),
+        (LoadOptions, "model", ["", 3, ("one",), "a\0b"]),
+        (LoadOptions, "text_cache", ["no", 1]),
+        (ClipSettings, "prompt", ["", " \n", 3, ["a"], float("nan")]),
+        (ClipSettings, "num_frames", [0, -3, 2, 24, 4097, 2**70, 5.0, "5", True]),
+        (ClipSettings, "num_steps", [0, 5, 1.0, "4"]),
+        (ClipSettings, "seed", [-1, 2**63, 10**5000, 1.0, None.__class__]),
+        (ClipSettings, "resolution", ["big", "100", "100x", "x100", "-16x16", "480P", "1e3x16", 480]),
+        (ClipSettings, "aspect_ratio", ["1:2", "wide"]),
+        (ClipSettings, "sigma_max", [14, float("inf"), "80"]),
+        (ClipSettings, "ode", ["false", 0, 1]),
+        (ClipSettings, "boundary", [-0.1, 1.1, "0.9"]),
+        (ClipSettings, "noise_device", ["tpu", "cuda:0"]),
+        (RunOptions, "num_samples", [0, 10**9, 1.5]),
+        (RunOptions, "workers", [0, -1]),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_an_error_of_three_parts(cls, name, values):
+    given = {"prompt": "x"} if cls is ClipSettings else {}
+    for value in values:
+        with pytest.raises(InputError, match=rf"(?s)^{name} is .{{1,90}}\. Expected .+\.") as error:
+            build(cls, given | {name: value})
+        assert len(str(error.value)) < 400
+
+
+def test_values_of_numpy_count_and_become_python_s():
+    clip = ClipSettings(
+        prompt="x", seed=np.int64(3), num_frames=np.int32(5), ode=np.True_, sigma_max=np.float32(90), boundary=None
+    )
+    assert json.loads(json.dumps(vars(clip)))["seed"] == 3
+    assert (type(clip.seed), type(clip.ode), type(clip.sigma_max)) == (int, bool, float)
+
+
+def test_none_is_the_default():
+    assert ClipSettings(prompt="x", num_steps=None, seed=None, noise_device=None) == ClipSettings(prompt="x")
+    assert LoadOptions(model=None, quant_linear=None, device=None) == LoadOptions()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prompt": "x", "sead": 3}, "'sead'. Expected one of .* Did you mean 'seed'"),
+        ({"prompt": "x", "negative_prompt": "y"}, "'negative_prompt'. Expected one of adaptive_resolution"),
+        ({"seed": 3}, "prompt is missing"),
+    ],
+)
+def test_a_name_that_is_unknown_or_missing(values, words):
+    with pytest.raises(InputError, match=words):
+        build(ClipSettings, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("seed", " 7 ", 7), ("ode", "Yes", True), ("ode", "0", False), ("sigma_max", "90", 90.0),
+        ("resolution", "480p", "480p"), ("noise_device", "cuda", "cuda"),
+    ],
+)  # fmt: skip
+def test_a_cell_of_text_is_read_by_its_kind(name, text, value):
+    read = options(ClipSettings)[name].parse(name, text)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("seed", "7.5"), ("ode", "perhaps"), ("sigma_max", "many"), ("seed", "")])
+def test_a_cell_that_cannot_be_read(name, text):
+    with pytest.raises(InputError, match=f"^{name} is "):
+        options(ClipSettings)[name].parse(name, text)
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "size"),
+    [
+        (WAN, {}, (832, 480, 81)),
+        (I2V, {}, (1280, 720, 81)),
+        (NANO, {}, (128, 128, 25)),
+        (NANO, {"resolution": "480p"}, (832, 480, 25)),
+        (NANO, {"resolution": "720p", "aspect_ratio": "9:16"}, (720, 1280, 25)),
+        (NANO, {"resolution": " 64 × 48 ", "num_frames": 5}, (64, 48, 5)),
+    ],
+)
+def test_a_clip_gets_the_models_defaults(spec, asked, size):
+    clip = resolve_clip(ClipSettings(prompt="x", **asked), spec)
+    assert clip.size == size and (clip.sigma_max, clip.boundary) == (spec.sigma_max, spec.boundary)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"resolution": "100x64"}, "Take 96x64"),
+        ({"resolution": "0x16"}, "Take 16x16"),
+        ({"resolution": "100000x100000"}, "from 16 to 16384. Take 16384x16384"),
+        ({"aspect_ratio": "16:9"}, "Give resolution 480p or 720p"),
+        ({"resolution": "64x64", "aspect_ratio": "16:9"}, "None with resolution 64x64"),
+        ({"boundary": 0.5}, "one expert"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model(asked, words):
+    with pytest.raises(InputError, match=words):
+        resolve_clip(ClipSettings(prompt="x", **asked), NANO)
+
+
+def test_an_image_gives_its_aspect_within_the_tables_of_the_rotary_embedding():
+    wide = ClipSettings(prompt="x", adaptive_resolution=True, resolution="480p")
+    assert resolve_clip(wide, I2V, (100, 60)).size == (816, 496, 81)
+    assert resolve_clip(ClipSettings(prompt="x"), I2V, (100, 60)).size == (1280, 720, 81)
+    with pytest.raises(InputError, match="Crop the image"):
+        resolve_clip(wide, I2V, (1, 20_000))
+
+
+def test_the_seeds_of_several_clips_stay_in_range():
+    assert list(settings.seeds(3, 2)) == [3, 4]
+    with pytest.raises(InputError, match="for 2 samples"):
+        settings.seeds(settings.MAX_SEED, 2)
+
+
+def test_functions_take_the_declared_options_with_their_defaults():
+    load, make = (inspect.signature(f).parameters for f in (turbo_nb.load_pipeline, turbo_nb.generate))
+    for parameters, cls in ((load, LoadOptions), (make, ClipSettings)):
+        for name, one in cls.__dataclass_fields__.items():
+            default = parameters[name].default
+            assert default == one.default or (name == "prompt" and default is inspect.Parameter.empty)
+    assert list(make)[:2] == ["pipeline", "prompt"] and next(iter(load)) == "model"
+    for function, cls in ((turbo_nb.load_pipeline, LoadOptions), (turbo_nb.generate, ClipSettings)):
+        assert all(f"{name}: {option.help}" in function.__doc__ for name, option in options(cls).items())
+
+
+def test_the_command_line_has_every_option_where_it_makes_sense():
+    commands = typer.main.get_command(cli.app).commands
+    known = {name: {p.name: p for p in command.params} for name, command in commands.items()}
+    everything = [name for cls in (LoadOptions, ClipSettings, RunOptions) for name in options(cls)]
+    without = {
+        "t2v": {"image", "adaptive_resolution", "boundary", "text_cache", "output_dir", "workers"},
+        "i2v": {"checkpoint", "text_cache", "output_dir", "workers"},
+        "batch": {"prompt", "text_cache", "save_path", "grid"},
+    }
+    for command, missing in without.items():
+        assert {name for name in everything if name not in known[command]} == missing, command
+    assert {"high_noise_model", "low_noise_model"} <= known["i2v"].keys() & known["batch"].keys()
+
+
+def test_help_shows_the_choices_and_the_declared_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = CliRunner().invoke(cli.app, ["t2v", "--help"]).output
+    for words in ("sla|sagesla|original", "auto|resident|free-text", "cpu|cuda", "16:9"):
+        assert words in text
+    for panel in cli.PANELS.values():
+        assert panel in text
+
+
+def test_plans_and_attention_types_are_those_that_exist():
+    assert tuple(one.name for one in plan.PLANS) == settings.PLAN_NAMES[1:]
+    hints = typing.get_type_hints(LoadOptions)
+    assert set(typing.get_args(typing.get_args(hints["attention_type"])[0])) == set(settings.ATTENTION_TYPES)
