@@ -10,7 +10,9 @@ from helpers import command_line
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, settings
+from turbo_nb import catalog, cli
+from turbo_nb.files.resolve import resolve
+from turbo_nb.settings import ClipSettings, LoadOptions, RunOptions, resolve_clip
 
 # From upstream's README, but for the length of the prompts
 UPSTREAM_T2V = """python turbodiffusion/inference/wan2.1_t2v_infer.py \\
@@ -55,7 +57,7 @@ def arguments(command):
 def asked(monkeypatch):
     """What a command line asks of the package"""
     calls = []
-    monkeypatch.setattr(cli, "_make", lambda *args: calls.append(args))
+    monkeypatch.setattr(cli, "_make", lambda clip, load, run: calls.append((clip, load, run)))
 
     def ask(command, line):
         result = CliRunner().invoke(cli.app, [command, *line])
@@ -66,46 +68,43 @@ def asked(monkeypatch):
 
 
 def test_sla_is_the_default_attention_everywhere(asked):
-    assert inspect.signature(turbo_nb.load_pipeline).parameters["attention_type"].default == "sla"
+    assert inspect.signature(turbo_nb.load_pipeline).parameters["attention_type"].default is None
     for command, line in (("t2v", ["--prompt", "x"]), ("i2v", ["--prompt", "x", "--image_path", "x.png"])):
-        *_, load = asked(command, line)
-        assert load["attention_type"] == "sla" and load["sla_topk"] is None and load["quant_linear"] == "auto"
+        _, load, _ = asked(command, line)
+        assert load.attention_type is None and load.sla_topk is None and load.quant_linear == "auto"
+    assert resolve(LoadOptions(model="nano", device="cpu")).attention_type == "sla"
 
 
 def test_defaults_are_the_models_own(asked):
-    prompt, path, samples, grid, clip, load = asked("t2v", ["--prompt", "x"])
-    assert (prompt, str(path), samples, grid, load["model"]) == ("x", "video.mp4", 1, False, "auto")
-    assert clip == {
-        "num_frames": None, "num_steps": 4, "seed": 0, "resolution": None, "aspect_ratio": None, "sigma_max": None,
-        "ode": False, "noise_device": "cpu",
-    }  # fmt: skip
-    checked = settings.check_settings(catalog.find("Wan2.2-A14B"), "x")
-    assert (checked.sigma_max, checked.boundary, checked.width, checked.num_frames) == (200.0, 0.9, 1280, 81)
-    checked = settings.check_settings(catalog.find("Wan2.1-1.3B"), "x")
-    assert (checked.sigma_max, checked.boundary, checked.width, checked.num_steps) == (80.0, None, 832, 4)
+    clip, load, run = asked("t2v", ["--prompt", "x"])
+    assert (clip, load, run) == (ClipSettings(prompt="x"), LoadOptions(), RunOptions())
+    clip = resolve_clip(ClipSettings(prompt="x"), catalog.find("Wan2.2-A14B"))
+    assert (clip.sigma_max, clip.boundary, clip.width, clip.num_frames) == (200.0, 0.9, 1280, 81)
+    clip = resolve_clip(ClipSettings(prompt="x"), catalog.find("Wan2.1-1.3B"))
+    assert (clip.sigma_max, clip.boundary, clip.width, clip.num_steps) == (80.0, None, 832, 4)
 
 
 def test_memory_is_given_in_gigabytes(asked):
-    *_, load = asked("t2v", ["--prompt", "x", "--memory", "12", "--plan", "offload"])
-    assert (load["memory"], load["memory_plan"]) == (12e9, "offload")
+    _, load, _ = asked("t2v", ["--prompt", "x", "--memory", "12", "--plan", "offload"])
+    assert (load.memory, load.memory_plan) == (12e9, "offload")
 
 
 def test_upstreams_text_to_video_line_is_understood(asked):
-    prompt, _, samples, _, clip, load = asked("t2v", arguments(UPSTREAM_T2V))
-    assert prompt.startswith("A stylish woman") and samples == 1
-    assert (clip["resolution"], clip["num_steps"], clip["ode"]) == ("480p", 4, False)
-    assert load["model"] == "Wan2.1-1.3B" and str(load["checkpoint"]).endswith("1.3B-480P-quant.pth")
-    assert (load["quant_linear"], load["attention_type"], load["sla_topk"]) == (True, "sagesla", 0.1)
+    clip, load, run = asked("t2v", arguments(UPSTREAM_T2V))
+    assert clip.prompt.startswith("A stylish woman") and run.num_samples == 1
+    assert (clip.resolution, clip.num_steps, clip.ode) == ("480p", 4, False)
+    assert load.model == "Wan2.1-1.3B" and str(load.checkpoint).endswith("1.3B-480P-quant.pth")
+    assert (load.quant_linear, load.attention_type, load.sla_topk) == (True, "sagesla", 0.1)
 
 
 def test_upstreams_image_to_video_line_is_understood(asked):
-    *_, clip, load = asked("i2v", arguments(UPSTREAM_I2V))
-    assert [path.stem for path in load["checkpoint"]] == [
+    clip, load, _ = asked("i2v", arguments(UPSTREAM_I2V))
+    assert [path.stem for path in load.checkpoint] == [
         "TurboWan2.2-I2V-A14B-high-720P-quant",
         "TurboWan2.2-I2V-A14B-low-720P-quant",
     ]
-    assert clip["adaptive_resolution"] and clip["ode"] and clip["resolution"] == "720p"
-    assert str(clip["image"]) == "assets/i2v_inputs/i2v_input_0.jpg" and load["attention_type"] == "sagesla"
+    assert clip.adaptive_resolution and clip.ode and clip.resolution == "720p"
+    assert str(clip.image) == "assets/i2v_inputs/i2v_input_0.jpg" and load.attention_type == "sagesla"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")

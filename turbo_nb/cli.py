@@ -42,7 +42,7 @@ def turbo_nb() -> None:
 def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
     """Return typer's parameter for an option of settings.py"""
     option, kind = options(cls)[name], options(cls)[name].check.type
-    flags = [option.flag] if option.flag else [f"--{name}"] if kind is bool else []
+    flags = [option.flag] if option.flag else [f"--{name.replace('_', '-')}"] if kind is bool else []
     if name == "quant_linear":  # "auto" is what leaving it out means
         kind, default, flags = bool, None, ["--quant-linear/--no-quant-linear"]
     made = typer.Option(*flags, help=option.help, rich_help_panel=PANELS[option.group])

@@ -1,16 +1,21 @@
 """model="auto": the best that is downloaded and fits; never a download unasked."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, generation
-from turbo_nb.errors import DownloadError, InputError
+from turbo_nb import catalog, cli, pipeline
+from turbo_nb.errors import DownloadError, InputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import hub, resolve
 from turbo_nb.machine import probe
 from turbo_nb.runtime import plan
 from turbo_nb.runtime.plan import GB
+from turbo_nb.settings import LoadOptions
 
+NANO = catalog.NANO.folder
 SMALL, MIDDLE, LARGE, I2V = (name for name in catalog.MODELS if name != "nano")
 HERE = hub.Files(transformers=(), vae=None, text_encoder=None, tokenizer=None)
 
@@ -28,6 +33,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(probe, "free_memory", lambda device: (host if device == "cpu" else gigabytes) * GB)
         monkeypatch.setattr(plan, "fused_on", lambda: True)
         monkeypatch.setattr(hub, "cached", lambda spec, quantised=False: HERE if (spec, quantised) in known else None)
+        monkeypatch.setattr(hub, "find", lambda file: None)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a download was begun unasked")
@@ -36,6 +42,12 @@ def machine(monkeypatch):
     monkeypatch.setattr(hub, "fetch", refuse)
     monkeypatch.setattr(hub, "part", refuse)
     return make
+
+
+def taken(**options) -> tuple[str, bool]:
+    """The model and the number format that "auto" stands for"""
+    found = resolve.resolve(LoadOptions(**options))
+    return found.spec.name, found.quant_linear
 
 
 @pytest.mark.parametrize(
@@ -48,23 +60,23 @@ def machine(monkeypatch):
         (24, [(SMALL, False), (LARGE, True)], (LARGE, True)),
         (24, [(SMALL, False), (MIDDLE, True)], (MIDDLE, True)),
         (80, [(I2V, False), (SMALL, True)], (SMALL, True)),
-        (80, [(I2V, False)], ("nano", "auto")),
-        (3, [(SMALL, True)], ("nano", "auto")),
-        (None, [(LARGE, False)], ("nano", "auto")),
+        (80, [(I2V, False)], ("nano", False)),
+        (3, [(SMALL, True)], ("nano", False)),
+        (None, [(LARGE, False)], ("nano", False)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:model auto takes")
 def test_the_best_that_is_here_and_fits(machine, gigabytes, downloaded, chosen):
     machine(gigabytes, *downloaded)
-    assert resolve.choose() == chosen
+    assert taken() == chosen
 
 
 @pytest.mark.filterwarnings("ignore:model auto takes")
 def test_main_memory_counts(machine):
     machine(24, (SMALL, False), (MIDDLE, True), host=64)
-    assert resolve.choose() == (MIDDLE, True)
+    assert taken() == (MIDDLE, True)
     machine(24, (SMALL, False), (MIDDLE, True), host=8)
-    assert resolve.choose() == (SMALL, False)
+    assert taken() == (SMALL, False)
 
 
 @pytest.mark.parametrize(
@@ -77,71 +89,101 @@ def test_main_memory_counts(machine):
 def test_what_would_be_better_is_said_in_one_line(machine, gigabytes, downloaded, words):
     machine(gigabytes, *downloaded)
     with pytest.warns(UserWarning, match=words) as told:
-        resolve.choose()
+        taken()
     assert len(told) == 1 and "\n" not in str(told[0].message)
 
 
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_said_where_nothing_would_be_better(machine):
     machine(80, (LARGE, True))
-    resolve.choose()
+    taken()
     machine(None)
-    resolve.choose()
+    taken()
     machine(2)
-    resolve.choose()
+    taken()
 
 
 @pytest.mark.filterwarnings("ignore:model auto takes")
 def test_device_memory_and_linears_that_are_asked_for_count(machine):
     machine(80, (LARGE, True), (LARGE, False), (SMALL, False))
-    assert resolve.choose(device="cpu") == ("nano", "auto")
-    assert resolve.choose(memory=16 * GB) == (SMALL, False)
-    assert resolve.choose(quant_linear=True) == (LARGE, True)
+    assert taken(device="cpu") == ("nano", False)
+    assert taken(memory=16 * GB) == (SMALL, False)
+    assert taken(quant_linear=True) == (LARGE, True)
     machine(32, (LARGE, True), (SMALL, False))
-    assert resolve.choose(quant_linear=False) == (SMALL, False)
+    assert taken(quant_linear=False) == (SMALL, False)
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.fixture
-def resolved(monkeypatch):
-    """What `load_pipeline` asks `sources` for"""
-    calls = []
-
-    def resolve(model, **named):
-        calls.append((model, named["quantised"]))
-        raise Stop
-
-    monkeypatch.setattr(resolve, "resolve", resolve)
-    return calls
-
-
-def test_load_pipeline_takes_it(machine, resolved):
+def test_the_number_format_that_auto_decides_for_is_loaded(machine):
+    """On 32 GB both files are here and only the int8 file stays on the GPU; the decision was dropped once."""
     machine(32, (LARGE, True), (LARGE, False))
-    with pytest.raises(Stop):
-        turbo_nb.load_pipeline()
-    machine(None, (LARGE, True))
-    with pytest.raises(Stop):
-        turbo_nb.load_pipeline("auto", quant_linear=True)
-    assert resolved == [(LARGE, True), ("nano", True)]
+    found = resolve.resolve()
+    assert found.quant_linear and found.transformers == found.spec.quant_files
+    assert found.plan().offload == "none" and found.sizes.transformer < 16 * GB
 
 
-def test_a_clip_is_checked_against_it(machine):
-    machine(80, (LARGE, False))
-    assert generation.check_clip("auto", "x") == (1280, 720, 81)
+def test_a_model_by_name_takes_the_number_format_that_suits_the_gpu(machine):
+    machine(32, (LARGE, True), (LARGE, False))
+    assert taken(model=LARGE) == (LARGE, True)
+    machine(80, (LARGE, True), (LARGE, False))
+    assert taken(model=LARGE) == (LARGE, False)
+    machine(80, (LARGE, True))
+    assert taken(model=LARGE) == (LARGE, True)  # because the other file would be a download
+    assert taken(model=LARGE, quant_linear=False) == (LARGE, False)
+    machine(None)
+    assert taken(model=LARGE) == (LARGE, False)
+
+
+def test_what_was_resolved_stays_resolved_when_memory_changes(machine):
+    machine(48, (LARGE, True), (SMALL, False))
+    found = resolve.resolve()
+    machine(10, (LARGE, True), (SMALL, False))  # the model is loaded now
+    assert found.spec.name == LARGE and found.plan().budget == 48 * GB
+
+
+def test_everything_is_checked_before_a_download_or_a_load(machine, monkeypatch):
+    machine(80)
+    monkeypatch.setattr(pipeline, "_modules", lambda *_: pytest.fail("loaded"))
+    for options in (
+        {"memory_plan": "cpu-tex"}, {"memory_plan": "group", "device": "cpu"}, {"sla_topk": 2}, {"quant_linear": "yes"},
+        {"memory": -3}, {"memory": 0}, {"device": "gpu"}, {"model": "Wan3"}, {"vae": "nowhere.pth"},
+        {"attention_type": "sagesla", "device": "cpu"},
+    ):  # fmt: skip
+        with pytest.raises(TurboNbError):
+            turbo_nb.load_pipeline(**{"model": LARGE} | options)
+
+
+def test_a_file_without_projections_gets_dense_attention_unless_sla_is_asked_for(tmp_path):
+    state = load_file(catalog.NANO.folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({key: t for key, t in state.items() if "proj_l" not in key}, tmp_path / "plain.safetensors")
+    given = {"model": tmp_path / "plain.safetensors", "device": "cpu", "vae": NANO / "vae",
+             "text_encoder": NANO / "text_encoder", "tokenizer": NANO / "tokenizer"}  # fmt: skip
+    with pytest.warns(TurboNbWarning, match="has no SLA projections, so dense attention is used"):
+        assert resolve.resolve(LoadOptions(**given)).attention_type == "original"
+    assert resolve.resolve(LoadOptions(**given, attention_type="sla")).attention_type == "sla"
+
+
+def test_the_identity_follows_what_a_clip_depends_on(tmp_path):
+    nano = {"model": "nano", "device": "cpu"}
+    same = resolve.resolve(LoadOptions(**nano)).identity
+    assert resolve.resolve(LoadOptions(**nano, memory=1e12, memory_plan="free-text")).identity == same
+    assert resolve.resolve(LoadOptions(device="cpu")).identity == same
+    others = [{"sla_topk": 0.5}, {"attention_type": "original"}, {"quant_linear": True}]
+    found = [resolve.resolve(LoadOptions(**nano, **more)).identity for more in others]
+    assert same not in found and len({str(one) for one in found}) == 3
+    moved = shutil.copytree(NANO / "vae", tmp_path / "vae")
+    given, elsewhere = (resolve.resolve(LoadOptions(**nano, vae=path)).identity for path in (NANO / "vae", moved))
+    assert given == elsewhere != same
 
 
 def test_auto_with_a_checkpoint_is_what_its_tensors_say():
-    found = resolve.resolve("auto", checkpoint=catalog.NANO.folder / "transformer")
-    assert found.spec is catalog.NANO
+    found = resolve.resolve(LoadOptions(checkpoint=catalog.NANO.folder / "transformer", device="cpu"))
+    assert found.spec is catalog.NANO and "files were given" in found.reason
 
 
 def test_a_gpu_that_is_not_here(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match="'cuda:1', and torch sees no GPU"):
-        resolve.choose(device="cuda:1")
+        resolve.resolve(LoadOptions(device="cuda:1"))
 
 
 @pytest.fixture
@@ -182,11 +224,12 @@ def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned,
 @pytest.mark.parametrize(("flags", "quantised"), [([], None), (["--quant"], True), (["--no-quant"], False)])
 def test_on_the_command_line_too(monkeypatch, flags, quantised):
     calls = []
-    monkeypatch.setattr(resolve, "download_model", lambda model, quantised: calls.append((model, quantised)))
+    monkeypatch.setattr(resolve, "download_model", lambda model, quantised, on_plan: calls.append((model, quantised)))
     assert CliRunner().invoke(cli.app, ["download", LARGE, *flags]).exit_code == 0
     assert calls == [(LARGE, quantised)]
 
 
 def test_what_comes_with_the_package_is_not_fetched(capsys):
-    assert turbo_nb.download_model("nano") is None
-    assert "nothing to download" in capsys.readouterr().out
+    plans = []
+    assert turbo_nb.download_model("nano", on_plan=plans.append) is None
+    assert "nothing to download" in str(plans[0]) and capsys.readouterr().out == ""
