@@ -7,14 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 import turbo_nb
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbError, UnknownModelError
+from turbo_nb.files.resolve import resolve
 from turbo_nb.fused import vae
 from turbo_nb.machine import environment
+from turbo_nb.pipeline import LoadedModel
 from turbo_nb.runtime import estimate
 from turbo_nb.scheduler import RCMScheduler
-from turbo_nb.sla import attention_type
+from turbo_nb.settings import LoadOptions
+from turbo_nb.sla import attention_type, set_topk
 from turbo_nb.video import mp4, sheet
 
 PROMPT = "a small green square growing on a gray background"
@@ -255,3 +259,34 @@ def test_a_folder_whose_weights_do_not_fit_is_an_error(tmp_path):
     next((tmp_path / "t").glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         load_transformer(tmp_path / "t")
+
+
+def test_another_pipeline_is_refused():
+    with pytest.raises(InputError, match="pipeline is a WanPipeline"):
+        turbo_nb.generate(WanPipeline(None, None, None, RCMScheduler(), None), PROMPT)
+
+
+def test_a_pipeline_has_one_attribute_of_ours(nano):
+    assert isinstance(nano.turbo_nb, LoadedModel) and nano.turbo_nb.pipeline is nano
+    assert not {"spec", "made_of", "encoder", "plan", "load_lora_weights"} & vars(nano).keys()
+
+
+def test_the_identity_follows_the_weights_and_the_attention_that_a_pipeline_has_now():
+    pipeline = turbo_nb.load_pipeline("nano", device="cpu")
+    model = LoadedModel.of(pipeline)
+    before = model.identity
+    assert before == resolve(LoadOptions(model="nano", device="cpu")).identity
+    set_topk(pipeline.transformer, 0.5)
+    assert model.identity == before | {"sla_topk": 0.5}
+    set_topk(pipeline.transformer, 0.15)
+    assert model.identity == before
+    weight = pipeline.transformer.blocks[3].attn1.to_q.weight
+    weight.data += 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # as a fused LoRA does
+    changed = model.identity
+    assert changed != before and model.identity == changed
+
+
+def test_loading_logs_and_prints_nothing(capsys, caplog):
+    with caplog.at_level("INFO", logger="turbo_nb"):
+        turbo_nb.load_pipeline("nano", device="cpu")
+    assert capsys.readouterr() == ("", "") and "plan resident" in caplog.text

@@ -72,4 +72,4 @@ def collect_warnings() -> Iterator[list[str]]:
 
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line of at most 160 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:160]
