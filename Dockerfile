@@ -1,5 +1,5 @@
 # turbo_nb on RunPod's PyTorch image; the README's RunPod section says how to build and push it.
-# What is installed here is found at start, so a pod's JupyterLab is up within seconds and nothing is set up on its volume.
+# The start script finds the packages of this image, so JupyterLab is up within seconds and the volume stays empty.
 ARG BASE=runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404
 FROM ${BASE}
 
@@ -7,7 +7,7 @@ COPY pyproject.toml README.md LICENSE runpod_start.sh /opt/turbo_nb/
 COPY turbo_nb /opt/turbo_nb/turbo_nb
 COPY notebooks /opt/turbo_nb/notebooks
 
-# The image's torch was built for the image's CUDA; pip may not replace it
+# pip may not replace the image's torch, because it was built for the image's CUDA.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' >/opt/turbo_nb/constraints.txt && \
     python -m pip install --no-cache-dir --constraint /opt/turbo_nb/constraints.txt --editable '/opt/turbo_nb[notebook]' && \
     turbo-nb --help >/dev/null

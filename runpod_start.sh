@@ -7,7 +7,7 @@
 #   runpod_start.sh doctor [--json …]              what this machine can do
 #   runpod_start.sh test [pytest options]          the package's tests
 #
-# On a pod it is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may be run again at
+# On a pod this is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may run again at
 # any time. Variables: JUPYTER_PASSWORD or JUPYTER_TOKEN, TURBO_NB_MODELS, TURBO_NB_STOP_IDLE, TURBO_NB_STOP_AFTER,
 # TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP: see the README.
 
@@ -15,14 +15,14 @@ set -euo pipefail
 
 self=$(readlink -f "${BASH_SOURCE[0]}")
 checkout=$(dirname "$self")
-prefix=${TURBO_NB_ROOT:-} # where the tests put /workspace, /tmp, /proc and /start.sh
+prefix=${TURBO_NB_ROOT:-} # the tests have /workspace, /tmp, /proc and /start.sh in a folder of their own
 pod=${RUNPOD_POD_ID:-}
 port=${TURBO_NB_PORT:-8888}
-hook='' theirs='' # set by start: run under RunPod's /start.sh; JupyterLab is RunPod's own
+hook='' theirs='' # start sets them: RunPod's /start.sh called this script; RunPod's own JupyterLab runs
 if [[ $pod ]]; then
   root=$prefix/workspace ip=${TURBO_NB_IP:-0.0.0.0}
   home=${TURBO_NB_HOME:-$root/turbo_nb_home}
-  run=$prefix/tmp/turbo_nb # the container's disk: a full volume must not keep JupyterLab from starting
+  run=$prefix/tmp/turbo_nb # on the container's disk, because JupyterLab must start although the volume is full
   export HF_HOME=${HF_HOME:-$root/.cache/huggingface}
 else
   root=$checkout ip=${TURBO_NB_IP:-127.0.0.1}
@@ -32,17 +32,17 @@ else
 fi
 logs=$home/logs venv=$home/venv
 export TURBO_NB_HOME=$home PIP_CACHE_DIR=${PIP_CACHE_DIR:-$home/pip}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$home/kernels/triton} # compiled once, on a GPU, for every later start
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$home/kernels/triton} # on the volume, because compiling takes time
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$home/kernels/inductor}
 
 log() { printf '%(%T)T turbo_nb: %s\n' -1 "$*" | tee -a "$logs/start.log" 2>/dev/null || true; }
 
-failed() { # what went wrong: told, and kept where the first notebook finds it; never passed on
+failed() { # message: logs it, and adds it to the file that the first notebook shows; never fails itself
   log "FAILED: $*"
   { echo "$*" >>"$logs/failed.txt"; } 2>/dev/null || true
 }
 
-attempt() { # name, command…: output to logs/<first word of name>.log; one at a time, whoever asks
+attempt() { # name, command…: runs it with its output in logs/<first word of name>.log; a lock admits one at a time
   local name=$1 file="$logs/${1%% *}.log" code=0
   shift
   { : >>"$file"; } 2>/dev/null || file=/dev/stderr
@@ -55,7 +55,7 @@ attempt() { # name, command…: output to logs/<first word of name>.log; one at 
   fi
 }
 
-probe() { # python: its version, those of torch, jupyterlab and turbo-nb, or -; fails below 3.11 (which has no -P)
+probe() { # python: prints the versions of Python, torch, jupyterlab and turbo-nb, or -; -P fails below Python 3.11
   "$1" -P -c 'import sys, importlib.metadata as metadata
 def found(name):
     try: return metadata.version(name)
@@ -63,7 +63,7 @@ def found(name):
 print(sys.version.split()[0], *map(found, ("torch", "jupyterlab", "turbo-nb")))'
 }
 
-pick_python() { # sets base and its versions: the first Python that has torch, else the first that is new enough
+pick_python() { # sets base and its versions: the first Python with torch, else the first new enough Python
   local name line candidates=("${TURBO_NB_PYTHON:-python}")
   [[ ${TURBO_NB_PYTHON:-} ]] || candidates+=(python3 python3.13 python3.12 python3.11)
   base=''
@@ -79,13 +79,13 @@ pick_python() { # sets base and its versions: the first Python that has torch, e
   return 1
 }
 
-complete() { [[ $torch != - && $lab != - && $ours != - ]]; } # base needs no environment of its own
+complete() { [[ $torch != - && $lab != - && $ours != - ]]; } # base has everything, so no environment is made
 
-python_now() { # what runs turbo_nb at this moment
+python_now() { # prints the Python that runs turbo_nb at this moment
   if ! complete && [[ -e $venv/installed ]]; then echo "$venv/bin/python"; else echo "$base"; fi
 }
 
-setup() { # an environment on the volume over the image's packages; a second run finds it ready
+setup() { # makes an environment on the volume that adds to the image's packages; a second run finds it ready
   local made="$base $version torch $torch" want options=() need=12 free
   complete && { log "setup: $base has turbo-nb $ours, torch $torch and jupyterlab $lab" && return; }
   want="$made $(cksum <"$checkout/pyproject.toml")"
@@ -97,7 +97,7 @@ setup() { # an environment on the volume over the image's packages; a second run
     echo "$home has $free GB free and needs $need; free some, or set TURBO_NB_HOME" >&2
     return 1
   fi
-  if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # none yet, a half-made one, or another image's
+  if [[ $(cat "$venv/made" 2>/dev/null) != "$made" ]]; then # absent, unfinished, or of another image
     "$base" -m venv --clear "${options[@]}" "$venv"
     [[ $torch == - ]] || lend "$venv"
     echo "$made" >"$venv/made"
@@ -106,14 +106,14 @@ setup() { # an environment on the volume over the image's packages; a second run
   echo "$want" >"$venv/installed"
 }
 
-lend() { # venv: a base that is itself an environment has its packages where --system-site-packages does not look
+lend() { # venv: adds the packages of a base that is an environment itself; --system-site-packages does not see them
   "$base" -P -c 'import pathlib, site, sys
 if sys.prefix != sys.base_prefix:
     (packages,) = pathlib.Path(sys.argv[1]).glob("lib/python*/site-packages")
     (packages / "base.pth").write_text("\n".join(site.getsitepackages()) + "\n")' "$1"
 }
 
-install() { # python, extras: pip may not replace a torch that is here, it was built for this image's CUDA and driver
+install() { # python, extras: keeps the image's torch, because it was built for the image's CUDA and driver
   local constraints=$home/constraints.txt
   if [[ $torch == - ]]; then : >"$constraints"; else echo "torch==$torch" >"$constraints"; fi
   "$1" -m pip install --no-input --disable-pip-version-check --progress-bar off \
@@ -122,7 +122,7 @@ install() { # python, extras: pip may not replace a torch that is here, it was b
 
 cli() { "$(python_now)" -m turbo_nb.cli "$@"; }
 
-running() { # regex: whether some process's command line matches
+running() { # regex: whether the command line of a process matches
   local file words
   for file in "$prefix"/proc/[0-9]*/cmdline; do
     { mapfile -d '' -t words <"$file"; } 2>/dev/null || continue
@@ -131,35 +131,52 @@ running() { # regex: whether some process's command line matches
   return 1
 }
 
-make_secret() { # JupyterLab never starts without one; a reference that RunPod left unresolved is no secret
+make_secret() { # sets token, because JupyterLab needs one; RunPod left a "{{ … }}" unresolved
   token=${JUPYTER_PASSWORD:-${JUPYTER_TOKEN:-}}
+  read -rd '' token <<<"$token" || true # without white space at its ends, because JupyterLab drops it at the login
   [[ -z $token || $token == *"{{"* ]] && [[ ! $theirs ]] || return 0
   token=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
   echo "JupyterLab's token, made for this start and printed only here: $token"
 }
 
-write_kernel() { # python, name shown: the kernel python3 of every notebook
+make_run() { # makes the runtime folder for this user alone, or takes another where somebody planted one in /tmp
+  mkdir -p "${run%/*}"
+  mkdir -m 700 "$run" 2>/dev/null || true
+  if [[ -d $run && ! -L $run && -O $run ]]; then
+    chmod 700 "$run"
+  else
+    local other
+    other=$(mktemp -d "$run.XXXXXX")
+    log "$run is a link, a file or somebody else's folder; $other is used instead"
+    run=$other
+  fi
+}
+
+write_kernel() { # python, name shown: writes the kernel python3 of every notebook
   local folder=$run/jupyter/kernels/python3 user=~/.local/share/jupyter/kernels
   {
-    mkdir -p "$folder" && printf '{"argv": ["%s", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
- "display_name": "%s", "language": "python",
- "env": {"PYTHONPATH": "%s", "HF_HOME": "%s", "TURBO_NB_HOME": "%s",
-         "TRITON_CACHE_DIR": "%s", "TORCHINDUCTOR_CACHE_DIR": "%s"}}\n' \
-      "$1" "$2" "$checkout${PYTHONPATH:+:$PYTHONPATH}" "$HF_HOME" "$home" \
-      "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" >"$folder/kernel.new"
-    mv "$folder/kernel.new" "$folder/kernel.json"
-    [[ ! $theirs ]] || { mkdir -p "$user" && ln -sfn "$folder" "$user/python3"; } # where RunPod's JupyterLab looks
+    # Jupyter puts variables in for $NAME in the environment of a kernel, so a dollar sign is written twice.
+    mkdir -p "$folder" && "$base" -I -c 'import json, sys
+python, name, *pairs = sys.argv[1:]
+env = dict(pair.replace("$", "$$").split("=", 1) for pair in pairs)
+argv = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+print(json.dumps({"argv": argv, "display_name": name, "language": "python", "env": env}, indent=1))' \
+      "$1" "$2" "PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}" "HF_HOME=$HF_HOME" "TURBO_NB_HOME=$home" \
+      "TRITON_CACHE_DIR=$TRITON_CACHE_DIR" "TORCHINDUCTOR_CACHE_DIR=$TORCHINDUCTOR_CACHE_DIR" >"$folder/kernel.new" &&
+      mv "$folder/kernel.new" "$folder/kernel.json" &&
+      # RunPod's JupyterLab looks for kernels in the home of the user.
+      { [[ ! $theirs ]] || { mkdir -p "$user" && ln -sfn "$folder" "$user/python3"; }; }
   } || failed "the notebooks' kernel could not be written to $folder"
 }
 
-place_notebooks() { # sets first; a checkout outside the server's root lends a copy
+place_notebooks() { # sets first, the notebook to open; copies a checkout's notebooks into the server's root
   first=$(realpath -m --relative-to="$root" "$checkout/notebooks/01_setup.ipynb")
   [[ $first == ../* ]] || return 0
   first=turbo_nb_notebooks/01_setup.ipynb
   [[ -e $root/turbo_nb_notebooks ]] || cp -r "$checkout/notebooks" "$root/turbo_nb_notebooks"
 }
 
-jupyter_lab() { # python: the server itself. The token goes by environment, and no other configuration can empty it
+jupyter_lab() { # python: becomes the server. Its configuration takes the token from the environment
   local config=$run/jupyter/config options=(
     --no-browser --ip="$ip" --port="$port" --ServerApp.port_retries=0 --ServerApp.root_dir="$root"
     --LabApp.default_url="/lab/tree/$first" --FileContentsManager.delete_to_trash=False
@@ -174,7 +191,7 @@ jupyter_lab() { # python: the server itself. The token goes by environment, and 
   exec "$1" -m jupyterlab "${options[@]}"
 }
 
-serve() { # python: JupyterLab for as long as the container lives; on a plain box until it ends
+serve() { # python: restarts JupyterLab whenever it ends; on a plain box runs it once
   local server code
   trap 'kill "$server" || true; wait; exit 143' TERM
   while true; do
@@ -188,7 +205,7 @@ serve() { # python: JupyterLab for as long as the container lives; on a plain bo
   done
 }
 
-work() { # what follows JupyterLab: setup, then one download after the other
+work() { # runs setup, then the downloads one by one, while JupyterLab is up
   local models model
   IFS=', ' read -ra models <<<"${TURBO_NB_MODELS:-}"
   write_kernel "$(python_now)" "turbo_nb (setting up: wait for its log, then restart the kernel)"
@@ -197,35 +214,37 @@ work() { # what follows JupyterLab: setup, then one download after the other
     write_kernel "$base" "turbo_nb (setup failed: see logs/setup.log)" && return
   fi
   write_kernel "$(python_now)" turbo_nb
-  [[ -z $pod ]] || complete || ln -sfn "$venv/bin/turbo-nb" "$prefix/usr/local/bin/turbo-nb" || true # for any shell
+  [[ -z $pod ]] || complete || ln -sfn "$venv/bin/turbo-nb" "$prefix/usr/local/bin/turbo-nb" || true # for every shell
   for model in "${models[@]}"; do attempt "download $model" cli download "$model"; done
 }
 
-seconds() { # 90s, 30m or 2h → seconds
+seconds() { # 90s, 30m or 2h: prints seconds
   local -A unit=([s]=1 [m]=60 [h]=3600)
   [[ $1 =~ ^([0-9]+)([smh])$ ]] && echo $((10#${BASH_REMATCH[1]} * unit[${BASH_REMATCH[2]}]))
 }
 
-ask() { curl -sf -m 10 --noproxy '*' -H @- "http://127.0.0.1:$port/api/$1" <<<"Authorization: token $token"; }
-
-notebooks() { # what the server says of its kernels and terminals, last activity included; "busy" when it cannot tell
-  local code=0
-  ask kernels || code=$?
-  ((code == 0 || code == 7)) || echo '"busy"' # 7: refused, so there is no server and no notebook
-  ask terminals || true                       # they may be switched off
+ask() { # path: prints the server's answer. The token is in the address, because JupyterLab reads headers as Latin-1
+  printf %s "$token" | curl -sfG -m 10 --noproxy '*' --data-urlencode token@- "http://127.0.0.1:$port/api/$1"
 }
 
-gpu_busy() { # anything over 5 %
+notebooks() { # prints the server's kernels and terminals with their last activity, or "busy" if the server refuses
+  local code=0
+  ask kernels || code=$?
+  ((code == 0 || code == 7)) || echo '"busy"' # 7: no connection, so no server runs and no notebook either
+  ask terminals || true                       # the server may have terminals switched off
+}
+
+gpu_busy() { # whether a GPU's utilisation is above 5 %
   nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader 2>/dev/null | awk '$1 > 5 { b = 1 } END { exit !b }'
 }
 
-stop_pod() { # reason
+stop_pod() { # reason: logs it and stops the pod
   log "$1: stopping pod $pod"
-  runpodctl pod stop "$pod" || runpodctl stop pod "$pod" || # the second is how older ones say it
+  runpodctl pod stop "$pod" || runpodctl stop pod "$pod" || # the second is the syntax of older versions
     failed "runpodctl could not stop the pod: stop it in RunPod's console"
 }
 
-watch_pod() { # money: stops the pod when it is idle, or when a batch has ended, if asked to
+watch_pod() { # stops the pod when it is idle, or when a batch has ended, as the variables ask; this saves money
   local limit every=${TURBO_NB_CHECK_SECONDS:-30} since=$SECONDS batch='' before='' now
   local ours='((^|[ /])turbo-nb|turbo_nb\.cli)' others='(^|[ /])papermill |runpod_start\.sh (setup|generate|test)'
   limit=$(seconds "${TURBO_NB_STOP_IDLE:-0s}") || failed "TURBO_NB_STOP_IDLE is '$TURBO_NB_STOP_IDLE'; it is a number" \
@@ -250,7 +269,7 @@ watch_pod() { # money: stops the pod when it is idle, or when a batch has ended,
   done
 }
 
-stay_up() { # exit code: no failure may end the container
+stay_up() { # exit code: keeps the container up after a failure, because only then can one connect and look
   (($1)) || return 0
   failed "start, exit $1"
   [[ ! $hook ]] || exit 0
@@ -262,9 +281,9 @@ stay_up() { # exit code: no failure may end the container
 start() {
   local server='' again='' url="http://$ip:$port/lab"
   [[ -z $pod ]] || trap 'stay_up $?' EXIT
-  # On a signal all of it ends: the process group, or, without one of our own, what was started here
+  # A signal ends the process group, or, if another program leads the group, the jobs of this shell.
   trap 'trap "" TERM; trap - EXIT; kill -- -$$ 2>/dev/null || jobs -p | xargs -r kill; wait; exit 143' TERM INT
-  mkdir -p "$run"
+  make_run
   exec 9>"$run/lock"
   flock -n 9 || again=1
   { mkdir -p "$logs" && : >"$logs/failed.txt"; } || log "FAILED: no logs in $logs; is the volume full or read-only?"
@@ -291,7 +310,7 @@ start() {
   make_secret
   place_notebooks || failed "no copy of the notebooks in $root"
   if [[ ! $theirs ]]; then
-    [[ $lab != - ]] || attempt setup "$BASH" "$self" setup # nothing here to serve with yet
+    [[ $lab != - ]] || attempt setup "$BASH" "$self" setup # JupyterLab itself is missing
     serve "$([[ $lab != - ]] && echo "$base" || echo "$venv/bin/python")" &
     server=$!
     log "JupyterLab: $url; log in $run/jupyter.log"

@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 from http.cookiejar import CookieJar
 from pathlib import Path
+from string import Template
 
 import pytest
 
@@ -40,9 +41,10 @@ TURBO_NB = """#!/bin/bash
 echo "turbo-nb $*" >>"$STUBS/calls"
 [[ $2 != missing ]] || { echo "error: unknown model 'missing'"; exit 2; }
 """
-# Notes how it was started, then answers the API with the files kernels and terminals
+# Notes how it was started, then answers the API with the files kernels and terminals. As JupyterLab it takes a token
+# from the address, without white space at its ends, or from the header, which it reads as Latin-1.
 JUPYTER = f"""#!{sys.executable} -S
-import http.server, json, os, pathlib, sys
+import http.server, json, os, pathlib, sys, urllib.parse
 stubs = pathlib.Path(os.environ["STUBS"])
 with open(stubs / "calls", "a") as calls:
     calls.write("jupyter\\n")
@@ -52,11 +54,14 @@ if (stubs / "jupyter_fails").exists():
     sys.exit("jupyter: cannot start")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        known = self.headers["Authorization"] == "token " + os.environ["JUPYTER_TOKEN"]
-        known = known and (stubs / self.path.split("/")[-1]).exists()
+        address = urllib.parse.urlsplit(self.path)
+        (token,) = urllib.parse.parse_qs(address.query).get("token", [""])
+        token = token.strip() or (self.headers["Authorization"] or "").removeprefix("token ")
+        file = stubs / address.path.split("/")[-1]
+        known = token == os.environ["JUPYTER_TOKEN"] and file.exists()
         self.send_response(200 if known else 404 if "terminals" in self.path else 403)
         self.end_headers()
-        self.wfile.write((stubs / self.path.split("/")[-1]).read_bytes() if known else b"")
+        self.wfile.write(file.read_bytes() if known else b"")
 port = [int(word.split("=")[1]) for word in sys.argv if word.startswith("--port=")][0]
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
@@ -226,6 +231,11 @@ def test_without_a_secret_a_random_token_is_printed_once_and_kept_nowhere(machin
     assert not [p for p in files if tokens[0] in p.read_text("latin1")]
 
 
+def test_white_space_around_a_secret_is_dropped(machine):
+    machine.start(JUPYTER_PASSWORD=" a b\n")  # JupyterLab drops it from what is typed
+    assert machine.jupyter()["env"]["JUPYTER_TOKEN"] == "a b"
+
+
 def test_on_a_pod_only_its_own_address_may_use_the_server(machine):
     machine.start()
     argv = machine.jupyter()["argv"]
@@ -361,6 +371,49 @@ def test_notebooks_get_the_environment_as_their_kernel(machine):
         assert kernel["env"][variable] == str(machine.home / "kernels" / folder)  # on the volume
     assert machine.jupyter()["env"]["JUPYTER_PATH"] == str(machine.run_folder / "jupyter")
     assert (machine.root / "usr/local/bin/turbo-nb").is_symlink()
+
+
+def test_the_kernel_is_valid_json_for_any_path(machine):
+    home = machine.root / 'a "quoted"\\ $HOME'
+    machine.start(TURBO_NB_HOME=str(home), HF_HOME="/a\tb")
+    machine.wait_until_said("setup: done")
+    path = machine.run_folder / "jupyter/kernels/python3/kernel.json"
+    kernel = wait_for(lambda: (k := json.loads(path.read_text()))["display_name"] == "turbo_nb" and k)
+    assert kernel["argv"][0] == f"{home}/venv/bin/python" and kernel["argv"][-1] == "{connection_file}"
+    env = {
+        name: Template(value).safe_substitute(os.environ) for name, value in kernel["env"].items()
+    }  # as Jupyter does
+    assert env["TURBO_NB_HOME"] == str(home) and env["HF_HOME"] == "/a\tb"
+    assert env["TRITON_CACHE_DIR"] == f"{home}/kernels/triton"
+
+
+def test_the_runtime_folder_is_private(machine):
+    machine.run_folder.mkdir(mode=0o755)  # of an older version
+    machine.start()
+    machine.jupyter()
+    assert machine.run_folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "folder of another user"])
+def test_a_planted_runtime_folder_is_not_used(machine, planted):
+    treasure = machine.root / "treasure"
+    treasure.mkdir()
+    (treasure / "lock").write_text("gold")
+    if planted == "link":
+        machine.run_folder.symlink_to(treasure)
+    elif planted == "file":
+        machine.run_folder.write_text("")
+    elif os.getuid():
+        pytest.skip("only root can give a folder to another user")
+    else:
+        treasure.rename(machine.run_folder)
+        treasure = machine.run_folder
+        os.chown(treasure, 12345, 12345)
+    machine.start()
+    folder = Path(machine.jupyter()["env"]["JUPYTER_PATH"]).parent
+    machine.wait_until_said(f"log in {folder}/jupyter.log")
+    assert folder != machine.run_folder and folder.stat().st_mode & 0o777 == 0o700
+    assert planted == "file" or [p.read_text() for p in treasure.iterdir()] == ["gold"]
 
 
 def test_a_checkout_outside_the_workspace_lends_its_notebooks(machine):
@@ -615,6 +668,13 @@ def test_an_idle_pod_is_stopped(machine):
     assert "stops when idle for 1s" in machine.said and "idle for 1s: stopping pod abc123" in machine.said
 
 
+@pytest.mark.parametrize("password", ["pässwörd 密码", "a\"b'c\\d&e=f#g%41"], ids=["not ASCII", "quoted"])
+def test_an_idle_pod_is_stopped_whatever_its_password(machine, password):
+    machine.start(TURBO_NB_STOP_IDLE="1s", JUPYTER_PASSWORD=password)
+    assert stops(machine) and machine.jupyter()["env"]["JUPYTER_TOKEN"] == password
+    assert password not in machine.said
+
+
 def test_a_server_without_terminals_can_be_idle(machine):
     (machine.stubs / "terminals").unlink()
     machine.start(TURBO_NB_STOP_IDLE="1s")
@@ -739,7 +799,7 @@ def websocket(port, origin, cookies) -> int:
 
 def test_jupyterlab_for_real(tmp_path):
     pytest.importorskip("jupyterlab")
-    port, root = free_port(), tmp_path
+    port, root, password = free_port(), tmp_path, 's3cret-öf-the "test"'
     checkout, home = root / "workspace/turbo_nb", root / "workspace/turbo_nb_home"
     shutil.copytree(REPOSITORY / "notebooks", checkout / "notebooks")
     shutil.copy(SCRIPT, checkout)
@@ -747,10 +807,15 @@ def test_jupyterlab_for_real(tmp_path):
     (root / "etc").mkdir()
     open_to_all = "c.IdentityProvider.token = c.ServerApp.token = ''\nc.ServerApp.allow_origin = '*'\n"
     (root / "etc/jupyter_server_config.py").write_text(open_to_all)
+    stubs = {"runpodctl": 'touch "$HOME/stopped"', "nvidia-smi": "echo '0 %'"}
+    for name, line in stubs.items():
+        (root / "etc" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (root / "etc" / name).chmod(0o755)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "TURBO_NB", "RUNPOD", "HF_HOME"))} | {
         "HOME": str(root), "TURBO_NB_ROOT": str(root), "TURBO_NB_PORT": str(port), "RUNPOD_POD_ID": "abc123",
-        "TURBO_NB_IP": "127.0.0.1", "TURBO_NB_PYTHON": sys.executable, "JUPYTER_PASSWORD": "s3cret-of-the-test",
-        "JUPYTER_CONFIG_PATH": str(root / "etc"),
+        "TURBO_NB_IP": "127.0.0.1", "TURBO_NB_PYTHON": sys.executable, "JUPYTER_PASSWORD": password,
+        "JUPYTER_CONFIG_PATH": str(root / "etc"), "PATH": f"{root}/etc:{os.environ['PATH']}",
+        "TURBO_NB_STOP_IDLE": "2s", "TURBO_NB_CHECK_SECONDS": "0.5",
     }  # fmt: skip
     with open(root / "said", "w") as said:
         process = subprocess.Popen(
@@ -768,15 +833,17 @@ def test_jupyterlab_for_real(tmp_path):
         assert b"Password or token" in answer(f"{url}/lab")[1]  # redirected to the login page
 
         notebook = f"{url}/api/contents/turbo_nb/notebooks/01_setup.ipynb"
-        status, body, headers = answer(notebook, Authorization="token s3cret-of-the-test", Origin=own)
+        token = urllib.parse.quote(password)
+        status, body, headers = answer(f"{notebook}?token={token}", Origin=own)
         assert status == 200 and headers["Access-Control-Allow-Origin"] == own
+        (root / "stopped").unlink(missing_ok=True)  # before the server was up
         cells = json.loads((REPOSITORY / "notebooks/01_setup.ipynb").read_text())["cells"]
         assert [c["source"] for c in json.loads(body)["content"]["cells"]] == ["".join(c["source"]) for c in cells]
 
         jar = CookieJar()  # a browser that has logged in
         browser = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor(jar))
         answer(f"{url}/login", browser)
-        form = {"password": "s3cret-of-the-test", "_xsrf": {c.name: c.value for c in jar}["_xsrf"]}
+        form = {"password": password, "_xsrf": {c.name: c.value for c in jar}["_xsrf"]}
         answer(f"{url}/login", browser, urllib.parse.urlencode(form).encode())
         assert answer(notebook, browser)[0] == 200
         assert answer(notebook, browser, Origin=own)[0] == 200
@@ -786,6 +853,8 @@ def test_jupyterlab_for_real(tmp_path):
         log = (root / "tmp/turbo_nb/jupyter.log").read_text()
         assert "not recognized" not in log and "s3cret" not in log + (root / "said").read_text()
         assert not (home / "venv").exists()  # this Python had everything
+        if shutil.which("curl"):
+            wait_for((root / "stopped").exists, seconds=30)  # the server answers the script's question for its kernels
     finally:
         process.terminate()
         code = process.wait(timeout=20)
