@@ -1,4 +1,4 @@
-"""python -m benchmarks: the command line."""
+"""The command line: `python -m benchmarks`."""
 
 import re
 import sys
@@ -15,19 +15,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Csv = Annotated[Path | None, typer.Option("--csv", help="The file that rows are added to; else they are only printed.")]
-Modes = Annotated[str, typer.Option("--mode", help="One or more, by comma.")]
+Csv = Annotated[
+    Path | None, typer.Option("--csv", help="The file that gets the rows. Without it they are only printed.")
+]
+Modes = Annotated[str, typer.Option("--mode", help="One or more, separated by commas.")]
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHTxFRAMES in pixels.")]
 CheckSize = Annotated[str, typer.Option(help="The clip of the correctness check.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Runs = Annotated[int, typer.Option(min=1, help="Timed calls, of which the median counts.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Calls between the first and the timed ones.")]
+Runs = Annotated[int, typer.Option(min=1, help="Number of timed calls. The median counts.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Calls between the first call and the timed calls.")]
 
 
 @app.command()
 def step(
     model: Annotated[str, typer.Option(help="1.3B, 14B, nano or tiny.")] = "1.3B",
-    layers: Annotated[int | None, typer.Option(min=1, help="The first so many; all if left out.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of layers, from the first on. Default: all.")
+    ] = None,
     size: Size = "832x480x81",
     attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
     topk: Annotated[float, typer.Option(help="Share of key blocks that SLA attends to.")] = 0.1,
@@ -40,7 +44,7 @@ def step(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """One step of a transformer with random weights; modes: reference, eager, fused, compile, or fused+compile."""
+    """Measure one step of a transformer with random weights. Modes: reference, eager, fused, compile, fused+compile."""
     from turbo_nb.machine.probe import device_of
 
     from . import harness
@@ -58,9 +62,9 @@ def step(
 
 @app.command()
 def kernels(
-    only: Annotated[str | None, typer.Option(help="Operations by comma; all if left out.")] = None,
+    only: Annotated[str | None, typer.Option(help="Operations, separated by commas. Default: all.")] = None,
     shape: Annotated[
-        str | None, typer.Option(help="TOKENSxHEADSxHEAD_DIM, or ROWSxINxOUT of a linear; the usual ones if left out.")
+        str | None, typer.Option(help="TOKENSxHEADSxHEAD_DIM, or ROWSxINxOUT of a linear. Default: those of 1.3B.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     runs: Runs = 20,
@@ -68,7 +72,7 @@ def kernels(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """Each operation's reference, and its faster spellings."""
+    """Measure the reference of each operation, and its kernels."""
     from turbo_nb.machine.probe import device_of
 
     from . import harness
@@ -82,9 +86,9 @@ def kernels(
 @app.command()
 def vae(
     size: Size = "832x480x81",
-    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder; random weights if left out.")] = None,
-    base_dim: Annotated[int, typer.Option(help="Width of the one with random weights; Wan2.1's is 96.")] = 96,
-    encode: Annotated[bool, typer.Option("--encode", help="Encode a clip in place of decoding one.")] = False,
+    vae: Annotated[Path | None, typer.Option(help="Wan2.1_VAE.pth, or a folder. Default: random weights.")] = None,
+    base_dim: Annotated[int, typer.Option(help="Width of the VAE with random weights. Wan2.1 has 96.")] = 96,
+    encode: Annotated[bool, typer.Option("--encode", help="Encode a clip instead of decoding one.")] = False,
     mode: Modes = "eager",
     check_size: CheckSize = "256x128x5",
     runs: Runs = 3,
@@ -92,7 +96,7 @@ def vae(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """Decoding of random latents, or encoding; modes: eager, channels_last, fused."""
+    """Measure decoding of random latents, or encoding. Modes: eager, channels_last, fused."""
     from turbo_nb.machine.probe import device_of
 
     from . import harness
@@ -115,7 +119,7 @@ def switch(
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """One expert leaves the GPU, the other comes; modes: accelerate, turns, ahead."""
+    """Measure the switch from one expert on the GPU to the other. Modes: accelerate, turns, ahead."""
     from turbo_nb.machine.probe import device_of
 
     from . import harness
@@ -130,25 +134,24 @@ def switch(
 def e2e(
     model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
     random: Annotated[
-        str | None, typer.Option(help="Random weights of a shape in place of a model: 1.3B, 14B, nano or tiny.")
+        str | None, typer.Option(help="Random weights of a shape instead of a model: 1.3B, 14B, nano or tiny.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to show; one that suits the model if left out.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES; the model's own if left out.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to show. Default: the example of the model.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES. Default: the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
     attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sla",
-    topk: Annotated[float | None, typer.Option(help="Share of key blocks; the model's own if left out.")] = None,
-    linears: Annotated[str, typer.Option(help="bf16, int8, or auto: as the file has them.")] = "auto",
+    topk: Annotated[float | None, typer.Option(help="Share of key blocks. Default: the model's own.")] = None,
+    linears: Annotated[str, typer.Option(help="bf16, int8, or auto: the file's own.")] = "auto",
     memory: Annotated[
-        float | None, typer.Option(help="GB: as on a GPU of no more, by its plan; else all is loaded.")
+        float | None, typer.Option(help="Plan as for a GPU with so many GB. Default: keep everything loaded.")
     ] = None,
     runs: Runs = 3,
     warmup: Warmup = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
-    """From a prompt to an mp4, warm, as `load_pipeline` makes it."""
+    """Measure a clip from the prompt to the mp4, with a loaded model."""
     from turbo_nb.machine.probe import device_of
-    from turbo_nb.runtime.plan import GB
 
     from . import e2e as benchmark
     from . import harness
@@ -160,12 +163,12 @@ def e2e(
         made |= {"resolution": f"{width}x{height}", "num_frames": frames}
     quant_linear = {"auto": "auto", "int8": True, "bf16": False}
     if linears not in quant_linear:
-        raise InputError(f"linears is {linears!r}; it is one of {', '.join(quant_linear)}")
+        raise InputError(f"linears is {linears!r}. Expected one of {', '.join(quant_linear)}.")
     load = {"attention_type": attention, "sla_topk": topk, "quant_linear": quant_linear[linears]}
     load |= {"clip": clip(size)} if size else {}
     if memory is not None and not memory > 0:
-        raise InputError(f"memory is {memory:g}; it is in GB, above 0")
-    memory = None if memory is None else memory * GB
+        raise InputError(f"memory is {memory:g}. Expected GB, above 0.")
+    memory = None if memory is None else memory * 1e9
     jobs = benchmark.jobs(model, random, prompt, device, load, made, memory=memory, runs=runs, warmup=warmup)
     raise typer.Exit(harness.run(jobs, device, csv))
 
@@ -179,17 +182,17 @@ def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> Non
 
 
 def clip(size: str) -> tuple[int, int, int]:
-    """ "832x480x81" → (832, 480, 81). Raises InputError for a size that no clip has."""
+    """Return (832, 480, 81) for "832x480x81". Raises InputError for a size that a clip cannot have."""
     from turbo_nb import catalog
 
     match = re.fullmatch(r"(\d+x\d+)x(\d+)", size)
     if not match or int(match[2]) % 4 != 1:
-        raise InputError(f"size is {size!r}; it is WIDTHxHEIGHTxFRAMES with 4n + 1 frames, such as 832x480x81")
+        raise InputError(f"size is {size!r}. Expected WIDTHxHEIGHTxFRAMES with 4n + 1 frames, such as 832x480x81.")
     return *catalog.size_of(catalog.NANO, match[1], None), int(match[2])
 
 
 def main() -> None:
-    """A TurboNbError is one line on stderr and exit code 2; a failed check is exit code 1."""
+    """Run a command. A TurboNbError becomes one line on stderr and exit code 2. A failed check becomes exit code 1."""
     try:
         app()
     except TurboNbError as error:

@@ -1,14 +1,16 @@
-"""A prompt becomes an mp4 again and again, in one process that keeps everything loaded, or goes by a memory plan.
+"""Make an mp4 from a prompt, again and again, with a model that stays loaded or follows a memory plan.
 
-One row for each stage that `Video.timings` has; for a step of the denoising; for "write", what is left of the writing
-when the last frame is decoded; and for "all", from the call of `generate` to the file on the disk, as a user waits for
-it. Each is the median of the warm runs; first_ms is the very first run's. The check. The last run must give the first
-one's frames again, and a picture that is not flat; how far a step is from float32 is what `step` checks.
+There is one row for each stage of `Video.timings`, and three more. "step" is one step of the denoising. "write" is the
+time from the last decoded frame to the finished file. "all" is the time that a user waits: from the call of `generate`
+to the file on the disk. Each row has the median of the warm runs, and first_ms is the time of the very first run.
 
-With random weights (`random_sources`) the text, the steps and the decoding are the work of a real model, and the
-pictures would be noise, which no video is and which x264 takes several times as long for. So in place of what the
-transformer made, waves that are smooth in time and space are decoded, and of the steps the check sees only that they
-end in finite numbers; it says how large the mp4 is.
+The check: the last run gives the frames of the first run again, and the picture is not flat. `step` checks how far a
+step is from float32.
+
+With random weights (`random_model`) the text, the steps and the decoding are the work of a real model. But a
+transformer with random weights makes noise, and x264 takes several times as long for noise as for a video. So the VAE
+decodes smooth waves instead. Of the steps the check then sees only that their results are finite. The column `check`
+gives the size of the mp4.
 """
 
 import math
@@ -29,18 +31,21 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 import turbo_nb
 from turbo_nb import catalog
+from turbo_nb import pipeline as pipelines
 from turbo_nb.errors import InputError
 from turbo_nb.files import resolve
 from turbo_nb.files.recognise import Contents
+from turbo_nb.machine import probe
+from turbo_nb.settings import LoadOptions
 from turbo_nb.video import mp4
 
 from . import harness, step
 from .harness import Check, Job, Timing
 from .vae import decode, random_vae
 
-FLAT = 2  # standard deviation of 8-bit frames
-SPREAD = 0.4  # standard deviation of a random VAE's pictures, in [-1, 1]
-CELL = 6  # latent frames, rows and columns from one random value to the next
+FLAT = 2  # standard deviation of 8-bit frames, below which they count as flat
+SPREAD = 0.4  # standard deviation of the pictures of a random VAE, in [-1, 1]
+CELL = 6  # latent frames, rows and columns between two random values
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
@@ -48,17 +53,27 @@ def jobs(
     model: str, random: str | None, prompt: str | None, device: str, load: dict, clip: dict,
     *, memory: float | None = None, runs: int, warmup: int,
 ) -> Iterator[Job]:  # fmt: skip
-    """A job for each stage. random: a name of `step.MODELS` in place of a model with weights. prompt: None for one that
-    suits the model. load, clip: as for `load_pipeline` and `generate`. memory: bytes of a smaller GPU than there is, to
-    go by the plan for it; None leaves everything loaded. Raises what `load_pipeline` and `generate` raise, InputError
-    for an unknown name."""
+    """Yield a job for each stage.
+
+    Args:
+        model: a name, a checkpoint or a folder.
+        random: a name of `step.MODELS`, whose random weights replace the model. None: the model's own.
+        prompt: None: the model's example.
+        device: "cpu" or a GPU such as "cuda:0".
+        load, clip: options of `load_pipeline` and of `generate`.
+        memory: bytes of a smaller GPU, whose memory plan is used. None: everything stays loaded.
+
+    Raises:
+        InputError: a name is unknown. Also what `load_pipeline` and `generate` raise.
+    """
     load = load | {"device": device, "text_cache": False, "memory_plan": "resident" if memory is None else "auto"}
     load |= {"memory": memory} if device == "cpu" else {}
     with gpu_of(memory, device):
         pipeline = random_pipeline(random, load) if random else turbo_nb.load_pipeline(model, **load)
-        prompt = pipeline.spec.example if prompt is None else prompt
+        spec, plan = pipeline.turbo_nb.spec, pipeline.turbo_nb.plan
+        prompt = spec.example if prompt is None else prompt
         first, *before, last = (
-            make(pipeline, prompt + " " * number, clip)  # the same text, and not a prompt that is remembered
+            make(pipeline, prompt + " " * number, clip)  # the same text, but not the cached prompt
             for number in range(1 + warmup + runs)
         )
     warm = [*before, last][warmup:]
@@ -84,15 +99,15 @@ def jobs(
         yield Job(
             work=f"{stage} of a clip, {settings['num_steps']} steps, {settings['attention_type']}{topk}, {linears}",
             shape=f"{width}x{height}x{frames}",
-            mode="as loaded" if memory is None else f"plan {pipeline.plan.name} in {memory / 1e9:g} GB",
-            weights=f"random {random}" if random else pipeline.spec.name,
+            mode="as loaded" if memory is None else f"plan {plan.name} in {memory / 1e9:g} GB",
+            weights=f"random {random}" if random else spec.name,
             run=lambda timing=timing: (timing, check),
         )
 
 
 @contextmanager
 def gpu_of(memory: float | None, device: str) -> Iterator[None]:
-    """For a while a GPU has no more than `memory` bytes, and says so."""
+    """Let a GPU have and report at most `memory` bytes inside this context."""
     if memory is None or device == "cpu":
         yield
         return
@@ -109,7 +124,7 @@ def gpu_of(memory: float | None, device: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """A clip, seconds by stage, and bytes of its mp4."""
+    """A clip, the seconds of its stages, and the bytes of its mp4."""
 
     video: turbo_nb.Video
     seconds: dict[str, float]
@@ -117,10 +132,10 @@ class Made:
 
 
 def make(pipeline, prompt: str, clip: dict) -> Made:
-    """A clip whose frames are encoded while others are decoded, and written."""
+    """Make a clip and write it. Its frames are encoded while later frames are decoded."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        with mp4.Encoder(Path(folder) / "video.mp4", pipeline.spec.fps) as encoder:
+        with mp4.Encoder(Path(folder) / "video.mp4", pipeline.turbo_nb.spec.fps) as encoder:
             video = turbo_nb.generate(pipeline, prompt, **clip, on_frames=encoder.add)
             write = time.perf_counter()
             path = video.save(encoder)
@@ -131,24 +146,26 @@ def make(pipeline, prompt: str, clip: dict) -> Made:
 
 
 def random_pipeline(name: str, load: dict):
-    """What `load_pipeline` makes of files with random weights; what its VAE decodes is smooth."""
+    """Load random weights as `load_pipeline` loads files. The VAE decodes smooth waves instead of its latents."""
     if name not in step.MODELS:
-        raise InputError(f"random is {name!r}; it is one of {', '.join(step.MODELS)}")
-    found = random_sources(name, load["device"], load["memory_plan"] != "resident")
-    if load["device"] != "cpu":
-        torch.cuda.empty_cache()  # of what was drawn
-    with patch.object(resolve, "resolve", lambda *arguments, **options: found):
-        pipeline = turbo_nb.load_pipeline(Path("random.pth"), **load)
+        raise InputError(f"random is {name!r}. Expected one of {', '.join(step.MODELS)}.")
+    size = load.pop("clip", None)
+    found = random_model(name, LoadOptions(**load))
+    if found.device != "cpu":
+        torch.cuda.empty_cache()  # because drawing the weights has left free blocks
+    pipeline = pipelines.load(found, clip=size)
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
     return pipeline
 
 
-def random_sources(name: str, device: str, in_main_memory: bool = False) -> resolve.Sources:
-    """Files of a transformer of `step.MODELS` with Wan2.1's VAE and umT5-xxl as they would be read; random weights,
-    and nano's tokenizer. Beside a transformer that reads narrower embeddings the other two are narrow as well.
+def random_model(name: str, options: LoadOptions) -> resolve.ResolvedModel:
+    """Return a transformer of `step.MODELS`, Wan2.1's VAE and umT5-xxl with random weights, and nano's tokenizer.
 
-    The weights are drawn on `device`, and stay there unless they are to be in main memory, as those of files are."""
-    home = "cpu" if in_main_memory else device
+    Beside a transformer that reads narrower embeddings, the VAE and the text encoder are narrow as well. The weights
+    are drawn on the options' device. They stay there if everything stays loaded, else they are in main memory.
+    """
+    device = options.device
+    home = device if options.memory_plan == "resident" else "cpu"
     transformer = step.random_contents(name, device, home=home)
     arch, width = transformer.arch, transformer.text_dim
     config = UMT5_XXL
@@ -159,26 +176,38 @@ def random_sources(name: str, device: str, in_main_memory: bool = False) -> reso
     generator = torch.Generator(device).manual_seed(0)
     tensors = {
         key: torch.ones(tensor.shape, dtype=torch.bfloat16, device=home)
-        if tensor.ndim == 1  # a norm's
+        if tensor.ndim == 1  # the weight of a norm
         else torch.randn(tensor.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02).to(home)
         for key, tensor in encoder.state_dict().items()
-        if key != "encoder.embed_tokens.weight"  # shared.weight
+        if key != "encoder.embed_tokens.weight"  # a view of shared.weight
     }
     vae = random_vae(96 if config is UMT5_XXL else 8, device)
     spread_out(vae)
-    return resolve.Sources(
-        spec=catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v"),
+    spec = catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v")
+    return resolve.ResolvedModel(
+        spec=spec,
         transformers=(transformer,),
         vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.to(home).state_dict()),
         text_encoder=Contents(path=transformer.path, kind="text encoder", layout="diffusers", tensors=tensors),
         tokenizer=catalog.NANO.folder / "tokenizer",
+        device=device,
+        memory=options.memory or probe.free_memory(device),
+        host_memory=probe.free_memory("cpu"),
+        attention_type=options.attention_type or "sla",
+        attention_backend=options.attention_backend,
+        sla_topk=spec.sla_topk if options.sla_topk is None else options.sla_topk,
+        quant_linear=options.quant_linear is True,
+        reason="its weights are random",
+        options=options,
     )
 
 
 @torch.inference_mode()
 def spread_out(vae: nn.Module) -> None:
-    """Make what a random VAE decodes of smooth latents a video: frames that follow on one another, not a flicker, and
-    pictures as varied as a video's. Each frame becomes one of the same latent frame; the work stays the same."""
+    """Change a random VAE so that it decodes smooth latents to a smooth video with varied pictures.
+
+    Every frame then comes from one latent frame, so the video does not flicker. The amount of work stays the same.
+    """
     for module in vae.decoder.modules():
         if isinstance(module, nn.Conv3d):
             module.weight[:, :, :-1] = 0
@@ -187,7 +216,7 @@ def spread_out(vae: nn.Module) -> None:
                 both[: len(both) // 2] = both[len(both) // 2 :]
     latents = torch.empty(1, vae.config.z_dim, 2, 32, 32, device=vae.device)
     frames, last = decode(vae, smooth(latents)), vae.decoder.conv_out
-    for _ in range(2):  # the first time may be clamped
+    for _ in range(2):  # twice, because the first frames may be clamped
         scale = SPREAD / frames.std((0, 2, 3, 4))
         last.weight.mul_(scale.view(-1, 1, 1, 1, 1))
         last.bias.sub_(frames.mean((0, 2, 3, 4))).mul_(scale)
@@ -195,7 +224,7 @@ def spread_out(vae: nn.Module) -> None:
 
 
 def smooth(latents: Tensor) -> Tensor:
-    """Random waves of the latents' shape (1, C, T, h, w), the same for the same shape"""
+    """Return random waves of the latents' shape (1, C, T, h, w). The same shape gives the same waves."""
     generator = torch.Generator(latents.device).manual_seed(1)
     coarse = [2 + size // CELL for size in latents.shape[2:]]
     noise = torch.randn(*latents.shape[:2], *coarse, generator=generator, device=latents.device)

@@ -1,6 +1,7 @@
-"""Timing, the correctness gate, and rows of CSV."""
+"""Time a configuration, check it, and write the row of a CSV only after the check has passed."""
 
 import csv
+import math
 import os
 import subprocess
 import time
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from turbo_nb.errors import InputError, OutputError, TurboNbError, first_line
 from turbo_nb.machine import probe
+from turbo_nb.ops import compare
 
-COMMIT = "TURBO_NB_COMMIT"  # for a copy that is no checkout
-WORST = 0.05  # relative error that no bf16 configuration may have, whatever its plain modules have
-CACHE_BYTES = 256 << 20  # written between timed calls, more than any GPU's L2 cache
+COMMIT = "TURBO_NB_COMMIT"  # the commit of a copy without .git
+WORST = 0.05  # the limit of the relative error of every bf16 configuration
+CACHE_BYTES = 256 << 20  # written between timed calls, because they are more than the L2 cache of any GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Milliseconds of n calls after warm-up, and of the very first; peak GiB of GPU memory, None on a CPU."""
+    """Milliseconds of n calls after warm-up and of the first call, and peak GiB of GPU memory (None on a CPU)."""
 
     ms: float
     ms_min: float
@@ -35,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """error: ‖out − ref‖ / ‖ref‖, at most `limit`; `what` says of what, and where the limit is from."""
+    """The relative error ‖out − ref‖ / ‖ref‖ and its limit. `what` describes the reference and the limit."""
 
     error: float
     limit: float
@@ -43,7 +45,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit  # NaN is not
+        return self.error <= self.limit  # NaN does not pass
 
     def __str__(self) -> str:
         return f"rel. L2 {self.error:.2e}, at most {self.limit:.2e}; {self.what}"
@@ -51,7 +53,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A configuration. weights: "random", or the file. run() times it and checks it."""
+    """A configuration. weights: "random", or the name of the file. run: times and checks it."""
 
     work: str
     shape: str
@@ -62,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the CSV; the names are its columns. check: what `error` (rel. L2) was held against."""
+    """A line of the CSV. The names of the fields are its columns. check: the reference of `error` (relative L2)."""
 
     date: str
     gpu: str
@@ -88,20 +90,29 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 def run(jobs: Iterable[Job], device: str, path: Path | None) -> int:
-    """Run the jobs one after the other; 0, or 1 if any failed. Each that passed its check is printed and written.
+    """Run the jobs one by one, and print and write a row for each job that passes its check.
 
-    Raises InputError or OutputError for a file that cannot take the rows, before any work.
+    Args:
+        jobs: the configurations.
+        device: "cpu" or a GPU such as "cuda:0".
+        path: the CSV that gets the rows. None: rows are only printed.
+
+    Returns:
+        The exit code: 1 if a job failed, else 0.
+
+    Raises:
+        InputError, OutputError: the file cannot take the rows. This is found before any work.
     """
     if path:
         check_file(path)
     if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = False  # float32 references are float32
+        torch.backends.cudnn.allow_tf32 = False  # because TF32 would round the float32 references
     machine, failed = facts(device), False
     for job in jobs:
         name = f"{job.work}, {job.shape}, {job.mode}"
         try:
             timing, check = job.run()
-        except Exception as error:  # one mode that breaks leaves the others their rows
+        except Exception as error:  # because the other modes can still be measured
             if not isinstance(error, TurboNbError):
                 traceback.print_exc()
             print(f"FAILED {name}: {type(error).__name__}: {first_line(error)}", flush=True)
@@ -124,9 +135,9 @@ def run(jobs: Iterable[Job], device: str, path: Path | None) -> int:
 
 
 def measure(work: Callable[[], object], device: str, *, runs: int, warmup: int) -> Timing:
-    """Time work(): the first call with whatever is compiled in it, `warmup` calls, then `runs` of them.
+    """Time the first call of work(), which may compile, then `runs` calls after `warmup` others.
 
-    On a GPU by events, with its L2 cache written over before each call; the peak is that of the warm-up.
+    On a GPU, events measure the time, and the L2 cache is overwritten before each call. The peak is of the warm-up.
     """
     with torch.inference_mode():
         if device == "cpu":
@@ -164,23 +175,22 @@ def _events(work: Callable[[], object], device: str, runs: int) -> list[float]:
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """‖out − ref‖ / ‖ref‖ in float64; inf for another shape."""
-    if out.shape != ref.shape:
-        return float("inf")
-    out, ref = out.double(), ref.double()
-    return ((out - ref).norm() / ref.norm()).item()
+    """Return ‖out − ref‖ / ‖ref‖; infinity for another shape, because a wrong shape is a failed check."""
+    return compare.relative_error(out, ref) if out.shape == ref.shape else math.inf
 
 
 def limit(own: float | None, worst: float = WORST) -> float:
-    """The most that a mode's error may be: a tenth above the plain module's own, and at most `worst`.
+    """Return the largest allowed error of a mode: 1.1 times the plain module's error, and at most `worst`.
 
-    own: the plain module's error against float32; None for that module itself.
+    Args:
+        own: the error of the plain module against float32. None: the mode is the plain module.
+        worst: the limit of every mode.
     """
     return worst if own is None else min(1.1 * own + 1e-3, worst)
 
 
 def facts(device: str) -> dict[str, str]:
-    """The columns of the machine, the libraries and the code."""
+    """Return the columns that describe the machine, the libraries and the code."""
     name, _, version = probe.device_name(device).partition(", torch ")
     machine = probe.probe()
     triton = machine.libraries.get("triton")
@@ -194,27 +204,27 @@ def facts(device: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """TURBO_NB_COMMIT, else that of the checkout, else "unknown"."""
+    """Return TURBO_NB_COMMIT, else the commit of the checkout, else "unknown"."""
     if os.environ.get(COMMIT):
         return os.environ[COMMIT]
     command = ["git", "rev-parse", "HEAD"]
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return told.stdout.strip()
+    return result.stdout.strip()
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError for a file that has other columns, OutputError for one that cannot be written."""
+    """Raise InputError for a file with other columns, and OutputError for a file that cannot be written."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(f"cannot write {str(path)!r}; give a file in a folder that is there, such as speed.csv")
+        raise OutputError(f"csv is {str(path)!r}. Expected a file in an existing folder, such as speed.csv.")
     if path.exists() and path.stat().st_size:
         read(path)
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row, with the header before the first."""
+    """Append a row, and write the header first if the file is new."""
     new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -228,21 +238,21 @@ def _short(value):
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file. Raises InputError if there is none, or it has other columns."""
+    """Return the rows of a file. Raises InputError if it does not exist, or has other columns."""
     if not path.is_file():
-        raise InputError(f"no file {str(path)!r}; give a CSV that python -m benchmarks wrote")
+        raise InputError(f"{str(path)!r} does not exist. Expected a CSV that python -m benchmarks wrote.")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != COLUMNS:
             raise InputError(
-                f"{str(path)!r} has the columns {','.join(reader.fieldnames or ['none'])}; rows have "
-                f"{','.join(COLUMNS)}: give another file"
+                f"{str(path)!r} has the columns {','.join(reader.fieldnames or ['none'])}. Expected "
+                f"{','.join(COLUMNS)}. Give another file."
             )
         return list(reader)
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown of the rows, the latest of each work, shape and mode on each machine."""
+    """Return a Markdown table with the latest row of each work, shape and mode on each machine."""
     latest = {(row["work"], row["shape"], row["mode"], row["gpu"]): row for row in rows}
     lines = ["| work | shape | mode | ms (min, n) | first, s | peak, GiB | rel. error | GPU | commit |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]

@@ -1,7 +1,7 @@
-"""Every operation of `turbo_nb.kernels.reference` beside its faster spellings: one row of `OPERATIONS` each.
+"""Run the reference of each operation of `turbo_nb.ops`, and its kernels: one entry of `OPERATIONS` each.
 
-The check. Each spelling is held against the reference in float32 on the same bf16 numbers, and may err by a tenth more
-than the reference in bf16 does. SageSLA and its reference are held against SLA's, which shows what its 8 bits cost.
+The check compares each kernel with the reference in float32 on the same bf16 numbers. A kernel may err 1.1 times as
+much as the reference in bf16 does. SageSLA is compared with the reference of SLA, which shows what its 8 bits cost.
 """
 
 import re
@@ -61,10 +61,10 @@ def rope_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) ->
 
 
 def qkv_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple:
-    """q, k and v, each (1, L, H, D), with blocks that nobody can choose otherwise.
+    """Return q, k and v, each (1, L, H, D), whose block map does not depend on rounding.
 
-    Every q block looks for +u or -u. In each head the share `TOPK` of the k blocks has +u, another -u, the rest
-    neither, so that between the last block that is kept and the next there is no near tie that rounding decides.
+    Every q block looks for +u or -u. In each head the share `TOPK` of the k blocks has +u, and another such share
+    has -u. So the last kept block and the next block are never a near tie.
     """
     length, heads, dim = shape
     q, k, v = _noise(device, torch.float32, *[(1, length, heads, dim)] * 3)

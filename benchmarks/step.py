@@ -1,11 +1,11 @@
-"""One step of a Wan transformer of a named shape, with random weights: speed does not depend on their values.
+"""Run one step of a Wan transformer with random weights, because speed does not depend on their values.
 
-The check. A mode is held against the bf16 weights in float32 with exact attention, on a smaller clip and with fewer
-layers, and may err by a tenth more than the plain bf16 modules (mode "reference") do. Which blocks sparse attention
-keeps is decided by near ties, and one block more or less outweighs every rounding; so the maps that the plain bf16
-modules choose are recorded, and both the mode and the float32 model get them back ("same block maps"). A mode that does
-not ask for its maps where `MAP_SEAMS` says is checked with topk 1 instead, where there is nothing to choose ("every
-block kept").
+The check uses a smaller clip and fewer layers. It compares a mode with the same bf16 weights in float32 and with exact
+attention. The mode may err 1.1 times as much as the plain bf16 modules (mode "reference") do.
+
+Near ties decide which blocks sparse attention keeps, and another block outweighs every rounding. So the check records
+the block maps of the plain bf16 modules, and hands them to the mode and to the float32 model ("same block maps"). A
+mode that does not ask for its maps at one of `MAP_SEAMS` is checked with topk 1 ("every block kept").
 """
 
 import os
@@ -32,14 +32,14 @@ from turbo_nb.ops.attention import reference as attention_reference
 from . import harness
 from .harness import Check, Job
 
-# Name → shape and the width of the text embedding
+# Name → shape, and width of the text embedding
 MODELS = {
     "1.3B": (catalog.ARCH_1_3B, 4096),
     "14B": (catalog.ARCH_14B, 4096),
     "nano": (catalog.NANO.arch, 128),
     "tiny": (catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256), 64),
 }
-TEXT_TOKENS, PROMPT_TOKENS = 512, 64  # the embedding's length, and how much of it is not padding
+TEXT_TOKENS, PROMPT_TOKENS = 512, 64  # length of the text embedding, and how much of it is not padding
 TIMESTEP = 932.0
 LINEARS = ("bf16", "int8")
 COMPILE = {"fullgraph": True}
@@ -47,7 +47,7 @@ COMPILE = {"fullgraph": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A transformer and a clip. layers: None for all. size: (width, height, frames) in pixels."""
+    """A transformer and a clip. layers: how many, None for all. size: (width, height, frames) in pixels."""
 
     model: str
     layers: int | None
@@ -72,14 +72,14 @@ class Setup:
 def jobs(
     setup: Setup, modes: list[str], *, check_layers: int, check_size: tuple[int, int, int], runs: int, warmup: int
 ) -> Iterator[Job]:
-    """A job for each mode: names of `MODES`, or several joined by +. Raises InputError for what is not known."""
+    """Yield a job for each mode (names of `MODES` joined by +). Raises InputError for an unknown name."""
     check_modes(modes)
     for name, value, known in (
         ("model", setup.model, MODELS), ("attention", setup.attention, sla.ATTENTION_TYPES),
         ("linears", setup.linears, LINEARS),
     ):  # fmt: skip
         if value not in known:
-            raise InputError(f"{name} is {value!r}; it is one of {', '.join(known)}")
+            raise InputError(f"{name} is {value!r}. Expected one of {', '.join(known)}.")
     sla.check_topk(setup.topk)
     transformer, inputs = build(setup), make_inputs(setup)
     small = replace(setup, layers=min(check_layers, setup.arch.num_layers), size=check_size)
@@ -106,7 +106,7 @@ def jobs(
 
 
 def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3DModel:
-    """The transformer with random bf16 weights, the same for the same setup, held in `dtype`."""
+    """Return the transformer with random bf16 weights in `dtype`. The same setup gives the same weights."""
     return load_transformer(
         random_contents(
             setup.model, setup.device, layers=setup.arch.num_layers, with_sla=setup.attention != "original"
@@ -122,8 +122,15 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
 def random_contents(
     model: str, device: str, *, layers: int | None = None, with_sla: bool = True, home: str | None = None
 ) -> Contents:
-    """A file of a transformer of `MODELS` as it would be read, with random bf16 weights. layers: None for all. home:
-    where the weights are once they are drawn, None for `device`."""
+    """Return a transformer file with random bf16 weights, as `recognise.read` would.
+
+    Args:
+        model: a name of `MODELS`.
+        device: where the weights are drawn.
+        layers: None: all.
+        with_sla: whether the file has SLA projections.
+        home: the device that keeps the weights. None: the same device.
+    """
     arch, text_dim = MODELS[model]
     arch = replace(arch, num_layers=layers or arch.num_layers)
     with torch.device("meta"):
@@ -148,13 +155,13 @@ def random_contents(
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Random values at a scale that keeps what flows through near 1: no part of the step is zero"""
+    """Return random values at a scale that keeps activations near 1, so that every part of the step counts"""
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("scale_shift_table"):
         noise = 0.5 * noise
     elif name.endswith("bias"):
         noise = 0.02 * noise
-    elif noise.ndim == 1:  # a norm's weight
+    elif noise.ndim == 1:  # the weight of a norm
         noise = 1 + 0.1 * noise
     else:
         noise = noise / noise[0].numel() ** 0.5
@@ -162,7 +169,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def make_inputs(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Random latents, and a text embedding whose end is zero as that of a prompt is; bf16 numbers, held in `dtype`."""
+    """Return random latents, a timestep and a zero-padded text embedding, in bf16 precision and of type `dtype`."""
     width, height, frames = setup.size
     generator = torch.Generator(setup.device).manual_seed(1)
 
@@ -180,7 +187,7 @@ def make_inputs(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
 
 @torch.inference_mode()
 def velocity(transformer: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The step's output, (1, 16, T, H/8, W/8)"""
+    """Return the output of the step, (1, 16, T, H/8, W/8)."""
     return transformer(**inputs, return_dict=False)[0]
 
 
@@ -205,8 +212,8 @@ def _compiled(transformer: nn.Module) -> Iterator[None]:
 
 
 def plain_pytorch():
-    """A context in which every operation is its reference"""
-    # not rope's, which is looked up once a process
+    """Return a context in which every operation runs its reference."""
+    # except rope, because a process looks it up only once
     variables = {variable for operation, variable in backends.VARIABLES.items() if operation != "rope"}
     return patch.dict(os.environ, dict.fromkeys(variables, "reference"))
 
@@ -215,30 +222,30 @@ def _reference(transformer: nn.Module):
     return plain_pytorch()
 
 
-# reference: plain PyTorch; eager: diffusers' blocks with what `backends` chooses; fused: `turbo_nb.fuse`
+# "reference" is plain PyTorch. "eager" is diffusers' blocks with the kernels that `backends` chooses.
 MODES = {"reference": _reference, "eager": nullcontext, "fused": _fused, "compile": _compiled}
 
 
 def check_modes(modes: list[str]) -> None:
-    """Raises InputError for a mode that is not one of `MODES`, or several joined by +."""
+    """Raise InputError for a mode that is not a name of `MODES`, or several joined by +."""
     for mode in modes:
         if not set(mode.split("+")) <= MODES.keys():
-            raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}, or several such as fused+compile")
+            raise InputError(f"mode is {mode!r}. Expected one of {', '.join(MODES)}, or several such as fused+compile.")
 
 
 @contextmanager
 def using(mode: str, transformer: nn.Module) -> Iterator[None]:
-    """The transformer in a mode, or in several one on the other ("fused+compile"); afterwards as it was."""
+    """Put the transformer into a mode, or into several ("fused+compile"), and undo that afterwards."""
     with ExitStack() as stack:
         for name in mode.split("+"):
             stack.enter_context(MODES[name](transformer))
         yield
 
 
-_source = attention_reference.block_map  # who answers, while `maps_from` lasts
+_source = attention_reference.block_map  # makes the block maps inside `maps_from`
 
 
-# An operation of its own, so that a compiled block asks anew at every call
+# A custom operation, because a compiled block must ask again at every call.
 @torch.library.custom_op("turbo_nb_benchmarks::block_map", mutates_args=())
 def _block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
     return _source(q, k, topk, block_q, block_k)
@@ -251,14 +258,14 @@ def _(q, k, topk, block_q, block_k):
 
 
 def _kept_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, *_) -> Tensor:
-    """The kept blocks of a map as indices in ascending order, (B, H, Q_blocks, n) int32"""
+    """Return the kept blocks of a map as ascending indices, (B, H, Q_blocks, n) int32"""
     kept = _block_map(q, k, topk, block_q, block_k)
     return (
         kept.int().topk(attention_reference.kept_count(topk, kept.shape[-1]), dim=-1).indices.int().sort(dim=-1).values
     )
 
 
-# Where modes ask for their block maps: module, attribute, and what stands in for it, which asks `_source`
+# Where modes ask for their block maps: module, attribute, and the replacement, which asks `_source`.
 MAP_SEAMS = [
     ("turbo_nb.ops.attention.reference", "block_map", _block_map),
     ("turbo_nb.ops.attention.triton_sla", "kept_blocks", _kept_blocks),
@@ -267,14 +274,14 @@ MAP_SEAMS = [
 
 @contextmanager
 def maps_from(source: Callable[..., Tensor]) -> Iterator[None]:
-    """For a while, every block map is what source(q, k, topk, block_q, block_k) says."""
+    """Take every block map from source(q, k, topk, block_q, block_k) inside this context."""
     global _source
     before, _source = _source, source
     with ExitStack() as stack:
         for name, attribute, stand_in in MAP_SEAMS:
             try:
                 module = import_module(name)
-            except ImportError:  # no Triton here
+            except ImportError:  # Triton is not installed
                 continue
             stack.enter_context(patch.object(module, attribute, stand_in))
         try:
@@ -284,8 +291,11 @@ def maps_from(source: Callable[..., Tensor]) -> Iterator[None]:
 
 
 class Plain:
-    """The plain modules in bf16, with 8-bit linears where asked: the maps they choose, the float32 output of the bf16
-    weights on the same maps, and their error against it."""
+    """The plain bf16 modules, with 8-bit linears if the setup asks for them.
+
+    `maps` are the block maps that they choose. `ref` is the float32 output of the same weights on the same maps, and
+    `error` their relative error against it.
+    """
 
     def __init__(self, setup: Setup):
         choose, self.maps = attention_reference.block_map, []
@@ -294,13 +304,13 @@ class Plain:
             self.maps.append(choose(*arguments))
             return self.maps[-1]
 
-        with plain_pytorch():  # from the loading on, which makes 8-bit weights for what will run them
+        with plain_pytorch():  # loading included, because it makes 8-bit weights for the chosen kernel
             transformer = build(setup)
         with maps_from(record), using("reference", transformer):
             out = velocity(transformer, make_inputs(setup))
         attention = "original" if setup.attention == "original" else "sla"
         exact = build(replace(setup, attention=attention, linears="bf16"), torch.float32)
-        if self.maps:  # SageSLA may have blocks of other sizes
+        if self.maps:  # because blocks of SageSLA may have other sizes
             for ours, theirs in zip(exact.blocks, transformer.blocks, strict=True):
                 ours, theirs = ours.attn1.processor.sla, theirs.attn1.processor.sla
                 ours.block_q, ours.block_k = theirs.block_q, theirs.block_k
@@ -310,7 +320,7 @@ class Plain:
 
 
 class Given:
-    """A source of block maps that were chosen before; count: how many were asked for."""
+    """A source of recorded block maps. count: how many were asked for."""
 
     def __init__(self, maps: list[Tensor]):
         self.maps, self.count = maps, 0
@@ -321,7 +331,7 @@ class Given:
 
 
 def check(mode: str, setup: Setup, plain: Callable[[float], Plain]) -> Check:
-    """The mode against float32, with the same block maps where it takes them, else with every block kept."""
+    """Compare a mode with float32: with the same block maps if it takes them, else with every block kept."""
     for topk in dict.fromkeys((setup.topk, 1.0)):
         setup, own = replace(setup, topk=topk), plain(topk)
         transformer, given = build(setup), Given(own.maps)

@@ -1,8 +1,11 @@
-"""The switch of experts: one leaves the GPU and the other comes, as in every clip of A14B; random 8-bit weights.
+"""Switch from one expert on the GPU to the other, as every clip of A14B does, with random 8-bit weights.
 
-"accelerate" moves them as its model offload does; "turns" is `turbo_nb.offload`; "ahead" is that after a step for which
-the GPU had room beside the first expert, so that the second was fetched meanwhile. A row's first_ms is the first
-switch's. The check. Whichever came holds the bytes it was made with.
+Modes:
+- accelerate: move both, as accelerate's model offload does.
+- turns: `turbo_nb.runtime.expert_swap`.
+- ahead: the same, with room on the GPU, so that the second expert is prefetched during a step of the first.
+
+The column first_ms is the time of the first switch. The check: an expert on the GPU has its own bytes.
 """
 
 import time
@@ -21,37 +24,37 @@ from . import harness
 from .harness import Check, Job, Timing
 
 MODES = ("accelerate", "turns", "ahead")
-MATRIX = 5120 * 13824  # bytes of a parameter: a feed-forward's of 14B
-STEP = 1.0  # seconds for what is fetched ahead to come
+MATRIX = 5120 * 13824  # bytes of a parameter, such as a feed-forward layer of 14B
+STEP = 1.0  # seconds, enough to prefetch an expert
 
 
 class Expert(nn.Module):
-    """So many bytes of int8, whose output tells them from others."""
+    """A module with `size` bytes of int8. Its output differs from that of other bytes."""
 
     def __init__(self, size: float, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         count = max(1, round(size / MATRIX))
         one = torch.randint(-128, 128, (int(size / count),), dtype=torch.int8, generator=generator)
-        # random once, the others are copies, each of them moved on by some bytes: 14 GB take a minute to draw
+        # Only one is drawn, because drawing 14 GB takes a minute. The others are copies, each shifted by some bytes.
         self.weights = nn.ParameterList(nn.Parameter(one.roll(97 * i), requires_grad=False) for i in range(count))
 
     def forward(self) -> Tensor:
-        """Of every parameter the sum of its last 4096 bytes, (parameters,) float32"""
+        """Return the sum of the last 4096 bytes of each parameter, (parameters,) float32."""
         return torch.stack([weight[-4096:].float().sum() for weight in self.weights])
 
 
 class Pipeline:
-    """What `expert_swap.take_turns` asks of a pipeline."""
+    """The methods of a pipeline that `expert_swap.take_turns` uses."""
 
     def __init__(self, experts: tuple[Expert, Expert]):
         self.experts = experts
 
     def maybe_free_model_hooks(self) -> None:
-        """diffusers': nothing is offloaded by it"""
+        """Do nothing, because diffusers offloads nothing here."""
 
     def remove_all_hooks(self) -> None:
-        """diffusers': from all parts"""
+        """Remove the hooks of all parts, as diffusers does."""
         from accelerate.hooks import remove_hook_from_module
 
         for expert in self.experts:
@@ -59,12 +62,12 @@ class Pipeline:
 
 
 def jobs(gigabytes: float, modes: list[str], device: str, *, runs: int, warmup: int) -> Iterator[Job]:
-    """A job for each of `MODES` that is named. Raises InputError for another, and for no bytes."""
+    """Yield a job for each mode. Raises InputError for an unknown mode, and for a size that is not above 0."""
     for mode in modes:
         if mode not in MODES:
-            raise InputError(f"mode is {mode!r}; it is one of {', '.join(MODES)}")
+            raise InputError(f"mode is {mode!r}. Expected one of {', '.join(MODES)}.")
     if not gigabytes > 0:
-        raise InputError(f"gb is {gigabytes:g}; it is the size of an expert in GB, above 0")
+        raise InputError(f"gb is {gigabytes:g}. Expected the size of an expert in GB, above 0.")
     experts = Expert(gigabytes * 1e9, 0), Expert(gigabytes * 1e9, 1)
     made = [expert() for expert in experts]
 
@@ -79,7 +82,7 @@ def jobs(gigabytes: float, modes: list[str], device: str, *, runs: int, warmup: 
             peak = torch.cuda.max_memory_allocated(device) / 2**30 if device != "cpu" else None
             timing = Timing(ms=median(warm), ms_min=min(warm), n=runs, first_ms=first, peak_gib=peak)
             error = max(harness.relative_error(out, made[number]) for _, number, out in switches)
-            return timing, Check(error=error, limit=0, what="what came, against what was made")
+            return timing, Check(error=error, limit=0, what="the expert on the GPU against the expert that was made")
 
         size = sum(weight.nbytes for weight in experts[0].weights)
         shape = f"{size / 1e9:.1f} GB"
@@ -88,7 +91,9 @@ def jobs(gigabytes: float, modes: list[str], device: str, *, runs: int, warmup: 
     yield from map(job, modes)
 
 
-Switch = Callable[[], tuple[float, int, Tensor]]  # → seconds, which expert came, and its output on the CPU
+Switch = Callable[
+    [], tuple[float, int, Tensor]
+]  # → seconds, number of the expert on the GPU, and its output on the CPU
 
 
 @contextmanager
@@ -122,7 +127,7 @@ def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator
     def switch():
         experts[0]()
         if ahead:
-            experts[0]()  # a second step, beside which the other is fetched
+            experts[0]()  # a second step, during which the other expert is prefetched
             time.sleep(STEP)
         seconds, out = _timed(experts[1], device)
         return seconds, 1, out.cpu()
@@ -136,7 +141,7 @@ def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator
 
 
 def _timed(work: Callable[[], Tensor | None], device: str) -> tuple[float, Tensor | None]:
-    """Seconds of the work, and what it gives"""
+    """Return the seconds of the work, and its result"""
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     synchronize()
     begin = time.perf_counter()

@@ -115,10 +115,8 @@ def test_a_mode_with_maps_of_its_own_is_checked_with_every_block(bench, monkeypa
 
 def test_the_fused_mode_fuses_for_the_time_and_for_the_check(bench, monkeypatch, capsys):
     calls = []
-    fuse = SimpleNamespace(
-        fuse=lambda transformer: calls.append("fuse") or "3 modules replaced", unfuse=lambda t: calls.append("unfuse")
-    )
-    monkeypatch.setattr("benchmarks.step.fuse", fuse)
+    monkeypatch.setattr(step.fused_transformer, "fuse", lambda t: calls.append("fuse") or "3 modules replaced")
+    monkeypatch.setattr(step.fused_transformer, "unfuse", lambda t: calls.append("unfuse"))
     assert bench(*TINY, "--layers", 1, "--mode", "fused+eager")[0] == 0
     assert calls == ["fuse", "unfuse"] * 2 and "3 modules replaced" in capsys.readouterr().out
 
@@ -263,7 +261,7 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*TINY, "--mode", "fast"), "mode is 'fast'; it is one of reference, eager, fused, compile"),
+        ((*TINY, "--mode", "fast"), "mode is 'fast'. Expected one of reference, eager, fused, compile"),
         ((*TINY, "--linears", "int4"), "linears is 'int4'"),
         ((*TINY, "--topk", "2"), "sla_topk is 2"),
         ((*TINY, "--size", "832x480"), "size is '832x480'"),
@@ -272,10 +270,10 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         ((*ROPE, "--dtype", "int8"), "dtype is 'int8'"),
         (("vae", "--mode", "fast", *QUICK), "mode is 'fast'"),
         (("e2e", "--linears", "int4"), "linears is 'int4'"),
-        (("switch", "--mode", "eager"), "mode is 'eager'; it is one of accelerate, turns, ahead"),
-        (("switch", "--gb", "0"), "gb is 0; it is the size of an expert in GB, above 0"),
-        (("e2e", "--memory", "-1"), "memory is -1; it is in GB, above 0"),
-        (("e2e", "--random", "2B"), "random is '2B'; it is one of 1.3B, 14B, nano, tiny"),
+        (("switch", "--mode", "eager"), "mode is 'eager'. Expected one of accelerate, turns, ahead"),
+        (("switch", "--gb", "0"), "gb is 0. Expected the size of an expert in GB, above 0"),
+        (("e2e", "--memory", "-1"), "memory is -1. Expected GB, above 0"),
+        (("e2e", "--random", "2B"), "random is '2B'. Expected one of 1.3B, 14B, nano, tiny"),
     ],
 )
 def test_what_cannot_be_used_is_said(bench, capsys, arguments, words):
@@ -295,7 +293,7 @@ def test_the_table_has_the_latest_row_of_each(bench, monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit, match="0"):
         command.main()
     assert capsys.readouterr().out.count("\n") == 4
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="does not exist"):
         harness.read(tmp_path / "none.csv")
 
 
