@@ -1,1 +1,1 @@
-"""How the embedded model `nano` is made, from nothing, in stages (see README.md)."""
+"""Train the embedded model `nano` from random weights, in stages (see README.md)."""

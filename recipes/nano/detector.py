@@ -1,7 +1,8 @@
-"""A classical detector: looks at a finished clip and says which of the five attributes it shows. Nothing is learned.
+"""A detector without training: it reads the five attributes from a finished clip.
 
-It takes colours from the border and from the pixels that differ most from it, turns every pixel into a coverage
-between the two, and reads size, motion and shape from the area, the centroid and the filled share of the bounding box.
+It takes the background colour from the border, and the shape's colour from the pixels that differ most from the border.
+Every pixel then has a coverage between the two colours. The area gives the size, the centroid the motion, and the
+filled share of the bounding box the shape.
 """
 
 import numpy as np
@@ -9,13 +10,13 @@ import numpy as np
 from .world import BACKGROUNDS, COLOURS, RADIUS
 
 SIZE_LIMIT = (RADIUS["small"][1] + RADIUS["large"][0]) / 2  # equal-area radius in pixels, between small and large
-GROWTH_LIMIT = 1.35  # ratio of last to first radius from which a shape grows
-STILL_LIMIT = 8.0  # pixels
+GROWTH_LIMIT = 1.35  # ratio of last to first radius: a larger one counts as growing
+STILL_LIMIT = 8.0  # pixels: a shape that travels less stands still
 FILL = {
     "triangle": (0.38, 0.64),
     "circle": (0.64, 0.89),
     "square": (0.89, 1.10),
-}  # area / bounding box; exact: 1/2, π/4, 1
+}  # area / bounding box. The exact values are 1/2, π/4 and 1.
 
 
 def nearest(colour: np.ndarray, table: dict[str, tuple]) -> str:
@@ -23,7 +24,7 @@ def nearest(colour: np.ndarray, table: dict[str, tuple]) -> str:
 
 
 def detect(frames: np.ndarray) -> dict[str, str | None]:
-    """frames (T, H, W, 3) uint8 → what is seen of size, colour, shape, motion, background; None where nothing fits."""
+    """Return size, colour, shape, motion and background of frames (T, H, W, 3) uint8; None for what does not fit."""
     x = frames.astype(np.float32)
     back = _border(x)
     seen = dict.fromkeys(("size", "colour", "shape", "motion"), None) | {"background": nearest(back, BACKGROUNDS)}
@@ -53,7 +54,7 @@ def detect(frames: np.ndarray) -> dict[str, str | None]:
 
 
 def place(frames: np.ndarray) -> np.ndarray:
-    """Centre of whatever differs from the border of a clip (T, H, W, 3), over all its frames: x, y in pixels"""
+    """Return the centre (x, y) in pixels of what differs from the border of a clip (T, H, W, 3), over all frames."""
     x = frames.astype(np.float32)
     difference = np.sqrt(((x - _border(x)) ** 2).sum(-1))
     seen = (difference > 0.5 * difference.max()).sum(0)  # (H, W)
@@ -86,6 +87,6 @@ def _motion(coverage: np.ndarray, area: np.ndarray, radius: np.ndarray) -> str |
 
 
 def _fill(coverage: np.ndarray) -> float:
-    """Share of the bounding box that is covered; its sides are the longest row and column, in parts of pixels."""
+    """Return the covered share of the bounding box, whose sides are the longest row and column, in parts of pixels"""
     width, height = coverage.sum(1).max(), coverage.sum(0).max()
     return float(coverage.sum() / (width * height))

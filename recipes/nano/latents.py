@@ -1,13 +1,13 @@
-"""What nano's latents mean, and the whole-clip pass that trains its VAE.
+"""Define nano's latents, and run the VAE over a whole clip for training.
 
-Encoder and decoder are taught apart, towards fixed latents: each cell of 4×8×8 pixels (the first frame makes cells of
-its own, repeated four times) is projected on the first 16 principal components of such cells. Latents are then well
-conditioned from the first step, and encoder, decoder and transformer can all be trained at once. `python -m
-recipes.nano.latents` measures the components on drawn clips and writes them beside this file.
+Encoder and decoder are trained apart, towards fixed latents. A latent is the projection of a cell of 4×8×8 pixels on
+the first 16 principal components of such cells. The first frame is repeated four times for cells of its own. So the
+latents are well conditioned from the first step, and encoder, decoder and transformer can be trained at the same time.
+`python -m recipes.nano.latents` measures the components on drawn clips and writes them beside this file.
 
-`AutoencoderKLWan` walks a clip in chunks of four frames with a cache, seven launches of everything on a GPU, and
-`decode` clamps to [-1, 1], where saturated colours get no gradient. Inside `whole_clip()` its own modules run over all
-frames at once, unclamped; causality makes the result the same, so what is trained is what diffusers runs.
+`AutoencoderKLWan` goes through a clip in chunks of four frames with a cache, which costs seven times the launches on a
+GPU. Its `decode` clamps to [-1, 1], where saturated colours get no gradient. Inside `whole_clip()` its modules run over
+all frames at once, without the clamp. The result is the same, because the modules are causal.
 """
 
 import random
@@ -26,7 +26,7 @@ BASIS = Path(__file__).with_name("basis.safetensors")
 
 
 def cells(clips: torch.Tensor) -> torch.Tensor:
-    """clips (B, 3, 4n+1, H, W) → (B, n+1, H/8, W/8, 768)"""
+    """Return the cells of clips (B, 3, 4n+1, H, W) → (B, n+1, H/8, W/8, 768)."""
     clips = torch.cat([clips[:, :, :1].expand(-1, -1, 3, -1, -1), clips], dim=2)
     b, c, t, h, w = clips.shape
     x = clips.view(b, c, t // 4, 4, h // 8, 8, w // 8, 8)
@@ -34,14 +34,14 @@ def cells(clips: torch.Tensor) -> torch.Tensor:
 
 
 def clips_of(cells: torch.Tensor) -> torch.Tensor:
-    """The inverse of `cells`."""
+    """Return the clips of cells; the inverse of `cells`."""
     b, n, h, w, _ = cells.shape
     x = cells.view(b, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.reshape(b, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
 
 
 class Basis:
-    """clips (B, 3, 4n+1, H, W) → principal components of their cells (B, 16, n+1, H/8, W/8), each of variance 1"""
+    """Map clips (B, 3, 4n+1, H, W) to the principal components (B, 16, n+1, H/8, W/8), each of variance 1."""
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.mean, self.project = (t.to(device) for t in map(load_file(BASIS).get, ("mean", "project")))
@@ -51,12 +51,12 @@ class Basis:
         return ((cells(clips) - self.mean) @ self.project).permute(0, 4, 1, 2, 3)
 
     def clips(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the components alone say of the clips (B, 3, 4n+1, H, W): blurred, but cheap"""
+        """Return the clips (B, 3, 4n+1, H, W) that the components stand for: blurred, but cheap."""
         return clips_of(latents.permute(0, 2, 3, 4, 1) @ self.back + self.mean)
 
 
 def measure_basis(count: int = 1024) -> None:
-    """Principal components over `count` training clips, each scaled to variance 1; written to basis.safetensors."""
+    """Write the principal components of `count` training clips, each of variance 1, to basis.safetensors."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     total, outer, number = torch.zeros(768).double(), torch.zeros(768, 768).double(), 0
     for _ in range(count // 32):
@@ -70,7 +70,7 @@ def measure_basis(count: int = 1024) -> None:
 
 
 def _resample_whole_clip(self, x, feat_cache=None, feat_idx=None):
-    """`WanResample.forward` over all frames (B, C, T, H, W): the first frame skips the temporal convolution."""
+    """Run `WanResample.forward` over all frames (B, C, T, H, W). The first frame skips the temporal convolution"""
     if self.mode == "upsample3d" and x.shape[2] > 1:
         first, rest = x[:, :, :1], self.time_conv(x[:, :, 1:])
         b, _, t, h, w = rest.shape
@@ -86,7 +86,7 @@ def _resample_whole_clip(self, x, feat_cache=None, feat_idx=None):
 
 @contextmanager
 def whole_clip():
-    """Inside, `encode` and `decode` below see a clip in one pass."""
+    """Let `encode` and `decode` process a clip in one pass inside this context."""
     chunked, WanResample.forward = WanResample.forward, _resample_whole_clip
     try:
         yield
@@ -95,12 +95,12 @@ def whole_clip():
 
 
 def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
-    """clips (B, 3, 4n+1, H, W) → mean and log variance of the latents (B, 32, n+1, H/8, W/8)"""
+    """Return mean and log variance (B, 32, n+1, H/8, W/8) of the latents of clips (B, 3, 4n+1, H, W)."""
     return vae.quant_conv(vae.encoder(patchify(clips, VAE["patch_size"])))
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """latents (B, 16, n+1, h, w) → clips (B, 3, 4n+1, 8h, 8w), not clamped"""
+    """Return the clips (B, 3, 4n+1, 8h, 8w) of latents (B, 16, n+1, h, w), not clamped."""
     return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), VAE["patch_size"])
 
 

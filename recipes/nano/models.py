@@ -1,4 +1,4 @@
-"""What nano is made of: the configuration of its parts and the folder that they ship in (diffusers layout)."""
+"""Configure the parts of nano, and write them to the folder that they ship in (diffusers layout)."""
 
 import json
 
@@ -67,10 +67,10 @@ def new_transformer() -> WanTransformer3DModel:
 
 
 def save(part: torch.nn.Module, name: str) -> None:
-    """Write one part (bf16 weights) into the shipped folder, with the small files that make the folder whole."""
+    """Write one part (bf16 weights) and the small files of diffusers' layout into the shipped folder."""
     part.to("cpu", torch.bfloat16).save_pretrained(ASSET / name, safe_serialization=True)
     config = json.loads((ASSET / name / "config.json").read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)  # a folder of the machine that trained it
+    config.pop("_name_or_path", None)  # names a folder of the machine that trained it
     ByT5Tokenizer().save_pretrained(ASSET / "tokenizer")
     scheduler = {"_class_name": "RCMScheduler", "sigma_max": 80.0, "ode": False}
     index = {
@@ -103,5 +103,5 @@ def load_transformer(attention_type: str = "original", topk: float = 0.15) -> Wa
 
 
 def write_sums() -> None:
-    """Record the shipped files' hashes, by which `turbo-nb verify` knows them."""
+    """Write the hashes of the shipped files, which `turbo-nb verify` compares."""
     (ASSET / selftest.SUMS).write_text(selftest.sums(ASSET), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The live preview's colours: a linear map from latents to RGB, fitted to what the VAE decodes, into preview.json."""
+"""Fit the colours of the live preview: a linear map from latents to RGB, written to preview.json."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from .world import ASSET, TRAINING_SCENES, draw, indices
 
 @torch.no_grad()
 def main(count: int = 64) -> None:
-    """Fit over `count` drawn clips and write the numbers beside the VAE."""
+    """Fit the map over `count` drawn clips, and write it beside the VAE."""
     vae = load_vae().eval()
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -23,7 +23,7 @@ def main(count: int = 64) -> None:
     clips = draw(scenes, torch.Generator().manual_seed(3))  # (N, 3, T, H, W)
     latents = torch.cat([(vae.encode(clip[None]).latent_dist.mode() - mean) / std for clip in clips])
     frames = clips.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
-    # side by side the clips are one wide clip
+    # The clips side by side are one wide clip.
     wide = torch.cat(list(latents), dim=3)[None]
     factors = preview.fit_preview(wide, np.concatenate(list(frames), axis=2))
     rounded = [[round(value, 2) for value in row] for row in factors]

@@ -1,20 +1,21 @@
-"""Stage 4: sparse-linear attention, and one to four steps.
+"""Stage 4: train sparse-linear attention, and sampling in one to four steps.
 
-A few-step student has to say from pure noise which clip it will paint. The prompt leaves much open (place, exact size,
-speed; a short one even more), and a student taught by many clips for one noise paints their mean, where a small shape
-is nothing at all. So here the noise is given a meaning: the means of its channels, standard normal each, say through
-the normal distribution function what the prompt leaves open. Every start noise then has one exact clip, and over all
-noises the clips are spread as the training clips are.
+A few-step student must choose a clip from pure noise. The prompt leaves the place, the exact size and the speed open,
+and a short prompt leaves even more open. A student that sees many clips for one noise paints their mean, and in that
+mean a small shape disappears. So the noise chooses: the means of its channels are standard normal, and the normal
+distribution function maps them to what the prompt leaves open. Every start noise then has one exact clip, and the clips
+of all noises are spread as the training clips are.
 
-The student, stage 3's transformer with SLA, learns to jump from each of the four rCM levels straight to that clip: from
-the start noise and from the clip under fresh noise, and, after the first quarter, from the states that its own sampling
-passes, so that it learns to go on from what it really painted. Under much fresh noise a faint shape cannot be found for
-certain, and the mean over where it may be is an empty picture once more. So where a later jump was far from the clip or
-only faint, place, size and speed are measured in what it painted, and the clip of these is where that jump ends: it
-learns to stand by its best guess.
+The student is the transformer of stage 3 with SLA. It learns to jump from each of the four rCM levels straight to that
+clip. It starts from the start noise and from the clip under fresh noise. After the first quarter of the training it
+also starts from the states of its own sampling, because it must continue from its own pictures.
 
-`--resume` goes on from the shipped student; `--further 0.2` moves the weights at the end a fifth of their way further
-than they were trained (model extrapolation, arXiv:2404.16792).
+Much fresh noise hides a faint shape, and the mean over all its possible places is an empty picture again. So when a
+later jump is far from the clip or only faint, place, size and speed are measured in the picture that it painted. The
+clip of these numbers is then the target: the student learns to keep its best guess.
+
+`--resume` continues from the shipped student. `--further 0.2` moves the final weights a fifth of their way further than
+they were trained (model extrapolation, arXiv:2404.16792).
 
 A quarter of the steps run dense attention on the same weights, so that both attentions stay usable.
 """
@@ -34,35 +35,35 @@ from .train_transformer import Data, rcm_sigmas, timesteps
 from .training import CAPTION_LENGTH, TEXT_LENGTH, Average, Progress, embed, tokens
 from .world import ATTRIBUTES, TRAINING_SCENES, colours, indices, measure, paint
 
-SHARES = (0.25, 0.35, 0.2, 0.2)  # of the lessons, by rCM level
-ASTRAY = 0.5  # of the contrast between shape and background: a jump that is off by more shows a clip of its own
+SHARES = (0.25, 0.35, 0.2, 0.2)  # of the lessons for each rCM level
+ASTRAY = 0.5  # of the contrast between shape and background: a jump with a larger error shows another clip
 FREE = 5  # numbers that `paint` takes beside the attributes
 
 
 def compiled(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     if next(transformer.parameters()).is_cuda:
-        torch._dynamo.config.automatic_dynamic_shapes = False  # few sizes, each worth its own kernels
+        torch._dynamo.config.automatic_dynamic_shapes = False  # because the few sizes run faster with their own kernels
         torch._dynamo.config.recompile_limit = 64
         transformer.compile_repeated_blocks(fullgraph=True)
     return transformer
 
 
 def share_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """`target` computes with the parameters of `source`."""
+    """Let `target` compute with the parameters of `source`."""
     for name in dict(target.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         target.get_submodule(owner)._parameters[leaf] = source.get_parameter(name)
 
 
 def velocity(model, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Model's velocity at states x (B, …) of noise level sigma, () or (B,); inputs as the sampler gives them."""
+    """Return the velocity at states x (B, …) of noise level sigma, () or (B,), with the inputs of the sampler."""
     text = F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[1])).float()  # zeros, as the pipeline pads it
     return model(x.bfloat16().float(), timesteps(sigma).expand(len(x)), text, return_dict=False)[0].float()
 
 
 @torch.no_grad()
 def sample(student, text: torch.Tensor, noise: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rCM sampler (SDE) from noise (B, …) → its states, and where it jumped from each (B, steps, …).
+    """Sample with rCM (SDE) from noise (B, …). Returns its states, and the jump from each (B, steps, …).
 
     The last jump is the clip.
     """
@@ -77,7 +78,7 @@ def sample(student, text: torch.Tensor, noise: torch.Tensor, steps: int) -> tupl
 
 @torch.no_grad()
 def ode(teacher, text: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Rectified flow from noise (B, …) to its end in equal steps (Euler)"""
+    """Follow the rectified flow from noise (B, …) to its end in equal steps (Euler)."""
     x = noise
     for sigma, following in pairwise(torch.linspace(1, 0, steps + 1, device=noise.device)):
         x = x - (sigma - following) * velocity(teacher, x, sigma, text)
@@ -85,10 +86,10 @@ def ode(teacher, text: torch.Tensor, noise: torch.Tensor, steps: int) -> torch.T
 
 
 def meaning(noise: torch.Tensor, attributes: torch.Tensor, named: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the clip of a start noise (B, …) shows: its attributes (B, 5), and the free numbers of `paint` (B, 5).
+    """Return the attributes (B, 5) and the free numbers of `paint` (B, 5) that a start noise (B, …) stands for.
 
-    The first five channel means choose the free numbers, the next five the attributes that are not `named` (B, 5); of
-    these, the training scene nearest to what they choose.
+    The first five channel means choose the free numbers. The next five choose the attributes that are not `named`
+    (B, 5). The nearest training scene gives the attributes.
     """
     count = noise[0, 0].numel()
     uniform = torch.special.ndtr(noise[:, : FREE + len(ATTRIBUTES)].mean((2, 3, 4)) * count**0.5)
@@ -100,13 +101,13 @@ def meaning(noise: torch.Tensor, attributes: torch.Tensor, named: torch.Tensor) 
 
 
 def power(x: torch.Tensor) -> torch.Tensor:
-    """Mean square (B,) of x (B, …)"""
+    """Return the mean square (B,) of x (B, …)."""
     return x.square().flatten(1).mean(1)
 
 
 @dataclass
 class Batch:
-    """What to learn: to jump from a state at an rCM level to the latents `end`. All (B, …)."""
+    """Lessons: jump from a state at an rCM level to the latents `end`. All (B, …)."""
 
     text: torch.Tensor
     level: torch.Tensor
@@ -118,7 +119,7 @@ class Batch:
         return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
 
     def error(self, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """Mean square error (B,) of the velocity, less severe on large and bright shapes."""
+        """Return the mean square error (B,) of the velocity, weighted down for large and bright shapes."""
         exact = (self.state - self.end) / sigma.view(-1, 1, 1, 1, 1)
         return power(velocity - exact) / power(self.end - self.blank).sqrt()
 
@@ -133,7 +134,7 @@ class Lessons:
         self.sigmas = rcm_sigmas(text.device)
 
     def start(self, batch: int) -> tuple[torch.Tensor, ...]:
-        """Text, attributes, start noise, latents of the clip that the noise means, and of a cell of its background."""
+        """Return text, attributes, start noise, latents of its clip, and latents of a cell of the background."""
         captions = self.data.captions
         rows = captions.sample(batch)
         noise = torch.randn(batch, *LATENT_SHAPE, device=rows.device)
@@ -146,7 +147,7 @@ class Lessons:
         return torch.multinomial(torch.tensor(SHARES, device=self.text.device), batch, replacement=True)
 
     def exact(self, batch: int) -> Batch:
-        """Start noises, and exact clips under fresh noise."""
+        """Return lessons from start noises, and from exact clips under fresh noise."""
         text, _, noise, end, blank = self.start(batch)
         level = self.levels(batch)
         sigma = self.sigmas[level].view(-1, 1, 1, 1, 1)
@@ -155,7 +156,7 @@ class Lessons:
         return Batch(text, level, state, end, blank)
 
     def practice(self, student, batch: int) -> Batch:
-        """States that the student's own sampling passed. A later jump gone astray is made exact where it is."""
+        """Return lessons from the states of the student's own sampling; a jump that is lost gets the clip it shows."""
         if not self.left:
             text, attributes, noise, end, blank = self.start(batch)
             states, jumps = sample(student, text, noise, len(SHARES))
@@ -173,7 +174,7 @@ class Lessons:
 
 
 class Judge:
-    """Detector scores of latents for the prompts of evaluate.py, decoded by the shipped VAE."""
+    """Score latents for the prompts of evaluate.py with the detector, decoded by the shipped VAE."""
 
     def __init__(self, text_encoder, data: Data, device: torch.device, count: int, chunk: int):
         self.scenes, texts = zip(*prompts(count), strict=True)
@@ -247,9 +248,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--captions", type=int, default=50_000)
-    parser.add_argument("--resume", action="store_true", help="go on from the shipped student")
-    parser.add_argument("--further", type=float, default=0.0, help="extrapolate by this share of the way trained")
+    parser.add_argument("--resume", action="store_true", help="continue from the shipped student")
+    parser.add_argument("--further", type=float, default=0.0, help="extrapolate the weights by this share of their way")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--judged", type=int, default=192, help="prompts that the detector judges")
+    parser.add_argument("--judged", type=int, default=192, help="number of prompts that the detector judges")
     parser.add_argument("--device", type=torch.device, default="cuda")
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Stage 1: the text encoder learns the five attributes, with a classification head each (heads are thrown away)."""
+"""Stage 1: train the text encoder on the five attributes, each with a classification head that is not shipped."""
 
 import argparse
 import random
@@ -12,7 +12,7 @@ from .world import ATTRIBUTES, HELD_OUT_SCENES, VOCABULARY, describe, indices
 
 
 def pooled(encoder: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """tokens (B, N) → mean state of the prompt's tokens (B, TEXT_DIM)"""
+    """Return the mean state (B, TEXT_DIM) of the tokens (B, N) of a prompt."""
     mask = rows > 0
     states = encoder(rows.int(), attention_mask=mask.int()).last_hidden_state
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

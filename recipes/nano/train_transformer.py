@@ -1,7 +1,7 @@
-"""Stage 3: the transformer learns rectified flow, with dense attention; the text encoder follows at a lower rate.
+"""Stage 3: train the transformer on rectified flow with dense attention, and the text encoder at a lower rate.
 
-Half of the noise levels are the four of the rCM schedule, half are uniform, so that many-step sampling (the reference
-for the few-step model) works as well.
+Half of the noise levels are the four of the rCM schedule. The other half is uniform, because many-step sampling is the
+reference for the few-step model.
 """
 
 import argparse
@@ -16,18 +16,18 @@ from .world import draw
 
 
 def rcm_sigmas(device: torch.device) -> torch.Tensor:
-    """The four noise levels of the rCM schedule at sigma_max 80."""
+    """Return the four noise levels of the rCM schedule at sigma_max 80."""
     t = torch.tensor([math.atan(80), 1.5, 1.4, 1.0], device=device)
     return t.sin() / (t.sin() + t.cos())
 
 
 def timesteps(sigmas: torch.Tensor) -> torch.Tensor:
-    """What the model sees of a noise level: sigma · 1000 in bf16."""
+    """Return the timestep of a noise level, as the model sees it: sigma · 1000 in bf16."""
     return (sigmas * 1000).bfloat16().float()
 
 
 class Data:
-    """Batches of (latents, text embeddings) on a device, endless and never stored."""
+    """Endless batches of (latents, text embeddings) on a device, drawn as they are needed."""
 
     def __init__(self, device: torch.device, captions: int, seed: int):
         self.captions, self.basis = Captions(captions, device, seed), Basis(device)
@@ -38,14 +38,14 @@ class Data:
         )
 
     def latents(self, rows: torch.Tensor) -> torch.Tensor:
-        """Normalised latents of the captions' scenes (B, 16, 7, 16, 16)"""
+        """Return the normalised latents of the captions' scenes (B, 16, 7, 16, 16)."""
         return self.normalised(draw(self.captions.attributes[rows], self.generator))
 
     def normalised(self, clips: torch.Tensor) -> torch.Tensor:
         return (self.basis(clips) - self.mean) / self.std
 
     def raw(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE makes of a clip, and decodes."""
+        """Latents of a clip by the shipped VAE, and back."""
         return latents * self.std + self.mean
 
 

@@ -1,7 +1,7 @@
-"""Stage 2: the VAE. The encoder learns the fixed latents, the decoder to paint them, over whole clips of 25 frames.
+"""Stage 2: train the VAE over whole clips of 25 frames. The encoder learns the fixed latents, the decoder the clips.
 
-Half of the decoder's batch is what the encoder makes (its gradient reaches the encoder too), half the targets with a
-little noise, since the transformer's latents will not be perfect either.
+Half of the decoder's batch comes from the encoder, and its gradient reaches the encoder too. The other half is the
+exact latents with a little noise, because the transformer's latents will not be perfect either.
 """
 
 import argparse
@@ -10,20 +10,17 @@ import random
 import torch
 import torch.nn.functional as F
 
+from turbo_nb.ops.compare import psnr
+
 from .latents import Basis, decode, encode, whole_clip
 from .models import LATENT_CHANNELS, load_vae, new_vae, save
 from .training import Progress
 from .world import ASSET, HELD_OUT_SCENES, TRAINING_SCENES, draw, indices
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of tensors in [-1, 1], in dB."""
-    return (10 * torch.log10(4 / F.mse_loss(a, b))).item()
-
-
 @torch.no_grad()
 def evaluate(vae, device: torch.device, count: int = 64) -> dict[str, float]:
-    """Reconstruction PSNR (dB) of unseen clips by diffusers' own encode and decode, and the latents' mean and std."""
+    """Return the PSNR (dB) of unseen clips by diffusers' encode and decode, and the latents' mean and std."""
     generator = torch.Generator(device).manual_seed(99)
     scenes = indices(random.Random(99).choices(HELD_OUT_SCENES, k=count)).to(device)
     clips, latents, rebuilt = [], [], []
@@ -32,13 +29,13 @@ def evaluate(vae, device: torch.device, count: int = 64) -> dict[str, float]:
         latents.append(vae.encode(clips[-1]).latent_dist.mode())
         rebuilt.append(vae.decode(latents[-1]).sample)
     clips, latents, rebuilt = torch.cat(clips), torch.cat(latents), torch.cat(rebuilt)
-    frames = {name: psnr(rebuilt[:, :, i], clips[:, :, i]) for name, i in (("first", 0), ("last", -1))}
-    worst = min(psnr(a, b) for a, b in zip(rebuilt, clips, strict=True))
-    return {"all": psnr(rebuilt, clips), **frames, "worst clip": worst, "latent std": latents.std().item()}
+    frames = {name: psnr(rebuilt[:, :, i], clips[:, :, i], peak=2) for name, i in (("first", 0), ("last", -1))}
+    worst = min(psnr(a, b, peak=2) for a, b in zip(rebuilt, clips, strict=True))
+    return {"all": psnr(rebuilt, clips, peak=2), **frames, "worst clip": worst, "latent std": latents.std().item()}
 
 
 def statistics(device: torch.device, basis: Basis, count: int = 512) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over training clips."""
+    """Return mean and standard deviation of each latent channel over training clips."""
     generator, rng = torch.Generator(device).manual_seed(98), random.Random(98)
     parts = [basis(draw(indices(rng.choices(TRAINING_SCENES, k=32)).to(device), generator)) for _ in range(count // 32)]
     latents = torch.cat(parts).transpose(0, 1).flatten(1)

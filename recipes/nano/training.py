@@ -1,4 +1,4 @@
-"""What every stage shares: captions as tensors, the learning-rate schedule, and a log line."""
+"""Share captions as tensors, the learning-rate schedule and a log line among the stages."""
 
 import math
 import random
@@ -9,13 +9,13 @@ import torch
 
 from .world import TRAINING_SCENES, caption, indices
 
-TEXT_LENGTH = 512  # what WanPipeline pads a prompt to
-CAPTION_LENGTH = 192  # bytes; no training caption is longer
-END, OFFSET = 1, 3  # of ByT5: the end token, and the id of byte 0
+TEXT_LENGTH = 512  # tokens, to which WanPipeline pads a prompt
+CAPTION_LENGTH = 192  # bytes of the longest training caption, at least
+END, OFFSET = 1, 3  # ByT5's end token, and its id of byte 0
 
 
 def tokens(texts: list[str]) -> torch.Tensor:
-    """ByT5's byte tokens with the end token, zero-padded → (N, CAPTION_LENGTH) uint8"""
+    """Return ByT5's byte tokens with the end token, zero-padded, (N, CAPTION_LENGTH) uint8."""
     rows = np.zeros((len(texts), CAPTION_LENGTH), dtype=np.uint8)
     for row, text in zip(rows, texts, strict=True):
         data = text.encode()[: CAPTION_LENGTH - 1]
@@ -25,7 +25,7 @@ def tokens(texts: list[str]) -> torch.Tensor:
 
 
 class Captions:
-    """`count` captions of training scenes on a device: tokens, attribute numbers, and which of these are named."""
+    """Return tokens and attribute numbers of `count` captions, and which attributes each caption names."""
 
     def __init__(self, count: int, device: torch.device, seed: int = 0):
         rng = random.Random(seed)
@@ -39,14 +39,14 @@ class Captions:
 
 
 def embed(text_encoder: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens (B, N) → embeddings (B, TEXT_LENGTH, TEXT_DIM), zero after the prompt, as WanPipeline makes them"""
+    """Return embeddings (B, TEXT_LENGTH, TEXT_DIM) of tokens (B, N), zero after the prompt as in WanPipeline."""
     mask = tokens > 0
     states = text_encoder(tokens.int(), attention_mask=mask.int()).last_hidden_state * mask[..., None]
     return torch.nn.functional.pad(states, (0, 0, 0, TEXT_LENGTH - tokens.shape[1]))
 
 
 class Average:
-    """Exponential moving average of the parameters of some modules."""
+    """An exponential moving average of the parameters of some modules."""
 
     def __init__(self, *modules: torch.nn.Module, decay: float = 0.999):
         self.live = [p for module in modules for p in module.parameters()]
@@ -60,12 +60,12 @@ class Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """The modules take the averaged parameters."""
+        """Copy the averaged parameters into the modules."""
         torch._foreach_copy_(self.live, self.mean)
 
 
 class Progress:
-    """Counts steps; the learning rate warms up over 100 steps and falls as a cosine to zero at the last step.
+    """Count steps. The learning rate warms up over 100 steps and falls as a cosine to zero at the last step.
 
     `seconds` is a brake: on a slower machine the schedule ends there, finished, instead of being cut.
     """
@@ -89,7 +89,7 @@ class Progress:
         print(f"[{self.name}] {self.step} steps in {time.monotonic() - self.begin:.0f} s", flush=True)
 
     def log(self, **figures: float | torch.Tensor) -> None:
-        """Print every 200th step (a tensor is only read then)."""
+        """Print every 200th step, and read the tensors only then, because reading waits for the GPU."""
         if self.step % 200 == 0:
             text = "  ".join(f"{name} {torch.as_tensor(value).detach().item():.4f}" for name, value in figures.items())
             print(f"[{self.name}] {self.step:6d}  {time.monotonic() - self.begin:5.0f} s  {text}", flush=True)

@@ -1,8 +1,8 @@
-"""The world that nano knows: one flat shape on a flat background, and the sentences that describe it.
+"""Draw the world that nano knows: one flat shape on a flat background, and the sentences that describe it.
 
-A clip is drawn from five attributes (the vocabulary that ships beside the model) and a few continuous numbers that
-the prompt leaves open: where the shape starts, its exact size and its speed. Drawing is analytic (signed distance,
-one pixel of anti-aliasing) and batched, so a GPU makes thousands of clips a second and nothing is stored.
+A clip has five attributes, whose vocabulary ships beside the model. The prompt leaves a few numbers open: where the
+shape starts, its exact size and its speed. Drawing is analytic (signed distance, one pixel of anti-aliasing) and
+batched. A GPU draws thousands of clips a second, so they are not stored.
 """
 
 import itertools
@@ -20,7 +20,10 @@ ATTRIBUTES = {name: list(values) for name, values in VOCABULARY["attributes"].it
 
 FRAMES, SIZE, FPS = 25, 128, 16
 MARGIN = 4  # pixels that stay free around the shape
-RADIUS = {"small": (12.0, 15.0), "large": (24.0, 29.0)}  # of the circle of equal area, at its largest, in pixels
+RADIUS = {
+    "small": (12.0, 15.0),
+    "large": (24.0, 29.0),
+}  # pixels, of the circle of equal area, when the shape is largest
 TRAVEL = (0.75, 1.0)  # share of the free way that a moving shape covers
 START_SCALE = (0.40, 0.50)  # a growing shape starts at this share of its radius
 
@@ -40,7 +43,7 @@ BACKGROUNDS = {"black": (12, 12, 14), "white": (245, 245, 245), "gray": (128, 12
 # Half width and half height of each shape's bounding box for an equal-area radius of 1.
 HALF_EXTENT = {"circle": (1.0, 1.0), "square": (0.8862, 0.8862), "triangle": (1.3468, 1.1664)}
 
-# Per motion: where x and y go (y points down), and whether the shape grows (1) or shrinks (-1).
+# The direction of x and y for each motion (y points down), and whether the shape grows (1) or shrinks (-1).
 DIRECTION = {
     "moving from left to right": (1, 0),
     "moving from right to left": (-1, 0),
@@ -74,7 +77,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """True for the sixth of all combinations that training never sees."""
+        """Whether training never sees this combination, as one sixth of all combinations."""
         index = [ATTRIBUTES[name].index(getattr(self, name)) for name in ATTRIBUTES]
         return sum(i * p for i, p in zip(index, (1, 5, 2, 1, 3), strict=True)) % 6 == 0
 
@@ -89,7 +92,7 @@ HELD_OUT_SCENES = tuple(scene for scene in SCENES if scene.held_out)
 
 
 def describe(scene: Scene, phrasing: str = VOCABULARY["canonical"], rng: random.Random | None = None) -> str:
-    """The sentence of `phrasing` for a scene; with `rng`, synonyms are drawn too."""
+    """Return the sentence of `phrasing` for a scene. With `rng`, synonyms are drawn."""
     words = {}
     for name in ATTRIBUTES:
         value = getattr(scene, name)
@@ -98,10 +101,10 @@ def describe(scene: Scene, phrasing: str = VOCABULARY["canonical"], rng: random.
 
 
 def caption(scene: Scene, rng: random.Random) -> tuple[str, list[bool]]:
-    """A training caption, and which attributes it names.
+    """Return a training caption, and which attributes it names.
 
-    Any phrasing but the held-out one; synonyms, letter case and small talk are drawn by `rng`, and a tenth of the
-    captions leave attributes open, so that a short prompt works too.
+    `rng` draws the phrasing (never the held-out one), synonyms, letter case and small talk. A tenth of the captions
+    leave attributes open, because a short prompt must work too.
     """
     phrasing = rng.choice(SHORT_PHRASINGS if rng.random() < 0.1 else VOCABULARY["phrasings"])
     text = describe(scene, phrasing, rng)
@@ -116,37 +119,37 @@ def caption(scene: Scene, rng: random.Random) -> tuple[str, list[bool]]:
 
 
 def indices(scenes: list[Scene]) -> torch.Tensor:
-    """Attribute numbers of `scenes`, in the order of ATTRIBUTES → (B, 5) int64"""
+    """Return the attribute numbers of scenes in the order of ATTRIBUTES, (B, 5) int64."""
     return torch.tensor([[ATTRIBUTES[name].index(getattr(s, name)) for name in ATTRIBUTES] for s in scenes])
 
 
 def _look_up(table: dict, name: str, attributes: torch.Tensor) -> torch.Tensor:
-    """Values of `table` for the clips' attribute `name`, in the order of the clips: (B, …) float32"""
+    """Return the values of `table` for the attribute `name` of each clip, (B, …) float32"""
     values = torch.tensor([table[key] for key in ATTRIBUTES[name]], device=attributes.device, dtype=torch.float32)
     return values[attributes[:, list(ATTRIBUTES).index(name)]]
 
 
 def _frame_times(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per axis, how much of the way is done: (B, T, 2), running backwards where the motion does; and growth (B, 1)"""
+    """Return the share of the way in each frame (B, T, 2), falling for a backward motion, and the growth (B, 1)"""
     time = torch.linspace(0, 1, FRAMES, device=attributes.device)[:, None]
     direction = _look_up(DIRECTION, "motion", attributes)[:, None]  # (B, 1, 2)
     return torch.where(direction < 0, 1 - time, time), _look_up(GROWTH, "motion", attributes)[:, None]
 
 
 def _extent(attributes: torch.Tensor, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least x, y of the shape's centre, and the way that it can go from there: (B, 2) each. radius: (B, 1)"""
+    """Return the least x, y of the shape's centre, and the way it can go, (B, 2) each. radius: (B, 1)"""
     low = MARGIN + _look_up(HALF_EXTENT, "shape", attributes) * radius
     return low, SIZE - 2 * low
 
 
 def draw(attributes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Clips of the scenes with these attribute numbers, what the prompt leaves open drawn by `generator`."""
+    """Return clips with these attribute numbers. `generator` draws what the prompt leaves open."""
     free = torch.rand(5, len(attributes), generator=generator, device=attributes.device)
     return paint(attributes, free.T)
 
 
 def paint(attributes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """The clips of these numbers → (B, 3, FRAMES, SIZE, SIZE) float32 in [-1, 1].
+    """Return the clips of these numbers, (B, 3, FRAMES, SIZE, SIZE) float32 in [-1, 1].
 
     attributes: (B, 5) from `indices`. free: (B, 5) in [0, 1]: radius, x, y, speed (of travel or growth), start.
     """
@@ -183,16 +186,16 @@ def paint(attributes: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
 
 
 def colours(attributes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the shapes and of the backgrounds, in [-1, 1]: (B, 3, 1, 1, 1) each"""
+    """Return the colours of the shapes and of the backgrounds in [-1, 1], (B, 3, 1, 1, 1) each."""
     fore, back = _look_up(COLOURS, "colour", attributes), _look_up(BACKGROUNDS, "background", attributes)
     return (fore / 127.5 - 1)[..., None, None, None], (back / 127.5 - 1)[..., None, None, None]
 
 
 def measure(clips: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
-    """The inverse of `paint` for clips (B, 3, T, H, W) that show `attributes`, well or badly → free (B, 5) in [0, 1]
+    """Return the free numbers (B, 5) in [0, 1] of clips (B, 3, T, H, W) that show `attributes`; the inverse of `paint`.
 
-    Read from the shape's area and centroid in each frame, relative to the clip's strongest pixel, so that a faint
-    shape has a place too, and nothing at all is in the middle; a number that has no effect on its clip is 0.5.
+    The shape's area and centroid in each frame give the numbers. Coverage is relative to the clip's strongest pixel,
+    because a faint shape has a place too. An empty clip has its place in the middle. A number without effect is 0.5.
     """
     fore, back = colours(attributes)
     coverage = (clips - back).norm(dim=1) / (fore - back).norm(dim=1)  # (B, T, H, W)
@@ -201,12 +204,12 @@ def measure(clips: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
     area = coverage.sum((2, 3))  # (B, T)
     pixel = torch.arange(SIZE, device=clips.device) + 0.5
     moments = torch.stack([coverage.sum(2) @ pixel, coverage.sum(3) @ pixel], -1)  # (B, T, 2)
-    centre = (moments + 0.005 * SIZE) / (area[..., None] + 0.01)  # the middle, where there is nothing
+    centre = (moments + 0.005 * SIZE) / (area[..., None] + 0.01)  # the middle, if the clip is empty
     seen = (area > 3) + 1e-3  # weight of a frame
     seen = seen / seen.sum(1, keepdim=True)
     r = (area / torch.pi).sqrt()
     phase, growth = _frame_times(attributes)
-    order = torch.where(growth < 0, r.flip(1), r)  # a shrinking shape, read backwards, grows
+    order = torch.where(growth < 0, r.flip(1), r)  # because a shrinking shape grows in reverse
     span = FRAMES // 4
     first, last = order[:, :span].mean(1, keepdim=True), order[:, -span:].mean(1, keepdim=True)
     grows = growth != 0
