@@ -3,8 +3,8 @@
     python .ci/imports.py            # print the block
     python .ci/imports.py --write    # replace the block in CONTRIBUTING.md
 
-The rooms and their order are those of tests/test_import_order.py. An arrow points from a room to a room that it imports.
-An arrow is left out if other arrows lead the same way, because the picture would otherwise be too full to read.
+tests/test_import_order.py has the rooms and their order. An arrow points from a room to a room that it imports. An
+arrow is left out if other arrows lead the same way, because the picture would otherwise be too full to read.
 """
 
 import importlib.util

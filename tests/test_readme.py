@@ -1,5 +1,6 @@
 """README.md keeps its word: commands, links and file tree are real, and README.zh-CN.md says the same in Chinese."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -39,7 +40,7 @@ def parse(text: str) -> list[Section]:
             fence = line if fence is None else None
             if fence:
                 sections[-1].code.append(fence)
-        elif fence == "```":  # the file tree: a name, two spaces or more, an explanation
+        elif fence == "```":  # the file tree: names, two spaces or more, an explanation
             sections[-1].code.append(re.split(r"(?<=\S)\s{2,}", line)[0])
         elif fence:
             sections[-1].code.append(re.sub(r"(^|\s+)#(\s.*|$)", "", line))
@@ -99,15 +100,15 @@ def missing_targets(name: str, text: str) -> list[str]:
 
 
 def tree(text: str) -> list[str]:
-    """The paths in the file tree; two spaces in front of a name are one folder deeper."""
+    """The paths in the file tree; two spaces in front of a name are one folder deeper, and a line may have many."""
     code = next(section.code for section in parse(text) if "turbo_nb/" in section.code)
     paths, folders = [], []
     for line in code[code.index("turbo_nb/") :]:
-        name = line.strip()
+        names = line.strip().split(", ")
         folders = folders[: (len(line) - len(line.lstrip())) // 2]
-        paths.append("".join((*folders, name)))
-        if name.endswith("/"):
-            folders.append(name)
+        paths += ["".join((*folders, name)) for name in names]
+        if names[-1].endswith("/"):
+            folders.append(names[-1])
     return paths
 
 
@@ -178,6 +179,20 @@ def test_links_tree_and_commands_are_real(name):
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
+def test_the_paths_in_contributing_are_real():
+    named = set(re.findall(r"`((?:turbo_nb|tests|recipes|\.ci)/[\w./-]*)`", read("CONTRIBUTING.md")))
+    assert len(named) > 10 and sorted(path for path in named if not (REPOSITORY / path).exists()) == []
+
+
+def test_the_picture_of_imports_is_the_codes():
+    spec = importlib.util.spec_from_file_location("imports", REPOSITORY / ".ci/imports.py")
+    imports = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imports)
+    text = read("CONTRIBUTING.md")
+    assert imports.replaced(text) == text, "run python .ci/imports.py --write"
+    assert "cli --> " in text and imports.replaced(text.replace("cli --> ", "ops --> ")) == text
+
+
 def test_ci_finds_the_test_command(tmp_path):
     command = ci_test_command(read(ENGLISH), tmp_path)
     blocks = [line for section in parse(read(ENGLISH)) for line in section.code]
@@ -213,7 +228,7 @@ def test_a_difference_is_told_in_words(old, new, words):
 
 def test_comments_and_explanations_may_differ():
     text = planted("# a diffusers WanPipeline", "# 一个 WanPipeline")
-    assert differences(read(ENGLISH), text.replace("the doctor\n", "机器诊断\n")) == []
+    assert differences(read(ENGLISH), text.replace("the generator\n", "生成器\n")) == []
 
 
 @pytest.mark.parametrize(
@@ -221,8 +236,10 @@ def test_comments_and_explanations_may_differ():
     [
         (lambda text: missing_targets(ENGLISH, text), "](docs/nano.png)", "](docs/onan.png)", "'docs/onan.png'"),
         (lambda text: missing_targets(ENGLISH, text), "](LICENSE)", "](LICENSE/no#x)", "'LICENSE/no'"),
-        (tree_faults, "  probe.py ", "  prob.py ", "has 'turbo_nb/kernels/prob.py'"),
-        (tree_faults, "    probe.py ", "  probe.py ", "lacks the module 'turbo_nb/kernels/probe.py'"),
+        (tree_faults, " probe.py,", " prob.py,", "has 'turbo_nb/machine/prob.py'"),
+        (tree_faults, " probe.py,", "", "lacks the module 'turbo_nb/machine/probe.py'"),
+        (tree_faults, "\n    conv/ ", "\n  conv/ ", "has 'turbo_nb/conv/'"),
+        (tree_faults, "\n    norms/ ", "\n      norms/ ", "lacks the module 'turbo_nb/ops/norms/reference.py'"),
         (tree_faults, "  01_setup.ipynb ", "  00_setup.ipynb ", "has 'notebooks/00_setup.ipynb'"),
         (tree_faults, "\n  __init__.py ", "\n  errors.py ", "lacks the module 'turbo_nb/__init__.py'"),
         (call_faults, "&& turbo-nb t2v", "&& A=1 turbo-nb t3v", "no command 't3v'; it has batch"),
