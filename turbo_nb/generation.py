@@ -179,8 +179,8 @@ def _image(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -> "
     clip, image = prepared.clip, prepared.image
     if not spec.understands(clip.prompt):
         warn(
-            f"{spec.name} only knows moving shapes, such as 'a large red circle moving from left to right on a black "
-            "background'; this prompt gives some video, but not the one that it describes",
+            f"{spec.name} only knows moving shapes, so the video will not show what this prompt describes. It knows, for "
+            "example: a large red circle moving from left to right on a black background",
             stacklevel=4,
         )
     if image is None:

@@ -41,7 +41,7 @@ class LoadedModel:
     Args:
         resolved: the model, its files and how it was loaded.
         pipeline: diffusers' pipeline.
-        prompt_encoder: encodes prompts, and loads the text encoder when the plan says so.
+        prompt_encoder: encodes prompts, and keeps the text encoder where the plan wants it.
         plan: the memory plan in effect.
         load_seconds: what loading took without downloads; None once a clip has reported it.
     """

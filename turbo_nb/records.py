@@ -1,7 +1,7 @@
 """Records that files keep (metadata of an mp4, lines of a manifest, times of earlier clips), and their one reader.
 
-A record is a frozen dataclass. `read` builds it from parsed JSON of any origin: it leaves out fields that it does not
-know and those of another type, since files come from other versions and other programs.
+A record is a frozen dataclass. `read` builds it from parsed JSON of any origin. It leaves out unknown fields and fields
+of another type, because files come from other versions and other programs.
 """
 
 import math

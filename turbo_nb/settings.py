@@ -88,7 +88,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words; `more` are values beside them that are no words, such as True."""
+    """One of some words, or one of `more`: values such as True that are not words."""
 
     words: tuple[str, ...]
     more: tuple = ()
@@ -431,7 +431,7 @@ def resolve_clip(
     Args:
         settings: the clip as it was asked for.
         spec: the model.
-        image_size: width and height of the image that the clip begins with; None: there is no image.
+        image_size: width and height of the image that the clip begins with; None without an image.
 
     Returns:
         The clip.
@@ -519,8 +519,8 @@ def _check_sides(resolution: str, width: int, height: int, fix: str) -> None:
 def accepts(*classes: type, skip: Iterable[str] = ()) -> Callable:
     """Give a function the options of some classes as keyword arguments.
 
-    The decorated function receives one instance of each class, by the class's own parameter name (the first parameters
-    of the function, in order), and everything else as it was given. Its signature and docstring list all options.
+    The first parameters of the decorated function receive one instance of each class, in order. Every other argument
+    is passed on unchanged. The function's signature and docstring list all options.
 
     Args:
         classes: of options, in the order of the function's first parameters.

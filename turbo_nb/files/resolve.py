@@ -297,7 +297,7 @@ def download_model(
         Where the files lie; None for a model that ships with the package.
 
     Raises:
-        UnknownModelError: there is no such model.
+        UnknownModelError: the name is not known.
         DownloadError: a file cannot be fetched, or the disk is too small.
     """
     if not catalog.is_name(model):

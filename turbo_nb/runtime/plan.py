@@ -49,12 +49,12 @@ class Plan:
     """Where the parts of a pipeline are while it works.
 
     Args:
-        text_encoder: "resident"; "freed" after each new prompt is encoded; or "cpu", where it stays and runs.
-        offload: "none"; "model" (only the model that works is on the GPU); or "group" (only the blocks that work).
+        text_encoder: "resident", "freed" (after each new prompt is encoded) or "cpu" (it stays and runs there).
+        offload: "none", "model" (only the model that works is on the GPU) or "group" (only the blocks that work).
         vae_tiling: whether the VAE decodes in tiles.
         needs: peak bytes of `device`, of which `budget` may be used.
         host: bytes of main memory that hold offloaded parts, of which `host_budget` are free (None: not known).
-        next: the plan to take when memory runs out all the same; None: there is no smaller one.
+        next: the plan to take when memory runs out all the same. None: this is the smallest one.
     """
 
     name: str
@@ -194,11 +194,11 @@ def choose(
         host_budget: bytes of main memory that are free. None: as many as the plan takes.
         device: "cpu" keeps everything in main memory; only the text encoder can be freed there.
         fused: whether the fused kernels run, as `fused_on` says.
-        name: a plan to take, one of settings.PLAN_NAMES; "auto" takes the first that fits.
+        name: a plan to take, one of settings.PLAN_NAMES; "auto" takes the first fitting plan.
 
     Returns:
         The plan, with what it needs. If none fits, the most frugal one, first of the device's memory, then of main
-        memory; its text says so.
+        memory; its text has a warning.
 
     Raises:
         InputError: the plan that was asked for offloads to a GPU, and the device is the CPU.
