@@ -1,5 +1,6 @@
 """mp4 files: what goes in comes out, and nothing half-written stays."""
 
+import os
 import shlex
 
 import imageio.v3 as iio
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from turbo_nb.errors import InputError, OutputError
+from turbo_nb.records import VideoRecord
 from turbo_nb.video import mp4, sheet
 
 
@@ -47,7 +49,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkey
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mp4.Path, "replace", full_disk)
+    monkeypatch.setattr(mp4.atomic.os, "replace", full_disk)
     with pytest.raises(OutputError, match="No space left"):
         mp4.write_mp4(path, frames[::-1], 16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -69,7 +71,7 @@ FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
     [
         (f'{FULL}; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
         (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
-        ("kill -9 $$", "ffmpeg ended with -9: no word of why"),
+        ("kill -9 $$", "ffmpeg ended with -9: it gave no reason"),
         ("echo no codec >&2; exit 3", "ffmpeg ended with 3: no codec"),
         ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; esac', "ffmpeg wrote 0 of 81 frames"),
         ('case "$*" in *rawvideo*) set -- -t 0.43 "$@";; esac; exec "$FFMPEG" "$@"', "ffmpeg wrote 7 of 81 frames"),
@@ -82,8 +84,9 @@ def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
     frames = np.random.default_rng(0).integers(0, 256, (81, 64, 96, 3), np.uint8)  # more than a pipe holds
     path = tmp_path / "clip.mp4"
     path.write_text("old")
+    script = f'case "$*" in *256x256*) exec "$FFMPEG" "$@";; esac; {script}'  # the trial before any work succeeds
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), script))
-    with pytest.raises(OutputError, match=rf"cannot write .*: {words}; free some space"):
+    with pytest.raises(OutputError, match=rf"cannot write .*: {words}\. Free some space"):
         mp4.write_mp4(path, frames, 16)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -110,15 +113,25 @@ def test_a_gpus_encoder_is_taken_where_it_is_asked_for(tmp_path, tmp_path_factor
     assert all("-c:v h264_nvenc" in line for line in asked) and not any("256x256" in line for line in asked[1:])
 
 
-def test_an_encoder_that_does_not_work_is_told_before_any_work(tmp_path, tmp_path_factory, monkeypatch):
+def test_a_gpus_encoder_that_does_not_work_is_reported_before_any_work(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
     refuses = 'case "$*" in *nvenc*) echo "No capable devices found" >&2; exit 1;; esac; exec "$FFMPEG" "$@"'
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), refuses))
-    with pytest.raises(InputError, match=r"TURBO_NB_ENCODER=nvenc does not work here: No capable.*; leave it out"):
+    with pytest.raises(InputError, match=r"TURBO_NB_ENCODER is 'nvenc', .* here \(No capable.*\)\. .* Unset it"):
         mp4.check_output(tmp_path / "clip.mp4")
     monkeypatch.setenv("TURBO_NB_ENCODER", "av2")
-    with pytest.raises(InputError, match="TURBO_NB_ENCODER is 'av2'; it is one of x264, nvenc"):
+    with pytest.raises(InputError, match=r"TURBO_NB_ENCODER is 'av2'\. Expected one of x264, nvenc"):
         mp4.Encoder(tmp_path / "clip.mp4", 16)
+
+
+@pytest.mark.parametrize("ffmpeg", ["missing", "refuses"])
+def test_an_ffmpeg_that_does_not_work_is_reported_before_any_work(tmp_path, tmp_path_factory, monkeypatch, ffmpeg):
+    folder, place = tmp_path_factory.mktemp("bin"), tmp_path / "new" / "clip.mp4"
+    path = str(folder / "missing") if ffmpeg == "missing" else stand_in(folder, "echo no libx264 >&2; exit 3")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", path)
+    with pytest.raises(OutputError, match=rf"ffmpeg is '{folder}.*(No such file|no libx264).*imageio-ffmpeg"):
+        mp4.check_output(place)
+    assert not place.parent.exists()
 
 
 def test_frames_in_parts_make_the_same_file(tmp_path, frames):
@@ -126,7 +139,7 @@ def test_frames_in_parts_make_the_same_file(tmp_path, frames):
     with mp4.Encoder(tmp_path / "parts.mp4", 16) as encoder:
         for part in (frames[:1], frames[1:5], frames[5:]):
             encoder.add(part)
-        with pytest.raises(OutputError, match=r"has 9 of 8 frames; give its `add`"):
+        with pytest.raises(OutputError, match=r"has 9 of 8 frames\. .* Give its `add`"):
             mp4.write_mp4(encoder, frames[:8], 16)
         path = mp4.write_mp4(encoder, frames, 16, {"seed": 7})
     assert path.read_bytes() == whole.read_bytes() and path.stat().st_mode == whole.stat().st_mode
@@ -139,7 +152,7 @@ def test_an_encoder_that_is_left_takes_its_ffmpeg_with_it(tmp_path, frames):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ZeroDivisionError), mp4.Encoder(tmp_path / "clip.mp4", 16) as encoder:
         encoder.add(frames)
-        assert [p.suffix for p in tmp_path.glob(".clip.*")] == [".mp4"] and encoder._process.poll() is None
+        assert [p.suffix for p in tmp_path.iterdir()] == [".mp4"] and encoder._process.poll() is None
         1 / 0  # noqa: B018
     assert encoder._process.poll() is not None and not encoder._thread.is_alive()
     assert list(tmp_path.iterdir()) == []
@@ -152,18 +165,24 @@ def test_frames_are_fitted_into_the_size_asked_for(tmp_path, frames):
     assert np.abs(read[:, [0, 7, 40, 47]].astype(int) - 0xF4).max() < 8  # the ground, above and below
     assert np.abs(read[:, 10:38].astype(int) - frames[:, 4:60:2, ::2]).mean() < 8
     path.write_text("")
-    with pytest.raises(InputError, match="no video that can be read"):
+    with pytest.raises(InputError, match="cannot be read as a video"):
         mp4.read_frames(path, 48, 48)
 
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4/clip")
     for path, words in [
         (tmp_path / "file" / "clip.mp4", "is a file"),
         (tmp_path / "file" / "deeper" / "clip.mp4", "is a file"),
         (tmp_path / "folder.mp4", "is a folder"),
-        (tmp_path / "clip.avi", "must end in .mp4"),
+        (tmp_path / "clip.avi", "ends in .mp4"),
+        (tmp_path / f"{'é' * 128}.mp4", "more than 255 bytes"),
+        (tmp_path / ("x" * 256) / "clip.mp4", "more than 255 bytes"),
+        (tmp_path.joinpath(*["long"] * 1000, "clip.mp4"), "too long"),
+        (tmp_path / "nul\0.mp4", "null byte"),
+        (tmp_path / "loop.mp4" / "clip.mp4", "symbolic links"),
     ]:
         with pytest.raises(OutputError, match=words):
             mp4.check_output(path)
@@ -177,8 +196,77 @@ def test_a_file_without_metadata(tmp_path, frames):
     (tmp_path / "page.mp4").write_text("<html>")
     with pytest.raises(InputError, match="says nothing"):
         mp4.read_metadata(tmp_path / "page.mp4")
-    with pytest.raises(InputError, match="no file"):
-        mp4.read_metadata(tmp_path / "missing.mp4")
+    for missing in ("missing.mp4", "x" * 300 + ".mp4"):
+        with pytest.raises(InputError, match="no file"):
+            mp4.read_metadata(tmp_path / missing)
+
+
+LARGE = {"prompt": "x" * 300_000, "seed": 7}
+
+
+@pytest.mark.parametrize("place", ["12:30.mp4", "a:b/clip.mp4", "file:clip.mp4", "-i.mp4", "%03d.mp4"])
+def test_a_name_that_ffmpeg_could_take_for_something_else(tmp_path, monkeypatch, frames, place):
+    monkeypatch.chdir(tmp_path)
+    assert mp4.write_mp4(place, frames, 16, {"seed": 7}) == mp4.Path(place)
+    assert mp4.read_metadata(place) == {"seed": 7}
+    assert mp4.read_frames(place, 96, 64).shape == frames.shape and mp4.last_frame(place).size == (96, 64)
+
+
+def test_metadata_may_be_larger_than_an_argument(tmp_path, frames):
+    assert mp4.read_metadata(mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, LARGE)) == LARGE
+
+
+def with_metadata(path, frames, text: str):
+    """An mp4 whose metadata is any text"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mp4.json, "dumps", lambda data: text)
+        return mp4.write_mp4(path, frames, 16, {"any": 1})
+
+
+@pytest.mark.parametrize("text", ['{"seed": 7', "null", "[1, 2]", "7", "[" * 5000, "\\", ""], ids=lambda text: text[:9])
+def test_damaged_or_foreign_metadata_is_an_input_error(tmp_path, frames, text):
+    path = with_metadata(tmp_path / "clip.mp4", frames[:1], text)
+    with pytest.raises(InputError, match="says nothing"):
+        mp4.read_metadata(path)
+
+
+def test_a_record_has_defaults_for_what_is_missing_or_foreign(tmp_path, frames):
+    foreign = {"prompt": None, "seed": [1, 2], "width": "wide", "timings": {"text": 1.5, "x": "y"}, "of another": 1}
+    record = mp4.read_record(mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, foreign))
+    assert record == VideoRecord(seed=[1, 2], timings={"text": 1.5})
+
+
+def test_a_playlist_named_mp4_reads_no_other_file(tmp_path, frames):
+    clip = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, {"seed": 7})
+    for text in (f"ffconcat version 1.0\nfile {clip}\n", f"#EXTM3U\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n"):
+        (tmp_path / "list.mp4").write_text(text)
+        with pytest.raises(InputError, match="cannot be read as a video"):
+            mp4.read_frames(tmp_path / "list.mp4", 96, 64)
+
+
+def test_text_for_a_terminal_has_no_escapes():
+    text = "a \x1b[31;1mred\x1b[0m\x1b]0;title\x07 \x1b]8;;http://x\x1b\\circle\x9b\x08\x7f \u202e图\n\tend\x1b"
+    assert mp4.printable(text) == "a red circle 图\n\tend"
+    assert mp4.printable(["\x1bc", 7]) == "['\\x1bc', 7]"
+
+
+def test_an_encoder_without_frames_cannot_save(tmp_path):
+    with mp4.Encoder(tmp_path / "new" / "clip.mp4", 16) as encoder, pytest.raises(OutputError, match="0 frames"):
+        encoder.save()
+    with pytest.raises(OutputError, match="0 frames"):
+        mp4.write_mp4(tmp_path / "new" / "clip.mp4", np.zeros((0, 64, 96, 3), np.uint8), 16)
+    assert not [*tmp_path.rglob("*.mp4")]
+
+
+def test_a_file_has_the_permissions_of_the_umask_which_never_changes(tmp_path, frames, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)
+            path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, {"seed": 7})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("width", [1, 16, 160])
@@ -210,4 +298,4 @@ def test_contact_sheet_shows_first_middle_and_last_frames(frames):
     assert (drawn[8:72, 8:104] == frames[0]).all()
     assert (drawn[8:72, 106:202] == frames[4]).all()
     assert (drawn[8:72, 204:300] == frames[8]).all()
-    assert sheet.shape == (2 * (64 + 18 + 8) + 8, 2 * (3 * 96 + 4 + 8) + 8, 3)
+    assert drawn.shape == (2 * (64 + 18 + 8) + 8, 2 * (3 * 96 + 4 + 8) + 8, 3)

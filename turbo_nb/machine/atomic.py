@@ -10,11 +10,33 @@ PREFIX = ".turbo_nb-"  # of temporary files, so that a sweep finds those of a pr
 
 
 @contextmanager
-def replaced(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, the file there takes the name `path`.
+def temporary(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a new, empty file beside `path`, which is removed when the block ends.
 
-    The temporary name is random, so no other process can meet it, and ends as `path` does. The file exists, empty, with
-    the permissions that the process's umask asks for. If the block raises, `path` stays as it was.
+    Its name is random, so no other process can meet it, and ends as `path` does. Its permissions are those that the
+    process's umask asks for.
+
+    Args:
+        path: a file of the same folder, which need not exist.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    file = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{path.suffix}")
+    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the kernel applies the umask
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Path]:
+    """Give a `temporary` file; when the block ends well, the file takes the name `path`.
+
+    If the block raises, `path` stays as it was.
 
     Args:
         path: the file to write.
@@ -23,18 +45,12 @@ def replaced(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Path
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}{path.suffix}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the kernel applies the umask
-    try:
-        yield temporary
+    with temporary(path) as file:
+        yield file
         if durable:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        os.replace(file, path)
 
 
 def write(path: str | os.PathLike, data: bytes | str, *, durable: bool = False) -> None:

@@ -186,7 +186,7 @@ def kernel_cache() -> Path:
 
 def same_disk(one: Path, other: Path) -> bool:
     """Return whether two folders are on one disk. A folder that does not exist counts as where it would be made."""
-    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+    return existing(one).stat().st_dev == existing(other).stat().st_dev
 
 
 def disks() -> tuple[Disk, ...]:
@@ -207,7 +207,7 @@ def caches() -> tuple[Cache, ...]:
             path=str(path),
             size=folder_size(path),
             free=_free_and_total(path)[0],
-            writable=os.access(_existing(path), os.W_OK),
+            writable=os.access(existing(path), os.W_OK),
         )
         for name, path in (("Hub", hub_cache()), ("Triton", kernel_cache()), ("prompt", text_cache()))
     )
@@ -284,8 +284,8 @@ def _expanded(path: str | os.PathLike) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _existing(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists"""
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
     path = path.absolute()
     while not exists(path) and path != path.parent:
         path = path.parent
@@ -295,7 +295,7 @@ def _existing(path: Path) -> Path:
 def _free_and_total(path: Path) -> tuple[int, int]:
     """Return the free and total bytes of a path's disk, zeros where the system refuses to tell them"""
     try:
-        usage = shutil.disk_usage(_existing(path))
+        usage = shutil.disk_usage(existing(path))
     except OSError:
         return 0, 0
     return usage.free, usage.total
