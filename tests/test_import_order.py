@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 # Each row may import the rows above it. A name with a dot is one module of a room whose modules stand in several rows.
 ORDER = [
     ("errors",), ("catalog",), ("settings", "records"), ("machine",), ("ops",), ("backends",), ("rope", "scheduler"),
-    ("linear",), ("sla",), ("fused",), ("files",), ("checkpoint",), ("files.convert",), ("runtime",),
-    ("text", "video"), ("files.hub",), ("files.resolve",), ("pipeline",), ("generation",),
+    ("linear",), ("sla",), ("fused",), ("files",), ("checkpoint",), ("files.convert",), ("text", "video"),
+    ("runtime",), ("files.hub",), ("files.resolve",), ("pipeline",), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

@@ -99,7 +99,7 @@ class LoadedModel:
         gc.collect()
         empty_cache()
         self.plan = plan
-        self.prompt_encoder.follow(plan)
+        self.prompt_encoder.place(plan.text_encoder, plan.device)
         place(self.pipeline, plan)
 
     def _fingerprint(self) -> str:
@@ -171,7 +171,7 @@ def load(
     begin = time.perf_counter()
     pipeline, encoder = _modules(resolved, plan, prompts)
     model = pipeline.turbo_nb = LoadedModel(resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan)
-    encoder.follow(plan)
+    encoder.place(plan.text_encoder, plan.device)
     place(pipeline, plan)
     if plan.device != "cpu" and plan.offload == "none":
         _warm_up(transformers(pipeline)[0], plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames))

@@ -31,11 +31,12 @@ def test_a_clip_is_made_and_found_again(made):
     order = list(dict.fromkeys(stage for _, stage, *_ in events))
     assert order == list(jobs.STAGES)
     assert ("running", "denoise", 1, 2, True) in events and events[-1] == ("finished", "write", 0, 0, False)
-    found = Studio(made.history.folder).history.runs()
-    assert set(job.run.timings) == {"load", "text", "denoise", "decode", "write"} and len(job.run.steps) == 2
-    job.run.timings.pop("write")
+    found = Studio(made.history.folder).history.clips()
+    timings, steps = job.run.record.timings, job.run.record.steps
+    assert set(timings) == {"load", "text", "denoise", "decode", "write"} and len(steps) == 2
+    timings.pop("write")
     assert found == [job.run]
-    assert found[0].settings["seed"] == 3 and found[0].machine == jobs.machine()
+    assert found[0].settings["seed"] == 3 and found[0].record.machine == jobs.machine()
 
 
 def test_the_same_folder_is_the_same_studio(tmp_path, monkeypatch):
@@ -50,7 +51,7 @@ def test_the_model_is_loaded_anew_only_where_it_must_be(tmp_path, nano):
     for more in ({}, {"sla_topk": 0.5}, {"model": "nano"}, {"attention_type": "original"}):
         made.make(**SMALL | more)
     assert loads == ["sla", "original"]
-    assert [run.settings["sla_topk"] for run in made.history.runs()] == [0.15, 0.15, 0.5, 0.15]
+    assert [run.settings["sla_topk"] for run in made.history.clips()] == [0.15, 0.15, 0.5, 0.15]
 
 
 def test_a_random_seed_is_told(made):
@@ -63,7 +64,7 @@ def test_cancel_ends_the_run_after_the_step_it_is_at(made):
     job = made.submit(Request(**SMALL | {"num_steps": 4}))
     made.wait(60)
     assert (job.state, job.stage, job.done) == ("cancelled", "denoise", 1)
-    assert made.history.runs() == []
+    assert made.history.clips() == []
     stop()
     assert made.make(**SMALL).path.exists()  # the next one works
 

@@ -173,7 +173,7 @@ def test_the_gallery_gives_settings_back(generator):
     (vary,) = buttons(generator, "Vary seed")
     vary.click()
     generator.studio.wait(60)
-    seeds = [run.settings["seed"] for run in generator.studio.history.runs()]
+    seeds = [run.settings["seed"] for run in generator.studio.history.clips()]
     assert len(seeds) == 2 and seeds[0] != 7 and generator.seed.value == seeds[0]
 
 
@@ -194,6 +194,12 @@ def test_download_one_or_all(generator):
     assert 'href="clips/turbo_nb.zip" download="turbo_nb.zip"' in page(generator.archive_link)
 
 
+def test_a_clip_of_another_program_does_not_break_the_page(generator, tmp_path):
+    mp4.write_mp4(generator.studio.history.folder / "grid.mp4", np.zeros((1, 32, 64, 3), np.uint8), 8, {"seed": [1, 2]})
+    generator._show_gallery()
+    assert len(generator.gallery.children) == 1 and "grid.mp4" in page(generator.gallery)
+
+
 def test_the_gallery_is_shown_page_by_page(generator, nano):
 
     from turbo_nb.generation import Video
@@ -211,7 +217,7 @@ def test_the_gallery_is_shown_page_by_page(generator, nano):
 def test_a_clip_shows_what_it_cost(generator, monkeypatch):
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "2.99")
     make(generator)
-    cost = f", ${generator.studio.job.run.cost:.4f}"
+    cost = f", ${generator.studio.job.run.record.cost:.4f}"
     assert cost in generator.status.value and cost in page(generator.gallery)
 
 

@@ -113,5 +113,5 @@ def _whole(path: Path) -> Iterator[Path]:
 def _sweep(folder: Path) -> None:
     """Remove the temporary files of runs that were killed."""
     for path in folder.glob(".*"):
-        if re.match(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*)$", path.name):
+        if re.match(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*|turbo_nb-.*)$", path.name):
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from ..runtime import estimate, plan
 from ..runtime.estimate import Estimate, machine
 from ..text import prompt_encoder
 from ..video import preview
-from ..video.gallery import History, Run
+from ..video.gallery import Clip, Gallery
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     trace: str = ""
-    run: Run | None = None
+    run: Clip | None = None
     began: float = field(default_factory=time.monotonic)
     cancelling: threading.Event = field(default_factory=threading.Event)
 
@@ -127,7 +127,7 @@ class Studio:
     _all: "dict[Path, Studio]" = {}  # noqa: RUF012  one for each folder of this process
 
     def __init__(self, folder: str | os.PathLike, *, load: Callable | None = None, generate: Callable | None = None):
-        self.history = History(folder)
+        self.history = Gallery(folder)
         self.job: Job | None = None
         self.pipeline = None
         self._load, self._generate = load or pipeline.load_pipeline, generate or generation.generate
@@ -179,7 +179,7 @@ class Studio:
             self._thread.join(timeout)
         return self.job
 
-    def make(self, prompt: str, **settings) -> Run:
+    def make(self, prompt: str, **settings) -> Clip:
         """One clip, in the foreground: settings are those of `Request`. Raises what went wrong as a TurboNbError."""
         self.submit(Request(prompt=prompt, **settings))
         job = self.wait()
@@ -256,7 +256,7 @@ class Studio:
         job.preview = None
         self._tell(job)
 
-    def _make(self, job: Job) -> Run:
+    def _make(self, job: Job) -> Clip:
         request = job.request
         self._advance(job, "load")
         timings = {}
@@ -287,6 +287,7 @@ class Studio:
             )
             self._advance(job, "write")
             run = self.history.save(video, machine(), timings, encoder)
+            estimate.remember(video.settings, {"write": run.record.timings["write"]})
         if spec.preview is None and denoised is not None:
             self._learned[self._vae_key()] = preview.fit_preview(denoised, video.frames)
         return run

@@ -29,7 +29,7 @@ from ..machine import environment
 from ..runtime.estimate import in_words
 from ..sla import ATTENTION_TYPES
 from ..video import images, mp4
-from ..video.gallery import Run
+from ..video.gallery import Clip
 from .jobs import STAGES, Job, Request, Studio
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def show(folder: str | os.PathLike = "outputs", *, model: str | Path = "auto") -
 _shown: "dict[Studio, Generator]" = {}
 
 
-def player(run: Run, width: int = 0) -> "HTML":
+def player(run: Clip, width: int = 0) -> "HTML":
     """A finished clip, for IPython's `display`: by its relative path, so that the notebook stays small."""
     from IPython.display import HTML
 
@@ -419,7 +419,7 @@ class Generator:
 
     def _show_gallery(self) -> None:
         with self._drawing:
-            runs = self.studio.history.runs(self._count + 1)
+            runs = self.studio.history.clips(self._count + 1)
             gone = _family(self.gallery)[1:]
             self.gallery.children = [self._item(run) for run in runs[: self._count]]
             _close(gone)
@@ -427,14 +427,14 @@ class Generator:
         self.archive.disabled = not runs
         self.message.value = "" if runs else '<p class="tnb-dim">Nothing yet; what you generate is kept here.</p>'
 
-    def _item(self, run: Run) -> w.VBox:
+    def _item(self, run: Clip) -> w.VBox:
         settings, video = run.settings, w.Output()
         _put(video, player(run, 240), _link(run.path, "Download"))
         facts = (
             f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, "
             f"{settings['num_steps']} steps, seed {settings['seed']}, {settings.get('attention_type')}"
             + (f" {settings['sla_topk']:g}" if settings.get("sla_topk") else "")
-            + f", {settings['model']}, {in_words(run.seconds)}{environment.dollars(run.cost)}"
+            + f", {settings['model']}, {in_words(run.seconds)}{environment.dollars(run.record.cost)}"
         )
         prompt = html.escape(str(settings["prompt"]))
         words = w.HTML(f'<p class="tnb-prompt">{prompt}</p><p class="tnb-dim">{html.escape(facts)}</p>')
@@ -457,7 +457,7 @@ class Generator:
         item.add_class("tnb-card")
         return item
 
-    def _use(self, run: Run) -> None:
+    def _use(self, run: Clip) -> None:
         """Put a clip's settings into the controls; its image, if it began with one, has to be chosen again"""
         settings = run.settings
         if settings["model"] not in dict(self.model.options).values():
@@ -482,12 +482,12 @@ class Generator:
         if settings.get("sla_topk"):
             self.topk.value = settings["sla_topk"]
 
-    def _vary(self, run: Run) -> None:
+    def _vary(self, run: Clip) -> None:
         self._use(run)
         self.random_seed.value = True
         self._on_generate()
 
-    def _continue(self, run: Run) -> None:
+    def _continue(self, run: Clip) -> None:
         try:
             self._image = mp4.last_frame(run.path)
         except InputError as error:
@@ -499,7 +499,7 @@ class Generator:
             f"{_picture(self._image, name)}<p>{html.escape(name)}; say in the prompt what happens next</p>"
         )
 
-    def _delete(self, run: Run, button: w.Button) -> None:
+    def _delete(self, run: Clip, button: w.Button) -> None:
         if button.description == "Delete":  # the first click asks
             button.description, button.button_style = "Delete for good?", "danger"
             return
@@ -512,7 +512,7 @@ class Generator:
 
     def _on_archive(self) -> None:
         try:
-            path = self.studio.history.archive(self.studio.history.runs())
+            path = self.studio.history.archive(self.studio.history.clips())
         except TurboNbError as error:
             self._say(str(error))
             return
@@ -571,12 +571,16 @@ def _status(job: Job) -> str:
     if job.state == "cancelled":
         return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
     if job.state == "finished":
-        each = f" (steps {', '.join(f'{seconds:.2f}' for seconds in job.run.steps)})" if job.run.steps else ""
+        each = (
+            f" (steps {', '.join(f'{seconds:.2f}' for seconds in job.run.record.steps)})"
+            if job.run.record.steps
+            else ""
+        )
         times = ", ".join(
             f"{NAMES[stage].lower()} {in_words(seconds)}" + (each if stage == "denoise" else "")
-            for stage, seconds in job.run.timings.items()
+            for stage, seconds in job.run.record.timings.items()
         )
-        times += environment.dollars(job.run.cost)
+        times += environment.dollars(job.run.record.cost)
         return f'<p role="status">Done with seed {job.request.seed}: {html.escape(times)}.</p>{notes}'
     at = STAGES.index(job.stage)
     stages = "".join(

@@ -1,9 +1,9 @@
-"""Prompts become embeddings; the encoder is there only as long as the plan has it, or not at all for known prompts."""
+"""Prompts become embeddings: encoded by umT5, or found in memory or on disk."""
 
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 
@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..runtime.plan import Plan
 REMEMBERED = 64  # prompts; an embedding of umT5-xxl takes 4 MB
 
 
 class PromptEncoder:
     """Encodes prompts with diffusers' `encode_prompt`, and remembers the embeddings of the last ones.
 
-    load() gives the text encoder on a device. A resident encoder is the pipeline's own, as diffusers has it; "freed" is
-    loaded for a new prompt and let go; "cpu" stays, and works, on the CPU. A prompt that `cache` has needs none;
-    where it has all of `prompts`, a resident one is loaded with the first that it has not.
+    Args:
+        pipeline: whose tokenizer and text encoder are used.
+        load: returns the text encoder on a device.
+        cache: of embeddings on disk. None: there is not one.
+        prompts: the prompts to come, if they are known. If the cache has all of them, a resident text encoder is not
+            loaded before the first uncached prompt.
     """
 
     def __init__(
@@ -31,17 +33,23 @@ class PromptEncoder:
         prompts: Sequence[str] = (),
     ):
         self._pipeline, self._load, self._cache, self._known = pipeline, load, cache, OrderedDict()
-        self._unneeded = cache is not None and bool(prompts) and all(map(cache.has, prompts))
+        self._all_cached = cache is not None and bool(prompts) and all(map(cache.has, prompts))
 
-    def follow(self, plan: "Plan") -> None:
-        """Keep the encoder as `plan` says from now on; called before the first prompt."""
-        self.plan = plan
-        self._pipeline.text_encoder = self._module = None
-        if plan.text_encoder == "resident" and not self._unneeded:
-            self._pipeline.text_encoder = self._load(plan.device)
+    def place(self, mode: Literal["resident", "freed", "cpu"], device: str) -> None:
+        """Decide where the text encoder is kept from now on. Call this before the first prompt.
+
+        Args:
+            mode: "resident" keeps it on the device, as the pipeline's own; "freed" loads it for each new prompt and
+                frees it afterwards; "cpu" keeps it on the CPU, where it also works.
+            device: of the pipeline.
+        """
+        self._mode, self._device = mode, device
+        self._pipeline.text_encoder = self._on_cpu = None
+        if mode == "resident" and not self._all_cached:
+            self._pipeline.text_encoder = self._load(device)
 
     def __call__(self, prompt: str) -> "torch.Tensor":
-        """Embedding (1, 512, text_dim) on the CPU, zeros after the prompt's own tokens."""
+        """Return the embedding (1, 512, text_dim) on the CPU, with zeros after the prompt's own tokens."""
         if prompt not in self._known:
             self._known[prompt] = self._find_or_encode(prompt)
             while len(self._known) > REMEMBERED:
@@ -58,28 +66,27 @@ class PromptEncoder:
         return found
 
     def _encode(self, prompt: str) -> "torch.Tensor":
-        pipeline, kept = self._pipeline, self.plan.text_encoder
-        device = "cpu" if kept == "cpu" else self.plan.device
+        pipeline, device = self._pipeline, "cpu" if self._mode == "cpu" else self._device
         try:
             if pipeline.text_encoder is None:
-                pipeline.text_encoder = self._module or self._load(device)
+                pipeline.text_encoder = self._on_cpu or self._load(device)
             embedding, _ = pipeline.encode_prompt(
                 prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=device
             )
             return embedding
         finally:
-            if kept == "cpu":
-                self._module = pipeline.text_encoder
-            if kept != "resident":
+            if self._mode == "cpu":
+                self._on_cpu = pipeline.text_encoder
+            if self._mode != "resident":
                 pipeline.text_encoder = None
-                gc.collect()  # the encoder of a freed plan
+                gc.collect()  # frees the encoder in the mode "freed"
                 empty_cache()
 
 
 def empty_cache() -> None:
-    """Give the GPU's unused memory back, and page-locked main memory."""
+    """Return unused GPU memory and unused pinned memory to the system."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for it
+        getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for this

@@ -1,75 +1,83 @@
-"""Finished clips of a folder: mp4s that say how they were made.
+"""Finished clips of a folder: mp4s that carry how they were made.
 
-The mp4s are all there is: no index that could disagree with them. A file that says nothing is left alone.
+The gallery has no index, because an index could disagree with the files. It ignores files without metadata.
 """
 
 import os
 import re
-import tempfile
+import stat
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .. import records
 from ..errors import InputError, OutputError
-from ..machine import environment
-from ..runtime import estimate
+from ..machine import atomic, environment
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
+MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields of a record that are not settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished clip. settings: as in `Video.settings`; timings: seconds a stage; steps: of each step of denoise;
-    machine: what made it; cost: dollars for all stages, None where no price was set."""
+class Clip:
+    """A finished clip: its file, and how it was made."""
 
     path: Path
-    settings: dict
-    timings: dict[str, float] = field(default_factory=dict)
-    steps: Sequence[float] = ()
-    machine: str = ""
-    cost: float | None = None
+    record: records.VideoRecord
+
+    @property
+    def settings(self) -> dict:
+        """The record's fields that determine the clip. Those that the file does not have are None."""
+        return {name: value for name, value in asdict(self.record).items() if name not in MEASURED}
 
     @property
     def seconds(self) -> float:
-        """Of all stages but loading the model, which only the first clip pays."""
-        return sum(seconds for stage, seconds in self.timings.items() if stage != "load")
+        """Seconds of all stages except loading the model, because only the first clip pays for that."""
+        return sum(seconds for stage, seconds in self.record.timings.items() if stage != "load")
 
 
-class History:
-    """The clips in a folder, which is made with the first one."""
+class Gallery:
+    """The clips in a folder. Saving the first clip makes the folder."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder).absolute()
-        self._known: dict[tuple[Path, int, int], Run | None] = {}  # (path, mtime, size) → what the file says
+        self._known: dict[tuple[str, int, int], Clip | None] = {}  # by path, time of change and size
 
-    def runs(self, most: int | None = None) -> list[Run]:
-        """The latest first, at most so many. Each file is read once, for as long as it does not change."""
+    def clips(self, most: int | None = None) -> list[Clip]:
+        """Return the clips, the latest first. Each file is read once until it changes.
+
+        Args:
+            most: how many clips to return. None: all.
+        """
         found = []
         for path, status in sorted(self._files(), key=lambda file: (file[1].st_mtime_ns, file[0]), reverse=True):
             if most is not None and len(found) >= most:
                 break
             key = (path, status.st_mtime_ns, status.st_size)
             if key not in self._known:
-                self._known[key] = _read(path)
+                self._known[key] = _read(Path(path))
             if self._known[key]:
                 found.append(self._known[key])
         return found
 
-    def _files(self) -> list[tuple[Path, os.stat_result]]:
+    def _files(self) -> list[tuple[str, os.stat_result]]:
+        """Return the mp4s that can be seen and are not temporary"""
         found = []
-        for path in self.folder.glob("*.mp4"):
-            if not path.name.startswith("."):  # one that is being written
-                try:
-                    found.append((path, path.stat()))
-                except FileNotFoundError:  # gone since it was listed
-                    continue
+        with suppress(OSError):  # the folder does not exist yet, or cannot be read
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(".mp4") and not entry.name.startswith("."):
+                    with suppress(OSError):  # deleted since it was listed, or a link that leads nowhere
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            found.append((entry.path, status))
         return found
 
     def encoder(self, fps: int) -> mp4.Encoder:
-        """For the frames of a clip to come, which `save` takes; a context. Raises OutputError."""
+        """Return an encoder for the frames of a clip that `save` will name. Raises OutputError."""
         return mp4.Encoder(self.folder / "clip.mp4", fps)
 
     def save(
@@ -78,77 +86,100 @@ class History:
         machine: str = "",
         timings: dict[str, float] | None = None,
         encoder: mp4.Encoder | None = None,
-    ) -> Run:
-        """Write a clip (a `pipeline.Video`) under a new name made of the time, its prompt and its seed.
+    ) -> Clip:
+        """Write a clip under a new name, made of the time, the prompt and the seed.
 
-        timings: more stages than the video's own. encoder: of `encoder`, with the clip's frames. The file cannot know
-        how long its writing takes; the Run has that as "write": with an encoder, what was left of it. Raises
-        OutputError.
+        Args:
+            video: a `generation.Video`.
+            machine: what made the clip.
+            timings: seconds of stages that the video's own timings lack.
+            encoder: of `encoder`, when it has taken the clip's frames.
+
+        Returns:
+            The clip. Its timings have "write" in addition, which the file cannot contain: with an encoder, the seconds
+            after the last frame was added.
+
+        Raises:
+            OutputError: the file cannot be written.
         """
         timings = (timings or {}) | video.timings
-        cost = environment.cost(sum(timings.values()))
-        path, begin = self._new_path(video.settings["prompt"], video.settings["seed"]), time.perf_counter()
-        if encoder:
-            encoder.path = path
-        mp4.write_mp4(
-            encoder or path,
-            video.frames,
-            video.fps,
-            video.settings
-            | {"timings": timings, "steps": video.steps, "peaks": video.peaks, "machine": machine, "cost": cost},
-        )
-        timings = timings | {"write": time.perf_counter() - begin}
-        estimate.remember(video.settings, {"write": timings["write"]})
-        return Run(
-            path=path, settings=video.settings, timings=timings, steps=[*video.steps], machine=machine, cost=cost
-        )
+        measured = {"timings": timings, "steps": [*video.steps], "peaks": video.peaks, "machine": machine}
+        measured["cost"] = environment.cost(sum(timings.values()))
+        record = records.read(records.VideoRecord, video.settings | measured)
+        path, begin = self._claim(record.prompt, record.seed), time.perf_counter()
+        try:
+            if encoder:
+                encoder.path = path
+            mp4.write_mp4(encoder or path, video.frames, video.fps, records.write(record))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return Clip(path=path, record=replace(record, timings=timings | {"write": time.perf_counter() - begin}))
 
-    def _new_path(self, prompt: str, seed: int) -> Path:
+    def _claim(self, prompt: str, seed: int | list[int]) -> Path:
+        """Make an empty file under a name that no other save has"""
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "clip"
-        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{words}-{seed}"
-        path, number = self.folder / f"{stem}.mp4", 1
-        while path.exists():
-            number += 1
-            path = self.folder / f"{stem}-{number}.mp4"
-        return path
+        seed = seed if isinstance(seed, int) else "grid"
+        stem, number = f"{time.strftime('%Y%m%d-%H%M%S')}-{words}-{seed}", 1
+        path = self.folder / f"{stem}.mp4"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    path.touch(exist_ok=False)
+                    return path
+                except FileExistsError:
+                    number += 1
+                    path = self.folder / f"{stem}-{number}.mp4"
+        except OSError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error}. Choose another folder.") from error
 
-    def delete(self, run: Run) -> None:
-        """Remove a clip for good; one that is gone already is no error. Raises InputError for a file elsewhere."""
-        if run.path.parent != self.folder:
+    def delete(self, clip: Clip) -> None:
+        """Delete a clip's file for good. A file that is gone already is not an error.
+
+        Raises:
+            InputError: the file is in another folder.
+            OutputError: the file cannot be deleted.
+        """
+        if clip.path.parent != self.folder:
             raise InputError(
-                f"{str(run.path)!r} is not in {str(self.folder)!r}; only clips of this gallery are deleted"
+                f"clip is {str(clip.path)!r}, which is not in this gallery. Expected one in {str(self.folder)!r}. "
+                "Delete the file itself."
             )
         try:
-            run.path.unlink(missing_ok=True)
+            clip.path.unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot delete {str(run.path)!r}: {error}; look at the folder's permissions") from error
+            raise OutputError(
+                f"cannot delete {str(clip.path)!r}: {error}. Look at the permissions of the folder."
+            ) from error
 
-    def archive(self, runs: Sequence[Run]) -> Path:
-        """All these clips in one zip in the folder, in place of an earlier one. Raises InputError or OutputError."""
-        if not runs:
-            raise InputError("there is no clip to put into a zip yet; generate one first")
-        path, temporary = self.folder / ARCHIVE, None
+    def archive(self, clips: Sequence[Clip]) -> Path:
+        """Put clips into one zip in the folder, in place of an earlier zip. Clips that are gone are left out.
+
+        Raises:
+            InputError: there are no clips.
+            OutputError: the zip cannot be written.
+        """
+        if not clips:
+            raise InputError("clips is an empty list, there is no clip yet. Expected at least one. Generate one first.")
+        path = self.folder / ARCHIVE
         try:
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".zip")
-            with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:  # mp4s do not get smaller
-                for run in runs:
-                    archive.write(run.path, run.path.name)
-            os.replace(temporary, path)
+            # mp4s do not get smaller by compression; a zip has no dates before 1980, so those become 1980
+            with (
+                atomic.replaced(path) as temporary,
+                zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive,
+            ):
+                for clip in clips:
+                    with suppress(FileNotFoundError):
+                        archive.write(clip.path, os.fsencode(clip.path.name).decode(errors="replace"))
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error}; free some space") from error
-        finally:
-            if temporary and os.path.exists(temporary):
-                os.unlink(temporary)
+            raise OutputError(f"cannot write {str(path)!r}: {error}. Free some space.") from error
         return path
 
 
-def _read(path: Path) -> Run | None:
+def _read(path: Path) -> Clip | None:
+    """Return a clip, None for a file that does not carry how it was made"""
     try:
-        settings = mp4.read_metadata(path)
-    except (InputError, ValueError):  # not ours, or damaged
+        return Clip(path=path, record=mp4.read_record(path))
+    except InputError:
         return None
-    if not isinstance(settings, dict):
-        return None
-    told = {name: settings.pop(name) for name in ("timings", "steps", "machine", "cost") if name in settings}
-    settings.pop("peaks", None)
-    return Run(path=path, settings=settings, **told)
