@@ -221,11 +221,11 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tup
     else:
         pipeline = WanPipeline(**parts, transformer=experts[0])
     pipeline.set_progress_bar_config(disable=True)
-    cached = embedding_cache.is_cached(resolved.options.text_cache)
+    cached = embedding_cache.uses_cache(resolved.options.text_cache)
     encoder = PromptEncoder(
         pipeline,
         lambda where: checkpoint.load_text_encoder(resolved.text_encoder, device=where, dtype=dtype),
-        embedding_cache.cache_for(resolved.text_encoder.path, resolved.tokenizer, dtype) if cached else None,
+        embedding_cache.open_cache(resolved.text_encoder.path, resolved.tokenizer, dtype) if cached else None,
         prompts,
     )
     return pipeline, encoder

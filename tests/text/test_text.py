@@ -1,6 +1,7 @@
 """Embeddings of prompts on disk: found again to the bit, whatever happened to the files meanwhile."""
 
 import os
+import time
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import turbo_nb
-from turbo_nb.machine import environment
+from turbo_nb.machine import atomic, environment
 from turbo_nb.text import embedding_cache
 
 PROMPT = "a small green square growing on a gray background"
@@ -80,7 +81,7 @@ def test_another_encoder_dtype_or_prompt_is_another_file(tmp_path, change):
     assert other.get(prompt) is None and torch.equal(one.get(PROMPT), embedding)
 
 
-@pytest.mark.parametrize("damage", ["cut", "page", "shape", "nan", "dtype"])
+@pytest.mark.parametrize("damage", ["cut", "page", "bit", "turned", "shape", "nan", "dtype"])
 def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
     expected = load().encoder(PROMPT)
     (file,) = folder.iterdir()
@@ -89,6 +90,11 @@ def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
         file.write_bytes(whole[:-7])
     elif damage == "page":
         file.write_text("<html>")
+    elif damage == "bit":  # of an exponent: finite, and another clip
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x02]))
+    elif damage == "turned":
+        (rows,) = load_file(file).values()
+        save_file({"embedding": rows.T.contiguous()}, file)
     else:
         wrong = {"shape": torch.ones(3), "nan": torch.full((3, 8), torch.nan), "dtype": torch.ones(3, 8).half()}
         save_file({"embedding": wrong[damage]}, file)
@@ -115,7 +121,7 @@ def test_the_least_recently_used_go_first(tmp_path, monkeypatch):
     cache = embedding_cache.EmbeddingCache(tmp_path, "one", torch.float32)
     embedding = torch.zeros(1, 512, 100)
     embedding[0, :10] = 1  # 4 kB and a head
-    monkeypatch.setattr(embedding_cache, "KEPT", 9500)
+    monkeypatch.setattr(embedding_cache, "MOST", 9500)
     for age, prompt in enumerate("ab"):
         cache.put(prompt, embedding)
         os.utime(cache.path(prompt), (1e9 + age, 1e9 + age))
@@ -124,6 +130,23 @@ def test_the_least_recently_used_go_first(tmp_path, monkeypatch):
     assert [cache.has(prompt) for prompt in "abc"] == [True, False, True]
 
 
+def test_only_finished_embeddings_are_counted_and_deleted(tmp_path, monkeypatch):
+    cache = embedding_cache.EmbeddingCache(tmp_path, "one", torch.float32)
+    monkeypatch.setattr(embedding_cache, "MOST", 5000)
+    embedding = torch.ones(1, 512, 2)
+    with atomic.replaced(tmp_path / "of-another-process.safetensors") as unfinished:
+        unfinished.write_bytes(bytes(9000))
+        os.utime(unfinished, (time.time() - 60,) * 2)
+        (tmp_path / "notes.txt").write_bytes(bytes(9000))
+        abandoned = tmp_path / f"{atomic.PREFIX}0.safetensors"
+        abandoned.touch()
+        os.utime(abandoned, (1e9, 1e9))
+        cache.put("a", embedding)
+        assert unfinished.exists() and cache.has("a") and (tmp_path / "notes.txt").exists()
+    assert not abandoned.exists() and len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.mark.filterwarnings("error:.*encoded again")
 def test_a_folder_that_cannot_be_written_costs_no_video(folder):
     folder.parent.parent.joinpath("cache").write_text("a file")
     with pytest.warns(UserWarning, match="cannot keep .* TURBO_NB_CACHE"):

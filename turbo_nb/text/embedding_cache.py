@@ -1,111 +1,125 @@
-"""Prompts become embeddings; the encoder is there only as long as the plan has it, or not at all for known prompts."""
+"""Embeddings of prompts on disk, so that a known prompt needs no text encoder."""
 
 import hashlib
 import json
 import os
-import tempfile
-import warnings
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import warn
 from ..files import fingerprint
-from ..machine import environment
+from ..machine import atomic, environment
 
 if TYPE_CHECKING:
     import torch
 
 
 TEXT_LENGTH = 512  # tokens that a prompt is padded to
-KEPT = 512e6  # bytes of embeddings on disk; one of 100 tokens takes 0.8 MB
+MOST = 512e6  # bytes of embeddings on disk; one of 100 tokens takes 0.8 MB
+STALE = 86400  # seconds after which a temporary file is one of a process that was killed
 
 
-def is_cached(asked: bool | None = None) -> bool:
-    """Whether embeddings are kept on disk: as asked, else unless TURBO_NB_TEXT_CACHE is 0."""
+def uses_cache(asked: bool | None = None) -> bool:
+    """Return whether embeddings are kept on disk: as asked, else unless TURBO_NB_TEXT_CACHE is 0."""
     return os.environ.get("TURBO_NB_TEXT_CACHE") != "0" if asked is None else asked
 
 
-def cache_for(encoder: Path, tokenizer: Path, dtype: "torch.dtype") -> "EmbeddingCache":
-    """The embeddings that these files make of prompts, in the package's cache."""
+def open_cache(encoder: Path, tokenizer: Path, dtype: "torch.dtype") -> "EmbeddingCache":
+    """Return the cache of the embeddings that these files make of prompts."""
     files = " ".join(map(fingerprint.fingerprint, (encoder, tokenizer)))
     return EmbeddingCache(environment.text_cache(), files, dtype)
 
 
 class EmbeddingCache:
-    """Embeddings (1, 512, text_dim) in a folder, a file for each prompt with its own tokens, to the bit.
+    """Embeddings (1, 512, text_dim) in a folder: one file for each prompt, with the prompt's own tokens and a checksum.
 
-    encoder: what the files that made them are known by. A file that cannot be read is no error, nor is a folder that
-    cannot be written; both are said. The least recently used files go, so that KEPT bytes are not exceeded.
+    A file that cannot be read, or a folder that cannot be written, warns. The least recently used files are deleted
+    when all files exceed MOST bytes.
+
+    Args:
+        folder: of the files.
+        encoder: identifies the files of the text encoder and the tokenizer.
+        dtype: of the embeddings.
     """
 
     def __init__(self, folder: Path, encoder: str, dtype: "torch.dtype"):
-        self._folder, self._dtype, self._made_by = folder, dtype, [encoder, str(dtype), TEXT_LENGTH]
+        self._folder, self._dtype = folder, dtype
+        self._made_by = [encoder, str(dtype), TEXT_LENGTH, "sha256"]  # files of earlier versions have no checksum
 
     def path(self, prompt: str) -> Path:
-        """The file of a prompt, there or not; the same for prompts that diffusers cleans to the same."""
+        """Return the path of a prompt's file. Prompts that diffusers cleans to the same text share it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         key = json.dumps([prompt_clean(prompt), *self._made_by])
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def has(self, prompt: str) -> bool:
-        """Whether there is a file for it."""
-        return self.path(prompt).is_file()
+        """Return whether the prompt has a file."""
+        return environment.is_file(self.path(prompt))
 
     def get(self, prompt: str) -> "torch.Tensor | None":
-        """The embedding; None for one that is not here, and with a warning for one that cannot be read."""
+        """Return the embedding (1, 512, text_dim). None for a prompt without a file, and for a damaged file."""
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         path = self.path(prompt)
         try:
-            rows = load(path.read_bytes())["embedding"]
+            data = path.read_bytes()
+            rows = load(data)["embedding"]
             if rows.ndim != 2 or len(rows) > TEXT_LENGTH or rows.dtype != self._dtype or not rows.isfinite().all():
                 raise ValueError(f"{rows.dtype} of shape {tuple(rows.shape)}")
-        except FileNotFoundError:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            if header.get("__metadata__", {}).get("sha256") != _checksum(rows):
+                raise ValueError("its checksum is wrong")
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            warnings.warn(f"{str(path)!r} cannot be read ({error}); the prompt is encoded again", stacklevel=2)
+            warn(f"{str(path)!r} cannot be read ({error}). The prompt is encoded again.")
             return None
         with suppress(OSError):
-            os.utime(path)  # used now
+            os.utime(path)  # the most recently used file now
         return torch.nn.functional.pad(rows, (0, 0, 0, TEXT_LENGTH - len(rows)))[None]
 
     def put(self, prompt: str, embedding: "torch.Tensor") -> None:
-        """Keep a finite embedding (1, 512, text_dim); its file appears when it is whole."""
+        """Keep an embedding (1, 512, text_dim), unless it is not finite or is zero."""
         from safetensors.torch import save
 
-        path, rows = self.path(prompt), embedding[0]
-        if not rows.isfinite().all():
+        rows = embedding[0]
+        if not rows.isfinite().all() or not rows.any():
             return
-        tokens = 1 + int(rows.any(1).nonzero().max())  # the padding after them is zero
-        temporary = None
+        tokens = 1 + int(rows.any(1).nonzero().max())  # the padding after the tokens is zero
+        rows = rows[:tokens].contiguous()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".new")
-            with os.fdopen(handle, "wb") as file:
-                file.write(save({"embedding": rows[:tokens].contiguous()}))
-            os.replace(temporary, path)
+            atomic.write(self.path(prompt), save({"embedding": rows}, {"sha256": _checksum(rows)}))
             self._make_room()
         except OSError as error:
-            warnings.warn(
-                f"cannot keep the prompt's embedding in {str(self._folder)!r} ({error}); every start encodes it again. "
-                "TURBO_NB_CACHE names another folder, TURBO_NB_TEXT_CACHE=0 keeps none",
-                stacklevel=2,
+            warn(
+                f"cannot keep the prompt's embedding in {str(self._folder)!r} ({error}). Every start encodes it again. "
+                "Set TURBO_NB_CACHE to another folder, or TURBO_NB_TEXT_CACHE=0 to keep none."
             )
-        finally:
-            if temporary and os.path.exists(temporary):
-                os.unlink(temporary)
 
     def _make_room(self) -> None:
+        """Delete the least recently used embeddings, and nothing that another process is writing"""
+        atomic.sweep(self._folder, time.time() - STALE)
         files = []
-        for path in self._folder.iterdir():
-            with suppress(FileNotFoundError):  # gone since it was listed
+        for path in self._folder.glob("[!.]*.safetensors"):
+            with suppress(FileNotFoundError):  # deleted since it was listed
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
-            if total > KEPT:
+            if total > MOST:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _checksum(rows: "torch.Tensor") -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes"""
+    import torch
+
+    digest = hashlib.sha256(f"{rows.dtype} {tuple(rows.shape)}".encode())
+    digest.update(rows.view(torch.uint8).numpy())
+    return digest.hexdigest()
