@@ -222,10 +222,14 @@ class Studio:
         )
 
     def has_preview(self, spec: catalog.ModelSpec) -> bool:
-        """Whether the next clip of this model can be shown while it is made; else it is once one has been decoded."""
-        return spec.preview is not None or (
-            self.pipeline is not None and self.pipeline.spec == spec and self._vae_key() in self._learned
-        )
+        """Return whether the next clip of this model can be shown while it is made."""
+        if self.pipeline is not None and self.pipeline.spec == spec:
+            return self._factors(spec) is not None
+        return spec.preview is not None or bool(spec.files)  # the released models have Wan2.1's VAE
+
+    def _factors(self, spec: catalog.ModelSpec) -> list[list[float]] | None:
+        """Return the preview's colours: known before the first clip, or learned from it"""
+        return preview.factors_for(spec, self.pipeline.vae.config) or self._learned.get(self._vae_key())
 
     def _tell(self, job: Job) -> None:
         for listener in tuple(self._listeners):
@@ -272,7 +276,7 @@ class Studio:
         def after_step(done: int, total: int, latents) -> None:
             nonlocal denoised
             denoised = loaded.scheduler.denoised
-            if factors := spec.preview or self._learned.get(self._vae_key()):
+            if factors := self._factors(spec):
                 job.preview = preview.animation(preview.preview(denoised, factors), spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
@@ -288,7 +292,7 @@ class Studio:
             self._advance(job, "write")
             run = self.history.save(video, machine(), timings, encoder)
             estimate.remember(video.settings, {"write": run.record.timings["write"]})
-        if spec.preview is None and denoised is not None:
+        if denoised is not None and self._factors(spec) is None:
             self._learned[self._vae_key()] = preview.fit_preview(denoised, video.frames)
         return run
 
