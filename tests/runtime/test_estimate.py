@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import turbo_nb
-from turbo_nb import catalog, generation
+from turbo_nb import catalog, generation, records
 from turbo_nb.machine import environment, probe
 from turbo_nb.runtime import estimate
 from turbo_nb.runtime.estimate import Row, work_of
@@ -30,7 +30,7 @@ def row(steps=(2.0, 2.0, 2.0, 2.0), **more) -> Row:
     clip |= {"machine": HERE, "timings": {"text": 1.0, "denoise": sum(steps) + 0.5, "decode": 3.0}} | more
     topk = None if clip["attention_type"] == "original" else 0.1
     work = work_of(ARCH, clip["width"], clip["height"], clip["num_frames"], topk)
-    return Row(steps=steps, **{"work": work} | clip)
+    return Row(steps=steps, **{"work": work, "warm": True} | clip)
 
 
 def ask(*rows: Row, **wanted):
@@ -84,6 +84,40 @@ def test_it_is_the_median_of_the_latest():
     assert ask(writing) is None
 
 
+def test_clips_that_compiled_kernels_do_not_count_beside_warm_ones():
+    cold = row((30.0, 2.5, 2.5, 2.5), warm=False, timings={"text": 9.0, "denoise": 38.0, "decode": 12.0, "load": 40.0})
+    found = ask(row(), cold, cold, cold)
+    assert found.seconds == pytest.approx(12.5) and (found.load, found.after, found.warm) == (40.0, 1, True)
+    writing = row((), warm=False, timings={"write": 0.25})
+    assert ask(writing, row(), cold).seconds == pytest.approx(12.75)  # writing compiles nothing
+
+
+def test_a_clip_that_compiled_kernels_alone_gives_an_upper_limit():
+    cold = row((30.0, 2.0, 2.2, 2.4), warm=False, timings={"text": 1.0, "denoise": 37.1, "decode": 12.0})
+    found = ask(cold)
+    assert found.seconds == pytest.approx(4 * 2.0 + 1.0 + 0.5 + 12.0) and not found.warm
+    assert str(found) == "at most 21.5 s, from 1 earlier video here that compiled kernels, too"
+
+
+def test_a_row_tells_whether_its_kernels_were_compiled_before(folder, monkeypatch):
+    settings = WANTED | {"device": "cuda", "quant_linear": False, "memory_plan": "resident"}
+    for device, warm in (("cuda", False), ("cuda", True), ("cpu", False)):
+        estimate.remember(settings | {"device": device}, {"text": 1.0}, steps=[1.0], warm=warm)
+    assert [one.warm for one in estimate.rows()] == [True, True, False]  # a CPU compiles nothing
+    line = json.loads((folder / estimate.ROWS).read_text().splitlines()[1])
+    del line["warm"]
+    (folder / estimate.ROWS).write_text(json.dumps(line))
+    assert [one.warm for one in estimate.rows()] == [False]  # of a version that did not tell
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0, "less than 0.1 s"), (0.04, "less than 0.1 s"), (0.05, "0.1 s"), (8.24, "8.2 s"), (90, "1.5 min")],
+)
+def test_seconds_in_words(seconds, words):
+    assert estimate.in_words(seconds) == words
+
+
 def test_videos_leave_rows_without_their_words(nano, folder, tmp_path):
     before = generation.outlook(nano, "a red circle", num_frames=5, num_steps=2)
     nano.loaded_in = 7.0
@@ -102,7 +136,7 @@ def test_videos_leave_rows_without_their_words(nano, folder, tmp_path):
 
 
 def test_lines_that_cannot_be_read_are_passed_over(folder):
-    good = json.dumps(estimate.asdict(row()))
+    good = json.dumps(records.write(row()))
     bad = ["", "{", "null", "[1]", '{"machine": 1}', good[:-20], good + good, good.replace("832", '"x"'),
            good.replace("3.0", "NaN"), good.replace("3.0", "-3"), good.replace("832", "0"),
            good.replace("3.0", "null"), good.replace("small", "\x00")]  # fmt: skip
@@ -133,11 +167,13 @@ def test_the_first_guess_is_by_the_gpu(monkeypatch):
     gpus = {"h100": (132, 9, 0), "a100": (108, 8, 0), "laptop": (40, 8, 9)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
-    guesses = []
+    guesses, nano = [], catalog.NANO
+    small = {"model": "nano", "sla_topk": nano.sla_topk, "width": 128, "height": 128, "num_frames": 25}
     for count, major, minor in gpus.values():
         gpu = SimpleNamespace(multi_processor_count=count, major=major, minor=minor)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
         guesses.append(estimate.estimate(WANTED, ARCH, known=[]))
+        assert str(estimate.estimate(WANTED | small, nano.arch, known=[])) == "about 0.3 s, a first guess"
     assert guesses[0].seconds == pytest.approx(4 * 0.189 + 0.630 + 0.090, rel=0.05)  # as measured
     assert guesses[0].seconds < guesses[1].seconds < guesses[2].seconds and guesses[0].load is None
     assert str(guesses[0]).endswith(" s, a first guess") and guesses[0].after == 0

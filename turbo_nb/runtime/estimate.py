@@ -1,37 +1,47 @@
-"""How long a clip will take: learned from the clips made on this machine, and before the first one guessed.
+"""The time that a clip will take: learned from earlier clips on this machine, and guessed before the first one.
 
-Every clip leaves a row with its seconds, and no word of its prompt, in a file of the package's cache. A row is worth
-little: a line that cannot be read is passed over, a row that cannot be written is not missed.
+Every clip adds a row with its seconds, and without its prompt, to a file in the package's cache. The file is a help
+only: a line that cannot be read is skipped, and a row that cannot be written is lost.
 """
 
 import json
-import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from .. import records
 from ..catalog import Arch
-from ..machine import environment
+from ..machine import atomic, environment
 
 ROWS = "times.jsonl"
-MOST = 256_000  # bytes of rows; half of them stay when they are more
-LATEST = 5  # rows that a stage's time is the median of
-NEAR = 4  # times as many pixels, or as few: further off, what does not grow with a clip counts too much
-# One H100 as measured (the README's table), and others beside it by their multiprocessors and the Tensor Cores of each
+MOST = 256_000  # bytes of rows; the newer half stays when they exceed this
+LATEST = 5  # rows that the time of a stage is the median of
+NEAR = 4  # rows of up to 4 times more or fewer pixels are near, because host time does not scale with pixels
+# Rates of the first guess, measured on one H100 (the README's table). Other GPUs are scaled by their multiprocessors
+# and by the Tensor Cores of each.
 RATE = 550e12  # floating point operations a second in a step
-DECODE, WRITE = 2e-8, 3e-9  # seconds a pixel of a frame; most of the writing is beside the decoding
+DECODE, WRITE = 2e-8, 3e-9  # seconds for a pixel of a frame; most of the writing happens during decoding
 MULTIPROCESSORS, EACH = 132, {(9, 0): 1.0, (8, 0): 0.4, (10, 0): 2.0}
 OTHERS = 0.2  # of consumer GPUs
+# Least seconds, because the host needs time to launch kernels however small a clip is: nano's step took 25.9 ms on an
+# H100. The other stages together are not measured.
+HOST_STEP, HOST_STAGES = 0.026, 0.2
+TINY = 0.05  # seconds below this would be shown as "0.0 s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The times of one clip, or of writing one, in seconds; work: operations of one of its steps (`work_of`)."""
+    """The times of one clip, or of writing one.
+
+    Args:
+        timings: seconds of each stage. steps: seconds of each denoising step.
+        work: floating point operations of one step, see `work_of`.
+        warm: whether the kernels for this clip were compiled before it began.
+    """
 
     machine: str
     model: str
@@ -45,35 +55,51 @@ class Row:
     work: float = 0
     timings: dict[str, float] = field(default_factory=dict)
     steps: Sequence[float] = ()
+    warm: bool = False
 
     @property
     def pixels(self) -> float:
-        """Of all frames."""
+        """Pixels of all frames."""
         return self.width * self.height * self.num_frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds that a clip will take, and of loading its model (None: not known); after: how many earlier clips say so,
-    0 for a first guess."""
+    """The time of a clip.
+
+    Args:
+        seconds: of the clip, without loading the model.
+        load: seconds of loading the model. None: not known.
+        after: the number of earlier clips that it is learned from. 0: a first guess.
+        warm: False where all earlier clips compiled kernels too, so that `seconds` is an upper limit.
+    """
 
     seconds: float
     load: float | None
     after: int
+    warm: bool = True
 
     def __str__(self) -> str:
-        if not self.after:
-            return f"about {in_words(self.seconds)}, a first guess"
-        return f"about {in_words(self.seconds)}, from {self.after} earlier video{'s' * (self.after > 1)} here"
+        words = in_words(self.seconds)
+        if not self.warm:
+            return f"at most {words}, from {_videos(self.after)} here that compiled kernels, too"
+        words = words if self.seconds < TINY else f"about {words}"
+        return f"{words}, from {_videos(self.after)} here" if self.after else f"{words}, a first guess"
+
+
+def _videos(count: int) -> str:
+    return f"{count} earlier video{'s' * (count > 1)}"
 
 
 def in_words(seconds: float) -> str:
-    """ "8.2 s" or "1.5 min" """
+    """Return seconds as "8.2 s", "1.5 min" or "less than 0.1 s"."""
+    if seconds < TINY:
+        return "less than 0.1 s"
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def machine(device: str | None = None) -> str:
-    """What the time of a clip depends on: a GPU's name, or the CPU's kind and cores. None: the GPU if there is one."""
+    """Return the name of a GPU, or the kind and the cores of the CPU. None: the GPU if this machine has one."""
     if device != "cpu":
         import torch
 
@@ -83,34 +109,55 @@ def machine(device: str | None = None) -> str:
 
 
 def work_of(arch: Arch | None, width: int, height: int, num_frames: int, topk: float | None) -> float:
-    """Floating point operations of one step. topk: the share of keys that self-attention attends to; None is all.
+    """Return the floating point operations of one denoising step.
 
-    arch None: of a model whose shape is not known, the tokens.
+    Args:
+        arch: the transformer's shape. None: not known, the number of tokens stands for the operations.
+        width: in pixels.
+        height: in pixels.
+        num_frames: 4n + 1.
+        topk: the share of keys that self-attention attends to. None: all.
     """
     tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
     if arch is None:
         return tokens
     linears = 6 * arch.dim**2 + 2 * arch.dim * arch.ffn_dim
-    attention = 2 * arch.dim * ((1 if topk is None else topk) * tokens + 512)  # and to the prompt
+    attention = 2 * arch.dim * ((1 if topk is None else topk) * tokens + 512)  # 512 tokens of the prompt
     return 2.0 * tokens * arch.num_layers * (linears + attention)
 
 
-def remember(settings: dict, timings: dict[str, float], *, steps: Sequence[float] = (), work: float = 0) -> None:
-    """Add a row to those of this machine, from a video's settings. What is not there, or not written, is no error."""
+def remember(
+    settings: dict,
+    timings: dict[str, float],
+    *,
+    steps: Sequence[float] = (),
+    work: float = 0,
+    warm: bool = False,
+) -> None:
+    """Add a row to those of this machine. A missing setting or a folder that cannot be written is not an error.
+
+    Args:
+        settings: of a video.
+        timings: seconds of each stage.
+        steps: seconds of each denoising step; none for a row about writing alone.
+        work: of `work_of`.
+        warm: whether the kernels for this clip were compiled before. A CPU compiles none.
+    """
     path = environment.cache() / ROWS
     with suppress(OSError, KeyError):
+        names = ("model", "attention_type", "width", "height", "num_frames", "num_steps", "quant_linear", "memory_plan")
         row = Row(
             machine=machine(settings["device"]),
             timings=timings,
             steps=[*steps],
             work=work,
-            **{name: settings[name] for name in ("model", "attention_type", "width", "height", "num_frames")},
-            **{name: settings[name] for name in ("num_steps", "quant_linear", "memory_plan")},
+            warm=warm or settings["device"] == "cpu",
+            **{name: settings[name] for name in names},
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, (json.dumps(asdict(row)) + "\n").encode())  # at once: other processes write as well
+        try:  # one write, because other processes append as well
+            os.write(handle, (json.dumps(records.write(row)) + "\n").encode())
             full = os.fstat(handle).st_size > MOST
         finally:
             os.close(handle)
@@ -120,14 +167,11 @@ def remember(settings: dict, timings: dict[str, float], *, steps: Sequence[float
 
 def _halve(path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.writelines(lines[len(lines) // 2 :])
-    os.replace(temporary, path)
+    atomic.write(path, b"".join(lines[len(lines) // 2 :]))
 
 
 def rows() -> list[Row]:
-    """What is remembered, the latest first."""
+    """Return the rows of earlier clips, the latest first."""
     try:
         lines = (environment.cache() / ROWS).read_bytes().splitlines()
     except OSError:
@@ -136,24 +180,37 @@ def rows() -> list[Row]:
 
 
 def _row(line: bytes) -> Row | None:
+    """Return the row of a line, None for a damaged line"""
     try:
-        row = Row(**json.loads(line))
-        numbers = [*row.timings.values(), *row.steps, row.work, row.pixels]
-        return row if all(math.isfinite(number) and number >= 0 for number in numbers) and row.pixels else None
-    except (ValueError, TypeError, AttributeError):
+        data = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    row = records.read(Row, data)
+    if row is None or not row.pixels or min([*row.timings.values(), *row.steps, row.work, row.pixels]) < 0:
+        return None
+    read = asdict(row)  # a row that lost a number in reading would make a stage look free
+    return row if all(data[name] == value for name, value in read.items() if name in data) else None
 
 
 def estimate(
     wanted: dict, arch: Arch | None, *, device: str | None = None, known: Iterable[Row] | None = None
 ) -> Estimate | None:
-    """How long a clip will take on `device` (None: the GPU if there is one); None where nothing is known.
+    """Estimate the time of a clip.
 
-    wanted: model, attention_type, sla_topk, width, height, num_frames and num_steps; quant_linear and memory_plan, if
-    they are known. Rows (None: those of `rows()`) of this machine, model, attention and linears count, those of the
-    same plan, and of about the same size, if there are any. Of each stage it is the median of the latest: a step
-    scaled by its operations, decoding and writing by pixels. Without rows it is a first guess by the GPU's size; there
-    is none for a CPU.
+    Rows of this machine, model, attention and linears count. Rows of the same plan, of about the same size and of warm
+    clips are preferred. A stage takes the median of its latest rows: steps are scaled by their operations, decoding and
+    writing by their pixels. Of a clip that compiled kernels only the fastest step counts, because the compiler delays
+    the first one. Without rows the size of the GPU gives a first guess.
+
+    Args:
+        wanted: model, attention_type, sla_topk, width, height, num_frames and num_steps; also quant_linear and
+            memory_plan, if they are known.
+        arch: the transformer's shape. None: not known.
+        device: where the clip will be made. None: on the GPU if this machine has one.
+        known: rows to learn from. None: those of `rows`.
+
+    Returns:
+        The estimate. None for a CPU without rows.
     """
     here, topk = machine(device), None if wanted["attention_type"] == "original" else wanted["sla_topk"]
     work = work_of(arch, wanted["width"], wanted["height"], wanted["num_frames"], topk)
@@ -167,27 +224,31 @@ def estimate(
     ]
     known = _preferred(known, lambda row: row.memory_plan == wanted.get("memory_plan"))
     known = _preferred(known, lambda row: pixels / NEAR <= row.pixels <= pixels * NEAR)
+    load = [row.timings["load"] for row in known if "load" in row.timings]  # cold clips too: they have it
+    known = _preferred(known, lambda row: row.warm or not row.steps)
     clips = [row for row in known if row.steps and row.work]
     if not clips:
-        return _guess(work * wanted["num_steps"], pixels, device)
-    step = median(seconds * work / row.work for row in clips[:LATEST] for seconds in row.steps)
-    stages = {stage: list(_scaled(stage, known, pixels)) for stage in {s for row in known for s in row.timings}}
-    load = stages.pop("load", None)
+        return _guess(work, wanted["num_steps"], pixels, device)
+    step = median(
+        seconds * work / row.work for row in clips[:LATEST] for seconds in (row.steps if row.warm else [min(row.steps)])
+    )
+    stages = [list(_scaled(stage, known, pixels)) for stage in {s for row in known for s in row.timings} - {"load"}]
     return Estimate(
-        seconds=step * wanted["num_steps"] + sum(median(seconds[:LATEST]) for seconds in stages.values()),
-        load=load and median(load[:LATEST]),
+        seconds=step * wanted["num_steps"] + sum(median(seconds[:LATEST]) for seconds in stages),
+        load=median(load[:LATEST]) if load else None,
         after=len(clips),
+        warm=any(row.warm for row in clips),
     )
 
 
 def _preferred(known: list[Row], like: Callable[[Row], bool]) -> list[Row]:
-    """The rows that are like that, all if no clip is"""
+    """Return the rows that are like that, or all rows if no clip is"""
     alike = [row for row in known if like(row)]
     return alike if any(row.steps for row in alike) else known
 
 
 def _scaled(stage: str, known: Iterable[Row], pixels: float) -> Iterator[float]:
-    """Seconds of a stage for so many pixels; of denoise what is not in its steps, such as encoding an image"""
+    """Return a stage's seconds for so many pixels; for denoise those outside its steps, such as encoding an image"""
     for row in known:
         if stage in row.timings:
             seconds = row.timings[stage]
@@ -196,8 +257,9 @@ def _scaled(stage: str, known: Iterable[Row], pixels: float) -> Iterator[float]:
             yield seconds * (pixels / row.pixels if stage in ("denoise", "decode", "write") else 1)
 
 
-def _guess(work: float, pixels: float, device: str | None) -> Estimate | None:
-    if device == "cpu":  # where torch may be missing
+def _guess(work: float, num_steps: int, pixels: float, device: str | None) -> Estimate | None:
+    """Return a first guess by the size of the GPU, None on a CPU"""
+    if device == "cpu":  # torch may be missing here
         return None
     import torch
 
@@ -205,4 +267,6 @@ def _guess(work: float, pixels: float, device: str | None) -> Estimate | None:
         return None
     gpu = torch.cuda.get_device_properties(device)
     share = gpu.multi_processor_count / MULTIPROCESSORS * EACH.get((gpu.major, gpu.minor), OTHERS)
-    return Estimate(seconds=(work / RATE + pixels * DECODE) / share + pixels * WRITE, load=None, after=0)
+    step = max(work / RATE / share, HOST_STEP)
+    stages = max(pixels * DECODE / share + pixels * WRITE, HOST_STAGES)
+    return Estimate(seconds=step * num_steps + stages, load=None, after=0)
