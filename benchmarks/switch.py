@@ -45,7 +45,7 @@ class Expert(nn.Module):
 
 
 class Pipeline:
-    """The methods of a pipeline that `expert_swap.take_turns` uses."""
+    """The methods of a pipeline that `expert_swap.enable` uses."""
 
     def __init__(self, experts: tuple[Expert, Expert]):
         self.experts = experts
@@ -122,7 +122,7 @@ def _accelerate(experts: tuple[Expert, Expert], device: str, _: bool) -> Iterato
 @contextmanager
 def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator[Switch]:
     pipeline = Pipeline(experts)
-    expert_swap.take_turns(pipeline, experts, device)
+    expert_swap.enable(pipeline, experts, device)
 
     def switch():
         experts[0]()
@@ -133,11 +133,11 @@ def _turns(experts: tuple[Expert, Expert], device: str, ahead: bool) -> Iterator
         return seconds, 1, out.cpu()
 
     try:
-        with patch.object(expert_swap, "room_on", expert_swap.room_on if ahead else lambda device: 0):
+        with patch.object(expert_swap, "free_at_peak", expert_swap.free_at_peak if ahead else lambda device: 0):
             yield switch
     finally:
         pipeline.maybe_free_model_hooks()
-        expert_swap.end_turns(pipeline)
+        expert_swap.disable(pipeline)
 
 
 def _timed(work: Callable[[], Tensor | None], device: str) -> tuple[float, Tensor | None]:

@@ -191,8 +191,8 @@ def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):
     ("image", "words"),
     [
         (None, "image is None"),
-        ("no.png", "no image"),
-        (NANO / "vocabulary.json", "no image that can be read"),
+        ("no.png", "there is no file"),
+        (NANO / "vocabulary.json", "cannot be read as an image"),
         (np.zeros((4, 4)), r"float64 \(4, 4\); give a file"),
     ],
     ids=["none", "missing", "not an image", "array"],
@@ -241,13 +241,13 @@ def test_experts_that_take_turns_make_the_same_clip_and_their_switch_is_timed(fo
     )
     expected, parts = make(), (i2v.transformer, i2v.transformer_2, i2v.vae)
     assert "switch" not in expected.timings
-    slowly = _slowly(expert_swap.Turn._come)
-    monkeypatch.setattr(expert_swap.Turn, "_come", slowly)
+    slowly = _slowly(expert_swap.ExpertSwapHook._onload)
+    monkeypatch.setattr(expert_swap.ExpertSwapHook, "_onload", slowly)
     try:
         i2v.turbo_nb.follow(replace(before, name="offload", offload="model", text_encoder="freed"))
         for _ in range(2):
             video = make()
-            assert np.array_equal(video.frames, expected.frames) and not any(part._hf_hook.there for part in parts)
+            assert np.array_equal(video.frames, expected.frames) and not any(part._hf_hook.onloaded for part in parts)
             assert list(video.timings) == ["text", "denoise", "switch", "decode"]
             assert video.timings["switch"] >= 0.4 and len(video.steps) == 4
             assert sum(video.steps) <= video.timings["denoise"]
@@ -255,7 +255,7 @@ def test_experts_that_take_turns_make_the_same_clip_and_their_switch_is_timed(fo
         monkeypatch.setattr(i2v.scheduler.__class__, "step", lambda *_, **__: pytest.fail("broken"))
         with pytest.raises(pytest.fail.Exception):
             make()
-        assert not any(part._hf_hook.there for part in parts)
+        assert not any(part._hf_hook.onloaded for part in parts)
     finally:
         i2v.turbo_nb.follow(before)
     assert not any(hasattr(part, "_hf_hook") for part in parts)
@@ -311,7 +311,7 @@ def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeyp
             turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2)
     finally:
         nano.turbo_nb.plan = before
-        nano.turbo_nb.prompt_encoder.follow(before)
+        nano.turbo_nb.prompt_encoder.place(before.text_encoder, before.device)
     assert np.array_equal(turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames, frames)
 
 

@@ -1,4 +1,4 @@
-"""Models that take turns: there while they work, at home afterwards, their weights never copied back."""
+"""Models that share a GPU: onloaded while they work, offloaded afterwards, without a copy back."""
 
 from types import SimpleNamespace
 
@@ -36,8 +36,8 @@ class Pipeline:
             remove_hook_from_module(module)
 
     @property
-    def there(self) -> list[bool]:
-        return [module._hf_hook.there for module in self.modules]
+    def onloaded(self) -> list[bool]:
+        return [module._hf_hook.onloaded for module in self.modules]
 
 
 @pytest.fixture
@@ -54,19 +54,19 @@ def pointers(module: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_one_works_while_the_others_are_at_home(small, inference):
+def test_one_module_is_onloaded_at_a_time(small, inference):
     pipeline, expected = Pipeline(3), [model(seed)(X) for seed in range(3)]
     states = [model(seed).state_dict() for seed in range(3)]
     with torch.inference_mode(inference):
-        expert_swap.take_turns(pipeline, pipeline.modules, "cpu")
+        expert_swap.enable(pipeline, pipeline.modules, "cpu")
         homes = [pointers(module) for module in pipeline.modules]
         for turn in (0, 0, 1, 2, 0):
             assert torch.equal(pipeline.modules[turn](X), expected[turn])
-            assert pipeline.there == [turn == index for index in range(3)]
+            assert pipeline.onloaded == [turn == index for index in range(3)]
             away = [pointers(module) != home for module, home in zip(pipeline.modules, homes, strict=True)]
-            assert away == pipeline.there
+            assert away == pipeline.onloaded
         pipeline.maybe_free_model_hooks()
-        assert pipeline.there == [False] * 3 and pipeline.freed == 1
+        assert pipeline.onloaded == [False] * 3 and pipeline.freed == 1
         assert [pointers(module) for module in pipeline.modules] == homes
     for module, state in zip(pipeline.modules, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
@@ -74,34 +74,34 @@ def test_one_works_while_the_others_are_at_home(small, inference):
         assert len(module._hf_hook._packed) == len(state)  # with the table, without what is expanded
 
 
-def test_a_turn_knows_where_its_module_works(small):
+def test_a_hook_has_the_execution_device_that_diffusers_reads(small):
     pipeline = Pipeline(1)
-    expert_swap.take_turns(pipeline, pipeline.modules, "cpu")
+    expert_swap.enable(pipeline, pipeline.modules, "cpu")
     assert pipeline.modules[0]._hf_hook.execution_device == torch.device("cpu")  # diffusers asks for it
     assert len(pipeline.modules[0]._hf_hook._pieces) == 4
 
 
-def test_the_second_expert_is_fetched_in_the_firsts_second_step_as_far_as_it_fits(small, monkeypatch):
+def test_the_second_expert_is_prefetched_in_the_firsts_second_step_as_far_as_it_fits(small, monkeypatch):
     pipeline, expected = Pipeline(2), [model(seed)(X) for seed in range(2)]
-    expert_swap.take_turns(pipeline, pipeline.modules, "cpu")
+    expert_swap.enable(pipeline, pipeline.modules, "cpu")
     first, second = pipeline.modules
     copies, room = second._hf_hook._copies, second._hf_hook._pieces[0].nbytes + 1
-    monkeypatch.setattr(expert_swap, "room_on", lambda device: room)
+    monkeypatch.setattr(expert_swap, "free_at_peak", lambda device: room)
     first(X)
     assert copies == []  # what the first takes is not known yet
     first(X)
     ahead = copies[:]
-    assert len(ahead) == 1 and not second._hf_hook.there
-    assert torch.equal(second(X), expected[1]) and pipeline.there == [False, True]
+    assert len(ahead) == 1 and not second._hf_hook.onloaded
+    assert torch.equal(second(X), expected[1]) and pipeline.onloaded == [False, True]
     assert copies[0] is ahead[0] and len(copies) == 4  # the rest came when it was called
     assert torch.equal(first(X), expected[0]) and torch.equal(first(X), expected[0])
     pipeline.maybe_free_model_hooks()
     assert copies == []
 
 
-def test_what_a_user_changes_meanwhile_counts(small):
+def test_weights_that_a_user_changes_or_adds_are_used(small):
     pipeline = Pipeline(2)
-    expert_swap.take_turns(pipeline, pipeline.modules, "cpu")
+    expert_swap.enable(pipeline, pipeline.modules, "cpu")
     module = pipeline.modules[0]
     module(X)
     pipeline.modules[1](X)
@@ -117,18 +117,18 @@ def test_what_a_user_changes_meanwhile_counts(small):
     assert torch.equal(module[2].weight, plain[2].weight) and module.added.sum() == 3
 
 
-def test_it_can_be_ended(small):
+def test_disable_restores_the_modules(small):
     pipeline = Pipeline(2)
-    expert_swap.take_turns(pipeline, pipeline.modules, "cpu")
+    expert_swap.enable(pipeline, pipeline.modules, "cpu")
     homes = pointers(pipeline.modules[0])
     pipeline.modules[0](X)
-    expert_swap.end_turns(pipeline)
+    expert_swap.disable(pipeline)
     assert pointers(pipeline.modules[0]) == homes and not hasattr(pipeline.modules[0], "_hf_hook")
     pipeline.maybe_free_model_hooks()
     assert pipeline.freed == 1 and torch.equal(pipeline.modules[0](X), model(0)(X))
 
 
-def test_memory_that_cannot_be_page_locked_is_told_once_and_used_as_it_is(small, monkeypatch):
+def test_memory_that_cannot_be_pinned_warns_once_and_is_pageable(small, monkeypatch):
     empty, asked = torch.empty, []
 
     def refused(*args, pin_memory=False, **kwargs):
@@ -140,13 +140,13 @@ def test_memory_that_cannot_be_page_locked_is_told_once_and_used_as_it_is(small,
     monkeypatch.setattr(torch, "empty", refused)
     pipeline = Pipeline(2)
     with pytest.warns(UserWarning, match="cannot be pinned .CUDA error: out of memory.. Copies") as told:
-        expert_swap.take_turns(pipeline, pipeline.modules, "cuda")
+        expert_swap.enable(pipeline, pipeline.modules, "cuda")
     assert len(asked) == len(told) == 1 and not pipeline.modules[1]._hf_hook.pinned
 
 
-def test_room_is_what_the_run_leaves_free(monkeypatch):
+def test_free_at_peak_is_what_the_run_left_free(monkeypatch):
     told = {"mem_get_info": (30e9, 80e9), "memory_reserved": 40e9, "max_memory_allocated": 36e9}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert expert_swap.room_on(SimpleNamespace(type="cuda")) == 33e9
-    assert expert_swap.room_on(torch.device("cpu")) == 0
+    assert expert_swap.free_at_peak(SimpleNamespace(type="cuda")) == 33e9
+    assert expert_swap.free_at_peak(torch.device("cpu")) == 0

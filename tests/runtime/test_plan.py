@@ -163,6 +163,6 @@ def test_a_plan_is_carried_out(name, done, monkeypatch):
     turns = lambda pipeline, modules, device: told.append(  # noqa: E731
         f"turns of {', '.join(module._name for module in modules)} on {device}"
     )
-    monkeypatch.setattr(expert_swap, "take_turns", turns)
+    monkeypatch.setattr(expert_swap, "enable", turns)
     place(Recorder(told), plan_for(I2V, 40, quantised=True, name=name))
     assert told[0] == " remove_all_hooks" and done <= set(told)

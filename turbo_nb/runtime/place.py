@@ -23,13 +23,13 @@ def place(pipeline: "DiffusionPipeline", plan: Plan) -> None:
 
     from . import expert_swap
 
-    expert_swap.end_turns(pipeline)
+    expert_swap.disable(pipeline)
     if plan.vae_tiling:
         pipeline.vae.enable_tiling()
     else:
         pipeline.vae.disable_tiling()
     if plan.offload == "model":
-        expert_swap.take_turns(pipeline, (*transformers(pipeline), pipeline.vae), plan.device)
+        expert_swap.enable(pipeline, (*transformers(pipeline), pipeline.vae), plan.device)
     elif plan.offload == "group":
         for transformer in transformers(pipeline):
             transformer.to("cpu")

@@ -1,1 +1,1 @@
-"""Prompts become embeddings."""
+"""Embeddings of prompts."""

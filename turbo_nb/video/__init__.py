@@ -1,1 +1,1 @@
-"""Images in, mp4 files out, previews and galleries."""
+"""Images in; mp4 files, previews and galleries out."""

@@ -1,4 +1,4 @@
-"""Images in, mp4 with metadata out (imageio-ffmpeg), several clips in one picture, and previews of latents."""
+"""Several clips in one picture: side by side, or as a contact sheet."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
 GROUND = "#f4f4f1"  # of a contact sheet
+LONGEST = 1000  # characters of a caption that are measured
 
 
 def grid(clips: "list[np.ndarray]") -> "np.ndarray":
-    """Clips (T, H, W, 3) side by side as one, as upstream shows several samples."""
+    """Put clips (T, H, W, 3) side by side into one, as upstream shows several samples."""
     import numpy as np
 
     return np.concatenate(clips, axis=2)
@@ -19,9 +21,13 @@ def grid(clips: "list[np.ndarray]") -> "np.ndarray":
 def contact_sheet(
     clips: "list[np.ndarray]", captions: list[str] | None = None, *, frames: int = 3, columns: int = 2
 ) -> "Image":
-    """One picture of several clips: `frames` evenly spaced frames of each side by side, its caption below.
+    """Draw evenly spaced frames of each clip side by side, with its caption below.
 
-    clips: each (T, H, W, 3) uint8, all of one size.
+    Args:
+        clips: each (T, H, W, 3) uint8, all of one size.
+        captions: one for each clip. None: no captions.
+        frames: how many of each clip.
+        columns: clips beside each other.
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -43,14 +49,11 @@ def contact_sheet(
 
 
 def _fitted(text: str, fits: Callable[[str], bool]) -> str:
-    """The text in one line, shortened by bisection until it fits; empty where not even "…" fits"""
+    """Return the text in one line, shortened by bisection until it fits; empty where not even "…" fits"""
     line = " ".join(text.split())
-    if len(line) < 1000 and fits(line):  # a longer line does not fit, and measuring it takes long
+    if len(line) < LONGEST and fits(line):  # a longer line does not fit, and measuring it takes long
         return line
-    low, high = (
-        -1,
-        min(len(line), 1000),
-    )  # a cut after `low` characters fits (-1: nothing does), after `high` it does not
+    low, high = -1, min(len(line), LONGEST)  # a cut after `low` characters fits (-1: none does), after `high` not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(line[:middle].rstrip() + "…") else (low, middle)
