@@ -191,7 +191,7 @@ def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):
     ("image", "words"),
     [
         (None, "image is None"),
-        ("no.png", "there is no file"),
+        ("no.png", "is not a file"),
         (NANO / "vocabulary.json", "cannot be read as an image"),
         (np.zeros((4, 4)), r"float64 \(4, 4\)\. Expected a file"),
     ],

@@ -280,7 +280,7 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, o
                 value = ", ".join(f"{key} {item}" for key, item in value.items())
             elif isinstance(value, list):
                 value = ", ".join(map(str, value))
-            print(f"{name:15} {value}")
+            print(mp4.printable(f"{name:15} {value}"))
         return
     from .files import recognise
 

@@ -11,6 +11,7 @@ from turbo_nb import catalog, generation, records
 from turbo_nb.machine import environment, probe
 from turbo_nb.runtime import estimate
 from turbo_nb.runtime.estimate import Row, work_of
+from turbo_nb.settings import ClipSettings, resolve_clip
 
 ARCH, HERE = catalog.ARCH_1_3B, estimate.machine("cpu")
 WANTED = {
@@ -119,17 +120,22 @@ def test_seconds_in_words(seconds, words):
 
 
 def test_videos_leave_rows_without_their_words(nano, folder, tmp_path):
-    before = generation.outlook(nano, "a red circle", num_frames=5, num_steps=2)
-    nano.loaded_in = 7.0
+    def outlook():
+        clip = resolve_clip(ClipSettings(prompt="a blue square", num_frames=5, num_steps=2), catalog.NANO)
+        return generation.outlook(nano.turbo_nb, clip)
+
+    before = outlook()
+    nano.turbo_nb.load_seconds = 7.0
     for _ in range(2):
         video = turbo_nb.generate(nano, "a red circle", num_frames=5, num_steps=2)
     video.save(tmp_path / "clip.mp4")
     written, second, first = estimate.rows()
     assert (first.timings["load"], first.timings["decode"] > 0, len(first.steps)) == (7.0, True, 2)
     assert "load" not in second.timings and set(written.timings) == {"write"}
-    assert (first.model, first.quant_linear, first.memory_plan, first.machine) == ("nano", False, nano.plan.name, HERE)
-    after = generation.outlook(nano, "a blue square", num_frames=5, num_steps=2)
-    assert before is None and after.after == 2 and after.load == 7.0
+    plan = nano.turbo_nb.plan.name
+    assert (first.model, first.quant_linear, first.memory_plan, first.machine) == ("nano", False, plan, HERE)
+    after = outlook()
+    assert before is None and after.after == 2 and after.load == 7.0 and after.warm
     made = sum(video.timings.values()) + written.timings["write"]
     assert made / 3 < after.seconds < made * 3
     assert "circle" not in (folder / estimate.ROWS).read_text()

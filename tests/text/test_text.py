@@ -43,7 +43,7 @@ def test_prompts_that_are_known_need_no_encoder(folder, loads, memory_plan):
     frames = turbo_nb.generate(first, PROMPT, **SHORT).frames
     assert loads == ["cpu"]
     again = load(memory_plan=memory_plan, prompts=[PROMPT])
-    assert torch.equal(again.encoder(PROMPT), first.encoder(PROMPT))
+    assert torch.equal(again.turbo_nb.prompt_encoder(PROMPT), first.turbo_nb.prompt_encoder(PROMPT))
     assert np.array_equal(turbo_nb.generate(again, f"  {PROMPT}\n", **SHORT).frames, frames)  # cleaned, it is the same
     assert loads == ["cpu"] and again.text_encoder is None
     turbo_nb.generate(again, "a large red circle", **SHORT)  # another one after all
@@ -51,13 +51,13 @@ def test_prompts_that_are_known_need_no_encoder(folder, loads, memory_plan):
 
 
 def test_without_word_of_the_prompts_a_resident_encoder_is_there(folder, loads):
-    load().encoder(PROMPT)
+    load().turbo_nb.prompt_encoder(PROMPT)
     assert load().text_encoder is not None
     assert load(prompts=[PROMPT, "a large red circle"]).text_encoder is not None  # one of them is new
 
 
 def test_a_file_has_the_prompts_own_tokens_and_not_its_words(folder):
-    embedding = load().encoder(PROMPT)
+    embedding = load().turbo_nb.prompt_encoder(PROMPT)
     (file,) = folder.iterdir()
     (rows,) = load_file(file).values()
     assert rows.shape[0] == int(embedding[0].any(1).sum()) < 60 and rows.dtype == embedding.dtype
@@ -83,7 +83,7 @@ def test_another_encoder_dtype_or_prompt_is_another_file(tmp_path, change):
 
 @pytest.mark.parametrize("damage", ["cut", "page", "bit", "turned", "shape", "nan", "dtype"])
 def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
-    expected = load().encoder(PROMPT)
+    expected = load().turbo_nb.prompt_encoder(PROMPT)
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     if damage == "cut":
@@ -100,20 +100,20 @@ def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
         save_file({"embedding": wrong[damage]}, file)
     again = load(prompts=[PROMPT])
     with pytest.warns(UserWarning, match="cannot be read .* encoded again"):
-        assert torch.equal(again.encoder(PROMPT), expected)
+        assert torch.equal(again.turbo_nb.prompt_encoder(PROMPT), expected)
     assert file.read_bytes() == whole and [*folder.iterdir()] == [file] and len(loads) == 2
 
 
 @pytest.mark.parametrize("off", ["argument", "variable"])
 def test_it_can_be_turned_off(folder, loads, monkeypatch, off):
-    load().encoder(PROMPT)
+    load().turbo_nb.prompt_encoder(PROMPT)
     (file,) = folder.iterdir()
     file.write_bytes(b"")  # which nobody looks at
     if off == "variable":
         monkeypatch.setenv("TURBO_NB_TEXT_CACHE", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(prompts=[PROMPT], text_cache=False if off == "argument" else None).encoder(PROMPT)
+        load(prompts=[PROMPT], text_cache=False if off == "argument" else None).turbo_nb.prompt_encoder(PROMPT)
     assert len(loads) == 2 and file.read_bytes() == b""
 
 
@@ -150,7 +150,7 @@ def test_only_finished_embeddings_are_counted_and_deleted(tmp_path, monkeypatch)
 def test_a_folder_that_cannot_be_written_costs_no_video(folder):
     folder.parent.parent.joinpath("cache").write_text("a file")
     with pytest.warns(UserWarning, match="cannot keep .* TURBO_NB_CACHE"):
-        assert load().encoder(PROMPT).shape[1] == 512
+        assert load().turbo_nb.prompt_encoder(PROMPT).shape[1] == 512
 
 
 def test_an_embedding_that_is_not_finite_is_not_kept(tmp_path):

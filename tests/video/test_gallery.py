@@ -10,6 +10,7 @@ import pytest
 
 from turbo_nb.errors import InputError, OutputError
 from turbo_nb.generation import Video
+from turbo_nb.records import VideoRecord
 from turbo_nb.video import mp4
 from turbo_nb.video.gallery import Gallery
 
@@ -19,11 +20,9 @@ WANTED = {
 
 
 def video(prompt: str = "a red circle", seed: int = 1) -> Video:
-    frames = np.zeros((5, 32, 32, 3), np.uint8)
-    return Video(
-        frames=frames, fps=8, timings={"text": 1.0, "denoise": 4.0}, steps=(1.5, 2.0),
-        settings=WANTED | {"prompt": prompt, "seed": seed},
-    )  # fmt: skip
+    timings = {"text": 1.0, "denoise": 4.0}
+    record = VideoRecord(prompt=prompt, seed=seed, fps=8, timings=timings, steps=[1.5, 2.0], **WANTED)
+    return Video(frames=np.zeros((5, 32, 32, 3), np.uint8), record=record)
 
 
 def test_clips_are_found_again_the_latest_first(tmp_path):
@@ -49,8 +48,11 @@ def test_a_clip_keeps_what_it_cost(tmp_path, monkeypatch):
 
 
 def test_foreign_and_unfinished_files_are_left_alone(tmp_path):
-    gallery = Gallery(tmp_path)
+    gallery, left = Gallery(tmp_path), tmp_path / ".turbo_nb-0.mp4"
+    left.touch()
+    os.utime(left, (1e9, 1e9))  # of a process that was killed long ago
     kept = gallery.save(video(), "A")
+    assert not left.exists()
     (tmp_path / "page.mp4").write_text("<html>")
     os.link(kept.path, tmp_path / ".half.mp4")
     assert [one.path for one in gallery.clips()] == [kept.path]
@@ -92,7 +94,7 @@ def test_delete_takes_only_what_is_in_the_folder(tmp_path):
 
 def test_a_zip_holds_the_clips_and_takes_the_place_of_the_last(tmp_path):
     gallery = Gallery(tmp_path)
-    with pytest.raises(InputError, match="no clip"):
+    with pytest.raises(InputError, match="at least one clip"):
         gallery.archive([])
     clips = [gallery.save(video(seed=seed)) for seed in (1, 2)]
     gallery.archive(clips[:1])

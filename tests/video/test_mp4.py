@@ -197,7 +197,7 @@ def test_a_file_without_metadata(tmp_path, frames):
     with pytest.raises(InputError, match="says nothing"):
         mp4.read_metadata(tmp_path / "page.mp4")
     for missing in ("missing.mp4", "x" * 300 + ".mp4"):
-        with pytest.raises(InputError, match="no file"):
+        with pytest.raises(InputError, match="is not a file"):
             mp4.read_metadata(tmp_path / missing)
 
 

@@ -291,7 +291,7 @@ class Studio:
             )
             self._advance(job, "write")
             run = self.history.save(video, machine(), timings, encoder)
-            estimate.remember(video.settings, {"write": run.record.timings["write"]})
+            estimate.remember(asdict(run.record), {"write": run.record.timings["write"]})
         if denoised is not None and self._factors(spec) is None:
             self._learned[self._vae_key()] = preview.fit_preview(denoised, video.frames)
         return run

@@ -20,7 +20,7 @@ class PromptEncoder:
     Args:
         pipeline: whose tokenizer and text encoder are used.
         load: returns the text encoder on a device.
-        cache: of embeddings on disk. None: there is not one.
+        cache: of embeddings on disk. None: embeddings are not kept.
         prompts: the prompts to come, if they are known. If the cache has all of them, a resident text encoder is not
             loaded before the first uncached prompt.
     """

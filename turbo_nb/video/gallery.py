@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .. import records
 from ..errors import InputError, OutputError
 from ..machine import atomic, environment
+from ..records import VideoRecord, write
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
+STALE = 86400  # seconds after which a temporary file is one of a process that was killed
 MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields of a record that are not settings
 
 
@@ -27,7 +28,7 @@ class Clip:
     """A finished clip: its file, and how it was made."""
 
     path: Path
-    record: records.VideoRecord
+    record: VideoRecord
 
     @property
     def settings(self) -> dict:
@@ -103,14 +104,13 @@ class Gallery:
             OutputError: the file cannot be written.
         """
         timings = (timings or {}) | video.timings
-        measured = {"timings": timings, "steps": [*video.steps], "peaks": video.peaks, "machine": machine}
-        measured["cost"] = environment.cost(sum(timings.values()))
-        record = records.read(records.VideoRecord, video.settings | measured)
+        cost = environment.cost(sum(timings.values()))
+        record = replace(video.record, timings=timings, machine=machine, cost=cost)
         path, begin = self._claim(record.prompt, record.seed), time.perf_counter()
         try:
             if encoder:
                 encoder.path = path
-            mp4.write_mp4(encoder or path, video.frames, video.fps, records.write(record))
+            mp4.write_mp4(encoder or path, video.frames, video.fps, write(record))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -124,6 +124,7 @@ class Gallery:
         path = self.folder / f"{stem}.mp4"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            atomic.sweep(self.folder, time.time() - STALE)
             while True:
                 try:
                     path.touch(exist_ok=False)
@@ -161,7 +162,7 @@ class Gallery:
             OutputError: the zip cannot be written.
         """
         if not clips:
-            raise InputError("clips is an empty list, there is no clip yet. Expected at least one. Generate one first.")
+            raise InputError("clips is an empty list. Expected at least one clip. Generate one first.")
         path = self.folder / ARCHIVE
         try:
             # mp4s do not get smaller by compression; a zip has no dates before 1980, so those become 1980

@@ -36,7 +36,7 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> 
     name = "an upload" if isinstance(image, io.BytesIO) else repr(str(image))
     allowed = "Expected a png, jpg or webp file."
     if not isinstance(image, io.BytesIO) and not environment.is_file(image):
-        raise InputError(f"image is {name}, and there is no file. {allowed} Check the path.")
+        raise InputError(f"image is {name}, which is not a file. {allowed} Check the path.")
     try:
         with Image.open(image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")

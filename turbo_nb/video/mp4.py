@@ -284,7 +284,7 @@ def _run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProc
 def _read(path: str | os.PathLike, *arguments: str, before: tuple[str, ...] = ()) -> bytes:
     """Return what ffmpeg makes of an mp4, nothing where it fails. Raises InputError for a missing file."""
     if not environment.is_file(path):
-        raise InputError(f"path is {str(path)!r}, and there is no file. Expected an mp4. Check the path.")
+        raise InputError(f"path is {str(path)!r}, which is not a file. Expected an mp4. Check the path.")
     with suppress(OSError):
         result = _run(*before, *SOURCE, Path(path).absolute(), *arguments, "-")
         if not result.returncode:
