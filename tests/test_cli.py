@@ -95,4 +95,6 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_file(tmp_path, argu
 
 def test_info_of_something_else(tmp_path):
     result = run("info", "missing.mp4", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("error: path is 'missing.mp4', which is not a file")
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(
+        "error: path is 'missing.mp4', which is not a file"
+    )

@@ -18,6 +18,7 @@ from .machine import environment
 from .pipeline import LoadedModel
 from .records import VideoRecord, write
 from .runtime import estimate
+from .runtime.compilations import compilations
 from .runtime.pinned import pinned_empty
 from .runtime.stages import StageRunner, current_device
 from .runtime.steps import StepTimer
@@ -155,7 +156,7 @@ def generate(
     runner, timer = StageRunner(model, on_stage), StepTimer(pipeline, model.device)
     deliver = _in_order(on_frames)
     try:
-        with torch.inference_mode(), current_device(model.device):
+        with torch.inference_mode(), current_device(model.device), compilations(model.device) as compiled:
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step))
             if model.plan.offload == "model":
@@ -170,6 +171,7 @@ def generate(
         record.timings | ({} if loading is None else {"load": loading}),
         steps=record.steps,
         work=estimate.work_of(model.spec.arch, *clip.size, record.sla_topk),
+        warm=not compiled,
     )
     return Video(frames=frames, record=record)
 
@@ -179,8 +181,8 @@ def _image(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -> "
     clip, image = prepared.clip, prepared.image
     if not spec.understands(clip.prompt):
         warn(
-            f"{spec.name} only knows moving shapes, so the video will not show what this prompt describes. It knows, for "
-            "example: a large red circle moving from left to right on a black background",
+            f"{spec.name} only knows moving shapes, so the video will not show what this prompt describes. An example "
+            "that it knows: a large red circle moving from left to right on a black background",
             stacklevel=4,
         )
     if image is None:
