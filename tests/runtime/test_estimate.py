@@ -186,7 +186,7 @@ def test_the_first_guess_is_by_the_gpu(monkeypatch):
 
 
 def test_the_doctor_tells_it(nano, monkeypatch):
-    from turbo_nb.checkup import doctor
+    from turbo_nb.checkup import fits
 
     monkeypatch.setattr(environment, "folder_size", lambda path: 0)
     spec = catalog.NANO
@@ -194,5 +194,5 @@ def test_the_doctor_tells_it(nano, monkeypatch):
     settings = clip | {"model": "nano", "attention_type": "sla", "quant_linear": False, "device": "cpu"}
     work = work_of(spec.arch, 128, 128, 25, spec.sla_topk)
     estimate.remember(settings, {"denoise": 4.0}, steps=[1.0] * 4, work=work)
-    fits = {fit.model: fit.time for fit in doctor._fits(probe.Machine(), 0, None)}
-    assert fits["nano"] == "about 4.0 s, from 1 earlier video here"
+    times = {fit.model: fit.time for fit in fits.every_fit(probe.Machine(), 0, None)}
+    assert times["nano"] == "about 4.0 s, from 1 earlier video here"

@@ -1,21 +1,33 @@
-"""The doctor: what this machine is, what will run here, and for every problem one line with its remedy."""
+"""Tables of plain text that print in a shell and show as HTML in a notebook.
+
+rich draws them in a shell. In a notebook rich's HTML is one `<pre>` of box characters. Ours is a real table, because a
+screen reader needs its caption and the scope of its headers.
+"""
 
 import html
 import io
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
 
 GIB = 2**30
-STYLES = {"error": "red", "warning": "yellow", "FAILED": "red"}  # of a row by its first cell
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, head, rows, all plain text
+STYLES = {"error": "red", "warning": "yellow", "FAILED": "red"}  # of a row, by its first cell
+# Title, header row (all empty: not shown), rows. A cell is plain text and may have several lines.
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 class Tables:
-    """Something whose `tables()` print as tables, and show as HTML in a notebook."""
+    """Base of everything that consists of tables."""
 
     def tables(self) -> Iterator[Table]:
+        """Yield the tables."""
         raise NotImplementedError
+
+    def only(self, *titles: str) -> "Shown":
+        """Return the tables that have one of these titles, in the order of the titles."""
+        found = {table[0]: table for table in self.tables()}
+        return Shown(tuple(found[title] for title in titles if title in found))
 
     def __rich__(self):
         from rich.console import Group
@@ -28,8 +40,7 @@ class Tables:
             for name in head:
                 drawing.add_column(name, overflow="fold")
             for row in rows:
-                style = STYLES.get(row[0])
-                drawing.add_row(*map(Text, row), style=style)
+                drawing.add_row(*map(Text, row), style=STYLES.get(row[0]))
             drawn.append(drawing)
         return Group(*drawn)
 
@@ -44,36 +55,79 @@ class Tables:
     def _repr_html_(self) -> str:
         parts = []
         for title, head, rows in self.tables():
-            top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+            top = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in head)
             lines = "".join(
-                f'<tr><th scope="row">{html.escape(row[0])}</th>'
-                + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+                f'<tr><th scope="row">{_escaped(row[0])}</th>'
+                + "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
                 + "</tr>"
                 for row in rows
             )
             header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-            parts.append(f"<table><caption>{html.escape(title)}</caption>{header}<tbody>{lines}</tbody></table>")
+            parts.append(f"<table><caption>{_escaped(title)}</caption>{header}<tbody>{lines}</tbody></table>")
         return "".join(parts)
 
 
 @dataclass(frozen=True, repr=False)
 class Shown(Tables):
-    """Tables by themselves."""
+    """Some tables by themselves."""
 
     parts: tuple[Table, ...]
 
     def tables(self) -> Iterator[Table]:
-        """The tables."""
+        """Yield the tables."""
         yield from self.parts
 
 
+def clip_times(video) -> Shown:
+    """Return a table of a clip's stages: seconds, and peak GPU memory where it was measured.
+
+    Args:
+        video: what `generate` returned. With TURBO_NB_PRICE_PER_HOUR set the last row has the cost.
+    """
+    peaks = video.peaks
+    rows = [
+        (stage, f"{seconds:.2f} s", gib(peaks[stage]) if stage in peaks else "")
+        for stage, seconds in video.timings.items()
+    ]
+    cost = "" if video.cost is None else f", ${video.cost:.4f}"
+    rows.append(("all", f"{sum(video.timings.values()):.2f} s{cost}", ""))
+    return Shown((("Times", ("stage", "time", "peak GPU memory"), rows),))
+
+
+def details(record: Any, title: str = "How it was made") -> Shown:
+    """Return a table of a record's fields that are set.
+
+    Args:
+        record: a mapping or a dataclass, such as what `read_metadata` returns.
+        title: caption of the table.
+    """
+    fields = asdict(record) if is_dataclass(record) else dict(record)
+    rows = [(name, _value(value)) for name, value in fields.items() if value not in (None, "", [], (), {})]
+    return Shown(((title, ("", ""), rows),))
+
+
+def _value(value: Any) -> str:
+    """Return a field's value as text, with numbers rounded for reading"""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(cell: str) -> str:
+    return html.escape(cell).replace("\n", "<br>")
+
+
 def gib(size: float) -> str:
-    """Bytes of memory → "13.5 GiB" """
+    """Return bytes of memory as "13.5 GiB"."""
     return f"{size / GIB:.1f} GiB"
 
 
 def decimal(size: int) -> str:
-    """Bytes on a disk → "14.2 GB" """
+    """Return bytes on a disk as "14.2 GB"."""
     from rich import filesize
 
     return filesize.decimal(size)
