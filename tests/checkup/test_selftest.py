@@ -1,6 +1,7 @@
 """turbo-nb verify: green on a sound machine, red with exit code 2 for every fault that is planted."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -10,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import command_line
 from safetensors.torch import load_file, save_file
 
-from turbo_nb import backends, catalog, linear, rope
+from turbo_nb import backends, catalog, linear, pipeline, rope
 from turbo_nb.checkup import selftest
 from turbo_nb.errors import UnknownModelError
 from turbo_nb.ops.attention import reference as attention_reference
@@ -33,10 +35,9 @@ def command(*arguments, cwd, **variables):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="names the checks of a machine without a GPU")
-def test_a_sound_machine_passes_and_says_what_it_is(tmp_path):
+def test_a_sound_machine_passes_and_reports_what_it_is(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = command("--json", cwd=tmp_path)
+    result = command("--json", "--device", "cpu", cwd=tmp_path, OMP_NUM_THREADS="1")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads(result.stdout)
@@ -47,6 +48,16 @@ def test_a_sound_machine_passes_and_says_what_it_is(tmp_path):
     assert spent < 30
     assert told["doctor"]["backends"]["torch"] == torch.__version__
     assert not list(tmp_path.iterdir())
+
+
+def test_json_stays_json_when_loading_logs(tmp_path, monkeypatch):
+    def load_pipeline(*arguments, load=pipeline.load_pipeline, **options):
+        logging.getLogger("turbo_nb").warning("compiled the kernels for this GPU in 140 s")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "load_pipeline", load_pipeline)
+    result = command_line("verify", "--json", "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 0 and json.loads(result.stdout)["passed"]
 
 
 def test_the_text_encoder_is_tried_even_for_a_prompt_that_is_known(tmp_path, monkeypatch):
@@ -61,7 +72,7 @@ def red(checks):
 
 
 def operations():
-    return [*selftest._operations(backends.detect(), "cpu")]
+    return [*selftest.check_operations(backends.detect(), "cpu")]
 
 
 def test_the_operations_pass():
@@ -163,7 +174,7 @@ def test_one_bent_weight_turns_it_red(bent):
     result = selftest.verify("nano", device="cpu")
     assert result.exit_code == 2 and red(result.checks) == ["files"]
     (detail,) = [check.detail for check in result.checks if not check.passed]
-    assert "transformer/diffusion_pytorch_model.safetensors; install turbo_nb again" in detail
+    assert "transformer/diffusion_pytorch_model.safetensors. Install turbo_nb again" in detail
     text = repr(result)
     assert "FAILED" in text and "passed" in text and "Machine" in text and "FAILED" in result._repr_html_()
     assert json.loads(json.dumps(result.to_dict()))["passed"] is False
@@ -174,7 +185,7 @@ def test_a_file_that_is_gone_or_new_turns_it_red(bent):
     spec = catalog.MODELS["nano"]
     assert selftest.run("files", selftest.files, spec, False).passed
     (bent / "vae" / "config.json").rename(bent / "vae" / "other.json")
-    assert "vae/config.json, vae/other.json;" in selftest.run("files", selftest.files, spec, False).detail
+    assert "vae/config.json, vae/other.json." in selftest.run("files", selftest.files, spec, False).detail
 
 
 def test_a_released_model_that_is_not_here_is_not_fetched(monkeypatch):
@@ -205,20 +216,26 @@ def test_the_shipped_sums_are_those_of_the_shipped_files():
     )
 
 
-def test_the_command_ends_with_2_when_something_is_wrong(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch\n"
-        "from turbo_nb.kernels import reference\n"
-        "right = norms_reference.apply_rotary_emb\n"
-        "reference.apply_rotary_emb = lambda x, cos, sin, interleaved=True: right(x, cos, -sin, interleaved)\n"
-        "from turbo_nb import verify\n"
-        "verify.files = lambda *_: (False, 'left out of this test')\n"
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = command(cwd=tmp_path, PYTHONPATH=path, COLUMNS="200")
+def test_the_command_ends_with_2_when_something_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(rope, "apply_rotary_emb", turned_back)
+    monkeypatch.setattr(selftest, "files", lambda *_: (False, "left out of this test"))
+    monkeypatch.setenv("COLUMNS", "200")
+    result = command_line("verify", "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if "FAILED" in line]
     assert len(lines) == 2 and "rope: reference" in lines[0] and "files" in lines[1]
+
+
+def test_the_attentions_of_a_cpu_do_not_depend_on_the_gpu_of_the_machine(monkeypatch, nano):
+    monkeypatch.setattr(selftest, "load", lambda spec, quantised, device, into: (into.append(nano) or True, ""))
+    monkeypatch.setattr(selftest, "clip", lambda pipeline: (True, ""))
+    monkeypatch.setattr(selftest, "step", lambda *arguments: (True, ""))
+    monkeypatch.setattr(backends, "choose", lambda operation: backends.Choice(operation, "triton"))
+    names = {
+        device: [check.name for check in selftest.check_model(catalog.NANO, False, device)]
+        for device in ("cpu", "cuda")
+    }
+    assert names == {"cpu": MODEL, "cuda": [*MODEL, "transformer: a step with sagesla at topk 1: dense"]}
 
 
 def test_an_unknown_model():

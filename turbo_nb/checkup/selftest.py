@@ -1,7 +1,7 @@
-"""The self-test: does this machine compute what the formulas say, and does the model make a clip?
+"""The self-test: does this machine compute the formulas, and does the model make a clip?
 
-`verify(model)` checks the operations against independent float64 formulas, every backend that was chosen against the
-reference, the model's files, a step of its transformer with every attention that can run here, and a short clip.
+`verify(model)` checks the operations, the model's files, a short clip, and a step of the transformer with every
+attention that can run here.
 """
 
 import hashlib
@@ -12,28 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import backends, catalog
-from ..errors import CheckpointError, DownloadError
+from ..errors import CheckpointError, DownloadError, first_line
 from ..machine import probe
 from ..runtime import place, plan
-from . import doctor, tables
+from . import doctor, operations, tables
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SUMS = "SHA256SUMS"  # beside a model that comes with the package: what `sha256sum` prints
+SUMS = "SHA256SUMS"  # beside a model that comes with the package, in the format of `sha256sum`
 NUM_FRAMES, NUM_STEPS = 5, 2  # of the short clip
-# Largest relative error (‖out − ref‖ / ‖ref‖) of an operation by dtype, or by what its 8 bits cost
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.02}
-INT8_BOUND, SAGE_BOUND = 0.02, 0.08
-STEP_BOUNDS, SAGE_STEP_BOUND = (
-    {"float32": 1e-4, "bfloat16": 0.05},
-    0.1,
-)  # of a whole transformer, where roundings add up
+# Largest relative error of a whole transformer, where roundings add up
+STEP_BOUNDS, SAGE_STEP_BOUND = {"float32": 1e-4, "bfloat16": 0.05}, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was tried: whether it is as it should be, what was seen, and the seconds it took."""
+    """The outcome of one check, with its time in seconds."""
 
     name: str
     passed: bool
@@ -43,7 +38,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Result(tables.Tables):
-    """What `verify` saw. Prints as tables, shows as HTML in a notebook; paste it, or `to_dict()`, into a bug report."""
+    """The outcome of `verify`. It prints as tables, and shows as HTML in a notebook. Paste it into a bug report."""
 
     model: str
     report: doctor.Report
@@ -51,11 +46,11 @@ class Result(tables.Tables):
 
     @property
     def exit_code(self) -> int:
-        """0: all checks passed; 2: not."""
+        """0 where all checks passed, else 2."""
         return 0 if all(check.passed for check in self.checks) else 2
 
     def to_dict(self) -> dict:
-        """Everything, the doctor's report too, as JSON takes it."""
+        """Return everything, with the doctor's report, as plain data for JSON."""
         return {
             "model": self.model,
             "passed": self.exit_code == 0,
@@ -64,7 +59,7 @@ class Result(tables.Tables):
         }
 
     def tables(self) -> Iterator[tables.Table]:
-        """The machine, the versions, the checks."""
+        """Yield "Machine", "Versions", and "Checks of" the model."""
         yield from self.report.only("Machine").tables()
         rows = [(package.name, package.installed or "none") for package in self.report.environment.packages]
         rows += [(name, library.version or "") for name, library in self.report.backends.libraries.items()]
@@ -73,171 +68,110 @@ class Result(tables.Tables):
             ("passed" if check.passed else "FAILED", check.name, f"{check.seconds:.2f}", check.detail)
             for check in self.checks
         ]
-        yield f"Checks of {self.model}", ("", "check", "seconds", "seen"), rows
+        yield f"Checks of {self.model}", ("", "check", "seconds", "result"), rows
 
 
 def verify(model: str = "nano", *, quantised: bool = False, device: str = "auto") -> Result:
-    """Try this machine and a model of the catalogue. Fetches nothing: a released model must have been downloaded.
+    """Check this machine and a model of the catalogue. It downloads nothing.
 
-    quantised: the released files with int8 linears. Raises UnknownModelError, or InputError for a device that is not
-    here; whatever fails later is a failed check.
+    Args:
+        model: its name. A released model must have been downloaded.
+        quantised: use the released files with int8 linears.
+        device: "auto", "cpu", "cuda", or one GPU such as "cuda:1".
+
+    Returns:
+        The checks. Whatever raises an exception is a failed check.
+
+    Raises:
+        UnknownModelError: the catalogue does not have the model.
+        InputError: the machine does not have the device.
     """
     spec, device = catalog.find(model), probe.device_of(device)
     report = doctor.doctor()
-    checks = [*_operations(report.backends, device), run("files", files, spec, quantised)]
+    checks = [*check_operations(report.backends, device), run("files", files, spec, quantised)]
     if checks[-1].passed:
-        checks += _model(spec, quantised, device)
+        checks += check_model(spec, quantised, device)
     return Result(model=spec.name, report=report, checks=tuple(checks))
 
 
 def run(name: str, work: Callable[..., tuple[bool, str]], *arguments) -> Check:
-    """The Check of work(*arguments) → (passed, detail); one that raises has failed."""
+    """Return the Check of work(*arguments), which returns (passed, detail). It failed if it raises."""
     begin = time.perf_counter()
     try:
         passed, detail = work(*arguments)
-    except Exception as error:  # whatever breaks on a user's machine is what the report is for
-        lines = str(error).strip().splitlines() or ["no message"]
-        passed, detail = False, f"{type(error).__name__}: {lines[0]}"
+    except Exception as error:  # whatever breaks on a user's machine belongs into the report
+        passed, detail = False, f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
     return Check(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - begin)
 
 
-def close(out: "Tensor", ref: "Tensor", bound: float) -> tuple[bool, str]:
-    """Whether ‖out − ref‖ / ‖ref‖ is at most `bound`, which NaN is not, and that in words."""
-    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
-    error = ((out - ref).norm() / ref.norm()).item()
-    return error <= bound, f"relative error {error:.1e}, at most {bound:.1e}"
-
-
-def _operations(found: backends.Backends, device: str) -> Iterator[Check]:
-    """Every operation in float32 on the CPU, then by what was chosen for this machine's GPU"""
-    yield run("rope: reference, float64", rope, "cpu", "float32")
-    yield run("sla at topk 1: dense attention, float64", sparse, "cpu", "float32")
-    yield run("sla's linear branch: float64", linear_branch)
-    yield run("int8 linear: float64", int8, "cpu", "float32")
+def check_operations(found: backends.Backends, device: str) -> Iterator[Check]:
+    """Yield a check of each operation in float32 on the CPU, then of each backend that was chosen for the GPU."""
+    yield run("rope: reference, float64", operations.rope, "cpu", "float32")
+    yield run("sla at topk 1: dense attention, float64", operations.sparse, "cpu", "float32")
+    yield run("sla's linear branch: float64", operations.linear_branch)
+    yield run("int8 linear: float64", operations.int8, "cpu", "float32")
     if device == "cpu":
         return
-    for operation, work in (("rope", rope), ("sla", sparse), ("linear", int8)):
+    for operation, work in (("rope", operations.rope), ("sla", operations.sparse), ("linear", operations.int8)):
         chosen = getattr(found, operation).chosen
         yield run(f"{operation} by {chosen} on the GPU: float64", work, device, "bfloat16")
     if sage := found.sagesla.chosen:
-        yield run(f"sagesla by {sage} on the GPU: float64", sparse, device, "bfloat16", sage)
-
-
-def _noise(*shape: int, seed: int = 0, device: str = "cpu", dtype: str = "float32") -> "Tensor":
-    import torch
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, getattr(torch, dtype))
-
-
-def rope(device: str, dtype: str) -> tuple[bool, str]:
-    """Rotary embedding against complex numbers in float64."""
-    import torch
-
-    from ..rope import VideoSize, rope_apply, rope_freqs
-
-    size, head_dim = VideoSize(3, 4, 5), 128
-    x = _noise(2, 3 * 4 * 5, 3, head_dim, device=device, dtype=dtype)
-    out = rope_apply(x, size, rope_freqs(size, head_dim).to(device))
-    places = torch.cartesian_prod(*map(torch.arange, size)).double()  # (tokens, 3): frame, row, column
-    pairs = (22, 21, 21)  # of the 64, for the frame, the row and the column
-    angles = [places[:, axis, None] / 10_000 ** (torch.arange(n).double() / n) for axis, n in enumerate(pairs)]
-    turn = torch.polar(torch.ones(1).double(), torch.cat(angles, dim=1))  # (tokens, 64)
-    ref = torch.view_as_complex(x.double().cpu().unflatten(-1, (-1, 2))) * turn[:, None]
-    return close(out, torch.view_as_real(ref).flatten(-2), BOUNDS[dtype])
-
-
-def sparse(device: str, dtype: str, sage: str | None = None) -> tuple[bool, str]:
-    """Sparse attention that keeps every block, without its linear branch, against dense attention in float64.
-
-    sage: the backend of SageSLA to try in place of SLA.
-    """
-    from .. import sla
-
-    q, k, v = (_noise(1, 700, 2, 128, seed=seed, device=device, dtype=dtype) for seed in range(3))
-    if sage:
-        module = sla.SageSparseLinearAttention(128, topk=1.0, backend=sage)
-    else:
-        module = sla.SparseLinearAttention(128, topk=1.0)
-    out = module.to(device)(q, k, v)
-    q, k, v = (x.double().cpu().transpose(1, 2) for x in (q, k, v))
-    ref = (q @ k.mT / 128**0.5).softmax(-1) @ v
-    return close(out, ref.transpose(1, 2), SAGE_BOUND if sage else BOUNDS[dtype])
-
-
-def linear_branch() -> tuple[bool, str]:
-    """Linear attention against its quadratic form in float64."""
-    from ..ops.attention import reference as attention_reference
-
-    q, k, v = (_noise(1, 300, 2, 64, seed=seed) for seed in range(3))
-    out = attention_reference.linear_attention(q, k, v)
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    weights = q.softmax(-1) @ k.softmax(-1).mT  # (B, H, L, L)
-    ref = weights @ v / (1e-5 + weights.sum(-1, keepdim=True))
-    return close(out, ref.transpose(1, 2), BOUNDS["float32"])
-
-
-def int8(device: str, dtype: str) -> tuple[bool, str]:
-    """An 8-bit linear against the plain one in float64; in tiles, or in rows where the kernels run."""
-    from ..linear import int8_linear, int8_quantize, row_linear, row_quantize
-
-    shapes = enumerate(((200, 320), (264, 320), (264,)))
-    x, weight, bias = (_noise(*shape, seed=seed, device=device, dtype=dtype) for seed, shape in shapes)
-    if device != "cpu" and backends.on_triton("linear"):
-        q, scale, _ = row_quantize(weight)
-        out = row_linear(x, q, scale, bias)
-    else:
-        out = int8_linear(x, *int8_quantize(weight), bias)
-    return close(out, x.double() @ weight.double().T + bias.double(), INT8_BOUND)
+        yield run(f"sagesla by {sage} on the GPU: float64", operations.sparse, device, "bfloat16", sage)
 
 
 def sums(folder: Path) -> str:
-    """The sha256 of every file under a folder but SHA256SUMS itself, as `sha256sum` prints them."""
+    """Return the sha256 of every file under a folder except SHA256SUMS, in the format of `sha256sum`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n" for p in paths)
 
 
 def files(spec: catalog.ModelSpec, quantised: bool) -> tuple[bool, str]:
-    """The model's files: the right bytes, and recognised as what they should be."""
+    """Check that the model's files have the right bytes and contents."""
     from ..files import hub, recognise
 
     if spec.folder:
         wrong = set((spec.folder / SUMS).read_text(encoding="utf-8").splitlines()) ^ set(sums(spec.folder).splitlines())
         if wrong:
             names = ", ".join(sorted({line.split("  ", 1)[1] for line in wrong}))
-            raise CheckpointError(f"not as they were shipped: {names}; install turbo_nb again")
+            raise CheckpointError(f"these files are not as they were shipped: {names}. Install turbo_nb again.")
         parts = {"transformer": [spec.folder / "transformer"], "vae": [spec.folder / "vae"]}
         parts["text encoder"] = [spec.folder / "text_encoder"]
     else:
         here = hub.cached(spec, quantised=quantised)
         if here is None:
-            raise DownloadError(
-                f"not downloaded, or touched since: turbo-nb download {spec.name}{' --quant' if quantised else ''}"
-            )
+            command = f"turbo-nb download {spec.name}{' --quant' if quantised else ''}"
+            raise DownloadError(f"the files are not downloaded, or were changed later. Run: {command}")
         parts = {"transformer": here.transformers, "vae": [here.vae], "text encoder": [here.text_encoder]}
     for kind, paths in parts.items():
         for path in paths:
             recognise.require(recognise.read(path), kind, spec if kind == "transformer" else None)
-    return True, "the right bytes; transformer, VAE and text encoder recognised"
+    return True, "the right bytes of a transformer, a VAE and a text encoder"
 
 
-def _model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterator[Check]:
+def check_model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterator[Check]:
+    """Yield checks of loading, of a short clip, and of a step with each attention."""
     loaded = []
     yield run("load", load, spec, quantised, device, loaded)
     if not loaded:
         return
     (pipeline,) = loaded
     yield run("clip", clip, pipeline)
-    if pipeline.plan.offload == "group":
-        return  # blocks that are moved one by one keep the attention they came with
-    kinds = ["sla"] + ["sagesla"] * (backends.choose("sagesla").chosen is not None)
+    if _loaded(pipeline).plan.offload == "group":
+        return  # because the hooks that move single blocks hold on to the attention that was loaded
+    sage = device != "cpu" and backends.choose("sagesla").chosen is not None
     for name in ("transformer", "transformer_2"):
         if (transformer := getattr(pipeline, name, None)) is not None:
-            for kind in kinds:
+            for kind in ["sla"] + ["sagesla"] * sage:
                 yield run(f"{name}: a step with {kind} at topk 1: dense", step, pipeline, transformer, kind)
 
 
+def _loaded(pipeline):
+    """Return the object that holds the pipeline's spec and memory plan"""
+    return pipeline
+
+
 def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> tuple[bool, str]:
-    """The model's pipeline, put into the list `into`."""
+    """Load the model's pipeline, and append it to `into`."""
     from ..pipeline import load_pipeline
 
     quant_linear = quantised if spec.files else "auto"
@@ -245,16 +179,16 @@ def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> t
         spec.name, device=device, quant_linear=quant_linear, text_cache=False, on_plan=lambda chosen: None
     )
     into.append(pipeline)
-    return True, str(pipeline.plan)
+    return True, str(_loaded(pipeline).plan)
 
 
 def clip(pipeline) -> tuple[bool, str]:
-    """A short clip of the model's own size: not flat, and red where nano was asked for red."""
+    """Make a short clip of the model's own size. It must not be flat, and nano's must have the red of its prompt."""
     from PIL import Image
 
     from ..generation import generate
 
-    spec = pipeline.spec
+    spec = _loaded(pipeline).spec
     image = {"image": Image.linear_gradient("L").convert("RGB")} if spec.task == "i2v" else {}
     video = generate(pipeline, spec.example, num_frames=NUM_FRAMES, num_steps=NUM_STEPS, **image)
     frames = video.frames.astype("int16")
@@ -265,27 +199,27 @@ def clip(pipeline) -> tuple[bool, str]:
         return False, f"{detail}; the picture is flat"
     red = (frames[..., 0] - frames[..., 1:].max(-1) > 100).mean()
     if spec is catalog.NANO and not 0.05 < red < 0.25:
-        return False, f"{detail}; {red:.0%} of the picture is red, where the prompt has a large red circle"
+        return False, f"{detail}; {red:.0%} of the picture is red, and the prompt has a large red circle"
     return True, detail
 
 
 def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
-    """A step of a transformer with sparse attention that keeps every block, against the same with dense attention.
+    """Compare a step of a transformer with sparse attention that keeps every block to one with dense attention.
 
-    The transformer keeps the attention that was tried last, without the linear branch.
+    It leaves the transformer with the attention `original`, whose linear branch is lost.
     """
     import torch
 
     from .. import sla
 
     config = transformer.config
-    latents = _noise(1, config.in_channels, 2, 24, 24)  # 288 tokens, ragged in blocks of 128 and 64
-    embeds = _noise(1, 512, config.text_dim)
+    latents = operations.noise(1, config.in_channels, 2, 24, 24)  # 288 tokens, ragged in blocks of 128 and 64
+    embeds = operations.noise(1, 512, config.text_dim)
 
     def velocity(attention_type: str) -> "Tensor":
-        sla.set_attention_type(transformer, "original")  # what follows it has a linear branch of zero
+        sla.set_attention_type(transformer, "original")  # so that the next attention has a linear branch of zero
         sla.set_attention_type(transformer, attention_type, 1.0, backend=backends.choose("sagesla").chosen or "auto")
-        place.apply(pipeline.plan, pipeline)
+        place.apply(_loaded(pipeline).plan, pipeline)
         where, dtype = pipeline._execution_device, transformer.dtype
         with torch.inference_mode():
             return transformer(
@@ -296,4 +230,5 @@ def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
             )[0]
 
     name = str(transformer.dtype).removeprefix("torch.")
-    return close(velocity(kind), velocity("original"), SAGE_STEP_BOUND if kind == "sagesla" else STEP_BOUNDS[name])
+    bound = SAGE_STEP_BOUND if kind == "sagesla" else STEP_BOUNDS[name]
+    return operations.close(velocity(kind), velocity("original"), bound)
