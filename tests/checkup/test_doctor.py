@@ -219,7 +219,7 @@ def test_a_model_that_main_memory_is_too_small_for(report):
         for gigabytes in (None, 16, 32)
     }
     assert [fit.fits for fit in told.values()] == [True, False, True]
-    assert "takes 26.1 GB of main memory, and 16.0 GB are free: take a machine with more" in told[16].text
+    assert "takes 26.1 GB of main memory, of which 16.0 GB are free: take a machine with more" in told[16].text
 
 
 def test_without_a_gpu_only_nano_fits(report):

@@ -52,18 +52,19 @@ def test_a_sound_machine_passes_and_reports_what_it_is(tmp_path):
 
 def test_json_stays_json_when_loading_logs(tmp_path, monkeypatch):
     def load_pipeline(*arguments, load=pipeline.load_pipeline, **options):
-        logging.getLogger("turbo_nb").warning("compiled the kernels for this GPU in 140 s")
+        logging.getLogger("turbo_nb").info("compiled the kernels for this GPU in 140 s")
         return load(*arguments, **options)
 
     monkeypatch.setattr(pipeline, "load_pipeline", load_pipeline)
     result = command_line("verify", "--json", "--device", "cpu", cwd=tmp_path)
     assert result.returncode == 0 and json.loads(result.stdout)["passed"]
+    assert "note: compiled the kernels" in result.stderr
 
 
 def test_the_text_encoder_is_tried_even_for_a_prompt_that_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path))
     selftest.load(catalog.NANO, False, "cpu", loaded := [])
-    loaded[0].encoder("a red circle")
+    loaded[0].turbo_nb.prompt_encoder("a red circle")
     assert not list(tmp_path.iterdir())
 
 

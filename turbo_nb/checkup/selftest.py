@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .. import backends, catalog
 from ..errors import CheckpointError, DownloadError, first_line
 from ..machine import probe
-from ..runtime import place, plan
+from ..runtime.plan import GB
 from . import doctor, operations, tables
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def check_model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterat
         return
     (pipeline,) = loaded
     yield run("clip", clip, pipeline)
-    if _loaded(pipeline).plan.offload == "group":
+    if _model(pipeline).plan.offload == "group":
         return  # because the hooks that move single blocks hold on to the attention that was loaded
     sage = device != "cpu" and backends.choose("sagesla").chosen is not None
     for name in ("transformer", "transformer_2"):
@@ -165,9 +165,11 @@ def check_model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterat
                 yield run(f"{name}: a step with {kind} at topk 1: dense", step, pipeline, transformer, kind)
 
 
-def _loaded(pipeline):
-    """Return the object that holds the pipeline's spec and memory plan"""
-    return pipeline
+def _model(pipeline):
+    """Return the LoadedModel of a pipeline"""
+    from ..pipeline import LoadedModel  # here, because a missing package has to be a failed check
+
+    return LoadedModel.of(pipeline)
 
 
 def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> tuple[bool, str]:
@@ -175,11 +177,9 @@ def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> t
     from ..pipeline import load_pipeline
 
     quant_linear = quantised if spec.files else "auto"
-    pipeline = load_pipeline(
-        spec.name, device=device, quant_linear=quant_linear, text_cache=False, on_plan=lambda chosen: None
-    )
+    pipeline = load_pipeline(spec.name, device=device, quant_linear=quant_linear, text_cache=False)
     into.append(pipeline)
-    return True, str(_loaded(pipeline).plan)
+    return True, str(_model(pipeline).plan)
 
 
 def clip(pipeline) -> tuple[bool, str]:
@@ -188,12 +188,12 @@ def clip(pipeline) -> tuple[bool, str]:
 
     from ..generation import generate
 
-    spec = _loaded(pipeline).spec
+    spec = _model(pipeline).spec
     image = {"image": Image.linear_gradient("L").convert("RGB")} if spec.task == "i2v" else {}
     video = generate(pipeline, spec.example, num_frames=NUM_FRAMES, num_steps=NUM_STEPS, **image)
     frames = video.frames.astype("int16")
     seen = [f"{stage} {seconds:.2f} s" for stage, seconds in video.timings.items()]
-    seen += [f"{stage} {peak / plan.GB:.1f} GB" for stage, peak in video.peaks.items()]
+    seen += [f"{stage} {peak / GB:.1f} GB" for stage, peak in video.peaks.items()]
     detail = f"{frames.shape[0]} frames of {spec.size[0]}x{spec.size[1]}: {', '.join(seen)}"
     if frames.std() < 2:
         return False, f"{detail}; the picture is flat"
@@ -211,6 +211,7 @@ def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
     import torch
 
     from .. import sla
+    from ..runtime.place import place
 
     config = transformer.config
     latents = operations.noise(1, config.in_channels, 2, 24, 24)  # 288 tokens, ragged in blocks of 128 and 64
@@ -219,7 +220,7 @@ def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
     def velocity(attention_type: str) -> "Tensor":
         sla.set_attention_type(transformer, "original")  # so that the next attention has a linear branch of zero
         sla.set_attention_type(transformer, attention_type, 1.0, backend=backends.choose("sagesla").chosen or "auto")
-        place.apply(_loaded(pipeline).plan, pipeline)
+        place(pipeline, _model(pipeline).plan)
         where, dtype = pipeline._execution_device, transformer.dtype
         with torch.inference_mode():
             return transformer(
