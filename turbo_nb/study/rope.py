@@ -1,7 +1,7 @@
-"""Whether the rotary embedding is right on this machine, and how fast it is: what notebook 02 measures.
+"""The measurements of notebook 02: is the rotary embedding right on this machine, and how fast is it?
 
-The yardstick shares nothing with what it measures: the angle of each token from the token's own number, and one product
-of complex numbers, all in float64.
+The reference shares no code with the implementations under test. It computes the angle of each token from the token's
+own number, and multiplies complex numbers in float64.
 """
 
 import html
@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from .. import backends, rope
 from ..errors import TurboNbError
+from ..machine import atomic, probe
+from ..ops.compare import relative_error
 from ..rope import VideoSize
 
-# Relative L2 error that an implementation may have: five to ten times what rounding costs it
+# Largest relative L2 error: five to ten times what rounding costs
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-RECORDED_BOUND = 1e-3  # between two implementations in bf16: one number in some hundred is rounded the other way
+RECORDED_BOUND = 1e-3  # of two implementations in bf16, because some numbers are rounded in the other direction
 ANGLE_BOUND = 1e-6
 
 Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, L, H, D), cos and sin (L, D/2), interleaved → x's
@@ -31,7 +33,13 @@ Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, L, H, D), c
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison: relative L2 error, and the most it may be."""
+    """One comparison.
+
+    Args:
+        name: what was compared.
+        error: relative L2 error.
+        bound: the largest error that passes.
+    """
 
     name: str
     error: float
@@ -39,12 +47,16 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound  # false for NaN
+        """Whether the error is within the bound. NaN is not."""
+        return self.error <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.name}: rel. L2 {self.error:.1e}, at most {self.bound:.0e}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotationCheck(Check):
-    """A check of one implementation on random x of one dtype and clip size (latent patches)."""
+    """A check of one implementation on random x of one dtype and clip size in latent patches."""
 
     implementation: str
     dtype: str
@@ -53,12 +65,13 @@ class RotationCheck(Check):
 
     @property
     def tokens(self) -> int:
+        """Latent patches of the clip."""
         return math.prod(self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Median time of one call; bandwidth counts x read once and written once."""
+    """Median time of one call. The bandwidth counts x as read once and written once."""
 
     implementation: str
     dtype: str
@@ -68,7 +81,13 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The outcome as data. not_checked: what could not be compared here, and why."""
+    """The outcome as data.
+
+    Args:
+        machine: name of the device.
+        checks: every comparison.
+        not_checked: what could not be compared here, and why.
+    """
 
     machine: str
     checks: tuple[Check, ...]
@@ -76,15 +95,16 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Every check passed, and there was one."""
+        """Whether there is a check, and every check passed."""
         return bool(self.checks) and not self.failed
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that failed."""
         return [check for check in self.checks if not check.passed]
 
     def to_dict(self) -> dict:
-        """Ready for JSON: an error that is no number is None."""
+        """Return plain data for JSON. An error that is not finite becomes None."""
         checks = [
             {"name": c.name, "error": c.error if math.isfinite(c.error) else None, "bound": c.bound, "passed": c.passed}
             for c in self.checks
@@ -92,22 +112,25 @@ class Verdict:
         return {"passed": self.passed} | asdict(self) | {"checks": checks}
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        return path
+        """Write it as JSON, with the folder where that does not exist. Raises OSError."""
+        atomic.write(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        return Path(path)
+
+    def summary(self) -> str:
+        """Return the verdict as JSON, with the number of checks and the names of those that failed."""
+        short = {"checks": len(self.checks), "failed": [check.name for check in self.failed]}
+        return json.dumps(self.to_dict() | short, indent=2, ensure_ascii=False)
 
     def require(self) -> None:
-        """Raise TurboNbError, with the worst check, unless it passed."""
+        """Raise TurboNbError, with the worst check, unless every check passed."""
         if not self.checks:
-            raise TurboNbError("nothing was checked; give at least one size and dtype")
+            raise TurboNbError("the verdict has 0 checks. Expected at least one. Give one or more sizes and dtypes.")
         if self.failed:
             worst = max(self.failed, key=lambda c: math.inf if math.isnan(c.error) else c.error / c.bound)
             raise TurboNbError(
-                f"RoPE is wrong here: {len(self.failed)} of {len(self.checks)} checks failed, the worst {worst.name} "
-                f"(rel. L2 {worst.error:.2g}, at most {worst.bound:.2g}). Clips made now would be wrong too; if only "
-                "flash_attn failed, TURBO_NB_ROPE=reference does without it"
+                f"RoPE is wrong here: {len(self.failed)} of {len(self.checks)} checks failed. The worst is "
+                f"{worst.name} with rel. L2 {worst.error:.2g}. Expected at most {worst.bound:.2g}. Do not trust clips "
+                "made here. If only flash_attn failed, set TURBO_NB_ROPE=reference."
             )
 
     def _repr_html_(self) -> str:
@@ -123,7 +146,7 @@ class Verdict:
 
 
 def exact_angles(size: VideoSize, head_dim: int) -> Tensor:
-    """Angles of every token, written out one column after the other: (T·H·W, head_dim/2) float64."""
+    """Return the angles of every token, written out column by column: (T·H·W, head_dim/2) float64."""
     spatial = head_dim // 6 * 2
     token = torch.arange(math.prod(size))
     places = (token // (size[1] * size[2]), token // size[2] % size[1], token % size[2])
@@ -138,7 +161,7 @@ def exact_angles(size: VideoSize, head_dim: int) -> Tensor:
 
 
 def exact_rotation(x: Tensor, angles: Tensor, interleaved: bool = True) -> Tensor:
-    """Each pair of channels as a complex number times e^(i·angle): x (B, L, H, D) → the same shape in float64."""
+    """Multiply each pair of channels, as a complex number, by e^(i·angle): x (B, L, H, D) → the same in float64."""
     pairs = x.double().unflatten(-1, (-1, 2)) if interleaved else x.double().unflatten(-1, (2, -1)).mT
     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)[:, None]
     pairs = torch.view_as_real(turned)
@@ -146,7 +169,7 @@ def exact_rotation(x: Tensor, angles: Tensor, interleaved: bool = True) -> Tenso
 
 
 def complex_rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
-    """The rotation by PyTorch's complex64, the other way of writing it without a kernel: to compare speeds."""
+    """Rotate by PyTorch's complex64. It is here to compare speeds."""
     pairs = x.float().unflatten(-1, (-1, 2)) if interleaved else x.float().unflatten(-1, (2, -1)).mT
     turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None]
     pairs = torch.view_as_real(turned)
@@ -154,7 +177,7 @@ def complex_rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
 
 
 def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
-    """What can rotate on this device, by name, and why anything else was passed over, a line each."""
+    """Return what can rotate on a device, by name, and one line for each implementation that was rejected."""
     found = {"turbo_nb": rope.apply_rotary_emb_torch, "complex64": complex_rotation}
     choice = backends.choose("rope")
     if choice.chosen == "flash_attn" and device.startswith("cuda"):
@@ -163,11 +186,6 @@ def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
     if "flash_attn" not in found:
         reasons.setdefault("flash_attn", f"not for device {device!r}")
     return found, tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in found)
-
-
-def relative_error(out: Tensor, exact: Tensor) -> float:
-    """‖out − exact‖ / ‖exact‖ in float64"""
-    return ((out.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def rotation_errors(
@@ -179,7 +197,12 @@ def rotation_errors(
     dtypes: Iterable[str] = ("float32", "float16", "bfloat16"),
     device: str = "cpu",
 ) -> list[RotationCheck]:
-    """Every implementation against the yardstick, for each size, dtype and pairing, by the angles of `rope_freqs`."""
+    """Check every implementation against `exact_rotation`, for each size, dtype and pairing of channels.
+
+    Args:
+        found: implementations by name. They get the angles of `rope_freqs`, so a wrong grid shows too.
+        sizes: of clips, in latent patches.
+    """
     checks = []
     for size in map(VideoSize._make, sizes):
         angles = exact_angles(size, head_dim).to(device)
@@ -203,9 +226,19 @@ def rotation_errors(
 
 
 def recorded_checks(path: str | Path, found: Mapping[str, Rotation], device: str = "cpu") -> list[Check]:
-    """Against what flash_attn gave on another machine: tests/golden/ops.safetensors of the repository."""
+    """Check every implementation against output of flash_attn that was recorded on another machine, in bf16.
+
+    Args:
+        path: tests/golden/ops.safetensors of the repository.
+        found: implementations by name.
+
+    Returns:
+        The checks, an empty list where the file does not exist.
+    """
     from safetensors.torch import load_file
 
+    if not Path(path).exists():
+        return []
     recorded = load_file(path)
     x, angles, out = (recorded[f"rope.{name}"].to(device) for name in ("x", "freqs", "out"))
     ours = rope.rope_freqs(VideoSize(3, 6, 8), x.shape[-1]).to(device)
@@ -214,6 +247,27 @@ def recorded_checks(path: str | Path, found: Mapping[str, Rotation], device: str
         error = relative_error(rotate(x, ours.cos(), ours.sin(), True), out)
         checks.append(Check(name=f"{name}, flash_attn's recorded output", error=error, bound=RECORDED_BOUND))
     return checks
+
+
+def judge(device: str, rotations: Iterable[Check], recorded: Sequence[Check], rejected: Iterable[str]) -> Verdict:
+    """Return the verdict.
+
+    Args:
+        device: that was tested.
+        rotations, recorded: the checks.
+        rejected: the second result of `implementations`.
+    """
+    not_checked = [line for line in rejected if line.startswith("flash_attn")]
+    if not recorded:
+        not_checked.append("flash_attn's recorded output: the file comes with a checkout of the repository")
+    checks = (*rotations, *recorded)
+    return Verdict(machine=probe.device_name(device), checks=checks, not_checked=tuple(not_checked))
+
+
+def correct(found: Mapping[str, Rotation], checks: Iterable[RotationCheck]) -> dict[str, Rotation]:
+    """Return the implementations that passed every check."""
+    wrong = {check.implementation for check in checks if not check.passed}
+    return {name: rotate for name, rotate in found.items() if name not in wrong}
 
 
 def rotation_speeds(
@@ -226,7 +280,7 @@ def rotation_speeds(
     device: str = "cpu",
     repeats: int = 7,
 ) -> list[Speed]:
-    """Median time of each implementation on x (1, T·H·W, heads, head_dim), after one call that is not counted."""
+    """Time each implementation on x (1, T·H·W, heads, head_dim). The first of `repeats + 1` calls is not counted."""
     freqs = rope.rope_freqs(VideoSize._make(size), head_dim).to(device)
     cos, sin = freqs.cos(), freqs.sin()
     speeds = []

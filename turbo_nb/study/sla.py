@@ -1,6 +1,6 @@
-"""What sparse-linear attention does to a real clip: which blocks it keeps, what its two branches give, what it costs.
+"""The measurements of notebook 03: the blocks that sparse-linear attention keeps, its two branches, and its cost.
 
-Notebook 03 shows it. Everything is computed while a clip is made, inside a forward hook, and what is kept is small.
+A forward hook computes them while a real clip is made. It keeps averages only, because q, k and v are large.
 """
 
 import math
@@ -18,17 +18,26 @@ from torch import Tensor
 from .. import backends, generation, sla
 from ..errors import InputError
 from ..ops.attention import reference as attention_reference
+from ..ops.compare import psnr, relative_error
+from ..pipeline import LoadedModel
 from ..rope import VideoSize
+from ..runtime.place import transformers
 from ..settings import MAX_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
-    """One layer's attention at one step (both from 0).
+    """One layer's attention at one step.
 
-    kept: share of heads that keep a block, (Q_blocks, K_blocks), at the layer's own block sizes; fine: the same by
-    blocks of `fine_block` tokens. sparse, linear: root mean square of what each branch adds, per patch (T, H, W).
-    error: rel. L2 of their sum against the layer's own output.
+    Args:
+        layer: its number, from 0.
+        step: its number, from 0.
+        kept: share of heads that keep a block, (Q_blocks, K_blocks), at the layer's own block sizes.
+        fine: the same for blocks of `fine_block` tokens.
+        fine_block: tokens of a block of `fine`.
+        sparse: root mean square of what the sparse branch adds to each patch, (T, H, W).
+        linear: the same of the linear branch.
+        error: rel. L2 error of the sum of both branches against the layer's own output.
     """
 
     layer: int
@@ -42,14 +51,27 @@ class LayerView:
 
     @property
     def linear_share(self) -> float:
-        """Of the two branches' energy, the linear one's part."""
+        """The linear branch's share of the energy of both branches, from 0 to 1."""
         sparse, linear = self.sparse.square().sum(), self.linear.square().sum()
         return (linear / (sparse + linear)).item()
+
+    def __str__(self) -> str:
+        share = f"layer {self.layer}, step {self.step + 1}: linear {self.linear_share:4.0%} of the energy"
+        return f"{share}, their sum misses the layer's output by {self.error:.1g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A clip made with one kind of attention. kept: share of the key blocks, 1 for dense attention."""
+    """A clip made with one kind of attention.
+
+    Args:
+        label: name for a legend.
+        kind: "original", "sla" or "sagesla".
+        topk: share of key blocks that was asked for, None for dense attention.
+        kept: share of key blocks that was kept, 1 for dense attention.
+        step_seconds: of a typical step.
+        video: the clip.
+    """
 
     label: str
     kind: str
@@ -61,9 +83,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A `Run` against a baseline: PSNR in dB (inf where they are the same), SSIM from −1 to 1 (the same).
+    """A `Run` compared with a baseline.
 
-    peak_bytes: of GPU memory while denoising, None on a CPU.
+    Args:
+        psnr: in dB, infinity for the same frames.
+        ssim: from −1 to 1, which means the same frames.
+        peak_bytes: of GPU memory while denoising, None on a CPU.
     """
 
     label: str
@@ -75,20 +100,34 @@ class Point:
     ssim: float
     peak_bytes: int | None
 
+    def __str__(self) -> str:
+        what = f"{self.label:20} topk {self.topk:4.2f} keeps {self.kept:4.0%}"
+        peak = "" if self.peak_bytes is None else f"   peak {self.peak_bytes / 2**30:.2f} GiB"
+        return f"{what}{self.psnr:7.1f} dB   SSIM {self.ssim:.3f}{self.step_seconds * 1e3:8.0f} ms a step{peak}"
+
 
 def sage_backend(pipe) -> str:
-    """What runs SageSLA on the pipeline's device: a fast kernel, or "reference", which is slow and shows the 8 bits."""
-    on_gpu = pipe.plan.device.startswith("cuda")
+    """Return what runs SageSLA on the pipeline's device: a fast kernel, or "reference", which is slow."""
+    on_gpu = LoadedModel.of(pipe).device.startswith("cuda")
     return (on_gpu and backends.choose("sagesla").chosen) or "reference"
 
 
 def label(pipe, kind: str) -> str:
-    """The name of a kind of attention, for a legend; SageSLA says what runs it."""
+    """Return the name of a kind of attention for a legend, for SageSLA with its backend."""
     return {"original": "dense", "sla": "SLA", "sagesla": f"SageSLA ({sage_backend(pipe)})"}[kind]
 
 
+def choices() -> str:
+    """Return which kernels this machine runs SLA and SageSLA with, and which it rejected and why, line by line."""
+    lines = []
+    for choice in map(backends.choose, ("sla", "sagesla")):
+        lines.append(f"{choice.operation}: {choice.chosen or 'no fast kernel'}")
+        lines += [f"    not {name}: {reason}" for name, reason in choice.passed_over]
+    return "\n".join(lines)
+
+
 def grid_of(pipe, video: generation.Video) -> VideoSize:
-    """The clip in latent patches."""
+    """Return a clip's size in latent patches."""
     frames, height, width, _ = video.frames.shape
     _, patch_h, patch_w = pipe.transformer.config.patch_size
     scale = pipe.vae_scale_factor_spatial
@@ -100,18 +139,31 @@ def grid_of(pipe, video: generation.Video) -> VideoSize:
 def look_inside(
     pipe, prompt: str, *, layers: Iterable[int], steps: Iterable[int], fine_block: int = 4, **settings
 ) -> tuple[generation.Video, dict[tuple[int, int], LayerView]]:
-    """Make a clip and see into its attention: the video, and a `LayerView` by (layer, step), both from 0.
+    """Make a clip and record its attention.
 
-    The pipeline's attention must be "sla". settings: as for `generate`. Raises InputError for other attention, or
-    for a layer or step that there is not.
+    Args:
+        pipe: what `load_pipeline` returned. Its attention must be "sla".
+        prompt: of the clip.
+        layers: to record, from 0.
+        steps: to record, from 0.
+        fine_block: tokens of a block in `LayerView.fine`.
+        settings: as for `generate`.
+
+    Returns:
+        The video, and a `LayerView` by (layer, step).
+
+    Raises:
+        InputError: the attention is another one, or a layer or step does not exist.
     """
     blocks, wanted = pipe.transformer.blocks, set(steps)
     count = settings.setdefault("num_steps", MAX_STEPS)
     if sla.attention_type(pipe.transformer) != "sla":
-        raise InputError(f"the pipeline's attention is {sla.attention_type(pipe.transformer)!r}; load it with 'sla'")
-    for name, asked, there in (("layer", set(layers), len(blocks)), ("step", wanted, count)):
-        if not asked or not asked <= set(range(there)):
-            raise InputError(f"{name}s are {sorted(asked)}; they are one or more of 0 to {there - 1}")
+        raise InputError(
+            f"attention_type is {sla.attention_type(pipe.transformer)!r}. Expected 'sla'. Load the pipeline with it."
+        )
+    for name, asked, existing in (("layers", set(layers), len(blocks)), ("steps", wanted, count)):
+        if not asked or not asked <= set(range(existing)):
+            raise InputError(f"{name} is {sorted(asked)}. Expected one or more of 0 to {existing - 1}.")
     seen, done = [], 0
 
     def hook(layer: int):
@@ -142,30 +194,32 @@ def look_inside(
 
 
 def _see(layer: sla.SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fine_block: int) -> tuple:
-    """kept, fine, sparse (L,), linear (L,) and error of a `LayerView`"""
+    """Return kept, fine, sparse (L,), linear (L,) and error of a `LayerView`"""
     kept = sla.block_map(q, k, layer.topk, layer.block_q, layer.block_k)
     fine = sla.block_map(q, k, layer.topk, fine_block, fine_block)
     sparse = attention_reference.sparse_attention(q, k, v, kept, layer.block_q, layer.block_k)
     linear = F.linear(
         attention_reference.linear_attention(q, k, v), layer.proj_l.weight.to(q.dtype), layer.proj_l.bias.to(q.dtype)
     )
-    error = ((sparse + linear).double() - out.double()).norm() / out.double().norm()
     maps = (x[0].float().mean(0).cpu() for x in (kept, fine))
     sizes = (x[0].float().square().mean((-1, -2)).sqrt().cpu() for x in (sparse, linear))
-    return *maps, *sizes, error.item()
+    return *maps, *sizes, relative_error(sparse + linear, out)
 
 
 @contextmanager
 def attention(pipe, kind: str, topk: float | None = None) -> Iterator[None]:
-    """Another attention for a while: "original", "sla" or "sagesla"; afterwards the pipeline is as it was.
+    """Give every transformer of a pipeline another attention for a while.
 
-    topk: None for the model's own. Every transformer of the pipeline gets it.
+    Args:
+        pipe: what `load_pipeline` returned. It gets its own attention back at the end.
+        kind: "original", "sla" or "sagesla".
+        topk: share of key blocks. None: the model's own.
     """
-    experts = [expert for expert in (pipe.transformer, getattr(pipe, "transformer_2", None)) if expert is not None]
+    experts = transformers(pipe)
     layers = [block.attn1 for expert in experts for block in expert.blocks]
     before = [layer.processor for layer in layers]
     backend = sage_backend(pipe) if kind == "sagesla" else "auto"
-    topk = pipe.spec.sla_topk if topk is None else topk
+    topk = own_topk(pipe) if topk is None else topk
     try:
         for expert in experts:
             sla.set_attention_type(expert, kind, topk, backend=backend)
@@ -175,10 +229,16 @@ def attention(pipe, kind: str, topk: float | None = None) -> Iterator[None]:
             layer.set_processor(processor)
 
 
-def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> Run:
-    """Make a clip with this attention, as `generate` does; a step's time is the median after the first.
+def own_topk(pipe) -> float:
+    """Return the share of key blocks that the model was trained with."""
+    return LoadedModel.of(pipe).spec.sla_topk
 
-    The first step is left out because kernels are compiled in it; with one step there is no other.
+
+def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> Run:
+    """Make a clip with an attention. The arguments are those of `attention` and `generate`.
+
+    The time of a step is the median without the first step, because that one compiles kernels. A clip of one step has
+    only that one.
     """
     marks = []
 
@@ -198,7 +258,7 @@ def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> 
 
 
 def compare(baseline: Run, other: Run) -> Point:
-    """One run against another of the same prompt and seed."""
+    """Compare a run with a baseline of the same prompt and seed."""
     one, two = baseline.video.frames, other.video.frames
     return Point(
         label=other.label, kind=other.kind, topk=1.0 if other.topk is None else other.topk, kept=other.kept,
@@ -210,9 +270,15 @@ def compare(baseline: Run, other: Run) -> Point:
 def sweep(
     pipe, prompt: str, baseline: Run, topks: Iterable[float], *, done: Iterable[Point] = (), **settings
 ) -> list[Point]:
-    """SLA and SageSLA at every topk, each against the baseline.
+    """Compare SLA and SageSLA at every topk with a baseline.
 
-    A topk that keeps as many blocks as one before, or as one of `done`, means the same clip: it is not made again.
+    Args:
+        pipe: what `load_pipeline` returned.
+        prompt: of the clips.
+        baseline: a run of the same prompt.
+        topks: shares of key blocks.
+        done: earlier points. A topk that keeps as many blocks as one of these gives the same clip, and reuses it.
+        settings: as for `generate`.
     """
     known, size, points = list(done), grid_of(pipe, baseline.video), []
     for kind in ("sla", "sagesla"):
@@ -227,22 +293,16 @@ def sweep(
 
 
 def _kept(layer: sla.SparseLinearAttention, size: VideoSize) -> float:
-    """The share of the key blocks that it keeps of a clip"""
+    """Return the share of a clip's key blocks that a layer keeps"""
     blocks = math.ceil(math.prod(size) / layer.block_k)
     return max(1, int(layer.topk * blocks)) / blocks
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two clips (T, H, W, 3) uint8, in dB; inf where they are the same."""
-    mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return math.inf if mse == 0 else float(10 * np.log10(255.0**2 / mse))
-
-
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two clips (T, H, W, 3) uint8, the mean over frames of their brightness.
+    """Return the structural similarity of the brightness of two clips (T, H, W, 3) uint8, the mean over frames.
 
-    Wang, Bovik, Sheikh, Simoncelli: Image quality assessment (IEEE TIP 13(4), 2004): a Gaussian window of 11 pixels
-    with σ = 1.5, C₁ = (0.01 · 255)², C₂ = (0.03 · 255)², and only windows that lie wholly inside the frame.
+    Source: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment", IEEE TIP 13(4), 2004. The window is a Gaussian
+    of 11 pixels with σ = 1.5, and lies inside the frame. C₁ = (0.01 · 255)² and C₂ = (0.03 · 255)².
     """
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # BT.601
     x, y = (torch.from_numpy(np.ascontiguousarray(clip)).double() @ weights for clip in (a, b))
@@ -261,10 +321,19 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def attention_bytes(tokens: int, heads: int, head_dim: int, topk: float, itemsize: int = 2) -> dict[str, int]:
-    """What one layer's attention would hold at once if it kept its scores, calculated from the shapes, in bytes.
+    """Calculate how many bytes one layer's attention would hold if it kept all its scores.
 
-    The scores of dense attention and of the kept blocks, the block map, the linear branch's state (φ(k)ᵀv and Σφ(k)),
-    and q, k and v for comparison. itemsize: bytes of a number. Fast kernels hold scores of one block only.
+    Fast kernels hold the scores of one block only.
+
+    Args:
+        tokens: of the clip.
+        heads: of the layer.
+        head_dim: channels of a head.
+        topk: share of key blocks.
+        itemsize: bytes of a number.
+
+    Returns:
+        Bytes by name. The state of the linear branch is φ(k)ᵀv and Σφ(k). q, k and v are for comparison.
     """
     rows, columns = math.ceil(tokens / sla.BLOCK_Q), math.ceil(tokens / sla.BLOCK_K)
     kept = max(1, int(topk * columns))
@@ -278,7 +347,7 @@ def attention_bytes(tokens: int, heads: int, head_dim: int, topk: float, itemsiz
 
 
 def busiest_patch(frames: np.ndarray, size: VideoSize) -> tuple[int, int, int]:
-    """The patch (t, row, column) of the middle latent frame with the strongest contrast: where something is."""
+    """Return the patch (t, row, column) of the middle latent frame that has the strongest contrast."""
     t = size.T // 2
     frame = frames[min(4 * t, len(frames) - 1)].astype(np.float64)
     patches = frame.reshape(size.H, frame.shape[0] // size.H, size.W, frame.shape[1] // size.W, 3)
@@ -287,7 +356,7 @@ def busiest_patch(frames: np.ndarray, size: VideoSize) -> tuple[int, int, int]:
 
 
 def seen_from(view: LayerView, place: tuple[int, int, int]) -> Tensor:
-    """Share of heads that keep each patch for the query patch at place (t, row, column): (T, H, W)"""
+    """Return the share of heads that keep each patch for the query patch at (t, row, column): (T, H, W)."""
     size = VideoSize._make(view.sparse.shape)
     query = (place[0] * size.H + place[1]) * size.W + place[2]
     return view.fine[query // view.fine_block].repeat_interleave(view.fine_block)[: math.prod(size)].view(size)
