@@ -100,8 +100,24 @@ def test_a_verdict_is_data(tmp_path):
 
 
 def test_nothing_checked_is_no_pass():
-    with pytest.raises(TurboNbError, match="nothing was checked"):
+    with pytest.raises(TurboNbError, match="0 checks"):
         Verdict(machine="CPU", checks=()).require()
+
+
+def test_a_verdict_without_the_recording_names_what_it_lacks():
+    found, rejected = rope_study.implementations("cpu")
+    rotations = rope_study.rotation_errors(found, SIZES[:1], head_dim=64)
+    assert rope_study.recorded_checks("no/such/file", found) == []
+    judged = rope_study.judge("cpu", rotations, [], rejected)
+    assert judged.passed and judged.machine == probe.device_name("cpu") and len(judged.checks) == len(rotations)
+    assert [line.split(":")[0] for line in judged.not_checked] == ["flash_attn", "flash_attn's recorded output"]
+    assert json.loads(judged.summary())["checks"] == len(rotations)
+
+
+def test_only_right_implementations_are_timed():
+    found = {"right": rope.apply_rotary_emb_torch, "wrong": MUTANTS["sign"]}
+    checks = rope_study.rotation_errors(found, SIZES[:1], head_dim=64)
+    assert list(rope_study.correct(found, checks)) == ["right"]
 
 
 def test_speeds_are_of_every_implementation():

@@ -5,7 +5,7 @@ transparent and the ink is grey, because a notebook may be in a light or a dark 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
 import matplotlib.pyplot as plt
@@ -62,7 +62,7 @@ def angle_table(size: VideoSize, head_dim: int) -> Figure:
     figure = plt.figure(figsize=(11, 5.6))
     table, side = figure.subfigures(1, 2, width_ratios=[1.25, 1])
     axes, begin = table.subplots(), 0
-    shown = axes.imshow(angles.cos(), aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+    shown = axes.imshow(angles.cos().numpy(), aspect="auto", cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
     for axis, count in pairs.items():
         axes.text(begin + count / 2 - 0.5, -4, f"turn with {axis}", ha="center", va="bottom")
         begin += count
@@ -75,7 +75,7 @@ def angle_table(size: VideoSize, head_dim: int) -> Figure:
     first = {"t": 0, "h": pairs["t"], "w": pairs["t"] + pairs["h"]}
     for row, (axis, pair) in zip(panels, first.items(), strict=True):
         for t, axes in enumerate(row):
-            frame = angles[:, pair].view(size)[t]
+            frame = angles[:, pair].view(size)[t].numpy()
             shown = axes.imshow(frame, cmap="cividis", vmin=0, vmax=max(size) - 1, aspect="auto")
             axes.set(xticks=[], yticks=[], title=f"t = {t}" if axis == "t" else "")
         row[0].set_ylabel(f"first pair of {axis}")
@@ -97,8 +97,8 @@ def score_decay(head_dim: int) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     for (axis, count), colour, style in zip(axis_channels(head_dim).items(), COLOURS, ["-", "--", ":"], strict=False):
         rates = rope.THETA ** -(torch.arange(0, count, 2) / count)
-        left = (distance[:, None] * rates).cos().mean(1)
-        axes.plot(distance, left, style, color=colour, linewidth=2, label=f"along {axis}")
+        left = (distance[:, None] * rates).cos().mean(1).numpy()
+        axes.plot(distance.numpy(), left, style, color=colour, linewidth=2, label=f"along {axis}")
     axes.set(
         xlabel="distance between the two tokens (patches or latent frames)", ylabel="share of the score that is left"
     )
@@ -167,7 +167,7 @@ def kept_blocks(views: Mapping[tuple[int, int], LayerView], num_steps: int) -> F
     )
     for row, layer in zip(panels, layers, strict=True):
         for axes, step in zip(row, steps, strict=True):
-            shown = axes.imshow(views[layer, step].kept, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+            shown = axes.imshow(views[layer, step].kept.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
             axes.set_title(f"layer {layer}, step {step + 1} of {num_steps}")
     figure.supxlabel(f"key block, {sla.BLOCK_K} tokens")
     figure.supylabel(f"query block, {sla.BLOCK_Q} tokens")
@@ -201,7 +201,12 @@ def attention_over_clip(
         for axes, view in zip(column[1:], of, strict=True):
             axes.imshow(frame.mean(-1), cmap="gray", vmin=0, vmax=255)
             shown = axes.imshow(
-                seen_from(view, place)[t], cmap="viridis", vmin=0, vmax=1, alpha=0.75, extent=(0, width, height, 0)
+                seen_from(view, place)[t].numpy(),
+                cmap="viridis",
+                vmin=0,
+                vmax=1,
+                alpha=0.75,
+                extent=(0, width, height, 0),
             )
         for axes in column:
             axes.set(xticks=[], yticks=[])
@@ -220,10 +225,10 @@ def branches(view: LayerView, num_steps: int) -> Figure:
     """Draw how much the sparse and the linear branch add to each patch of the clip."""
     frames = view.sparse.shape[0]
     figure, panels = plt.subplots(2, frames, squeeze=False, figsize=(1.5 * frames, 3.7))
-    top = max(view.sparse.max(), view.linear.max())
+    top = max(view.sparse.max().item(), view.linear.max().item())
     for row, name, branch in zip(panels, ("sparse", "linear"), (view.sparse, view.linear), strict=True):
         for t, axes in enumerate(row):
-            shown = axes.imshow(branch[t], cmap="viridis", vmin=0, vmax=top)
+            shown = axes.imshow(branch[t].numpy(), cmap="viridis", vmin=0, vmax=top)
             axes.set(xticks=[], yticks=[], title=f"latent frame {t}" if name == "sparse" else "")
         row[0].set_ylabel(f"{name} branch")
     figure.colorbar(shown, ax=panels, label="root mean square", shrink=0.9)
@@ -260,7 +265,7 @@ def clips_side_by_side(runs: Sequence[Run], columns: int = 6) -> Figure:
 
 
 @_figure
-def quality_and_time(points: Iterable[Point], baseline: Run, own_topk: float, machine: str) -> Figure:
+def quality_and_time(points: Sequence[Point], baseline: Run, own_topk: float, machine: str) -> Figure:
     """Draw PSNR, SSIM and the time of a step against topk.
 
     Args:
