@@ -453,4 +453,4 @@ def test_the_command_runs_without_a_package(tmp_path, package):
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     result = doctor("--json", cwd=tmp_path, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
     assert result.returncode == (2 if package == "torch" else 0), result.stderr
-    assert json.loads(result.stdout)["models"] and result.stderr == ""
+    assert json.loads(result.stdout)["models"] and "Traceback" not in result.stderr

@@ -153,7 +153,8 @@ def test_the_notebook_fails_where_rope_is_wrong(code, tmp_path, monkeypatch):
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    parameters = {"verdict_path": str(tmp_path / "verdict.json"), "sizes": [[1, 7, 9]], "speed_size": [1, 7, 9]}
+    parameters = {"device": "cpu", "verdict_path": str(tmp_path / "verdict.json")}
+    parameters |= {"sizes": [[1, 7, 9]], "speed_size": [1, 7, 9]}
     with pytest.raises(papermill.PapermillExecutionError, match="RoPE is wrong here"):
         papermill.execute_notebook(
             ROOT / "notebooks" / "02_rope_validation.ipynb", tmp_path / "out.ipynb", parameters,

@@ -162,7 +162,7 @@ def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     parameters = {
         "prompt": "a small cyan square growing on a navy background", "resolution": "96x64", "num_frames": 5,
-        "num_steps": 1, "layers": [1], "steps": [0], "topks": [0.5],
+        "num_steps": 1, "layers": [1], "steps": [0], "topks": [0.5], "model": "nano",
     }  # fmt: skip
     notebook = papermill.execute_notebook(
         ROOT / "notebooks" / "03_sla_vs_sagesla.ipynb", tmp_path / "out.ipynb", parameters,

@@ -7,7 +7,7 @@ screen reader needs its caption and the scope of its headers.
 import html
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
@@ -86,11 +86,10 @@ def clip_times(video) -> Shown:
     """
     peaks = video.peaks
     rows = [
-        (stage, f"{seconds:.2f} s", gib(peaks[stage]) if stage in peaks else "")
-        for stage, seconds in video.timings.items()
+        (stage, seconds(time), gib(peaks[stage]) if stage in peaks else "") for stage, time in video.timings.items()
     ]
-    cost = "" if video.cost is None else f", ${video.cost:.4f}"
-    rows.append(("all", f"{sum(video.timings.values()):.2f} s{cost}", ""))
+    cost = "" if video.cost is None else f", {dollars(video.cost)}"
+    rows.append(("all", f"{seconds(sum(video.timings.values()))}{cost}", ""))
     return Shown((("Times", ("stage", "time", "peak GPU memory"), rows),))
 
 
@@ -102,16 +101,25 @@ def details(record: Any, title: str = "How it was made") -> Shown:
         title: caption of the table.
     """
     fields = asdict(record) if is_dataclass(record) else dict(record)
-    rows = [(name, _value(value)) for name, value in fields.items() if value not in (None, "", [], (), {})]
+    units = {"timings": seconds, "steps": seconds, "peaks": gib, "cost": dollars}
+    rows = [
+        (name, _value(value, units.get(name, _plain)))
+        for name, value in fields.items()
+        if value not in (None, "", [], (), {})
+    ]
     return Shown(((title, ("", ""), rows),))
 
 
-def _value(value: Any) -> str:
-    """Return a field's value as text, with numbers rounded for reading"""
+def _value(value: Any, plain: Callable[[Any], str]) -> str:
+    """Return a field's value as text"""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_value(one, plain)}" for name, one in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(_value(one, plain) for one in value)
+    return plain(value)
+
+
+def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -119,6 +127,16 @@ def _value(value: Any) -> str:
 
 def _escaped(cell: str) -> str:
     return html.escape(cell).replace("\n", "<br>")
+
+
+def seconds(time: float) -> str:
+    """Return seconds as "2.56 s"."""
+    return f"{time:.2f} s"
+
+
+def dollars(cost: float) -> str:
+    """Return dollars as "$0.0042"."""
+    return f"${cost:.4f}"
 
 
 def gib(size: float) -> str:

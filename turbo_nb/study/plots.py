@@ -215,7 +215,8 @@ def attention_over_clip(
                 axes.add_patch(Rectangle(corner, width / size.W, height / size.H, fill=False, color="white", lw=2))
     for axes, name in zip(panels[:, 0], ["the clip", *(f"layer {layer}" for layer in layers)], strict=True):
         axes.set_ylabel(name)
-    figure.colorbar(shown, ax=panels[1:], label="share of heads that keep the patch", shrink=0.8)
+    bar = figure.colorbar(shown, ax=panels[1:], label="share of heads that keep the patch", shrink=0.8)
+    bar.solids.set_alpha(1)  # else the page shines through
     figure.suptitle(f"What the marked patch attends to in step {step + 1} (blocks of {of[0].fine_block} tokens)")
     return figure
 

@@ -134,15 +134,18 @@ class Verdict:
             )
 
     def _repr_html_(self) -> str:
-        colour, word = ("#1b7837", "passed") if self.passed else ("#b2182b", "FAILED")
+        colour, word = ("#1f9d4d", "passed") if self.passed else ("#d6404a", "FAILED")
         head = f"{word}: {len(self.checks) - len(self.failed)} of {len(self.checks)} checks, {self.machine}"
         rows = "".join(
-            f"<tr><td>{html.escape(c.name)}</td><td>{c.error:.2g}</td><td>{c.bound:.2g}</td></tr>" for c in self.failed
+            f'<tr><th scope="row">{html.escape(c.name)}</th><td>{c.error:.2g}</td><td>{c.bound:.2g}</td></tr>'
+            for c in self.failed
         )
-        table = f"<table><tr><th>failed</th><th>rel. L2</th><th>at most</th></tr>{rows}</table>" if rows else ""
+        columns = "".join(f'<th scope="col">{name}</th>' for name in ("check", "rel. L2", "at most"))
+        table = f"<table><caption>Failed checks</caption><tr>{columns}</tr>{rows}</table>" if rows else ""
         notes = "".join(f"<div>not checked: {html.escape(note)}</div>" for note in self.not_checked)
-        box = f"border-left:6px solid {colour};padding:.4em .8em"
-        return f'<div role="status" style="{box}"><b style="color:{colour}">{html.escape(head)}</b>{table}{notes}</div>'
+        # the text keeps the page's own colour, because the page may be light or dark
+        style = f"border-left:6px solid {colour};padding:.4em .8em"
+        return f'<div role="status" style="{style}"><b>{html.escape(head)}</b>{table}{notes}</div>'
 
 
 def exact_angles(size: VideoSize, head_dim: int) -> Tensor:
