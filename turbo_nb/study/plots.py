@@ -192,7 +192,7 @@ def attention_over_clip(
     of = [views[layer, step] for layer in layers]
     size, (height, width) = VideoSize._make(of[0].sparse.shape), frames.shape[1:3]
     figure, panels = plt.subplots(
-        len(layers) + 1, size.T, squeeze=False, figsize=(1.5 * size.T, 0.6 + 1.5 * (len(layers) + 1))
+        len(layers) + 1, size.T, squeeze=False, figsize=(max(6, 1.5 * size.T), 0.6 + 1.5 * (len(layers) + 1))
     )
     for t, column in enumerate(panels.T):
         frame = frames[min(4 * t, len(frames) - 1)]
