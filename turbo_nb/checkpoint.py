@@ -1,13 +1,13 @@
 """Checkpoints become diffusers and transformers modules: upstream's files and diffusers folders alike.
 
-What a file is comes from its tensors (`weights.read`), so no flag has to be right. Loading maps the file and gives its
-tensors to a model without storage: nothing is held twice.
+`recognise.read` tells from its tensors what a file is, so no option has to match the file. Loading maps the file and
+gives its tensors to a model without storage, so nothing is held twice.
 """
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,106 +17,98 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
-from .errors import CheckpointError, InputError, first_line
+from .errors import CheckpointError, InputError, first_line, warn
 from .files.names import PROJ_L
-from .files.recognise import Contents, listed, read, require
+from .files.recognise import Contents, check_dtypes, count_blocks, fitting_shapes, listed, read, require
 from .linear import Int8Linear, dequantize, empty_linears, held, quantize
 from .sla import set_attention_type
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
 
 def load_transformer(
     path: str | Path | Contents,
     *,
-    attention_type: str = "sla",
+    attention_type: str | None = None,
     sla_topk: float = 0.1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.bfloat16,
     quant_linear: bool | str = "auto",
     attention_backend: str | None = None,
     expected: catalog.ModelSpec | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = torch.bfloat16,
 ) -> WanTransformer3DModel:
-    """The transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
+    """Load the transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
 
-    Norms, the embedding of time, scales and `proj_l` stay float32, the rest goes to `dtype` (None: the file's own).
-    quant_linear: "auto" as the file has it, True for 8-bit linears, False for plain ones; what has to be quantised or
-    dequantised for that is said. A file without `proj_l` run as "sla" has no linear branch, one with it run as
-    "original" does without, and unexpected tensors are left out, each with a warning. `expected`: the model asked for.
+    Norms, the time embedding, scales and `proj_l` stay float32. Tensors that the model does not have are left out
+    with a warning.
 
-    Raises CheckpointError if the file is damaged, is something else, lacks a tensor or has one that doesn't fit or is
-    not finite; InputError or BackendError for an attention_type that cannot be had.
+    Args:
+        path: the file or folder, or what `recognise.read` returned for it.
+        attention_type: "sla", "sagesla" or "original" (dense attention). None: "sla", or dense attention with a
+            warning for a file without SLA projections. An explicit "sla" then runs without its linear branch.
+        sla_topk: share of the key blocks, in (0, 1].
+        device: where the model will run. Weights are quantised and dequantised there.
+        dtype: of the other weights. None: the file's own.
+        quant_linear: True for 8-bit linears, False for plain ones, "auto" for the file's own. Warns when it has to
+            quantise or dequantise.
+        attention_backend: the implementation of SageSLA, as in `sla.SageSparseLinearAttention`.
+        expected: the model that the file must be; None: any.
+
+    Raises:
+        CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
+        InputError: an argument cannot be used.
+        BackendError: the attention cannot run here.
     """
     if quant_linear is not True and quant_linear is not False and quant_linear != "auto":
-        raise InputError(f"quant_linear is {quant_linear!r}; it is auto (as the file has it), True or False")
+        raise InputError(f"quant_linear is {quant_linear!r}. Expected True, False or 'auto' (the file's own linears).")
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "transformer", expected)
-    quantized = contents.quantized if quant_linear == "auto" else quant_linear
+    attention_type = attention_type or _attention_of(contents)
     dtype = dtype or contents.dtype
-    with init_empty_weights(include_buffers=True):
-        model = WanTransformer3DModel.from_config(_config(contents))
-        set_attention_type(model, "sla", sla_topk)
-        empty_linears(model, contents.quantized, dtype)
-        for key, tensor in contents.tensors.items():
-            name, _, leaf = key.rpartition(".")
-            if leaf == "scale" and tensor.ndim == 1:  # saved with scales of rows
-                model.get_submodule(name).scale = held(torch.empty(tensor.shape))
-        set_attention_type(model, attention_type, sla_topk, backend=attention_backend)
-
-    tensors = _matched(_fitting_attention(contents, model, attention_type), model.state_dict(), contents)
-    if quantized != contents.quantized:
-        count = empty_linears(model, quantized, dtype)
-        change = "quantised to int8" if quantized else f"dequantised to {dtype}"
-        warnings.warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}", stacklevel=2)
-    for key in list(tensors):
-        if key not in tensors:  # the scale of a weight that was dequantised
-            continue
-        tensor = _finite(key, tensors.pop(key).to(device), contents)
-        name, _, leaf = key.rpartition(".")
-        if leaf == "weight" and isinstance(module := model.get_submodule(name), Int8Linear):
-            module.int8_weight, module.scale = map(held, quantize(tensor))
-        elif leaf == "int8_weight" and not quantized:
-            scale = _finite(f"{name}.scale", tensors.pop(f"{name}.scale").to(device), contents)
-            _assign(model, f"{name}.weight", dequantize(tensor, scale).to(dtype))
-        else:
-            if tensor.is_floating_point():
-                keep = any(part in key for part in KEEP_FP32) or leaf == "scale"
-                tensor = tensor.to(torch.float32 if keep else dtype)
-            _assign(model, key, tensor)
+    model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, dtype)
+    tensors = _matched(_fit_projections(contents, model, attention_type), model.state_dict(), contents)
+    if quant_linear != "auto" and quant_linear != contents.quantized:
+        count = empty_linears(model, quant_linear, dtype)
+        change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
+        warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
+    _assign_transformer(model, tensors, contents, device, dtype)
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
 
 
-def _fitting_attention(contents: Contents, model: nn.Module, attention_type: str) -> dict[str, Tensor]:
-    """The file's tensors less the projections that dense attention does without, or with zeros for those it lacks."""
-    tensors, wanted = contents.tensors, model.state_dict()
-    projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
-    if projections and attention_type == "original":
-        warnings.warn(f"{str(contents.path)!r} has SLA's projections; dense attention does without them", stacklevel=3)
-        return {key: tensor for key, tensor in tensors.items() if key not in projections}
-    if projections and not contents.sla:
-        warnings.warn(f"{str(contents.path)!r} has no SLA projections: the linear branch is zero", stacklevel=3)
-        return tensors | {key: torch.zeros(wanted[key].shape) for key in projections}
-    return tensors
+def _attention_of(contents: Contents) -> str:
+    """The attention of a file that nothing else was asked for"""
+    if contents.sla:
+        return "sla"
+    warn(
+        f"{str(contents.path)!r} has no SLA projections, so it runs with dense attention; ask for sla to run it sparse",
+        stacklevel=2,
+    )
+    return "original"
 
 
-def _folder_config(folder: Path) -> dict:
-    """config.json of a folder. Raises CheckpointError if there is none, or it cannot be read."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no config.json that can be read in {str(folder)!r} ({first_line(error)}); a diffusers folder has one"
-        ) from error
+def _empty_transformer(
+    contents: Contents, attention_type: str, topk: float, backend: str | None, dtype: torch.dtype
+) -> WanTransformer3DModel:
+    """A transformer without storage that has the file's shape and kind of linears"""
+    with fitting_shapes(contents.path), init_empty_weights(include_buffers=True):
+        model = WanTransformer3DModel.from_config(_transformer_config(contents))
+        empty_linears(model, contents.quantized, dtype)
+        for name, linear in model.named_modules():
+            scale = contents.tensors.get(f"{name}.scale")
+            if isinstance(linear, Int8Linear) and scale is not None and scale.ndim == 1:  # one scale per row
+                linear.scale = held(torch.empty(scale.shape))
+    with init_empty_weights(include_buffers=True):
+        set_attention_type(model, attention_type, topk, backend=backend)
+    return model
 
 
-def _config(contents: Contents) -> dict:
-    """diffusers' config of a transformer: the folder's own, else from the shapes"""
-    if contents.path.is_dir():
-        return _folder_config(contents.path)
+def _transformer_config(contents: Contents) -> dict[str, Any]:
+    """diffusers' configuration of a transformer: the folder's own, else from the shapes"""
     arch = contents.arch
+    if contents.path.is_dir():
+        return _folder_config(contents.path, num_layers=arch.num_layers)
     return {
         "attention_head_dim": contents.head_dim,
         "num_attention_heads": arch.num_heads,
@@ -128,35 +120,183 @@ def _config(contents: Contents) -> dict:
     }
 
 
+def _fit_projections(contents: Contents, model: nn.Module, attention_type: str) -> dict[str, Tensor]:
+    """The file's tensors without the projections that dense attention drops, or with zeros for those that SLA lacks"""
+    tensors, wanted = contents.tensors, model.state_dict()
+    projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
+    if projections and attention_type == "original":
+        warn(f"{str(contents.path)!r} has SLA projections; dense attention does not use them", stacklevel=2)
+        return {key: tensor for key, tensor in tensors.items() if key not in projections}
+    if projections and not contents.sla:
+        warn(f"{str(contents.path)!r} has no SLA projections: the linear branch is zero", stacklevel=2)
+        return tensors | {key: torch.zeros(wanted[key].shape) for key in projections}
+    return tensors
+
+
+def _assign_transformer(
+    model: WanTransformer3DModel,
+    tensors: dict[str, Tensor],
+    contents: Contents,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Move each tensor to the device and give it to the model, in the number format of the model's linears."""
+
+    def take(key: str) -> Tensor:
+        return _finite(key, tensors.pop(key).to(device), contents)
+
+    for key in list(tensors):
+        if key not in tensors:  # a scale that went with its weight
+            continue
+        tensor, (name, _, leaf) = take(key), key.rpartition(".")
+        module = model.get_submodule(name)
+        if leaf == "weight" and isinstance(module, Int8Linear):
+            module.int8_weight, module.scale = map(held, quantize(tensor))
+        elif leaf == "int8_weight" and not isinstance(module, Int8Linear):
+            _assign(model, f"{name}.weight", dequantize(tensor, take(f"{name}.scale")).to(dtype))
+        else:
+            if tensor.is_floating_point():
+                keep = any(part in key for part in KEEP_FP32) or leaf == "scale"
+                tensor = tensor.to(torch.float32 if keep else dtype)
+            _assign(model, key, tensor)
+
+
+def load_vae(
+    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> AutoencoderKLWan:
+    """Load the VAE in upstream's `Wan2.1_VAE.pth`, a file with diffusers' names or a diffusers folder.
+
+    Args:
+        path: the file or folder, or what `recognise.read` returned for it.
+        device: of the weights.
+        dtype: of the weights. None: the file's own.
+
+    Raises:
+        CheckpointError: as `load_transformer`.
+    """
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "vae")
+    with fitting_shapes(contents.path), init_empty_weights():
+        config = _folder_config(contents.path) if contents.path.is_dir() else _vae_config(contents.tensors)
+        model = AutoencoderKLWan.from_config(config)
+    _fill(model, contents, device, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "base_dim": tensors["encoder.conv_in.weight"].shape[0],
+        "z_dim": tensors["decoder.conv_in.weight"].shape[1],
+    }
+
+
+def load_text_encoder(
+    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> UMT5EncoderModel:
+    """Load the encoder in upstream's `models_t5_umt5-xxl-enc-bf16.pth` or a transformers folder.
+
+    Args:
+        path: the file or folder, or what `recognise.read` returned for it.
+        device: of the weights.
+        dtype: of the weights. None: the file's own.
+
+    Raises:
+        CheckpointError: as `load_transformer`.
+    """
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "text encoder")
+    with fitting_shapes(contents.path), init_empty_weights():
+        model = UMT5EncoderModel(_umt5_config(contents))
+    tensors = contents.tensors
+    embeddings = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    tensors = tensors | {"shared.weight": embeddings, "encoder.embed_tokens.weight": embeddings}
+    _fill(model, replace(contents, tensors=tensors), device, dtype)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model.requires_grad_(False).eval()
+
+
+def _umt5_config(contents: Contents) -> UMT5Config:
+    """The configuration of a text encoder: the folder's own, else from the shapes"""
+    tensors, path, first = contents.tensors, contents.path, "encoder.block.0.layer."
+    num_layers = count_blocks(tensors, "encoder.block", path)
+    if path.is_dir():
+        return UMT5Config(**_folder_config(path, num_layers=num_layers))
+    buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
+    vocabulary, width = tensors["shared.weight"].shape
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
+        d_ff=tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],
+        num_layers=num_layers,
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+
+
+def load_tokenizer(path: str | Path):
+    """Load the tokenizer in folder `path`, or of a Hub repository that is in the cache.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer, or one that brings code of its own. That code never runs.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # because tokenizers raises many kinds of errors for a file that is not a tokenizer
+        raise CheckpointError(
+            f"no tokenizer in {str(path)!r}. Expected a folder with tokenizer.json or spiece.model. "
+            "Give --tokenizer_path such a folder, for example that of google/umt5-xxl."
+        ) from error
+
+
+def _folder_config(folder: Path, num_layers: int | None = None) -> dict[str, Any]:
+    """config.json of a folder. Raises CheckpointError where it cannot be read, or has another number of layers."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no config.json that can be read in {str(folder)!r} ({first_line(error)}). Expected a diffusers folder. "
+            "Download the folder again."
+        ) from error
+    if not isinstance(config, dict) or config.get("num_layers") != num_layers:
+        raise CheckpointError(
+            f"config.json in {str(folder)!r} does not belong to the weights beside it. "
+            f"Expected settings{f' with num_layers {num_layers}' if num_layers else ''}. Download the folder again."
+        )
+    return config
+
+
 def _matched(tensors: dict[str, Tensor], wanted: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
-    """The tensors that a module wants; unexpected ones are left out with a warning. Raises CheckpointError."""
+    """The tensors that a module has. Warns of others. Raises CheckpointError where one is missing or does not fit."""
     path, missing, unexpected = str(contents.path), wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing:
         raise CheckpointError(
             f"{path!r} looks like {contents}, but {len(missing)} of {len(wanted)} tensors are missing: "
-            f"{listed(missing)}"
+            f"{listed(missing)}. Download the file again."
         )
     if unexpected:
-        warnings.warn(
+        warn(
             f"{path!r} has {len(unexpected)} tensors that no part of the model takes; left out: {listed(unexpected)}",
-            stacklevel=3,
+            stacklevel=2,
         )
     for key, target in wanted.items():
         if tensors[key].shape != target.shape:
             raise CheckpointError(
-                f"{key} in {path!r} has shape {tuple(tensors[key].shape)}; in {contents} it is {tuple(target.shape)}"
+                f"{key} in {path!r} has shape {tuple(tensors[key].shape)}. Expected {tuple(target.shape)}, as in "
+                f"{contents}. Download the file again."
             )
-    return {key: tensors[key] for key in wanted}
+    tensors = {key: tensors[key] for key in wanted}
+    check_dtypes(replace(contents, tensors=tensors), tensors)
+    return tensors
 
 
 def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
-    """The tensor itself. Raises CheckpointError if it holds NaN or Inf, or floats of a kind that no model has."""
-    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{key} in {str(contents.path)!r} is {tensor.dtype}, which no released model is; take the bf16 or int8 file"
-        )
+    """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
     if tensor.is_floating_point() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
-        raise CheckpointError(f"{key} in {str(contents.path)!r} holds NaN or Inf; the file is damaged, fetch it again")
+        raise CheckpointError(
+            f"{key} in {str(contents.path)!r} holds NaN or Inf. Expected finite numbers. Download the file again."
+        )
     return tensor
 
 
@@ -174,76 +314,3 @@ def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtyp
     """Give a model without storage the tensors of a file."""
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
         _assign(model, key, _finite(key, tensor.to(device), contents).to(dtype or tensor.dtype))
-
-
-def load_vae(
-    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
-) -> AutoencoderKLWan:
-    """The VAE in upstream's `Wan2.1_VAE.pth`, a file of diffusers' names or a diffusers folder; dtype None: its own.
-
-    Raises CheckpointError as `load_transformer` does.
-    """
-    contents = path if isinstance(path, Contents) else read(path)
-    require(contents, "vae")
-    if contents.path.is_dir():
-        config = _folder_config(contents.path)
-    else:
-        config = {
-            "base_dim": contents.tensors["encoder.conv_in.weight"].shape[0],
-            "z_dim": contents.tensors["decoder.conv_in.weight"].shape[1],
-        }
-    with init_empty_weights():
-        model = AutoencoderKLWan.from_config(config)
-    _fill(model, contents, device, dtype)
-    return model.requires_grad_(False).eval()
-
-
-def load_text_encoder(
-    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
-) -> UMT5EncoderModel:
-    """The encoder in upstream's `models_t5_umt5-xxl-enc-bf16.pth` or a transformers folder; dtype None: the file's own.
-
-    Raises CheckpointError as `load_transformer` does.
-    """
-    contents = path if isinstance(path, Contents) else read(path)
-    require(contents, "text encoder")
-    config = UMT5Config(**_folder_config(contents.path)) if contents.path.is_dir() else _umt5_config(contents)
-    with init_empty_weights():
-        model = UMT5EncoderModel(config)
-    tensors = contents.tensors
-    embeddings = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    tensors = tensors | {"shared.weight": embeddings, "encoder.embed_tokens.weight": embeddings}
-    _fill(model, replace(contents, tensors=tensors), device, dtype)
-    model.encoder.embed_tokens.weight = model.shared.weight
-    return model.requires_grad_(False).eval()
-
-
-def _umt5_config(contents: Contents) -> UMT5Config:
-    """The configuration of a text encoder, from its shapes"""
-    tensors, first = contents.tensors, "encoder.block.0.layer."
-    buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
-    vocabulary, width = tensors["shared.weight"].shape
-    return UMT5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
-        d_ff=tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],
-        num_layers=1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("encoder.block.")),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-
-
-def load_tokenizer(path: str | Path):
-    """Load the tokenizer in folder `path`, or of a Hub repository that is in the cache.
-
-    Raises CheckpointError if the folder holds no tokenizer, or one that brings code of its own: that code never runs.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises many kinds of errors for a file that is not a tokenizer
-        raise CheckpointError(
-            f"no tokenizer in {str(path)!r}; give --tokenizer_path a folder with tokenizer.json or spiece.model, such "
-            "as that of google/umt5-xxl"
-        ) from error

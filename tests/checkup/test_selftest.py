@@ -206,7 +206,7 @@ def test_a_released_models_files_are_recognised(monkeypatch):
     )
     spec = replace(catalog.find("Wan2.1-1.3B"), arch=catalog.NANO.arch)
     monkeypatch.setattr(hub, "cached", lambda spec, quantised: here)
-    assert "a transformer was asked for" in selftest.run("files", selftest.files, spec, False).detail
+    assert "Expected a transformer" in selftest.run("files", selftest.files, spec, False).detail
     here = replace(here, transformers=(folder / "transformer",))
     assert selftest.run("files", selftest.files, spec, False).passed
 

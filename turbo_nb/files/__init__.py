@@ -1,1 +1,1 @@
-"""Weight files: found, downloaded, recognised, converted."""
+"""Weight files: their names and formats, LoRAs, conversion, downloads, and the parts that make a model."""

@@ -1,21 +1,18 @@
-"""Weight files: read safely, and told apart by their tensors alone.
-
-`read(path)` never runs code from a file: pickles load with `weights_only`, and what is no honest file of tensors is
-refused before anything is allocated. The tensors are mapped from the file, not copied.
-"""
+"""Tensor names: the prefixes of training frameworks, and Wan's raw umT5 names."""
 
 from torch import Tensor
 
 PREFIXES = ("net.", "model.diffusion_model.", "module.")
-PROJ_L = ".attn1.processor.sla.proj_l."  # where a transformer with SLA has them
+PROJ_L = ".attn1.processor.sla.proj_l."  # the path of SLA's projections within a block
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of training frameworks from every name. Names that would collide stay as they are."""
     for prefix in PREFIXES:
         if any(key.startswith(prefix) for key in tensors):
             rest = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
             if len(rest) == len(tensors):
-                return _without_prefix(rest)
+                return without_prefix(rest)
     return tensors
 
 
@@ -32,8 +29,8 @@ UMT5_NAMES = {
 }
 
 
-def _umt5_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Wan's raw umT5 names → transformers'"""
+def to_transformers_umt5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Wan's raw umT5 tensors as transformers names them."""
     renamed = {}
     for key, tensor in tensors.items():
         for raw, name in UMT5_NAMES.items():

@@ -1,13 +1,15 @@
 """Weight files: read safely, and told apart by their tensors alone.
 
-`read(path)` never runs code from a file: pickles load with `weights_only`, and what is no honest file of tensors is
-refused before anything is allocated. The tensors are mapped from the file, not copied.
+`read(path)` never runs code from a file, because pickles load with `weights_only`. It refuses a file that is not an
+honest file of tensors before anything is allocated. The tensors are mapped from the file, not copied.
 """
 
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,22 +20,32 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line
-from .names import PROJ_L, _umt5_names, _without_prefix
+from .names import PROJ_L, to_transformers_umt5, without_prefix
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a file holds, as its tensors say.
+    """What a file holds, by its tensors.
 
-    kind: "transformer", "vae", "text encoder", "LoRA" or "unknown". tensors: by diffusers' names (transformers' for a
-    text encoder). For a transformer: its shape, and whether it has SLA's projections and int8 linears.
+    Attributes:
+        path: the file or folder.
+        kind: "transformer", "vae", "text encoder", "LoRA" or "unknown".
+        layout: whose names the file has: "upstream", "diffusers", "transformers", "peft" or "unknown".
+        tensors: by diffusers' names; by transformers' names for a text encoder.
+        arch: the shape of a transformer.
+        head_dim: channels of one attention head of a transformer.
+        text_dim: channels of the text embeddings that a transformer reads.
+        sla: whether a transformer has SLA's projections.
+        quantized: whether a transformer has int8 linears.
     """
 
     path: Path
     kind: str
-    layout: str  # upstream, diffusers
+    layout: str
     tensors: dict[str, Tensor]
     arch: catalog.Arch | None = None
     head_dim: int | None = None
@@ -43,7 +55,7 @@ class Contents:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype that most of the file's floating point numbers have."""
+        """The dtype of most of the file's floating point numbers; None without any."""
         count = {}
         for tensor in self.tensors.values():
             if tensor.is_floating_point():
@@ -54,7 +66,7 @@ class Contents:
         parameters = f"{sum(t.numel() for t in self.tensors.values()) / 1e9:.2f} B parameters"
         if self.kind == "unknown":
             names = ", ".join(list(self.tensors)[:3])
-            return f"{len(self.tensors)} tensors of no kind known here ({names}, …)"
+            return f"{len(self.tensors)} tensors of an unknown kind ({names}, …)"
         if self.kind != "transformer":
             return f"a {self.kind}, {parameters}, {self.layout} layout"
         spec, arch = catalog.of_arch(self.arch), self.arch
@@ -68,41 +80,92 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """Contents of a `.pth` or `.safetensors` file, or of a diffusers folder's safetensors shards.
+    """Read a `.pth` or `.safetensors` file, or the safetensors shards of a folder.
 
-    Raises CheckpointError for what is not there, damaged, not tensors, or would run code.
+    Raises:
+        CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
+    """
+    path, tensors = Path(path), {}
+    try:
+        for file in _weight_files(path):
+            tensors |= _read_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({first_line(error)}). Expected a .pth or .safetensors file, or a folder. "
+            "Check the name and its permissions."
+        ) from error
+    with fitting_shapes(path):
+        return recognise(tensors, path)
+
+
+def describe(path: str | Path) -> str:
+    """Describe a weight file, a folder of shards, or each part of a diffusers folder, one a line.
+
+    Raises:
+        CheckpointError: as `read`.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted([*path.glob("diffusion_pytorch_model*.safetensors"), *path.glob("model*.safetensors")])
-        if not files:
-            raise CheckpointError(f"no safetensors weights in {str(path)!r}; is it a folder of diffusers layout?")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise CheckpointError(f"no file {str(path)!r}; give the path of a .pth or .safetensors file, or of a folder")
-    tensors = {}
-    for file in files:
-        tensors |= _read_file(file)
-    try:
-        return recognise(tensors, path)
-    except (RuntimeError, IndexError, KeyError, ValueError) as error:
+    if not (parts := _parts(path)):
+        return str(read(path))
+    width = max(map(len, parts))
+    return "\n".join(
+        [f"{str(path)!r} is a diffusers folder:", *(f"{name:{width}} {read(path / name)}" for name in parts)]
+    )
+
+
+def _parts(path: Path) -> list[str]:
+    """The folders of weights in a diffusers folder; empty for anything else"""
+    return [] if _shards(path) else [name for name in PARTS if _shards(path / name)]
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not os.path.isdir(folder):  # because Path.is_dir raises OSError for a name that is too long
+        return []
+    return sorted([*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("model*.safetensors")])
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise CheckpointError(f"no file {str(path)!r}. Expected a .pth or .safetensors file, or a folder.")
+    if files := _shards(path):
+        return files
+    if parts := _parts(path):
         raise CheckpointError(
-            f"{str(path)!r} has the names of a model and shapes that are none's ({first_line(error)}); fetch it again"
+            f"{str(path)!r} is a diffusers folder of {', '.join(parts)}. Expected one of these. "
+            f"Give {str(path / parts[0])!r}, for example."
+        )
+    raise CheckpointError(
+        f"no safetensors weights in {str(path)!r}. Expected a folder in diffusers layout. "
+        "Give the path of a .pth or .safetensors file instead."
+    )
+
+
+@contextmanager
+def fitting_shapes(path: Path) -> Iterator[None]:
+    """Raise CheckpointError, which names `path`, for what tensors or settings of a wrong shape raise."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} has the tensor names of a known model, but the shapes do not fit ({first_line(error)}). "
+            "Download the file again."
         ) from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         head = file.read(512)
+    name = repr(str(path))
     if not head:
-        raise CheckpointError(f"{str(path)!r} is empty; fetch it again")
+        raise CheckpointError(f"{name} is empty. Expected a .pth or .safetensors file. Download it again.")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{str(path)!r} is a Git LFS pointer, not the weights; fetch the file itself")
+        raise CheckpointError(f"{name} is a Git LFS pointer. Expected the weights. Fetch the file that it points to.")
     if head.lstrip()[:1] == b"<":
-        raise CheckpointError(
-            f"{str(path)!r} is a web page, not weights; the download gave an error page, fetch it again"
-        )
+        raise CheckpointError(f"{name} is a web page. Expected weights. Download the file again.")
     try:
         if head.startswith(b"PK"):
             return _read_torch(path)
@@ -110,37 +173,43 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{str(path)!r} holds more than tensors, and loading it could run code: refused ({first_line(error)})"
+            f"{name} holds more than tensors, and loading it could run code: refused ({first_line(error)}). "
+            "Expected tensors only. Take a safetensors file."
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # whatever torch's unpickler raises on bytes that are not what they were
-        raise CheckpointError(f"{str(path)!r} is damaged or cut short; fetch it again ({first_line(error)})") from error
+    except Exception as error:  # because torch's unpickler raises any kind of error on damaged bytes
+        raise CheckpointError(
+            f"{name} is damaged or cut short ({first_line(error)}). Expected a whole file. Download it again."
+        ) from error
     raise CheckpointError(
-        f"{str(path)!r} is neither a torch file (zip format) nor safetensors; an old torch file opens after "
-        "torch.save(torch.load(path, weights_only=True), new_path)"
+        f"{name} is neither a torch file (zip format) nor safetensors. Expected one of these. "
+        "Convert an old torch file with torch.save(torch.load(path, weights_only=True), new_path)."
     )
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    name = repr(str(path))
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError(f"{str(path)!r} has compressed entries, which torch never writes: refused")
+            raise CheckpointError(f"{name} has compressed entries: refused. Expected stored entries, as torch writes.")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{str(path)!r} holds no state dict but {type(state).__name__}")
+        raise CheckpointError(f"{name} holds {type(state).__name__}. Expected a state dict: tensors by their names.")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{name} has the key {key!r} for a tensor. Expected a state dict with text keys.")
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{key} in {str(path)!r} claims more than the file holds: refused")
+            raise CheckpointError(f"{key} in {name} claims more bytes than the file holds: refused.")
     return state
 
 
 def recognise(tensors: dict[str, Tensor], path: Path) -> Contents:
-    """What the tensors are, by their names and shapes; renamed as diffusers and transformers have them."""
-    tensors = _without_prefix(tensors)
+    """Tell what tensors are by their names and shapes, and rename them as diffusers and transformers do."""
+    tensors = without_prefix(tensors)
     if any(re.search(r"lora_(A|B|up|down)\b", key) for key in tensors):
         return Contents(path=path, kind="LoRA", layout="peft", tensors=tensors)
     if {"encoder.conv1.weight", "decoder.conv1.weight"} <= tensors.keys():
@@ -148,7 +217,7 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> Contents:
     if {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= tensors.keys():
         return Contents(path=path, kind="vae", layout="diffusers", tensors=tensors)
     if "token_embedding.weight" in tensors and "blocks.0.pos_embedding.embedding.weight" in tensors:
-        return Contents(path=path, kind="text encoder", layout="upstream", tensors=_umt5_names(tensors))
+        return Contents(path=path, kind="text encoder", layout="upstream", tensors=to_transformers_umt5(tensors))
     if "shared.weight" in tensors or "encoder.embed_tokens.weight" in tensors:
         return Contents(path=path, kind="text encoder", layout="transformers", tensors=tensors)
     if "patch_embedding.weight" in tensors and any(key.startswith("blocks.0.") for key in tensors):
@@ -170,15 +239,18 @@ def _recognise_transformer(tensors: dict[str, Tensor], path: Path) -> Contents:
     projections = [tensor for key, tensor in tensors.items() if PROJ_L + "weight" in key]
     head_dim = projections[0].shape[0] if projections else 128
     ffn = next(
-        (t for key, t in tensors.items() if re.match(r"blocks\.0\.ffn\.net\.0\.proj\.(int8_)?weight", key)), None
+        (t for key, t in tensors.items() if re.fullmatch(r"blocks\.0\.ffn\.net\.0\.proj\.(int8_)?weight", key)), None
     )
     text = tensors.get("condition_embedder.text_embedder.linear_1.weight")
     if ffn is None or text is None or patch.ndim < 2:
-        raise CheckpointError(f"{str(path)!r} looks like a Wan transformer of which parts are missing; fetch it again")
+        raise CheckpointError(
+            f"{str(path)!r} looks like a Wan transformer, but parts are missing. Expected a whole file. "
+            "Download it again."
+        )
     arch = catalog.Arch(
         dim=patch.shape[0],
         num_heads=patch.shape[0] // head_dim,
-        num_layers=1 + max(int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))),
+        num_layers=count_blocks(tensors, "blocks", path),
         ffn_dim=ffn.shape[0],
         in_channels=patch[0].numel() // PATCH,
     )
@@ -195,19 +267,61 @@ def _recognise_transformer(tensors: dict[str, Tensor], path: Path) -> Contents:
     )
 
 
+def count_blocks(tensors: Iterable[str], prefix: str, path: Path) -> int:
+    """Count the blocks `prefix`.0, `prefix`.1, … by the tensors' names.
+
+    Raises:
+        CheckpointError: a number is left out. One huge number would make a model of as many blocks.
+    """
+    numbers = {int(match[1]) for key in tensors if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))}
+    if numbers != set(range(len(numbers))):
+        raise CheckpointError(
+            f"{str(path)!r} has tensors of {prefix}.{max(numbers)}, but of {len(numbers)} blocks in all. "
+            f"Expected the blocks 0 to {len(numbers) - 1}. Download the file again."
+        )
+    return len(numbers)
+
+
 def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = None) -> None:
-    """Raises CheckpointError if a file holds something else, or not the model that was asked for."""
+    """Check that a file holds what was asked for, in number formats that can be loaded.
+
+    Args:
+        contents: of the file.
+        kind: as in `Contents`.
+        expected: the model that a transformer must have the shape of; None: any.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
     path = str(contents.path)
     if contents.kind == "LoRA":
         raise CheckpointError(
-            f"{path!r} is a LoRA, which changes a model and is none; load the model and add it with load_lora_weights, "
-            "or merge it with turbo-nb convert --lora"
+            f"{path!r} is a LoRA, which changes a model. Expected a {kind}. Load the model and add the LoRA with "
+            "load_lora_weights, or merge it with turbo-nb convert --lora."
         )
     if contents.kind != kind:
-        raise CheckpointError(f"{path!r} is {contents}; a {kind} was asked for")
+        raise CheckpointError(f"{path!r} is {contents}. Expected a {kind}.")
     if expected and expected.arch and contents.arch != expected.arch:
         shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
-        raise CheckpointError(f"{path!r} is {contents}; {expected.name} was asked for, which has {shape}")
+        raise CheckpointError(f"{path!r} is {contents}. Expected {expected.name}, which has {shape}.")
+    check_dtypes(contents, (key for key in contents.tensors if key.endswith("weight")))
+
+
+def check_dtypes(contents: Contents, names: Iterable[str]) -> None:
+    """Check that the tensors of these names have number formats that a model can take.
+
+    Raises:
+        CheckpointError: an 8-bit or integer tensor stands where plain floats are expected, or the other way around.
+    """
+    for name in names:
+        dtype, int8 = contents.tensors[name].dtype, name.endswith(".int8_weight")
+        if dtype is torch.int8 if int8 else dtype in FLOATS:
+            continue
+        raise CheckpointError(
+            f"{name} in {str(contents.path)!r} is {str(dtype).removeprefix('torch.')}. "
+            f"Expected {'int8' if int8 else 'bfloat16, float16, float32 or float64'}. "
+            "Take the model's bf16 file, or the -quant file of TurboDiffusion."
+        )
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
