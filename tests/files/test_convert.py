@@ -44,7 +44,7 @@ def test_full_disk_raises_output_error(source, tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("diffusers.models.modeling_utils.safetensors.torch.save_file", full)
-    with pytest.raises(OutputError, match="cannot be written .*No space.* Free some space"):
+    with pytest.raises(OutputError, match=r"cannot be written .*No space.* Free some space"):
         convert(source, tmp_path / "out")
 
 
@@ -61,7 +61,7 @@ def test_folder_that_stays_empty_raises_output_error(source, tmp_path, monkeypat
 )
 def test_lora_that_changes_nothing_raises_checkpoint_error(source, tmp_path, settings):
     lora = save_lora(tmp_path / "lora.safetensors", **settings)
-    with pytest.raises(CheckpointError, match="changed 0 tensors|cannot be merged"):
+    with pytest.raises(CheckpointError, match=r"changed 0 tensors|cannot be merged"):
         convert(source, tmp_path / "out", loras=[lora])
     assert not (tmp_path / "out").exists()
 
@@ -76,6 +76,8 @@ def test_keys_of_a_lora_that_match_nothing_are_counted_and_named(source, tmp_pat
 
 
 def test_half_a_lora_raises_checkpoint_error(source, tmp_path):
-    save_file({"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.ones(4, 256)}, tmp_path / "lora.safetensors")
+    save_file(
+        {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.ones(4, 256)}, tmp_path / "lora.safetensors"
+    )
     with pytest.raises(CheckpointError, match="lora"):
         convert(source, tmp_path / "out", loras=[str(tmp_path / "lora.safetensors")])
