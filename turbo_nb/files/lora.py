@@ -27,9 +27,7 @@ def parse(lora: str) -> LoRA:
     if not Path(lora).is_file() and ":" in lora:
         path, _, scale = lora.rpartition(":")
     if not Path(path).is_file() or not _is_number(scale):
-        raise CheckpointError(
-            f"no LoRA {lora!r}. Expected FILE or FILE:SCALE. Give style.safetensors:0.8, for example."
-        )
+        raise CheckpointError(f"no LoRA {lora!r}. Expected FILE or FILE:SCALE, such as style.safetensors:0.8.")
     return LoRA(path=Path(path), scale=float(scale))
 
 
@@ -57,7 +55,7 @@ def merge(transformer: WanTransformer3DModel, lora: LoRA) -> None:
     if not changed:
         raise CheckpointError(
             f"{name} at scale {lora.scale:g} changed 0 tensors; {len(foreign)} of its {len(keys)} keys match no part "
-            f"of the model ({listed(foreign or keys)}). Expected a LoRA of this model. Take one that was trained for it."
+            f"of the model ({listed(foreign or keys)}). Expected a LoRA of this model. Take another file."
         )
     if foreign:
         warn(

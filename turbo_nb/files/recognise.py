@@ -24,6 +24,7 @@ from .names import PROJ_L, to_transformers_umt5, without_prefix
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FIRST_FFN = ("blocks.0.ffn.net.0.proj.weight", "blocks.0.ffn.net.0.proj.int8_weight")
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
 
 
@@ -107,10 +108,8 @@ def describe(path: str | Path) -> str:
     path = Path(path)
     if not (parts := _parts(path)):
         return str(read(path))
-    width = max(map(len, parts))
-    return "\n".join(
-        [f"{str(path)!r} is a diffusers folder:", *(f"{name:{width}} {read(path / name)}" for name in parts)]
-    )
+    lines = [f"{name:{max(map(len, parts))}} {read(path / name)}" for name in parts]
+    return "\n".join([f"{str(path)!r} is a diffusers folder:", *lines])
 
 
 def _parts(path: Path) -> list[str]:
@@ -238,9 +237,7 @@ def _recognise_transformer(tensors: dict[str, Tensor], path: Path) -> Contents:
     patch = tensors["patch_embedding.weight"]
     projections = [tensor for key, tensor in tensors.items() if PROJ_L + "weight" in key]
     head_dim = projections[0].shape[0] if projections else 128
-    ffn = next(
-        (t for key, t in tensors.items() if re.fullmatch(r"blocks\.0\.ffn\.net\.0\.proj\.(int8_)?weight", key)), None
-    )
+    ffn = next((tensors[key] for key in FIRST_FFN if key in tensors), None)
     text = tensors.get("condition_embedder.text_embedder.linear_1.weight")
     if ffn is None or text is None or patch.ndim < 2:
         raise CheckpointError(
