@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import namedtuple
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +23,9 @@ from huggingface_hub.utils import close_session
 
 from turbo_nb import catalog
 from turbo_nb.errors import DownloadError, InputError
+from turbo_nb.files import endpoint
 from turbo_nb.files import hub as download
+from turbo_nb.machine import environment
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 MODEL = "TurboWan2.1-T2V-1.3B-480P"
@@ -218,7 +222,7 @@ def assert_whole(hub: Hub, files: download.Files, stem: str = MODEL) -> None:
 
 
 def leftovers(cache: Path) -> list[Path]:
-    return [*cache.rglob("*.incomplete"), *cache.rglob("*.tmp")]
+    return [*cache.rglob("*.incomplete"), *cache.rglob("*.tmp"), *cache.rglob(".turbo_nb-*")]
 
 
 def fails(**settings) -> str:
@@ -244,7 +248,7 @@ def test_the_plan_says_what_is_needed_and_writes_nothing(hub, cache):
     assert len(hub.log) == 3 and hub.fetched() == [] and not cache.parent.exists()
 
 
-def test_a_second_run_fetches_nothing_and_hashes_nothing(hub, cache, monkeypatch):
+def test_a_second_run_fetches_nothing_and_hashes_nothing(hub, cache):
     assert download.cached(SPEC) is None
     steps = []
     files = download.fetch(SPEC, on_progress=steps.append)
@@ -259,7 +263,6 @@ def test_a_second_run_fetches_nothing_and_hashes_nothing(hub, cache, monkeypatch
     assert download.cached(SPEC) == files and download.cached(SPEC, quantised=True) is None
 
     hub.log.clear()
-    monkeypatch.setattr(download, "_check", None)
     plan = download.plan(SPEC)
     assert plan.to_fetch == 0 and "7 files, 612.0 kB; nothing to fetch" in str(plan)
     again = []
@@ -431,13 +434,13 @@ def test_too_many_requests_waits_as_asked(hub, cache, headers):
 def test_too_many_requests_for_long_is_an_error(hub, cache):
     hub.faults[WAN] = ("status", 429, {"Retry_After": "2"})
     with pytest.warns(UserWarning, match="asking again in 2 s"):
-        assert f"{WAN}: {hub.url} is asked too often (429); wait 2 s" in fails()
+        assert f"{WAN}: {hub.url} is asked too often (429). Wait 2 s" in fails()
     assert slept == [2, 2]
 
 
 def test_a_very_long_wait_is_left_to_the_user(hub, cache):
     hub.faults[TURBO] = ("status", 429, {"Retry_After": "3600"})
-    assert "wait 3600 s" in fails()
+    assert "Wait 3600 s" in fails()
     assert slept == []
 
 
@@ -523,6 +526,63 @@ def test_a_token_goes_with_a_warning_to_what_is_not_the_hub(hub, cache, monkeypa
     assert "hf_secret" not in str(warned[0].message) and "Bearer hf_secret" in hub.tokens
 
 
+class Records(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.mark.parametrize(("where", "status"), [(TURBO, 500), (WAN, 404), (T5, 429), (T5, 403), (f"{MODEL}.pth", 200)])
+def test_password_and_query_of_the_endpoint_are_never_shown(hub, cache, monkeypatch, where, status):
+    host = hub.url.removeprefix("http://")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://user:hunter2@{host}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://user:hunter2@{host}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    records = Records()
+    monkeypatch.setattr(log := logging.getLogger("huggingface_hub"), "handlers", [*log.handlers, records])
+    hub.faults[where] = ("status", status, {})
+    with pytest.warns(UserWarning, match="token goes to http://127"), pytest.raises(DownloadError) as caught:
+        download.fetch(SPEC)
+    shown = "".join([*traceback.format_exception(caught.value), *records.lines])
+    assert bool(records.lines) == (status == 429)
+    assert "hunter2" not in shown and "hf_secret" not in shown and host in shown, shown
+
+
+@pytest.mark.parametrize(
+    "text", ["hf-mirror.com", "http://[::1", "ftp://a.b", "http://", "http://u:hunter2@[::1", "http://a:b"]
+)
+def test_malformed_endpoint_raises_input_error_that_names_the_variable(cache, monkeypatch, text):
+    monkeypatch.setattr(constants, "ENDPOINT", text)
+    with pytest.raises(InputError, match=r"HF_ENDPOINT is .* Expected an http") as caught:
+        download.fetch(SPEC)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_malformed_endpoint_is_one_line_on_the_command_line(hub, tmp_path):
+    process = turbo_nb("download", MODEL, hub=hub, home=tmp_path, HF_ENDPOINT="http://[::1")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "") and err.startswith("error: HF_ENDPOINT is 'http://[::1'")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:p@host:8/x?key=1 failed", "https://host:8/x failed"),
+        ("url 'http://u:p@[::1]/a' and http://b?c", "url 'http://[::1]/a' and http://b"),
+        ("no address? none", "no address? none"),
+    ],
+)
+def test_secrets_are_removed_from_addresses_in_text(text, shown):
+    assert endpoint.without_secrets(text) == shown
+
+
 def test_what_on_progress_raises_ends_the_run(hub, cache):
     class Cancel(Exception):
         pass
@@ -546,9 +606,7 @@ def test_progress_in_a_log_is_a_line_a_file(hub, cache, capsys):
 
 
 def test_progress_in_a_notebook_is_tqdm(hub, cache, monkeypatch, capsys):
-    import rich.console
-
-    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setattr(environment, "in_notebook", lambda: True)
     with download.progress_bars() as show:
         download.fetch(SPEC, on_progress=show)
     text = capsys.readouterr().err

@@ -1,17 +1,24 @@
-"""A model's files from the Hub: what is needed, whether it fits the disk, then fetched, checked, and found again.
+"""A model's files from the Hub: planned, fetched, checked, and found again.
 
-huggingface_hub owns the transfer and the cache ($HF_HOME). It takes bytes of the right size for right and moves a
-branch in the cache before its files are there; so every file is hashed once against the Hub's record, a marker in the
-repository's cache remembers it, and the branch moves last. A broken transfer starts again at the file it broke in.
+huggingface_hub owns the transfer and the cache ($HF_HOME), and waits where the Hub asks a transfer to. Three things
+are added here, because the client does not do them:
+
+- A plan takes one request per repository, and its hashes are those that files are checked against. The client's dry
+  run takes one request per file and returns no hash.
+- Every file is hashed once against the Hub's record, because the client accepts wrong bytes of the right size. Its own
+  verification hashes every file of a repository each time, without progress, and needs the network.
+- A branch in the cache moves after its files are there. The client moves it first.
+
+A broken transfer starts again at the file that it broke in.
 """
 
 import errno
 import hashlib
+import logging
 import os
-import re
 import shutil
+import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,28 +27,35 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 from rich.filesize import decimal
 from tqdm import tqdm
+from tqdm.auto import tqdm as bar
 
 from ..catalog import TEXT_ENCODER, TOKENIZER, VAE, HubFile, ModelSpec
-from ..errors import DownloadError, InputError
+from ..errors import DownloadError, InputError, first_line, warn
+from ..machine import atomic, environment
+from .endpoint import HUB, address, without_secrets
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
-HUB = ("https://huggingface.co", "https://hf.co")
+TRUSTED = (HUB, "https://hf.co")  # endpoints that a token may go to without a warning
 TRIES = 3  # of a request that the Hub answers with 429
 LONGEST_WAIT = 300  # seconds between them: the window of the Hub's rate limit
-STALE = 24 * 3600  # seconds after which a half-written file belongs to a dead process
-CHUNK = 16 << 20  # bytes hashed between two words of progress
-AGAIN = "files that are whole stay, so run it again to go on"
+STALE = 24 * 3600  # seconds after which a partial file belongs to a dead process
+CHUNK = 16 << 20  # bytes hashed between two calls of on_progress
+AGAIN = "Files that are whole stay, so run it again to go on."
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """A file as the Hub has it now. blob: its name in the cache, the sha256 of an LFS file or git's SHA-1 of another.
+    """A file as the Hub has it now.
 
-    file.revision is what the catalogue asks for (None: main), `commit` what that is today; size is in bytes. cached:
-    the bytes are in the cache, checked or not.
+    Attributes:
+        file: as the catalogue asks for it.
+        commit: what the file's revision is today.
+        size: in bytes.
+        blob: its name in the cache: the SHA-256 of an LFS file, or git's SHA-1 of another; None if unknown.
+        cached: whether the bytes are in the cache, checked or not.
     """
 
     file: HubFile
@@ -55,14 +69,19 @@ class PlannedFile:
         """The hash of an LFS file; None for one that the Hub keeps in git."""
         return self.blob if self.blob and len(self.blob) == 64 else None
 
+    @property
+    def name(self) -> str:
+        """Repository and path."""
+        return f"{self.file.repo}/{self.file.path}"
+
     def __str__(self) -> str:
         revision = self.commit[:7] if self.file.revision == self.commit else f"{_branch(self.file)} ({self.commit[:7]})"
-        return f"{self.file.repo}/{self.file.path}, {revision}"
+        return f"{self.name}, {revision}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadPlan:
-    """What a model needs. `free` bytes are at `cache`; print it to read it."""
+    """The files that a model needs, and the `free` bytes at `cache`. Its text is a table."""
 
     model: str
     files: tuple[PlannedFile, ...]
@@ -85,7 +104,7 @@ class DownloadPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Where a model's files lie. transformers: one, or (high-noise, low-noise); tokenizer is a folder."""
+    """The paths of a model's files. transformers: one, or (high-noise, low-noise). tokenizer: a folder."""
 
     transformers: tuple[Path, ...]
     vae: Path
@@ -100,9 +119,14 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What `fetch` is at. stage: "fetch" or "check" of `file`, with file_done of its bytes behind it.
+    """The state of a `fetch`, in bytes.
 
-    done of the plan's `total` bytes to fetch have come.
+    Attributes:
+        file: the file at work.
+        stage: "fetch" or "check".
+        file_done: bytes of the file that this stage is done with.
+        done: bytes of the whole plan that were fetched.
+        total: bytes of the whole plan to fetch.
     """
 
     file: PlannedFile
@@ -112,28 +136,20 @@ class Progress:
     total: int
 
 
-def plan(spec: ModelSpec, *, quantised: bool = False) -> DownloadPlan:
-    """What a model needs, from one request a repository; fetches and writes nothing.
+OnProgress = Callable[[Progress], None]
 
-    Offline (HF_HUB_OFFLINE), or with a warning when the Hub cannot be asked, what the cache holds stands. Warns when
-    a token would go to an HF_ENDPOINT that is not the Hub. Raises DownloadError if neither the Hub nor the cache
-    knows a file.
+
+def plan(spec: ModelSpec, *, quantised: bool = False) -> DownloadPlan:
+    """Plan a download with one request per repository, and fetch and write nothing.
+
+    Offline (HF_HUB_OFFLINE), or with a warning when the Hub does not answer, the plan is what the cache holds. Warns
+    when a token would go to an HF_ENDPOINT that is not the Hub.
+
+    Raises:
+        DownloadError: neither the Hub nor the cache knows a file.
+        InputError: HF_ENDPOINT is not an address.
     """
     return _plan(spec.name, _needed(spec, quantised))
-
-
-def _plan(name: str, needed: list[HubFile]) -> DownloadPlan:
-    if needed:
-        _warn_of_token()
-    groups: dict[tuple[str, str | None], list[HubFile]] = {}
-    for file in needed:
-        groups.setdefault((file.repo, file.revision), []).append(file)
-    found = {}
-    for (repo, revision), files in groups.items():
-        found |= _look_up(repo, revision, files)
-    return DownloadPlan(
-        model=name, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
-    )
 
 
 def fetch(
@@ -141,22 +157,30 @@ def fetch(
     *,
     quantised: bool = False,
     planned: DownloadPlan | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Files:
-    """Fetch what is missing of a model (of `planned`, if that was made before), check it, and say where it lies.
+    """Fetch the missing files of a model and check them.
 
-    on_progress(progress) is called as bytes come or are checked; what it raises ends the run, see `progress_bars`.
-    Raises InputError for a model that comes with the package; DownloadError before the first byte if the disk is too
-    small, and for whatever goes wrong later.
+    Args:
+        spec: the model.
+        quantised: whether to fetch the files with int8 linears.
+        planned: what `plan` returned; None: plan first.
+        on_progress: called as bytes arrive or are checked. An exception of its own ends the run.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: the model comes with the package.
+        DownloadError: the disk is too small (before the first byte), or a transfer or a check failed.
     """
-    needed = _needed(spec, quantised)
-    if not needed:
-        raise InputError(f"{spec.name} comes with the package and needs no download; load it by its name")
+    if not _needed(spec, quantised):
+        raise InputError(f"{spec.name} comes with the package and needs no download. Load it by its name.")
     return _arranged(_fetch(planned or plan(spec, quantised=quantised), on_progress))
 
 
-def part(file: HubFile, *, on_progress: Callable[[Progress], None] | None = None) -> Path:
-    """Where a file (or a tokenizer's folder) lies: in the cache if it was checked, else fetched as `fetch` does it."""
+def part(file: HubFile, *, on_progress: OnProgress | None = None) -> Path:
+    """Return the path of one file, or of a tokenizer's folder. Fetches it, as `fetch` does, unless it was checked."""
     files = _expanded(file)
     found = [_in_cache(one) for one in files]
     if all(one and _is_checked(one) for one in found):
@@ -166,36 +190,10 @@ def part(file: HubFile, *, on_progress: Callable[[Progress], None] | None = None
     return first.parent if file.path == "/" else first
 
 
-def find(file: HubFile) -> Path | None:
-    """Return where a file (or a tokenizer's folder) lies, if it is in the cache and was checked; else None."""
-    found = [_in_cache(one) for one in _expanded(file)]
-    if not all(one and _is_checked(one) for one in found):
-        return None
-    return _pointer(found[0]).parent if file.path == "/" else _pointer(found[0])
-
-
-def _fetch(planned: DownloadPlan, on_progress: Callable[[Progress], None] | None) -> list[Path]:
-    """Fetch and check the files of a plan, and say where they lie"""
-    for repo in {file.file.repo for file in planned.files}:
-        _remove_stale(repo)
-    if planned.to_fetch > (free := _free()):
-        raise DownloadError(
-            f"{planned.model} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} "
-            "free; free some space, or set HF_HOME to a folder on a larger disk"
-        )
-    done, paths = 0, []
-    for file in planned.files:
-        paths.append(_fetch_file(file, done, planned.to_fetch, on_progress or (lambda progress: None)))
-        done += 0 if file.cached else file.size
-    for file in planned.files:
-        _move_branch(file)
-    return paths
-
-
 def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
-    """Where a model's files lie if all are in the cache and were checked, without the network and at once; else None.
+    """Return the paths of a model's files without the network, or None unless all are in the cache and checked.
 
-    For files that another program fetched, `fetch` only has to check them.
+    `fetch` only has to check files that another program fetched.
     """
     needed = _needed(spec, quantised)
     if not needed or missing(spec, quantised=quantised):
@@ -204,72 +202,36 @@ def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
 
 
 def missing(spec: ModelSpec, *, quantised: bool = False) -> tuple[HubFile, ...]:
-    """The files of a model that are not in the cache, or not checked: what `cached` waits for."""
+    """Return the files of a model that are not in the cache, or were not checked."""
     found = {file: _in_cache(file) for file in _needed(spec, quantised)}
     return tuple(file for file, here in found.items() if not (here and _is_checked(here)))
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[Progress], None]]:
-    """An on_progress for `fetch` that draws this file's bytes and all bytes: with rich in a shell, tqdm in a notebook.
+def progress_bars() -> Iterator[OnProgress]:
+    """Give an on_progress for `fetch` that draws the bytes of this file and of all files.
 
-    A shell that is no terminal, such as a log, gets a line for every file that is done.
+    Outside a notebook it also writes a line to stderr for every file that is done.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    if console.is_jupyter:
-        from tqdm.auto import tqdm as bar
-
-        with bar(desc="all files", unit="B", unit_scale=True) as every, bar(unit="B", unit_scale=True) as one:
-
-            def show(progress: Progress) -> None:
-                one.set_description(f"{progress.stage} {progress.file.file.path}", refresh=False)
-                one.n, one.total = progress.file_done, progress.file.size
-                every.n, every.total = progress.done, progress.total
-                one.refresh()
-                every.refresh()
-
-            yield show
-        return
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    columns = (*columns, TimeRemainingColumn())
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        one, every = bars.add_task("", total=None), bars.add_task("all files", total=None)
+    notebook = environment.in_notebook()
+    style = {"unit": "B", "unit_scale": True, "leave": False, "disable": not (notebook or sys.stderr.isatty())}
+    with bar(desc="all files", **style) as every, bar(**style) as one:
 
         def show(progress: Progress) -> None:
-            bars.update(
-                one, description=f"{progress.stage} {progress.file.file.path}",
-                completed=progress.file_done, total=progress.file.size,
-            )  # fmt: skip
-            bars.update(every, completed=progress.done, total=progress.total)
-            if progress.stage == "check" and progress.file_done == progress.file.size:
-                console.print(f"{progress.file.file.path}: {decimal(progress.file.size)}, checked", highlight=False)
+            path, size = progress.file.file.path, progress.file.size
+            one.set_description(f"{progress.stage} {path}", refresh=False)
+            one.n, one.total, every.n, every.total = progress.file_done, size, progress.done, progress.total
+            one.refresh()
+            every.refresh()
+            if not notebook and progress.stage == "check" and progress.file_done == size:
+                tqdm.write(f"{path}: {decimal(size)}, checked", file=sys.stderr)
 
         yield show
 
 
-class _Meter(tqdm):
-    """What huggingface_hub takes for a progress bar; draws nothing."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(disable=True)
-
-    def update_transfer(self, n: int) -> None:
-        """Bytes on the wire, which Xet counts beside those on the disk."""
-
-    def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Their speed."""
-
-
 def _needed(spec: ModelSpec, quantised: bool) -> list[HubFile]:
     weights = spec.quant_files if quantised else spec.files
-    if not weights:
-        return []
-    return [*weights, VAE, TEXT_ENCODER, *_expanded(TOKENIZER)]
+    return [*weights, VAE, TEXT_ENCODER, *_expanded(TOKENIZER)] if weights else []
 
 
 def _expanded(file: HubFile) -> list[HubFile]:
@@ -278,124 +240,163 @@ def _expanded(file: HubFile) -> list[HubFile]:
 
 
 def _arranged(paths: list[Path]) -> Files:
-    """Files from paths in the order of `_needed`."""
-    weights, tokens = paths[: -len(TOKENIZER_FILES)], paths[-len(TOKENIZER_FILES) :]
-    *transformers, vae, text_encoder = weights
-    return Files(transformers=tuple(transformers), vae=vae, text_encoder=text_encoder, tokenizer=tokens[0].parent)
+    """Files from paths in the order of `_needed`"""
+    *transformers, vae, text_encoder = paths[: -len(TOKENIZER_FILES)]
+    return Files(transformers=tuple(transformers), vae=vae, text_encoder=text_encoder, tokenizer=paths[-1].parent)
+
+
+def _plan(model: str, needed: list[HubFile]) -> DownloadPlan:
+    if needed and not constants.HF_HUB_OFFLINE:
+        endpoint = address(constants.ENDPOINT)
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            handler.addFilter(_hide_secrets)
+        if endpoint not in TRUSTED and "authorization" in build_hf_headers():
+            warn(
+                f"your Hub token goes to {endpoint}, which is not the Hub; unset HF_ENDPOINT, or set "
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send no token",
+                stacklevel=2,
+            )
+    groups: dict[tuple[str, str | None], list[HubFile]] = {}
+    for file in needed:
+        groups.setdefault((file.repo, file.revision), []).append(file)
+    found = {}
+    for (repo, revision), files in groups.items():
+        found |= _look_up(repo, revision, files)
+    return DownloadPlan(
+        model=model, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
+    )
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    """A filter of the client's log, because the client logs the address of a request that it repeats"""
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
 
 
 def _look_up(repo: str, revision: str | None, files: list[HubFile]) -> dict[HubFile, PlannedFile]:
+    """The files as the Hub has them, or as the cache has all of them where the Hub does not answer"""
     local = {file: _in_cache(file) for file in files}
     complete = None not in local.values()
     if complete and all(file.commit == revision for file in local.values()):
-        return local  # a commit does not change
+        return local  # because a commit does not change
     try:
         return _on_hub(repo, revision, files)
     except DownloadError as error:
         if not complete:
             raise
         if not constants.HF_HUB_OFFLINE:
-            warnings.warn(f"going on with the files in the cache, because {error}", stacklevel=2)
+            warn(f"going on with the files in the cache, because {error}", stacklevel=3)
         return local
 
 
 def _on_hub(repo: str, revision: str | None, files: list[HubFile]) -> dict[HubFile, PlannedFile]:
-    with _plainly(repo):
-        info = _model_info(repo, revision)
+    with _translated(repo):
+        info = _ask(repo, revision)
     listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     found = {}
     for file in files:
         if (entry := listed.get(file.path)) is None:
             raise DownloadError(
-                f"{repo} has no {file.path!r} at {_branch(file)} ({info.sha[:7]}); it has "
-                f"{', '.join(sorted(listed)) or 'no files'}; a newer turbo_nb may know its new name"
+                f"{repo} has no {file.path!r} at {_branch(file)} ({info.sha[:7]}). It has "
+                f"{', '.join(sorted(listed)) or 'no files'}. A newer turbo_nb may know the new name."
             )
         blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
         there = PlannedFile(file=file, commit=info.sha, size=entry.size, blob=blob, cached=False)
-        in_cache = _pointer(there).is_file() or (_repo_folder(repo) / "blobs" / blob).is_file()
-        found[file] = replace(there, cached=in_cache)
+        found[file] = replace(there, cached=_pointer(there).is_file() or _blob(there).is_file())
     return found
 
 
-def _model_info(repo: str, revision: str | None, tries: int = TRIES):
-    """The Hub's record of a repository and its files, asked again when the Hub says that it is asked too often."""
+def _ask(repo: str, revision: str | None, tries: int = TRIES):
+    """Ask for a repository's files. Waits after a 429, because the client does that for transfers only."""
     try:
         return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HfHubHTTPError as error:
         wait = _wait(error)
         if error.response.status_code != 429 or tries == 1 or wait > LONGEST_WAIT:
             raise
-    warnings.warn(f"the Hub is asked too often; asking again in {wait} s", stacklevel=2)
+    warn(f"the Hub is asked too often; asking again in {wait} s", stacklevel=5)
     time.sleep(wait)
-    return _model_info(repo, revision, tries - 1)
+    return _ask(repo, revision, tries - 1)
 
 
 def _wait(error: HfHubHTTPError) -> int:
-    """Seconds that a 429 asks to wait, from Retry-After or RateLimit ('"api";r=0;t=55'); 5 if it does not say."""
+    """Seconds to wait after a 429, as its headers ask; 5 without such a header"""
     headers = error.response.headers
-    said = re.search(r"^\s*(\d+)\s*$", headers.get("retry-after", "")) or re.search(
-        r"\bt=(\d+)", headers.get("ratelimit", "")
-    )
-    return int(said[1]) if said else 5
+    limit, after = parse_ratelimit_headers(headers), headers.get("retry-after", "").strip()
+    return limit.reset_in_seconds if limit else int(after) if after.isdigit() else 5
 
 
-def _in_cache(file: HubFile) -> PlannedFile | None:
-    """A file as the cache has it, by the branch as it was when last fetched."""
-    found = try_to_load_from_cache(file.repo, file.path, revision=file.revision)
-    if not isinstance(found, str):
-        return None
-    path = Path(found)
-    return PlannedFile(
-        file=file,
-        commit=path.parents[file.path.count("/")].name,
-        size=path.stat().st_size,
-        blob=Path(os.readlink(path)).name if path.is_symlink() else None,  # some file systems have no links
-        cached=True,
-    )
+def _fetch(planned: DownloadPlan, on_progress: OnProgress | None) -> list[Path]:
+    """Fetch and check the files of a plan, then move the branches, and return the paths"""
+    for repo in {file.file.repo for file in planned.files}:
+        _remove_stale(repo)
+    if planned.to_fetch > (free := _free()):
+        raise DownloadError(
+            f"{planned.model} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} "
+            "free. Free some space, or set HF_HOME to a folder on a larger disk."
+        )
+    done, paths = 0, []
+    for file in planned.files:
+        with _translated(file.name):
+            paths.append(_fetch_file(file, done, planned.to_fetch, on_progress or (lambda progress: None)))
+        done += 0 if file.cached else file.size
+    for file in planned.files:
+        with _translated(file.name):
+            _move_branch(file)
+    return paths
 
 
-def _fetch_file(file: PlannedFile, done: int, total: int, tell: Callable[[Progress], None]) -> Path:
-    come = 0
+def _fetch_file(file: PlannedFile, done: int, total: int, on_progress: OnProgress) -> Path:
+    fetched = 0
 
-    class Meter(_Meter):
+    class Meter(tqdm):
+        """What huggingface_hub takes for a progress bar. It draws nothing."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(disable=True)
+
         def update(self, n: int = 1) -> None:
-            nonlocal come
-            come += n
-            tell(Progress(file=file, stage="fetch", file_done=come, done=done + come, total=total))
+            nonlocal fetched
+            fetched += n
+            on_progress(Progress(file=file, stage="fetch", file_done=fetched, done=done + fetched, total=total))
 
-    with _plainly(f"{file.file.repo}/{file.file.path}"):
-        path = Path(hf_hub_download(file.file.repo, file.file.path, revision=file.commit, tqdm_class=Meter))
+        def update_transfer(self, n: int) -> None:
+            """Ignore the bytes on the wire, which Xet counts beside those on the disk."""
+
+        def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
+            """Ignore their speed."""
+
+    path = Path(hf_hub_download(file.file.repo, file.file.path, revision=file.commit, tqdm_class=Meter))
     if not _is_checked(file):
-        with _plainly(f"{file.file.repo}/{file.file.path}"):
-            for checked in _check(file):
-                tell(Progress(file=file, stage="check", file_done=checked, done=done + come, total=total))
+        for checked in _check(file):
+            on_progress(Progress(file=file, stage="check", file_done=checked, done=done + fetched, total=total))
     return path
 
 
 def _check(file: PlannedFile) -> Iterator[int]:
-    """Hash a file, yielding the bytes done, and mark it as right; remove it and raise DownloadError if it is wrong."""
+    """Hash a file, yield the bytes done, and mark it as checked. Removes a wrong file and raises DownloadError."""
     path = _pointer(file)
     status = path.stat()
-    if file.blob is None:
-        return  # without links or the Hub nothing says what its bytes should be
+    if file.blob is None:  # offline in a cache without links, where nothing records the hash
+        return
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % status.st_size)  # as git hashes a file
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
             yield stream.tell()
     if digest.hexdigest() != file.blob:
-        for name in (path.resolve(), _repo_folder(file.file.repo) / "blobs" / file.blob, path):
+        for name in (path.resolve(), _blob(file), path):
             name.unlink(missing_ok=True)
         raise DownloadError(
-            f"{file.file.repo}/{file.file.path} came with wrong bytes: the hash is {digest.hexdigest()[:12]}…, the Hub "
-            f"says {file.blob[:12]}…; it is removed, run it again to fetch it anew"
+            f"{file.name} came with wrong bytes: its hash is {digest.hexdigest()[:12]}…. Expected {file.blob[:12]}…. "
+            "The file is removed, so run it again to fetch it anew."
         )
     with suppress(OSError):  # a cache that cannot be written is hashed every time
-        _write(_markers(file) / file.blob, _stamp(status))
+        atomic.write(_markers(file) / file.blob, _stamp(status))
 
 
 def _is_checked(file: PlannedFile) -> bool:
-    """Whether the file was hashed and has not been touched since."""
+    """Whether the file was hashed and has not changed since"""
     if not (path := _pointer(file)).is_file():
         return False
     stamp = _stamp(path.stat())
@@ -407,41 +408,50 @@ def _stamp(status: os.stat_result) -> str:
 
 
 def _move_branch(file: PlannedFile) -> None:
-    """Let the branch in the cache stand at the commit whose files are all there."""
+    """Point the branch in the cache to the commit whose files are all there"""
     ref = _repo_folder(file.file.repo) / "refs" / _branch(file.file)
-    if file.file.revision == file.commit or (ref.is_file() and ref.read_text() == file.commit):
-        return
-    with _plainly(str(ref)):
-        _write(ref, file.commit)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    if file.file.revision != file.commit and not (ref.is_file() and ref.read_text() == file.commit):
+        atomic.write(ref, file.commit)
 
 
 def _remove_stale(repo: str) -> None:
-    """Remove the half-written files of downloads that died more than a day ago."""
+    """Remove the partial files of downloads that died more than a day ago"""
     for path in (_repo_folder(repo) / "blobs").glob("*.incomplete"):
-        with suppress(OSError):  # its process lives after all, or the cache cannot be written
+        with suppress(OSError):  # because its process may have ended it just now
             if path.stat().st_mtime < time.time() - STALE:
                 path.unlink()
+
+
+def _in_cache(file: HubFile) -> PlannedFile | None:
+    """A file as the cache has it, by the branch as it was when last fetched"""
+    found = try_to_load_from_cache(file.repo, file.path, revision=file.revision)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    return PlannedFile(
+        file=file,
+        commit=path.parents[file.path.count("/")].name,
+        size=path.stat().st_size,
+        blob=Path(os.readlink(path)).name if path.is_symlink() else None,  # because some file systems have no links
+        cached=True,
+    )
 
 
 def _repo_folder(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
+def _blob(file: PlannedFile) -> Path:
+    return _repo_folder(file.file.repo) / "blobs" / file.blob
+
+
 def _pointer(file: PlannedFile) -> Path:
-    """Where the cache shows the file under its own name."""
+    """Where the cache shows the file under its own name"""
     return _repo_folder(file.file.repo) / "snapshots" / file.commit / file.file.path
 
 
 def _markers(file: PlannedFile) -> Path:
-    """The folder of the markers of checked files, each named as the blob is."""
+    """The folder of the markers of checked files, each named as the blob"""
     return _repo_folder(file.file.repo) / "turbo_nb"
 
 
@@ -450,59 +460,47 @@ def _branch(file: HubFile) -> str:
 
 
 def _free() -> int:
-    """Free bytes where the cache is, or will be."""
+    """Free bytes where the cache is, or will be"""
     folder = Path(constants.HF_HUB_CACHE).absolute()
     return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
 
-def _warn_of_token() -> None:
-    if constants.HF_HUB_OFFLINE or constants.ENDPOINT in HUB or "authorization" not in build_hf_headers():
-        return
-    warnings.warn(
-        f"your Hub token goes to {constants.ENDPOINT}, which is not the Hub; unset HF_ENDPOINT, or set "
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send none",
-        stacklevel=2,
-    )
-
-
 @contextmanager
-def _plainly(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub, httpx, hf_xet or the system raises over `what` into one line that says what to do."""
+def _translated(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub, httpx, hf_xet or the system raises over `what` into one line with a fix"""
     try:
         yield
     except DownloadError:
         raise
     except (OSError, HTTPError, RuntimeError, ValueError, KeyError) as error:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        raise DownloadError(f"{what}: {_reason(cause)}") from error
+        secret = without_secrets(constants.ENDPOINT) != constants.ENDPOINT  # a traceback shows the causes, too
+        raise DownloadError(without_secrets(f"{what}: {_reason(cause)}")) from (None if secret else error)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    kind, text = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
-    cache = constants.HF_HUB_CACHE
+    """What went wrong, and the fix"""
+    status, number = getattr(getattr(error, "response", None), "status_code", None), getattr(error, "errno", None)
+    kind, text, hub, cache = type(error).__name__, first_line(error), constants.ENDPOINT, constants.HF_HUB_CACHE
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set and it is not in {cache}; unset HF_HUB_OFFLINE, or copy a cache that has it"
+        return f"HF_HUB_OFFLINE is set and it is not in {cache}. Unset HF_HUB_OFFLINE, or copy a cache that has it."
     if status in (401, 403):
         return (
-            f"{constants.ENDPOINT} does not show it to you ({status}); accept its licence on its page there if it has "
-            "one, and set HF_TOKEN to a token that may read it"
+            f"{hub} does not show it to you ({status}). If its page there asks for a licence, accept its licence. "
+            "Set HF_TOKEN to a token that may read it."
         )
     if status == 404:
-        return f"{constants.ENDPOINT} does not have it (404); check its name and revision, and HF_ENDPOINT if it is set"
+        return f"{hub} does not have it (404). Check its name and revision, and HF_ENDPOINT if it is set."
     if status == 429:
-        return f"{constants.ENDPOINT} is asked too often (429); wait {_wait(error)} s or set HF_TOKEN; {AGAIN}"
+        return f"{hub} is asked too often (429). Wait {_wait(error)} s, or set HF_TOKEN. {AGAIN}"
     if status:
-        return f"{constants.ENDPOINT} failed ({status}); wait some minutes; {AGAIN}"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left in {cache}; free some, or set HF_HOME to a folder on a larger disk; {AGAIN}"
-    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{cache} cannot be written ({text}); set HF_HOME to a folder of yours"
+        return f"{hub} failed ({status}). Wait some minutes. {AGAIN}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left in {cache}. Free some, or set HF_HOME to a folder on a larger disk. {AGAIN}"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{cache} cannot be written ({text}). Set HF_HOME to a folder of yours."
     if kind in ("ConnectError", "ConnectTimeout", "ProxyError"):
-        return f"cannot reach {constants.ENDPOINT} ({text}); check the network, proxies, and HF_ENDPOINT if it is set"
+        return f"cannot reach {hub} ({text}). Check the network, proxies, and HF_ENDPOINT if it is set."
     if isinstance(error, (HTTPError, RuntimeError)) or "Consistency check" in text:
-        return f"the transfer broke off ({kind}: {text}); {AGAIN}"
-    return (
-        f"{constants.ENDPOINT} gave no answer that the Hub would give ({kind}: {text}); check HF_ENDPOINT and proxies"
-    )
+        return f"the transfer broke off ({kind}: {text}). {AGAIN}"
+    return f"{hub} gave no answer that the Hub would give ({kind}: {text}). Check HF_ENDPOINT and proxies."
