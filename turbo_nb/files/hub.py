@@ -1,15 +1,10 @@
 """A model's files from the Hub: planned, fetched, checked, and found again.
 
 huggingface_hub owns the transfer and the cache ($HF_HOME), and waits where the Hub asks a transfer to. Three things
-are added here, because the client does not do them:
-
-- A plan takes one request per repository, and its hashes are those that files are checked against. The client's dry
-  run takes one request per file and returns no hash.
-- Every file is hashed once against the Hub's record, because the client accepts wrong bytes of the right size. Its own
-  verification hashes every file of a repository each time, without progress, and needs the network.
-- A branch in the cache moves after its files are there. The client moves it first.
-
-A broken transfer starts again at the file that it broke in.
+are done here. A plan takes one request per repository and returns hashes; the client's dry run takes one request per
+file and returns none. Every file is hashed once, because the client accepts wrong bytes of the right size, and its
+own verification needs the network and hashes whole repositories. A branch in the cache moves after its files are
+there, and not before. A broken transfer starts again at the file that it broke in.
 """
 
 import errno
@@ -48,14 +43,10 @@ AGAIN = "Files that are whole stay, so run it again to go on."
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFile:
-    """A file as the Hub has it now.
+    """A file as the Hub has it now: `commit` is what the file's revision is today, size is in bytes.
 
-    Attributes:
-        file: as the catalogue asks for it.
-        commit: what the file's revision is today.
-        size: in bytes.
-        blob: its name in the cache: the SHA-256 of an LFS file, or git's SHA-1 of another; None if unknown.
-        cached: whether the bytes are in the cache, checked or not.
+    blob: its name in the cache, the SHA-256 of an LFS file or git's SHA-1 of another; None if unknown. cached: whether
+    the bytes are in the cache, checked or not.
     """
 
     file: HubFile
@@ -119,14 +110,9 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The state of a `fetch`, in bytes.
+    """The state of a `fetch`: stage ("fetch" or "check") is done with `file_done` bytes of the file.
 
-    Attributes:
-        file: the file at work.
-        stage: "fetch" or "check".
-        file_done: bytes of the file that this stage is done with.
-        done: bytes of the whole plan that were fetched.
-        total: bytes of the whole plan to fetch.
+    `done` of the plan's `total` bytes to fetch were fetched.
     """
 
     file: PlannedFile
@@ -256,12 +242,9 @@ def _plan(model: str, needed: list[HubFile]) -> DownloadPlan:
                 "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send no token",
                 stacklevel=2,
             )
-    groups: dict[tuple[str, str | None], list[HubFile]] = {}
-    for file in needed:
-        groups.setdefault((file.repo, file.revision), []).append(file)
     found = {}
-    for (repo, revision), files in groups.items():
-        found |= _look_up(repo, revision, files)
+    for repo, revision in dict.fromkeys((file.repo, file.revision) for file in needed):
+        found |= _look_up(repo, revision, [file for file in needed if (file.repo, file.revision) == (repo, revision)])
     return DownloadPlan(
         model=model, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
     )
@@ -485,10 +468,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set and it is not in {cache}. Unset HF_HUB_OFFLINE, or copy a cache that has it."
     if status in (401, 403):
-        return (
-            f"{hub} does not show it to you ({status}). If its page there asks for a licence, accept its licence. "
-            "Set HF_TOKEN to a token that may read it."
-        )
+        return f"{hub} does not show it to you ({status}). Set HF_TOKEN, and accept its licence there if it has one."
     if status == 404:
         return f"{hub} does not have it (404). Check its name and revision, and HF_ENDPOINT if it is set."
     if status == 429:
