@@ -183,12 +183,12 @@ def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> Non
 
 def clip(size: str) -> tuple[int, int, int]:
     """Return (832, 480, 81) for "832x480x81". Raises InputError for a size that a clip cannot have."""
-    from turbo_nb import catalog
+    from turbo_nb import catalog, settings
 
     match = re.fullmatch(r"(\d+x\d+)x(\d+)", size)
     if not match or int(match[2]) % 4 != 1:
         raise InputError(f"size is {size!r}. Expected WIDTHxHEIGHTxFRAMES with 4n + 1 frames, such as 832x480x81.")
-    return *catalog.size_of(catalog.NANO, match[1], None), int(match[2])
+    return *settings.size_of(catalog.NANO, match[1], None), int(match[2])
 
 
 def main() -> None:

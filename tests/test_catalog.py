@@ -1,12 +1,12 @@
-"""Names, sizes and vocabularies, without torch."""
+"""Names and vocabularies, without torch."""
 
 import pytest
 
 from turbo_nb import catalog
-from turbo_nb.errors import InputError, UnknownModelError
+from turbo_nb.errors import UnknownModelError
 
 
-def test_the_catalogue_knows_no_machine_and_so_no_auto():
+def test_auto_is_not_a_model_of_the_catalogue():
     assert catalog.find("nano") is catalog.NANO
     with pytest.raises(UnknownModelError):
         catalog.find("auto")
@@ -42,35 +42,6 @@ def test_a_model_is_known_by_its_shape():
 
 
 @pytest.mark.parametrize(
-    ("resolution", "aspect_ratio", "size"),
-    [
-        (None, None, (128, 128)),
-        ("480p", None, (832, 480)),
-        ("720p", "9:16", (720, 1280)),
-        ("160x96", None, (160, 96)),
-    ],
-)
-def test_sizes(resolution, aspect_ratio, size):
-    assert catalog.size_of(catalog.NANO, resolution, aspect_ratio) == size
-
-
-@pytest.mark.parametrize(
-    ("resolution", "aspect_ratio", "words"),
-    [
-        ("130x128", None, "multiples of 16, such as 128x128"),
-        ("0x128", None, "multiples of 16, such as 16x128"),
-        ("1080p", None, "480p, 720p or WIDTHxHEIGHT"),
-        ("480p", "2:1", "1:1, 4:3, 3:4, 16:9, 9:16"),
-        ("128x128", "1:1", "leave aspect_ratio out"),
-        (None, "1:1", "needs a resolution"),
-    ],
-)
-def test_impossible_sizes_say_what_is_allowed(resolution, aspect_ratio, words):
-    with pytest.raises(InputError, match=words):
-        catalog.size_of(catalog.NANO, resolution, aspect_ratio)
-
-
-@pytest.mark.parametrize(
     ("prompt", "understood"),
     [
         ("a large red circle moving from left to right on a black background", True),
@@ -82,7 +53,7 @@ def test_impossible_sizes_say_what_is_allowed(resolution, aspect_ratio, words):
         ("", False),
     ],
 )
-def test_what_nano_understands(prompt, understood):
+def test_nano_understands_prompts_with_a_shape_and_a_colour(prompt, understood):
     assert catalog.NANO.understands(prompt) is understood
 
 

@@ -1,4 +1,4 @@
-"""The models: what each one makes by default, and the sizes it can be asked for."""
+"""The released models: their files, their shapes and their defaults."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
-from .errors import InputError, UnknownModelError
+from .errors import UnknownModelError
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -19,7 +19,7 @@ RESOLUTIONS = {
 SIZE_MULTIPLE = 16  # pixels: 8 of the VAE times a patch of 2
 
 
-# Prompts for a model that reads anything, which was trained on long ones, and for one with a vocabulary
+# A prompt for a model that reads any text (these were trained on long prompts), and one for a model with a vocabulary
 EXAMPLES = (
     "A small wooden boat drifts across a calm mountain lake at sunrise, mist rising slowly from the water, pine woods "
     "and snowy peaks mirrored on its surface; soft golden light, gentle ripples, the camera glides forward, cinematic.",
@@ -29,7 +29,13 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a Hub repository. revision: a branch, tag or commit; None is main. A `path` ending in / is a folder."""
+    """A file of a Hub repository.
+
+    Attributes:
+        repo: owner and name.
+        path: within the repository; "/" is its folder.
+        revision: a branch, tag or commit; None: main.
+    """
 
     repo: str
     path: str
@@ -53,7 +59,7 @@ class Arch:
 
     @property
     def task(self) -> str | None:
-        """ "t2v" or "i2v"; None for a number of channels that none of ours has."""
+        """ "t2v" or "i2v"; None for another number of channels."""
         return {16: "t2v", 36: "i2v"}.get(self.in_channels)
 
 
@@ -61,10 +67,19 @@ class Arch:
 class ModelSpec:
     """A model and its defaults.
 
-    task: "t2v", or "i2v" with two experts. size is (width, height) in pixels, frames are 4n + 1 at `fps` a second,
-    sla_topk is a share of the key blocks; below noise level `boundary` an i2v model's low-noise expert takes over.
-    The weights are in `folder` (diffusers layout), or on the Hub: `files` and, with int8 linears, `quant_files`; two
-    files are (high-noise, low-noise).
+    Attributes:
+        name: of the catalogue, or of the file.
+        arch: the transformer's shape; None: any.
+        task: "t2v" (text-to-video), or "i2v" (image-to-video) with two experts.
+        size: (width, height) in pixels.
+        num_frames: 4n + 1.
+        fps: frames per second.
+        sla_topk: share of the key blocks, in (0, 1].
+        sigma_max: noise level of the first step.
+        boundary: noise level below which the low-noise expert takes over; None: one expert.
+        folder: of the weights in diffusers layout; None: they are on the Hub.
+        files: on the Hub: one, or (high-noise, low-noise).
+        quant_files: the same with int8 linears.
     """
 
     name: str
@@ -87,18 +102,18 @@ class ModelSpec:
 
     @cached_property
     def vocabulary(self) -> dict[str, dict[str, list[str]]] | None:
-        """Attribute → value → words, for a model that knows only these; None for one that reads any prompt."""
+        """The words that the model knows, by attribute and value; None for a model that reads any prompt."""
         path = self.folder and self.folder / "vocabulary.json"
         return json.loads(path.read_text(encoding="utf-8"))["attributes"] if path and path.exists() else None
 
     @cached_property
     def preview(self) -> list[list[float]] | None:
-        """The `factors` of `media.preview` that ship with the model; None for one whose first clip has to tell."""
+        """The factors of `video.preview` that ship with the model; None: its first clip has to be measured."""
         path = self.folder and self.folder / "preview.json"
         return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else None
 
     def understands(self, prompt: str) -> bool:
-        """Whether the prompt names a shape and a colour of the vocabulary (always, for a model without one)."""
+        """Return whether the prompt names a shape and a colour of the vocabulary; True without a vocabulary."""
         if self.vocabulary is None:
             return True
         words = [{word for words in self.vocabulary[name].values() for word in words} for name in ("shape", "colour")]
@@ -156,7 +171,7 @@ MODELS = {
         ),
     )
 }  # fmt: skip
-# What upstream's --model takes → the catalogue's name
+# upstream's names for --model → the catalogue's names
 UPSTREAM_NAMES = {
     "Wan2.1-1.3B": "TurboWan2.1-T2V-1.3B-480P",
     "Wan2.1-14B": "TurboWan2.1-T2V-14B-480P",
@@ -165,71 +180,33 @@ UPSTREAM_NAMES = {
 
 
 def find(model: str) -> ModelSpec:
-    """The spec of a model by its name or upstream's; what "auto" stands for depends on the machine: `auto.choose`.
+    """Return the model of a name, ours or upstream's. `files.resolve` decides what "auto" is on a machine.
 
-    Raises UnknownModelError, which lists the known names.
+    Raises:
+        UnknownModelError: the name is unknown.
     """
     name = UPSTREAM_NAMES.get(model, model)
     if name in MODELS:
         return MODELS[name]
     known = ", ".join(["auto", *MODELS, *UPSTREAM_NAMES])
     close = get_close_matches(model, [*MODELS, *UPSTREAM_NAMES], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "or the path of a checkpoint or of a folder in diffusers layout"
-    raise UnknownModelError(f"unknown model {model!r}; known: {known}; {hint}")
+    hint = f"; did you mean {close[0]!r}?" if close else ", or the path of a checkpoint or of a diffusers folder."
+    raise UnknownModelError(f"unknown model {model!r}. Expected one of {known}{hint}")
 
 
 def is_name(model) -> bool:
-    """Whether `model` is a name, known or not, and no path; a known name is one whatever lies in this folder."""
+    """Return whether `model` is a name and not a path. A known name is a name even where a file is called so."""
     if isinstance(model, str | Path) and str(model) in ("auto", *MODELS, *UPSTREAM_NAMES):
         return True
     return isinstance(model, str) and not Path(model).exists()
 
 
 def of_arch(arch: Arch) -> ModelSpec | None:
-    """The first model of this shape; None if it is none of ours."""
+    """Return the first model of this shape; None for an unknown shape."""
     return next((spec for spec in MODELS.values() if spec.arch == arch), None)
 
 
 def unnamed(name: str, arch: Arch, task: str) -> ModelSpec:
-    """A spec with Wan's defaults for a model of another shape."""
+    """Return Wan's defaults for a model of another shape."""
     like = find("Wan2.2-A14B" if task == "i2v" else "Wan2.1-1.3B")
     return replace(like, name=name, arch=arch, size=RESOLUTIONS["480p"]["16:9"], files=(), quant_files=())
-
-
-def adaptive_size(area: int, width: int, height: int) -> tuple[int, int]:
-    """Width and height, multiples of 16, of about `area` pixels, with the aspect of an image of width × height."""
-    sides = ((area * width / height) ** 0.5, (area * height / width) ** 0.5)
-    return tuple(max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in sides)
-
-
-def size_of(spec: ModelSpec, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
-    """Width and height in pixels from "480p", "720p" or "WxH" (None: the model's own) and an aspect ratio.
-
-    Raises InputError for another form, an unknown ratio, or a side that is no positive multiple of 16.
-    """
-    if resolution is None:
-        if aspect_ratio is not None:
-            raise InputError(
-                f"aspect_ratio {aspect_ratio!r} needs a resolution; give {' or '.join(RESOLUTIONS)} with it"
-            )
-        return spec.size
-    if resolution in RESOLUTIONS:
-        table = RESOLUTIONS[resolution]
-        ratio = aspect_ratio or "16:9"
-        if ratio not in table:
-            raise InputError(f"aspect_ratio is {ratio!r}; it is one of {', '.join(table)}")
-        return table[ratio]
-    match = re.fullmatch(r"(\d+)x(\d+)", resolution)
-    if not match:
-        raise InputError(
-            f"resolution is {resolution!r}; it is {', '.join(RESOLUTIONS)} or WIDTHxHEIGHT, such as 128x128"
-        )
-    if aspect_ratio is not None:
-        raise InputError(f"resolution {resolution} already says the aspect ratio; leave aspect_ratio out")
-    width, height = int(match[1]), int(match[2])
-    if width < 1 or height < 1 or width % SIZE_MULTIPLE or height % SIZE_MULTIPLE:
-        near = "x".join(str(max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE) for side in (width, height))
-        raise InputError(
-            f"resolution is {resolution}; width and height are multiples of {SIZE_MULTIPLE}, such as {near}"
-        )
-    return width, height

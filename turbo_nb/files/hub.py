@@ -167,13 +167,18 @@ def fetch(
 
 def part(file: HubFile, *, on_progress: OnProgress | None = None) -> Path:
     """Return the path of one file, or of a tokenizer's folder. Fetches it, as `fetch` does, unless it was checked."""
-    files = _expanded(file)
-    found = [_in_cache(one) for one in files]
-    if all(one and _is_checked(one) for one in found):
-        first = _pointer(found[0])
-    else:
-        first = _fetch(_plan(file.repo, files), on_progress)[0]
+    if path := find(file):
+        return path
+    first = _fetch(_plan(file.repo, _expanded(file)), on_progress)[0]
     return first.parent if file.path == "/" else first
+
+
+def find(file: HubFile) -> Path | None:
+    """Return the path of a file, or of a tokenizer's folder, if it is in the cache and was checked; else None."""
+    found = [_in_cache(one) for one in _expanded(file)]
+    if not all(one and _is_checked(one) for one in found):
+        return None
+    return _pointer(found[0]).parent if file.path == "/" else _pointer(found[0])
 
 
 def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
@@ -181,16 +186,13 @@ def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
 
     `fetch` only has to check files that another program fetched.
     """
-    needed = _needed(spec, quantised)
-    if not needed or missing(spec, quantised=quantised):
-        return None
-    return _arranged([_pointer(_in_cache(file)) for file in needed])
+    found = [find(file) for file in _needed(spec, quantised)]
+    return _arranged(found) if found and None not in found else None
 
 
 def missing(spec: ModelSpec, *, quantised: bool = False) -> tuple[HubFile, ...]:
     """Return the files of a model that are not in the cache, or were not checked."""
-    found = {file: _in_cache(file) for file in _needed(spec, quantised)}
-    return tuple(file for file, here in found.items() if not (here and _is_checked(here)))
+    return tuple(file for file in _needed(spec, quantised) if not find(file))
 
 
 @contextmanager
