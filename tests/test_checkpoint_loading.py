@@ -55,7 +55,7 @@ def run(model, x, t, text):
         ("int8", "original", 2e-2), ("int8", "sla", 2e-2), ("int8", "sagesla", 5e-2),
     ],
 )  # fmt: skip
-def test_one_forward_is_upstreams(files, io, file, attention, bound):
+def test_one_forward_equals_upstream(files, io, file, attention, bound):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dense attention leaves proj_l out
         model = load_transformer(
@@ -68,7 +68,7 @@ def test_one_forward_is_upstreams(files, io, file, attention, bound):
     assert_close(f"{file} {attention}", io[f"out.{attention}.{file}"], run(model, io["x"], io["t"], io["ctx"]), bound)
 
 
-def test_one_forward_of_image_to_video_is_upstreams(files):
+def test_one_forward_of_image_to_video_equals_upstream(files):
     i2v = golden("i2v")
     model = load_transformer(files / "i2v.pth", sla_topk=0.4)
     assert_close("i2v", i2v["out.sla.bf16"], run(model, torch.cat([i2v["x"], i2v["y"]], 1), i2v["t"], i2v["ctx"]), 1e-2)
@@ -76,7 +76,7 @@ def test_one_forward_of_image_to_video_is_upstreams(files):
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["sde", "ode"])
-def test_a_whole_sampling_run_is_upstreams(files, io, kind, steps, monkeypatch):
+def test_whole_sampling_run_equals_upstream(files, io, kind, steps, monkeypatch):
     model = load_transformer(files / "bf16.pth", sla_topk=0.4)
     scheduler = RCMScheduler(80.0, ode=kind == "ode")
     noises = iter(io[f"noise.{index}"].double() for index in range(5))
@@ -88,7 +88,7 @@ def test_a_whole_sampling_run_is_upstreams(files, io, kind, steps, monkeypatch):
     assert_close(kind, io[f"sample.{kind}.{steps}"], x.float(), 3e-2)
 
 
-def test_the_vae_is_upstreams(files):
+def test_vae_equals_upstream(files):
     vae, io = load_vae(files / "vae.pth"), golden("vae_io")
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     with torch.no_grad():
@@ -106,7 +106,7 @@ RAW_UMT5 = {
 }  # fmt: skip
 
 
-def test_the_text_encoder_is_transformers_own(tmp_path):
+def test_text_encoder_equals_transformers(tmp_path):
     config = UMT5Config(
         vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
@@ -137,7 +137,7 @@ def test_the_text_encoder_is_transformers_own(tmp_path):
         ("vae", "a vae"),
     ],
 )
-def test_a_file_says_what_it_is(files, file, words):
+def test_file_is_described_by_its_tensors(files, file, words):
     assert words in str(read(files / f"{file}.pth"))
 
 
@@ -188,7 +188,7 @@ def test_a_shape_that_does_not_fit_names_the_tensor(tmp_path):
         load_transformer(path)
 
 
-def test_sla_projections_that_dense_attention_leaves_out_are_said(files):
+def test_dense_attention_warns_of_unused_sla_projections(files):
     with pytest.warns(UserWarning, match="SLA projections; dense attention does not use them"):
         load_transformer(files / "bf16.pth", attention_type="original")
 
@@ -228,7 +228,7 @@ def test_some_projections_missing_is_an_error(tmp_path):
         load_transformer(path)
 
 
-def test_quantising_on_load_is_said_and_close_to_the_quantised_file(files, io):
+def test_quantising_on_load_warns_and_is_close_to_the_quantised_file(files, io):
     with pytest.warns(UserWarning, match="20 were quantised to int8"):
         model = load_transformer(files / "bf16.pth", sla_topk=0.4, quant_linear=True)
     ref = load_transformer(files / "int8.pth").state_dict()
@@ -252,7 +252,7 @@ def test_scales_of_rows_are_saved_and_loaded(files, io, tmp_path):
     assert_close("weight", weight, plain.blocks[0].attn1.to_q.weight, 1.5e-2)
 
 
-def test_dequantising_on_load_is_said_and_close_to_the_plain_file(files):
+def test_dequantising_on_load_warns_and_is_close_to_the_plain_file(files):
     with pytest.warns(UserWarning, match="20 were dequantised"):
         model = load_transformer(files / "int8.pth", quant_linear=False)
     ref = load_transformer(files / "bf16.pth")
@@ -413,12 +413,12 @@ def test_bent_bytes_are_typed_errors_or_do_not_matter(tmp_path):
     assert told > 20
 
 
-def test_one_model_asked_for_as_another_says_both(files):
+def test_other_model_than_expected_names_both(files):
     with pytest.raises(CheckpointError, match=r"dim 256.*Expected TurboWan2.1-T2V-14B-480P, which has dim 5120"):
         load_transformer(files / "bf16.pth", expected=catalog.find("Wan2.1-14B"))
 
 
-def test_a_transformer_given_as_vae_or_text_encoder(files):
+def test_transformer_is_refused_as_vae_or_text_encoder(files):
     for load, kind in ((load_vae, "vae"), (load_text_encoder, "text encoder")):
         with pytest.raises(CheckpointError, match=f"transformer.*Expected a {kind}"):
             load(files / "bf16.pth")

@@ -234,7 +234,7 @@ def fails(**settings) -> str:
     return str(caught.value)
 
 
-def test_the_plan_says_what_is_needed_and_writes_nothing(hub, cache):
+def test_plan_lists_the_needed_files_and_writes_nothing(hub, cache):
     plan = download.plan(SPEC)
     assert [f.file.path for f in plan.files] == [f"{MODEL}.pth", catalog.VAE.path, T5, *download.TOKENIZER_FILES]
     assert plan.to_fetch == 3 * 200_000 + 4 * 3000 == sum(f.size for f in plan.files)
@@ -278,7 +278,7 @@ def test_quantised_weights_share_the_other_files(hub, cache):
     assert hub.fetched() == [f"{MODEL}-quant.pth"]
 
 
-def test_two_experts_are_two_files(hub, cache):
+def test_two_experts_are_fetched_as_two_files(hub, cache):
     spec = catalog.find("TurboWan2.2-I2V-A14B-720P")
     repo = spec.files[0].repo
     hub.repos[repo] = {file.path: some_bytes(file.path) for file in spec.files}
@@ -306,7 +306,7 @@ def test_a_pinned_commit_is_asked_for_once(hub, cache, monkeypatch):
     assert plan.to_fetch == 0 and hub.log == [] and "(" not in str(plan) and hub.commits[TURBO][:7] in str(plan)
 
 
-def test_main_moves_in_the_cache_when_its_files_are_there(hub, cache):
+def test_branch_moves_in_the_cache_after_its_files_are_there(hub, cache):
     before = download.fetch(SPEC)
     old = hub.repos[TURBO][f"{MODEL}.pth"]
     hub.repos[TURBO][f"{MODEL}.pth"] = some_bytes("newer")
@@ -331,7 +331,7 @@ def test_a_new_commit_with_the_same_files_fetches_nothing(hub, cache):
     assert hub.fetched() == [] and files.vae.parent.name == "e" * 40 and download.cached(SPEC) == files
 
 
-def test_a_cache_without_links(hub, cache, monkeypatch):
+def test_cache_without_links_is_checked_and_found_again(hub, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
     hub.faults[T5] = ("wrong",)
     assert "wrong bytes" in fails()
@@ -414,7 +414,7 @@ def test_a_cut_that_lasts_is_an_error_and_the_finished_files_stay(hub, cache):
         (T5, 429, {"Retry_After": "2"}, "asked too often (429)"),
     ],
 )
-def test_a_status_is_one_clear_line(hub, cache, where, status, headers, words):
+def test_http_status_raises_one_line_with_a_fix(hub, cache, where, status, headers, words):
     hub.faults[where] = ("status", status, headers)
     text = fails()
     assert words in text and where in text and hub.url in text
@@ -444,14 +444,14 @@ def test_a_very_long_wait_is_left_to_the_user(hub, cache):
     assert slept == []
 
 
-def test_a_file_that_is_gone_names_those_that_are_there(hub, cache):
+def test_missing_file_on_the_hub_names_the_files_there(hub, cache):
     hub.repos[WAN]["Wan2.1_VAE_v2.pth"] = hub.repos[WAN].pop(catalog.VAE.path)
     text = fails()
     assert f"{WAN} has no 'Wan2.1_VAE.pth' at main" in text and "Wan2.1_VAE_v2.pth" in text
     assert hub.fetched() == []
 
 
-def test_refused(hub, cache):
+def test_refused_connection_raises_at_once_and_writes_nothing(hub, cache):
     hub.shutdown()
     hub.server_close()
     text = fails()
@@ -467,7 +467,7 @@ def test_refused_with_everything_in_the_cache_goes_on_with_a_warning(hub, cache)
         assert download.fetch(SPEC) == files
 
 
-def test_offline(hub, cache, monkeypatch):
+def test_offline_uses_the_cache_alone(hub, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set and it is not in" in fails()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -479,12 +479,12 @@ def test_offline(hub, cache, monkeypatch):
     assert "wrong bytes" in fails() and hub.log == []
 
 
-def test_a_page_that_is_not_the_hubs(hub, cache):
+def test_foreign_page_raises_download_error(hub, cache):
     hub.faults[TURBO] = ("status", 200, {"Content_Type": "text/html"})
     assert "no answer that the Hub would give" in fails()
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, cache, monkeypatch):
+def test_small_disk_raises_before_the_first_byte(hub, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 611_999, 611_999))
     assert download.plan(SPEC).free == 611_999
@@ -495,7 +495,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(hub, cache, monk
     assert_whole(hub, download.fetch(SPEC))
 
 
-def test_a_disk_that_fills_up_on_the_way(hub, cache, monkeypatch):
+def test_disk_that_fills_up_raises_download_error(hub, cache, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
@@ -504,7 +504,7 @@ def test_a_disk_that_fills_up_on_the_way(hub, cache, monkeypatch):
     assert "no space left in" in text and "HF_HOME" in text
 
 
-def test_stale_halves_are_removed_and_fresh_ones_stay(hub, cache):
+def test_stale_partial_files_are_removed_and_fresh_ones_stay(hub, cache):
     blobs = cache / "models--Wan-AI--Wan2.1-T2V-1.3B" / "blobs"
     blobs.mkdir(parents=True)
     old, fresh = blobs / "a.1.incomplete", blobs / "b.2.incomplete"
@@ -517,7 +517,7 @@ def test_stale_halves_are_removed_and_fresh_ones_stay(hub, cache):
     assert leftovers(cache) == [fresh]
 
 
-def test_a_token_goes_with_a_warning_to_what_is_not_the_hub(hub, cache, monkeypatch):
+def test_token_for_a_foreign_endpoint_warns(hub, cache, monkeypatch):
     download.plan(SPEC)  # no token, no warning
     assert hub.tokens == {None}
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -583,7 +583,7 @@ def test_secrets_are_removed_from_addresses_in_text(text, shown):
     assert endpoint.without_secrets(text) == shown
 
 
-def test_what_on_progress_raises_ends_the_run(hub, cache):
+def test_exception_of_on_progress_ends_the_run(hub, cache):
     class Cancel(Exception):
         pass
 
@@ -613,7 +613,7 @@ def test_progress_in_a_notebook_is_tqdm(hub, cache, monkeypatch, capsys):
     assert "all files: 100%" in text and "check spiece.model: 100%" in text
 
 
-def test_command_line(hub, tmp_path):
+def test_command_line_shows_plan_progress_and_paths(hub, tmp_path):
     home = tmp_path / "home"
     first = turbo_nb("download", MODEL, hub=hub, home=home)
     out, err = first.communicate(timeout=60)
@@ -636,7 +636,7 @@ def test_command_line(hub, tmp_path):
     assert nano.communicate(timeout=60) == ("nano comes with the package: nothing to download\n", "")
 
 
-def test_killed_in_the_middle_and_run_again(hub, cache):
+def test_run_after_a_kill_fetches_the_rest(hub, cache):
     hub.faults[T5] = ("stuck",)
     process = turbo_nb("download", MODEL, hub=hub, home=cache.parent)
     assert hub.stuck.wait(60)

@@ -2,7 +2,7 @@
 
 huggingface_hub owns the transfer and the cache ($HF_HOME), and waits where the Hub asks a transfer to. Three things
 are done here. A plan takes one request per repository and returns hashes; the client's dry run takes one request per
-file and returns none. Every file is hashed once, because the client accepts wrong bytes of the right size, and its
+file and returns none. Every file is hashed once, because the client accepts wrong bytes of the right size. The client's
 own verification needs the network and hashes whole repositories. A branch in the cache moves after its files are
 there, and not before. A broken transfer starts again at the file that it broke in.
 """
