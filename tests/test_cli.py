@@ -78,7 +78,7 @@ def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, mon
         (["--num_steps", "0"], "1 to 4"),
         (["--prompt", ""], "Write a prompt"),
         (["--save_path", "file/clip.mp4"], "is a file"),
-        (["--model", "TurboWan9"], "known: auto, nano"),
+        (["--model", "TurboWan9"], "Expected one of auto, nano"),
         (["--attention_type", "sagesla"], "--attention_type sla"),
         (["--sla_topk", "2"], "at most 1"),
     ],

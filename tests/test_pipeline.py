@@ -222,7 +222,7 @@ def test_output_that_is_not_finite_is_an_error(nano, monkeypatch):
 
 
 def test_load_pipeline_errors():
-    with pytest.raises(UnknownModelError, match="known: auto, nano"):
+    with pytest.raises(UnknownModelError, match="Expected one of auto, nano"):
         turbo_nb.load_pipeline("gigantic")
     with pytest.raises(BackendError, match="SpargeAttn"):
         turbo_nb.load_pipeline(attention_type="sagesla", device="cpu")
