@@ -212,12 +212,63 @@ def suitable(*, memory: float, host_memory: float | None, quant_linear: bool | s
     ]
 
 
-def resolve(options: LoadOptions | None = None, *, to_download: bool = False) -> ResolvedModel:
-    """Find out what some options mean on this machine. Downloads and allocates nothing.
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Which model, number format and device some options mean. No file was opened for it.
+
+    Args:
+        spec: the model. None: the tensors in `paths` tell.
+        paths: files or folders of the transformers that were given, or ship with the package.
+        quantized: whether the linears are 8-bit; "auto": as the files have them.
+        device, memory, host_memory, reason: as in `ResolvedModel`.
+    """
+
+    spec: ModelSpec | None
+    paths: tuple[Path, ...]
+    quantized: bool | str
+    device: str
+    memory: float
+    host_memory: float
+    reason: str
+
+
+def decide(options: LoadOptions, *, to_download: bool = False) -> Decision:
+    """Decide what some options mean on this machine.
+
+    Args:
+        options: what was asked for.
+        to_download: let "auto" be the best model that fits, and not the best that is downloaded.
+
+    Raises:
+        UnknownModelError, InputError: an option cannot be used.
+        BackendError: SageSLA cannot run here.
+    """
+    name, paths = _name_or_paths(options)
+    spec = catalog.find(name) if name not in (None, "auto") else None  # an unknown name fails before torch is imported
+    device = probe.device_of(options.device)
+    memory = options.memory or probe.free_memory(device)
+    host_memory, quantized = probe.free_memory("cpu"), options.quant_linear
+    if options.attention_type == "sagesla":
+        backends.choose("sagesla", probe.Machine() if device == "cpu" else None, options.attention_backend).require()
+    reason = "its files were given" if paths else "it was asked for by name"
+    if name == "auto":
+        spec, quantized, reason = _auto(device, memory, host_memory, quantized, to_download)
+    if not paths and spec.folder:
+        paths = (spec.folder / "transformer",)
+    if not paths and quantized == "auto":
+        ordered = candidates(spec, memory=memory, host_memory=host_memory, device=device)
+        quantized = next((one for one in ordered if one.downloaded and not to_download), ordered[0]).quantized
+    return Decision(
+        spec=spec, paths=paths, quantized=quantized, device=device, memory=memory, host_memory=host_memory,
+        reason=reason,
+    )  # fmt: skip
+
+
+def resolve(options: LoadOptions | None = None) -> ResolvedModel:
+    """Find out what some options mean on this machine, and read the files that are here. Downloads nothing.
 
     Args:
         options: what was asked for. None: the defaults.
-        to_download: let "auto" be the best model that fits, and not the best that is downloaded.
 
     Returns:
         The model, its files and how it will be loaded.
@@ -228,28 +279,13 @@ def resolve(options: LoadOptions | None = None, *, to_download: bool = False) ->
         BackendError: SageSLA cannot run here.
     """
     options = options or LoadOptions()
-    name, paths = _name_or_paths(options)
-    spec = catalog.find(name) if name not in (None, "auto") else None  # an unknown name fails before torch is imported
-    device = probe.device_of(options.device)
-    memory = options.memory or probe.free_memory(device)
-    host_memory, quantized = probe.free_memory("cpu"), options.quant_linear
-    if options.attention_type == "sagesla":
-        backends.choose("sagesla", probe.Machine() if device == "cpu" else None, options.attention_backend).require()
-    if name == "auto":
-        spec, quantized, reason = _auto(device, memory, host_memory, options.quant_linear, to_download)
-    elif paths:
-        reason = "its files were given"
-    else:
-        reason = "it was asked for by name"
-    if not paths and spec.folder:
-        paths = (spec.folder / "transformer",)
+    decision = decide(options)
+    spec, paths, quantized = decision.spec, decision.paths, decision.quantized
     if paths:
         transformers = tuple(map(recognise.read, paths))
         recognise.require(transformers[0], "transformer", spec)
         spec = spec or _spec_of(transformers[0], paths[0])
     else:
-        if quantized == "auto":
-            quantized = _number_format(spec, device, memory, host_memory)
         transformers = tuple(map(_here_or_hub, spec.quant_files if quantized else spec.files))
     experts = 2 if spec.task == "i2v" else 1
     if len(transformers) != experts:
@@ -264,14 +300,14 @@ def resolve(options: LoadOptions | None = None, *, to_download: bool = False) ->
         vae=_part(options.vae, "vae", catalog.VAE, near, spec),
         text_encoder=_part(options.text_encoder, "text_encoder", catalog.TEXT_ENCODER, near, spec),
         tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near, spec),
-        device=device,
-        memory=memory,
-        host_memory=host_memory,
+        device=decision.device,
+        memory=decision.memory,
+        host_memory=decision.host_memory,
         attention_type=options.attention_type or _attention_type(transformers),
         attention_backend=options.attention_backend,
         sla_topk=spec.sla_topk if options.sla_topk is None else options.sla_topk,
         quant_linear=_is_quantized(transformers) if quantized == "auto" else quantized,
-        reason=reason,
+        reason=decision.reason,
         options=options,
     )
     found.check()
@@ -302,16 +338,17 @@ def download_model(
     """
     if not catalog.is_name(model):
         raise InputError(f"model is {str(model)!r}, a path. Expected the name of a released model.")
-    found = resolve(LoadOptions(model=model, quant_linear="auto" if quantised is None else quantised), to_download=True)
-    planned = hub.plan(found.spec, quantised=found.quant_linear)
+    found = decide(LoadOptions(model=model, quant_linear="auto" if quantised is None else quantised), to_download=True)
+    wanted = {"spec": found.spec, "quantised": found.quantized is True}
+    planned = hub.plan(**wanted)
     if on_plan:
         on_plan(planned)
     if not planned.files:
         return None
     if on_progress:
-        return hub.fetch(found.spec, quantised=found.quant_linear, planned=planned, on_progress=on_progress)
+        return hub.fetch(**wanted, planned=planned, on_progress=on_progress)
     with hub.progress_bars() as show:
-        return hub.fetch(found.spec, quantised=found.quant_linear, planned=planned, on_progress=show)
+        return hub.fetch(**wanted, planned=planned, on_progress=show)
 
 
 def _auto(
@@ -336,12 +373,6 @@ def _auto(
         return catalog.NANO, quant_linear, f"auto: {why} ({memory / plan.GB:.1f} GB)"
     best = "the best model" if to_download else "the best downloaded model"
     return here.spec, here.quantized, f"auto: {best} that fits {memory / plan.GB:.1f} GB"
-
-
-def _number_format(spec: ModelSpec, device: str, memory: float, host_memory: float) -> bool:
-    """Return whether to take a released model's 8-bit files: of those in the cache, or else of all, the best"""
-    ordered = candidates(spec, memory=memory, host_memory=host_memory, device=device)
-    return next((one for one in ordered if one.downloaded), ordered[0]).quantized
 
 
 def _attention_type(transformers: tuple[Contents | HubFile, ...]) -> str:
