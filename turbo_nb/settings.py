@@ -381,14 +381,15 @@ def build(cls: type, values: Mapping[str, Any], **more: Any) -> Any:
         InputError: an option is unknown, missing, or has a value that cannot be used.
     """
     values = {**values, **more}
-    _check_names("an option", values, options(cls))
+    check_names("an option", values, options(cls))
     for name, one in cls.__dataclass_fields__.items():
         if one.default is MISSING and name not in values:
             raise InputError(f"{name} is missing. Expected a value for it. {options(cls)[name].help}")
     return cls(**values)
 
 
-def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError for the first name that is not known; `what` says what the names are of."""
     for name in names:
         if name not in known:
             close = _close(name, known)
@@ -544,7 +545,7 @@ def accepts(*classes: type, skip: Iterable[str] = ()) -> Callable:
             if twice := given.keys() & kwargs.keys():
                 raise TypeError(f"{function.__name__}() got several values for {', '.join(sorted(twice))}")
             given |= kwargs
-            _check_names(f"an argument of {function.__name__}", given, {*declared, *(p.name for p in rest)})
+            check_names(f"an argument of {function.__name__}", given, {*declared, *(p.name for p in rest)})
             built = {}
             for parameter, cls in zip(takes, classes, strict=True):
                 chosen = {n: given.pop(n) for n, owner in declared.items() if owner is cls and n in given}
