@@ -1,7 +1,7 @@
-"""Kill a batch (-9) at random moments and see that nothing is lost, made twice or left half-written.
+"""Kill a batch (-9) at random moments, and check that no video is lost, made twice or left half-written.
 
-`python tests/kill_batch.py --kills 30` is the long run; test_batch.py does three. The model is loaded once and every
-run is a fork of that process, so that a kill costs no second load.
+`python tests/batch/kill_batch.py --kills 30` is the long run; test_batch.py does three. The model is loaded once. Every
+run is a fork of that process, because then a kill costs no second load.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LONGEST = 2.5
 
 
 def start(pipeline, folder: Path) -> int:
-    """A process that makes what is missing; its id"""
+    """Start a process that makes the missing videos; return its id"""
     from turbo_nb.batch import runner
 
     if process := os.fork():
@@ -41,7 +41,7 @@ def start(pipeline, folder: Path) -> int:
 
 
 def videos(folder: Path) -> dict[str, tuple[int, str]]:
-    """Final name → when it was written, in ns, and a hash of what is in it"""
+    """Return by final name when a video was written, in ns, and the hash of its bytes"""
     return {
         path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in folder.glob("[!.]*.mp4")
@@ -49,7 +49,7 @@ def videos(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def check(folder: Path, before: dict) -> dict:
-    """The folder's videos, after seeing that they are whole, still those of before, and the manifest can be read"""
+    """Return the folder's videos; assert that they are whole, that earlier ones stay, and what the manifest has"""
     from turbo_nb.batch import manifest
     from turbo_nb.video import mp4
 
@@ -67,7 +67,7 @@ def check(folder: Path, before: dict) -> dict:
 
 
 def kill_often(pipeline, folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill runs until `kills` are dead, in a new folder whenever a batch got through; then let the last one through.
+    """Kill `kills` runs, then let the last one end. A batch that ends is followed by one in a new folder.
 
     Every kill comes within LONGEST seconds of the run's start, in which a few videos are made.
     """
@@ -87,7 +87,7 @@ def kill_often(pipeline, folder: Path, kills: int, seed: int) -> dict[str, int]:
                 count["kills"] += 1
             else:
                 assert ended[1] == 0, f"a run ended with status {ended[1]}"
-            time.sleep(0.05)  # ffmpeg, whose input has ended, ends too
+            time.sleep(0.05)  # ffmpeg ends with its input
             count["partial files"] += len(list(place.glob(".*.mp4")))
             seen = check(place, seen)
             if ended != (0, 0):

@@ -1,25 +1,31 @@
-"""Many prompts: read with care, made once, whatever stops the run."""
+"""A batch: prompts are read and checked, each video is made once, and a run can be stopped at any moment."""
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from turbo_nb import generation
+from turbo_nb import batch, catalog, generation, pipeline, records, settings, sla
 from turbo_nb.batch import engines, jobs, manifest, notebook, prompts, runner
-from turbo_nb.errors import InputError, OutputError, TurboNbError
-from turbo_nb.files import fingerprint
-from turbo_nb.video import mp4
+from turbo_nb.batch.summary import SHEET
+from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning
+from turbo_nb.files import fingerprint, resolve
+from turbo_nb.machine import atomic
+from turbo_nb.pipeline import LoadedModel
+from turbo_nb.video import images, mp4, sheet
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_batch.ipynb"
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
@@ -30,16 +36,17 @@ def made(monkeypatch):
     """The prompts that were made, by a `generate` that needs no model; prompts with "bad" in them fail."""
     prompts = []
 
-    def generate(loaded, prompt, *, on_frames, **settings):
-        checked = generation.check_job(loaded.spec, prompt, **settings)
+    def generate(loaded, prompt, *, on_frames, **options):
+        clip = generation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
         if "bad" in prompt:
             raise TurboNbError("the model's output is not finite")
         prompts.append(prompt)
-        frames = np.full((checked.num_frames, checked.height, checked.width, 3), 40 * len(prompts), np.uint8)
+        frames = np.full((clip.num_frames, clip.height, clip.width, 3), 40 * len(prompts), np.uint8)
         on_frames(frames)
-        return generation.Video(frames=frames, fps=16, timings={"text": 0.5, "denoise": 1.5}, settings=asdict(checked))
+        timings = {"text": 0.5, "denoise": 1.5}
+        return generation.Video(frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings=timings))
 
-    monkeypatch.setattr(runner.pipeline, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     return prompts
 
 
@@ -87,29 +94,35 @@ def test_rows_set_what_is_theirs(tmp_path):
 
 def test_rows_may_set_all_that_generate_takes():
     taken = signature(generation.generate).parameters.keys() - {"pipeline", "prompt"}
-    assert {name for name in taken if not name.startswith("on_")} == prompts.SETTINGS.keys()
+    assert {name for name in taken if not name.startswith("on_")} == prompts.ROW_OPTIONS.keys()
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("p.md", "x", "give a .txt, .csv or .jsonl"),
+        ("p.md", "x", "Expected a .txt, .csv or .jsonl"),
         ("p.txt", "# nothing\n", "holds no prompt"),
-        ("p.csv", "", "p.csv:1: the head"),
-        ("p.csv", "text,seed\nred,1\n", "one of them prompt"),
-        ("p.csv", "prompt,seed,seed\nred,1,1\n", "p.csv:1: the head names a column twice"),
-        ("p.csv", "prompt,seed\nred,1\nred, and round,1\n", "p.csv:3: 3 cells, and the head has 2"),
-        ("p.csv", 'prompt,seed\n"a\nb",1\nred,x\n', "p.csv:4: seed is 'x'; it is a whole number"),
-        ("p.csv", "prompt,sed\nred,1\n", "p.csv:2: unknown setting 'sed'; known: prompt, image.* mean 'seed'"),
-        ("p.csv", "prompt,ode\nred,maybe\n", "p.csv:2: ode is 'maybe'; it is true or false"),
-        ("p.csv", "prompt,seed\n,1\n", "p.csv:2: no prompt"),
-        ("p.csv", 'prompt\nred\n"blue\n', "p.csv:3: .*quotes"),
-        ("p.jsonl", '{"prompt": "red"}\n{"prompt": red}\n', "p.jsonl:2: no JSON"),
-        ("p.jsonl", '["red"]\n', "p.jsonl:1: .* is no object"),
-        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: no prompt"),
-        ("p.jsonl", '{"prompt": "red", "seed": 1.5}\n', "p.jsonl:1: seed is 1.5; it is a whole number"),
+        ("p.csv", "", "p.csv:1: the header row"),
+        ("p.csv", "text,seed\nred,1\n", "p.csv:1: .* with prompt in them"),
+        ("p.csv", "prompt,seed,seed\nred,1,1\n", "p.csv:1: the header row names seed twice"),
+        ("p.csv", "prompt,seed\nred,1\nred, and round,1\n", "p.csv:3: the row has 3 cells. Expected 2"),
+        ("p.csv", 'prompt,seed\n"a\nb",1\nred,x\n', "p.csv:4: seed is 'x'. Expected a whole number"),
+        ("p.csv", "prompt,sed\nred,1\n", "p.csv:1: a column is 'sed'. Expected one of adaptive_.* mean 'seed'"),
+        ("p.csv", "prompt,model\nred,nano\n", "p.csv:1: a column is 'model'"),
+        ("p.csv", "prompt,ode\nred,maybe\n", "p.csv:2: ode is 'maybe'. Expected True or False"),
+        ("p.csv", "prompt,seed\n,1\n", "p.csv:2: prompt is None"),
+        ("p.csv", 'prompt\nred\n"blue\n', "p.csv:3: .*quote"),
+        ("p.jsonl", '{"prompt": "red"}\n{"prompt": red}\n', "p.jsonl:2: the line is not JSON"),
+        ("p.jsonl", "[" * 100_000 + "\n", "p.jsonl:1: the line is not JSON"),
+        ("p.jsonl", '["red"]\n', r'p.jsonl:1: the line is \["red"\]. Expected {"prompt": "…"}'),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl:1: prompt is 3"),
+        ("p.jsonl", '{"prompt": "red", "seed": 1.5}\n', "p.jsonl:1: seed is 1.5. Expected a whole number"),
         ("p.jsonl", '{"prompt": "red", "seed": true}\n', "p.jsonl:1: seed is True"),
-        ("p.jsonl", '{"prompt": "red", "resolution": 480}\n', "p.jsonl:1: resolution is 480; it is text"),
+        ("p.jsonl", '{"prompt": "red", "resolution": 480}\n', "p.jsonl:1: resolution is 480. Expected 480p"),
+        ("p.jsonl", '{"prompt": "red", "image": 3}\n', "p.jsonl:1: image is 3. Expected the path"),
+        ("p.jsonl", '{"prompt": "red", "seed": 1, "seed": 2}\n', "p.jsonl:1: the row names .*seed.* twice"),
+        ("p.jsonl", '{"prompt": "red", "num-steps": 1, "num_steps": 2}\n', "p.jsonl:1: the row names .* twice"),
+        ("p.jsonl", '{"prompt": "red", "sed": 1}\n', "p.jsonl:1: an option is 'sed'"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_line(tmp_path, name, text, words):
@@ -121,28 +134,44 @@ def test_files_that_are_no_text(tmp_path):
     (tmp_path / "p.txt").write_bytes("grün".encode("latin-1"))
     with pytest.raises(InputError, match="not in UTF-8"):
         prompts.read_prompts(tmp_path / "p.txt")
-    with pytest.raises(InputError, match=r"cannot read .*No such file"):
+    with pytest.raises(InputError, match=r"cannot be read \(No such file"):
         prompts.read_prompts(tmp_path / "q.txt")
 
 
+def test_an_error_names_every_wrong_row_up_to_five(tmp_path):
+    rows = ["prompt,seed,num_frames", "red,x,", "red,1,24", *["red,-1,"] * 5]  # 24 frames suit no model
+    path = write(tmp_path / "p.csv", "\n".join(rows))
+    with pytest.raises(InputError) as caught:
+        runner.run(path, "nano", tmp_path / "out")
+    *lines, more = str(caught.value).split("\n")
+    assert [line.split(":")[1] for line in lines] == ["2", "3", "4", "5", "6"] and more == "and 2 more"
+    assert "num_frames is 24" in lines[1]
+
+
 def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("turbo_nb.files.resolve.resolve", None)  # nothing can be loaded
+    monkeypatch.setattr(pipeline, "load", None)  # nothing can be loaded
     text = '{"prompt": "red"}\n{"prompt": "red", "num_frames": 24}\n{"prompt": "red", "image": "a.png"}\n'
     path = write(tmp_path / "p.jsonl", text)
-    with pytest.raises(InputError, match=r"p.jsonl:2: num_frames is 24.*; .*p.jsonl:3: nano makes videos from text"):
+    with pytest.raises(InputError, match=r"p.jsonl:2: num_frames is 24.*\n.*p.jsonl:3: image is given.*nano makes"):
         runner.run(path, "nano", tmp_path / "out")
-    for load, settings, words in [
+    for load, options, words in [
         ("nano", {"num_steps": 5}, "prompt 1: num_steps is 5"),
-        ("nano", {"steps": 4}, "unknown setting 'steps'"),
+        ("nano", {"steps": 4}, "an option is 'steps'"),
+        ("nano", {"prompt": "x"}, "an option is 'prompt'"),
         ("nano", {"num_samples": 0}, "num_samples is 0"),
-        ("nanno", {}, "did you mean 'nano'"),
-        ({"model": "nano", "attention": "sla"}, {}, "load_pipeline takes no attention"),
+        ("nano", {"workers": 0}, "workers is 0"),
+        ("nano", {"seed": settings.MAX_SEED, "num_samples": 2}, "prompt 1: seed is .* for 2 samples"),
+        ("nano", {"noise_device": "cuda"}, "prompt 1: noise_device is 'cuda'"),
+        ("nanno", {}, "mean 'nano'"),
+        ({"model": "nano", "attention": "sla"}, {}, "an option is 'attention'"),
+        ({"model": "nano", "device": "cpu", "memory_plan": "group"}, {}, "group"),
+        (3, {}, "pipeline is a int"),
     ]:
         with pytest.raises(InputError, match=words):
-            runner.run(PROMPTS, load, tmp_path / "out", **settings)
-    with pytest.raises(InputError, match="no prompts"):
+            runner.run(PROMPTS, load, tmp_path / "out", **options)
+    with pytest.raises(InputError, match="prompts is empty"):
         runner.run([], "nano", tmp_path / "out")
-    with pytest.raises(InputError, match="a: unknown setting 'model'"):
+    with pytest.raises(InputError, match="a: an option is 'model'"):
         runner.run([prompts.Job(prompt="red", settings={"model": "nano"}, source="a")], "nano", tmp_path / "out")
     with pytest.raises(OutputError, match="is a file"):
         runner.run(PROMPTS, "nano", path)
@@ -152,17 +181,28 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
 # Ids
 
 
-def ids(jobs, load="nano", **settings):
-    load = {"model": load} if isinstance(load, str) else load
-    return [task.id for task in jobs._check(jobs, load, Path("out"), settings, 1)]
+def ids(prompts, load="nano", **options):
+    return [task.id for task in jobs.tasks_of(prompts, runner._model(load), Path("out"), options)]
 
 
-def test_an_id_is_what_determines_the_video(nano):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have a GPU with 80 GB, and all released models"""
+    monkeypatch.setattr(resolve.probe, "device_of", lambda device: "cuda" if device == "auto" else device)
+    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
+    monkeypatch.setattr(resolve.hub, "cached", lambda *args, **kwargs: "here")
+
+
+def test_an_id_is_what_determines_the_video(nano, monkeypatch):
     base = ids(["a red circle"])
     assert base == ids(["a red circle"], num_frames=25, resolution="128x128", seed=0)  # the model's own, spelled out
     assert base == ids(["a red circle"], "auto") == ids(["a red circle"], {"model": Path("nano")})
     assert base == ids(["a red circle"], nano)
-    assert base == ids(["a red circle"], {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15})
+    with monkeypatch.context() as patch:
+        patch.setattr(resolve.probe, "device_of", lambda device: device)
+        patch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
+        on_a_gpu = {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15}
+        assert base == ids(["a red circle"], on_a_gpu)
     others = [
         *ids(["a blue circle"]),
         *(
@@ -180,6 +220,53 @@ def test_an_id_is_what_determines_the_video(nano):
     assert len({*base, *others}) == 1 + len(others) == 12
 
 
+def test_changed_weights_change_the_id(tmp_path):
+    from peft import LoraConfig
+
+    loaded = pipeline.load_pipeline("nano", device="cpu")
+    first = ids(PROMPTS, loaded)
+    assert first == ids(PROMPTS) == ids(PROMPTS, LoadedModel.of(loaded).resolved)
+    sla.set_topk(loaded.transformer, 0.5)
+    assert ids(PROMPTS, loaded) == ids(PROMPTS, {"model": "nano", "sla_topk": 0.5}) != first
+    sla.set_topk(loaded.transformer, 0.15)
+    assert ids(PROMPTS, loaded) == first
+
+    loaded.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(InputError, match="merge the LoRA first"):
+        runner.run(PROMPTS, loaded, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    loaded.transformer.fuse_lora()
+    assert not set(ids(PROMPTS, loaded)) & set(first)
+    loaded.transformer.unload_lora()
+    assert not set(ids(PROMPTS, loaded)) & set(first)
+
+
+def test_a_run_on_the_cpu_of_a_gpu_machine_is_resolved_once(nano, made, gpu, tmp_path, monkeypatch):
+    loaded, resolved = [], []
+    monkeypatch.setattr(pipeline, "load", lambda model, **_: loaded.append(model) or nano)
+    monkeypatch.setattr(runner, "resolve", lambda options: resolved.append(resolve.resolve(options)) or resolved[-1])
+    result = runner.run(PROMPTS, settings.LoadOptions(device="cpu"), tmp_path, num_frames=1)
+    assert [record.id for record in result.records] == ids(PROMPTS, nano, num_frames=1)
+    assert not {record.id for record in result.records} & {*ids(PROMPTS, "auto", num_frames=1)}
+    assert loaded == resolved[:1] and loaded[0].spec is catalog.NANO and loaded[0].device == "cpu"
+
+
+def test_a_worker_cannot_decide_otherwise(gpu, monkeypatch):
+    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
+    model = resolve.resolve(settings.LoadOptions())
+    assert model.spec is not catalog.NANO and model.quant_linear
+    order = engines.Order(options=engines.pinned(model, "cuda:1"), identity=model.identity, clip=(16, 16, 1),
+                          prompts=(), folder=Path("out"), place=1, workers=2)  # fmt: skip
+    order = pickle.loads(pickle.dumps(order))
+    for memory in (1e9, 24e9, 180e9):  # on which "auto" stands for nano, 8-bit and bf16
+        monkeypatch.setattr(resolve.probe, "free_memory", lambda device, memory=memory: memory)
+        there = order.resolve()
+        assert (there.spec, there.quant_linear, there.transformers) == (model.spec, True, model.transformers)
+        assert (there.device, there.identity) == ("cuda:1", model.identity)
+    with pytest.raises(TurboNbError, match=r"in a worker process\. Expected .*'quant_linear': True"):
+        replace(order, options=replace(order.options, quant_linear=False)).resolve()
+
+
 def test_weights_are_known_by_content_not_by_name(tmp_path):
     data = bytearray(np.random.default_rng(0).bytes(3 * fingerprint.PIECE * fingerprint.PIECES // 2))
     first, moved = tmp_path / "a.pth", tmp_path / "b.pth"
@@ -190,11 +277,13 @@ def test_weights_are_known_by_content_not_by_name(tmp_path):
     data[len(data) // 2 : len(data) // 2 + 2 * fingerprint.PIECE] = bytes(2 * fingerprint.PIECE)
     moved.write_bytes(data)
     assert fingerprint.fingerprint(moved) != before
-    folder = tmp_path / "vae"
-    folder.mkdir()
-    moved.rename(folder / "b.pth")
+    folder = shutil.copytree(catalog.NANO.folder / "vae", tmp_path / "vae")
     whole = ids(["red"], {"model": "nano", "vae": folder})
-    (folder / "b.pth").write_bytes(data[:-1])
+    assert whole == ids(["red"], {"model": "nano", "vae": shutil.copytree(folder, tmp_path / "moved")}) != ids(["red"])
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4:] = bytes(4)
+    weights.write_bytes(data)
     assert ids(["red"], {"model": "nano", "vae": folder}) != whole
 
 
@@ -204,18 +293,18 @@ def test_weights_are_known_by_content_not_by_name(tmp_path):
 def test_a_batch_is_videos_manifest_and_contact_sheet(nano, made, tmp_path):
     told = []
     jobs = [*PROMPTS, "a red circle", prompts.Job(prompt="Ein GRÜNES Dreieck!", settings={"resolution": "64x32"})]
-    summary = run(nano, tmp_path, jobs, on_record=lambda record, *count: told.append((record["prompt"], *count)))
+    summary = run(nano, tmp_path, jobs, on_record=lambda record, *count: told.append((record.prompt, *count)))
     assert told == [(prompt, n, 4) for n, prompt in enumerate([*PROMPTS, "Ein GRÜNES Dreieck!"], 1)]
     assert (summary.made, len(summary.done), summary.failed, summary.repeated) == (4, 4, [], 1)
-    names = [record["file"] for record in summary.records]
+    names = [record.file for record in summary.records]
     slugs = ["a-red-circle", "a-blue-square", "a-green-triangle", "ein-grunes-dreieck"]
-    assert names == [f"{record['id']}-{slug}.mp4" for record, slug in zip(summary.records, slugs, strict=True)]
-    assert {p.name for p in tmp_path.iterdir()} == {*names, manifest.MANIFEST, summary.SHEET, manifest.LOCK}
+    assert names == [f"{record.id}-{slug}.mp4" for record, slug in zip(summary.records, slugs, strict=True)]
+    assert {p.name for p in tmp_path.iterdir()} == {*names, manifest.MANIFEST, SHEET, manifest.LOCK}
     assert manifest.read_manifest(tmp_path) == summary.records
     for record in summary.records:
-        told = mp4.read_metadata(tmp_path / record["file"])
-        assert (told["job"], told["prompt"]) == (record["id"], record["prompt"])
-        assert record["timings"].keys() == {"text", "denoise", "write"}
+        told = mp4.read_metadata(tmp_path / record.file)
+        assert (told["job"], told["prompt"]) == (record.id, record.prompt)
+        assert record.timings.keys() == {"text", "denoise", "write"}
     from PIL import Image
 
     assert Image.open(summary.sheet).size == (2 * (3 * 128 + 2 * 2 + 8) + 8, 2 * (128 + 18 + 8) + 8)
@@ -228,8 +317,8 @@ def test_a_batch_is_videos_manifest_and_contact_sheet(nano, made, tmp_path):
 def test_a_second_run_does_nothing(nano, made, tmp_path, monkeypatch):
     first = run(nano, tmp_path)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("[!.]*")}
-    monkeypatch.setattr("turbo_nb.files.resolve.resolve", None)  # nothing can be loaded
-    monkeypatch.setattr(runner.media, "read_metadata", None)  # the manifest is enough
+    monkeypatch.setattr(pipeline, "load", None)  # nothing can be loaded
+    monkeypatch.setattr(mp4, "read_metadata", None)  # the manifest is enough
     second = runner.run(PROMPTS, "nano", tmp_path, num_frames=1)
     assert (second.made, second.records) == (0, first.records)
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("[!.]*")}
@@ -240,18 +329,24 @@ def test_every_video_and_the_batch_say_what_they_cost(nano, made, tmp_path, monk
     assert "$" not in str(run(nano, tmp_path, PROMPTS[:1]))
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")  # a dollar a second
     told = []
-    summary = run(nano, tmp_path, on_record=lambda record, *_: told.append(summary.describe(record)))
+    summary = run(nano, tmp_path, on_record=lambda record, *_: told.append(batch.describe(record)))
     before, *after = summary.records
-    assert before["cost"] is None and [sum(r["timings"].values()) for r in after] == [r["cost"] for r in after]
-    assert [f"${record['cost']:.4f}" for record in after] == [line.split()[-1] for line in told]
+    assert before.cost is None and [sum(r.timings.values()) for r in after] == [r.cost for r in after]
+    assert [f"${record.cost:.4f}" for record in after] == [line.split()[-1] for line in told]
     head, first, second, *_, line = str(summary).splitlines()
-    assert head.split()[-1] == "cost" and "$" not in first and second.endswith(f"${after[0]['cost']:.4f}")
+    assert head.split()[-1] == "cost" and "$" not in first and second.endswith(f"${after[0].cost:.4f}")
     assert f"in {summary.seconds:.1f} s, ${summary.seconds:.4f}; " in line
+
+
+def test_no_seed_is_the_default(nano, made, tmp_path):
+    result = run(nano, tmp_path, [*PROMPTS[:1], prompts.Job(prompt="blue", settings={"seed": None})], seed=None)
+    assert [record.settings.seed for record in result.records] == [0, 0]
+    assert result.records[0].id == ids(PROMPTS[:1], nano, num_frames=1)[0]
 
 
 def test_samples_have_their_own_seeds(nano, made, tmp_path):
     summary = run(nano, tmp_path, [prompts.Job(prompt="red", settings={"seed": 5}), "blue"], num_samples=2, seed=1)
-    told = [(record["prompt"], record["settings"]["seed"]) for record in summary.records]
+    told = [(record.prompt, record.settings.seed) for record in summary.records]
     assert told == [("red", 5), ("red", 6), ("blue", 1), ("blue", 2)]
 
 
@@ -259,8 +354,8 @@ def test_a_failed_prompt_is_recorded_and_tried_again_last(nano, made, tmp_path, 
     jobs = ["a red circle", "a bad <b>shape</b>", "a blue square"]
     first = run(nano, tmp_path, jobs)
     assert made == ["a red circle", "a blue square"]
-    assert [record["status"] for record in first.records] == ["done", "failed", "done"]
-    assert first.failed[0]["error"] == "the model's output is not finite"
+    assert [record.status for record in first.records] == ["done", "failed", "done"]
+    assert first.failed[0].error == "the model's output is not finite"
     assert "failed: prompt 2: the model's output is not finite" in str(first)
     assert "&lt;b&gt;" in first._repr_html_() and "<b>" not in first._repr_html_()
 
@@ -268,10 +363,10 @@ def test_a_failed_prompt_is_recorded_and_tried_again_last(nano, made, tmp_path, 
         raise RuntimeError("no memory")
 
     order = []
-    monkeypatch.setattr(runner.pipeline, "generate", out_of_memory)
-    second = run(nano, tmp_path, [*jobs, "new"], on_record=lambda record, *_: order.append(record["prompt"]))
+    monkeypatch.setattr(generation, "generate", out_of_memory)
+    second = run(nano, tmp_path, [*jobs, "new"], on_record=lambda record, *_: order.append(record.prompt))
     assert order == ["new", "a bad <b>shape</b>"]
-    assert [record["error"] for record in second.failed] == ["RuntimeError: no memory"] * 2
+    assert [record.error for record in second.failed] == ["RuntimeError: no memory"] * 2
     assert (second.made, len(second.done), len(videos(tmp_path))) == (0, 2, 2)
 
 
@@ -280,16 +375,16 @@ def test_a_lost_gpu_or_a_full_disk_ends_the_run(nano, made, tmp_path, monkeypatc
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.pipeline, "generate", lost)
-        with pytest.raises(TurboNbError, match=r"illegal memory access.*start again"):
+        patch.setattr(generation, "generate", lost)
+        with pytest.raises(TurboNbError, match=r"illegal memory access.*Start again"):
             run(nano, tmp_path)
-    assert [record["status"] for record in manifest.read_manifest(tmp_path)] == ["failed"]
+    assert [record.status for record in manifest.read_manifest(tmp_path)] == ["failed"]
 
     def full(*args, **kwargs):
         raise OutputError("No space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.media.Encoder, "save", full)
+        patch.setattr(mp4.Encoder, "save", full)
         with pytest.raises(OutputError, match="No space"):
             run(nano, tmp_path)
     assert len(manifest.read_manifest(tmp_path)) == 1 and run(nano, tmp_path).made == 3
@@ -300,22 +395,24 @@ def test_a_kill_between_the_video_and_its_line_neither_loses_nor_repeats_it(nano
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "_append", killed)
+        patch.setattr(runner, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             run(nano, tmp_path)
     assert manifest.read_manifest(tmp_path) == [] and len(videos(tmp_path)) == 1
     before = videos(tmp_path)
     (tmp_path / f".{next(iter(before))[:30]}.x1y2.mp4").write_text("torn")
+    (tmp_path / f"{atomic.PREFIX}0123456789abcdef.mp4").write_text("torn")
+    (tmp_path / f"{atomic.PREFIX}0123456789abcdef.png").write_text("torn")
     (tmp_path / ".mine.mp4").write_text("")
     summary = run(nano, tmp_path)
     assert made == PROMPTS and summary.made == 2 and len(summary.done) == 3
     assert videos(tmp_path).items() >= before.items()
-    assert [path.name for path in tmp_path.glob(".*.mp4")] == [".mine.mp4"]
-    assert [record["prompt"] for record in manifest.read_manifest(tmp_path)] == PROMPTS
+    assert {path.name for path in tmp_path.glob(".*")} == {".mine.mp4", manifest.LOCK}
+    assert [record.prompt for record in manifest.read_manifest(tmp_path)] == PROMPTS
 
 
 def test_only_what_is_missing_is_made_again(nano, made, tmp_path):
-    files = [tmp_path / record["file"] for record in run(nano, tmp_path).records]
+    files = [tmp_path / record.file for record in run(nano, tmp_path).records]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:100])
     assert run(nano, tmp_path).made == 2
@@ -333,10 +430,103 @@ def test_a_torn_line_is_ignored_and_mended(nano, made, tmp_path, torn):
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     assert manifest.read_manifest(tmp_path) == records and path.read_bytes() == whole + torn
-    assert run(nano, tmp_path).made == 0 and manifest.read_bytes() == whole
-    manifest.write_bytes(whole + torn)
+    assert run(nano, tmp_path).made == 0 and path.read_bytes() == whole
+    path.write_bytes(whole + torn)
     run(nano, tmp_path, [*PROMPTS, "one more"])
-    assert len([json.loads(line) for line in manifest.read_bytes().splitlines()]) == 4
+    assert len([json.loads(line) for line in path.read_bytes().splitlines()]) == 4
+
+
+HOSTILE = [
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"1" * 5000,
+    b'{"id": null, "status": "done"}',
+    b'{"id": "a", "status": null}',
+    b'{"id": "a", "status": ["done"]}',
+    b'{"id": "a", "status": "skipped"}',
+    b'{"id": "a", "status": "done", "bytes": 1' + b"0" * 5000 + b"}",
+    b'"\xff\xfe"',
+    b"null",
+]
+ODD = [
+    {"file": None},
+    {"file": "../a.mp4", "settings": None},
+    {"file": 3, "prompt": None, "timings": None, "steps": "x", "bytes": 10**400, "cost": 1e999},
+    {"file": "\0.mp4", "settings": {"width": 10**300, "height": -1, "seed": 10**400}},
+    {"file": "a.mp4", "prompt": "\ud800", "settings": {"width": 10**6, "height": 1}, "timings": {"text": 10**400}},
+    {"file": "a.mp4", "settings": {"width": 0, "height": []}},
+]
+
+
+def test_a_hostile_manifest_never_raises(nano, made, tmp_path):
+    first = run(nano, tmp_path)
+    path = tmp_path / manifest.MANIFEST
+    odd = [{"id": record.id, "status": "done"} | ODD[n % len(ODD)] for n, record in enumerate(first.records)]
+    odd += [{"id": str(n), "status": status} | line for n, line in enumerate(ODD) for status in ("done", "failed")]
+    (tmp_path / "a.mp4").write_bytes((tmp_path / first.records[0].file).read_bytes())
+    path.write_bytes(path.read_bytes() + b"\n".join([*HOSTILE, *(json.dumps(line).encode() for line in odd), b""]))
+    read = batch.read_manifest(tmp_path)
+    assert read[:3] == first.records and len(read) == 3 + len(odd)
+    assert [str(batch.describe(record)) for record in read]
+    again = run(nano, tmp_path)
+    assert (again.made, again.failed, len(made)) == (0, [], 3) and str(again) and again._repr_html_()
+    assert [replace(record, timings={}, time="") for record in again.records] == [
+        replace(record, timings={}, time="") for record in first.records
+    ]
+    assert b"skipped" in path.read_bytes()  # a line of another version stays
+    assert batch.read_manifest(tmp_path / "nowhere") == []
+
+
+def test_errors_of_the_folder_are_output_errors(nano, made, tmp_path, monkeypatch):
+    for name in (manifest.LOCK, manifest.MANIFEST):
+        (tmp_path / name).mkdir()
+        with pytest.raises(OutputError, match="output_dir"):
+            run(nano, tmp_path)
+        (tmp_path / name).rmdir()
+
+    def of_another_user(self):
+        raise PermissionError(13, "Permission denied", "a/.lock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.FileLock, "acquire", of_another_user)
+        with pytest.raises(OutputError, match="Permission denied"):
+            run(nano, tmp_path)
+    task = jobs.tasks_of(PROMPTS[:1], LoadedModel.of(nano), tmp_path, {"num_frames": 1})[0]
+    task.path.mkdir()
+    with pytest.raises(OutputError, match="folder"):
+        run(nano, tmp_path)
+    assert made == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_folder_without_locks_is_a_warning(nano, made, tmp_path, monkeypatch, error):
+    def acquire(self):
+        raise error
+
+    monkeypatch.setattr(manifest.FileLock, "acquire", acquire)
+    with pytest.warns(TurboNbWarning, match="cannot be locked .* Start no other run"):
+        assert run(nano, tmp_path).made == 3
+
+
+def test_a_lock_ends_with_a_process_that_is_killed(nano, made, tmp_path):
+    code = "import sys, time\nfrom pathlib import Path\nfrom turbo_nb.batch import manifest\n"
+    code += "with manifest.run_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=f"process {process.pid} on"):
+            run(nano, tmp_path)
+        process.kill()
+    assert run(nano, tmp_path).made == 3
+
+
+def test_a_contact_sheet_that_cannot_be_drawn_is_a_warning(nano, made, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sheet, "contact_sheet", full)
+    with pytest.warns(TurboNbWarning, match="No space left on device.*The videos are kept"):
+        result = run(nano, tmp_path)
+    assert (result.made, result.sheet) == (3, None) and len(manifest.read_manifest(tmp_path)) == 3
 
 
 def test_a_line_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
@@ -350,26 +540,26 @@ def test_a_line_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
             return len(line) - 1
 
     monkeypatch.setattr(Path, "open", Full)
-    with pytest.raises(OutputError, match="the disk is full; free some space"):
-        manifest._append(tmp_path / manifest.MANIFEST, {"id": "a"})
+    with pytest.raises(OutputError, match=r"the disk is full\. .* Free some space"):
+        manifest.append(tmp_path / manifest.MANIFEST, manifest.JobRecord(id="a", status="failed"))
 
 
 def test_two_runs_in_one_folder_are_kept_apart(nano, made, tmp_path):
     with (
-        manifest._lock(tmp_path),
+        manifest.run_lock(tmp_path),
         pytest.raises(OutputError, match=rf"another run .*process {os.getpid()} on .*output_dir"),
     ):
         run(nano, tmp_path)
     with (
-        manifest._lock(tmp_path, shared=True),  # workers whose first process was killed
-        manifest._lock(tmp_path, shared=True),
+        manifest.worker_lock(tmp_path, 0),  # workers whose first process was killed
+        manifest.worker_lock(tmp_path, 1),
         pytest.raises(OutputError, match="another run"),
     ):
         run(nano, tmp_path)
     assert made == [] and run(nano, tmp_path).made == 3
 
 
-def test_a_picture_is_known_by_its_pixels(tmp_path):
+def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
     from PIL import Image
 
     def picture(name, colour):
@@ -377,36 +567,45 @@ def test_a_picture_is_known_by_its_pixels(tmp_path):
         return [prompts.Job(prompt="it moves", settings={"image": tmp_path / name})]
 
     red, copy, blue = (
-        jobs._check(picture(*kind), {"model": "Wan2.2-A14B"}, tmp_path, {}, 1)[0]
+        jobs.tasks_of(picture(*kind), runner._model("Wan2.2-A14B"), tmp_path, {})[0]
         for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
     )
     assert red.id == copy.id != blue.id
-    assert red.record("failed")["image"] == str(tmp_path / "red.png")
+    opened = []
+    monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or Image.open(path))
+    rows = [*picture("red.png", "red"), *picture("blue.png", "blue")] * 2
+    tasks = jobs.tasks_of(rows, runner._model("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)
+    assert len(tasks) == 8 and opened == [tmp_path / "red.png", tmp_path / "blue.png"]  # each file once
+    assert [task.id for task in tasks[:4]] == [task.id for task in tasks[4:]]
+    assert red.record("failed").image == str(tmp_path / "red.png")
 
 
 def test_a_damaged_video_of_another_batch_is_left_off_the_sheet(nano, made, tmp_path):
     from PIL import Image
 
     record = run(nano, tmp_path, PROMPTS[:2]).records[0]
-    (tmp_path / record["file"]).write_text("torn")
+    (tmp_path / record.file).write_text("torn")
     assert Image.open(run(nano, tmp_path, ["another"]).sheet).height == 128 + 18 + 8 + 8  # two clips, not three
 
 
 def test_a_pipeline_with_a_lora_is_refused(nano, tmp_path, monkeypatch):
     monkeypatch.setattr(nano.transformer, "peft_config", {"default": ...}, raising=False)
-    with pytest.raises(InputError, match="merge it first"):
+    with pytest.raises(InputError, match="merge the LoRA first"):
         run(nano, tmp_path)
 
 
 def test_workers_that_cannot_be(nano, made, tmp_path, monkeypatch):
-    for load, workers, words in [(nano, 2, "a loaded pipeline is one"), ("nano", 0, "1 or more")]:
+    for load, workers, words in [(nano, 2, "a loaded pipeline works in this process"), (nano, 0, "from 1 to")]:
         with pytest.raises(InputError, match=words):
             runner.run(PROMPTS, load, tmp_path, workers=workers)
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="workers is 3, and there is one a GPU, of which torch sees 2"):
+    monkeypatch.setattr(resolve.probe, "device_of", lambda device: "cuda")
+    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
+    with pytest.raises(InputError, match=r"workers is 3\. Expected at most 2, the number of GPUs"):
         runner.run(PROMPTS, "nano", tmp_path, workers=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
@@ -426,12 +625,12 @@ def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkey
     summary = runner.run(jobs, load, tmp_path, workers=2, num_frames=1, num_steps=1, on_record=kill_one)
     assert len(killed) == 1 and (summary.made, summary.failed) == (6, [])
     assert len(manifest.read_manifest(tmp_path)) == 6 and len(videos(tmp_path)) == 6
-    priced = [record for record in summary.records if record.get("cost")]  # but for one found after its worker's death
-    assert len(priced) >= 5 and all(r["cost"] == sum(r["timings"].values()) / 2 for r in priced)
+    priced = [record for record in summary.records if record.cost]  # but for one found after its worker's death
+    assert len(priced) >= 5 and all(r.cost == sum(r.timings.values()) / 2 for r in priced)
     assert multiprocessing.active_children() == []
 
 
-def dying(connection, load, folder, place, workers, gpu):
+def dying(connection, order):
     """A worker that dies over every job with "bad" in its prompt"""
     connection.send(None)
     while True:
@@ -439,28 +638,28 @@ def dying(connection, load, folder, place, workers, gpu):
             task = connection.recv()
         except EOFError:
             return
-        if "bad" in task.prompt:
+        if "bad" in task.clip.prompt:
             os._exit(3)
         connection.send(task.record("done", bytes=0))
 
 
 def test_a_job_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "_work", dying)
+    monkeypatch.setattr(engines, "work", dying)
     summary = runner.run(["bad", *PROMPTS], {"model": "nano", "device": "cpu"}, tmp_path / "out", workers=2)
-    assert [record["status"] for record in summary.records] == ["failed", "done", "done", "done"]
-    assert "ended with exit code 3 over it, 2 times" in summary.failed[0]["error"]
+    assert [record.status for record in summary.records] == ["failed", "done", "done", "done"]
+    assert "ended with exit code 3 over it, 2 times" in summary.failed[0].error
 
 
-def refusing(connection, load, folder, place, workers, gpu):
+def refusing(connection, order):
     connection.send(TurboNbError("no such checkpoint"))
 
 
 def test_what_a_worker_cannot_load_ends_the_run(tmp_path, monkeypatch):
     load = {"model": "nano", "device": "cpu"}
-    monkeypatch.setattr(engines, "_work", refusing)
+    monkeypatch.setattr(engines, "work", refusing)
     with pytest.raises(TurboNbError, match="no such checkpoint"):
         runner.run(PROMPTS, load, tmp_path, workers=2)
-    monkeypatch.setattr(engines, "_work", time.sleep)  # ends at once, with a traceback
+    monkeypatch.setattr(engines, "work", time.sleep)  # ends at once, with a traceback
     with pytest.raises(TurboNbError, match="ended with exit code 1 while it loaded"):
         runner.run(PROMPTS, load, tmp_path, workers=2)
 
@@ -513,6 +712,35 @@ def test_killed_three_times():
 # The notebook
 
 
+def parameters():
+    """The names and values of the notebook's cell of parameters"""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))["source"])
+    values = {}
+    exec(source, values)
+    return {name: value for name, value in values.items() if name != "__builtins__"}
+
+
+def test_the_notebook_has_the_options_and_their_defaults():
+    declared = {
+        name: one.default
+        for cls in (settings.LoadOptions, settings.ClipSettings, settings.RunOptions)
+        for name, one in cls.__dataclass_fields__.items()
+    }
+    found = parameters()
+    assert found.keys() - declared.keys() == {"prompts", "prompts_path"}
+    assert found.keys() >= {"model", "output_dir", "num_samples", *prompts.ROW_OPTIONS} - {"image"}
+    for name in found.keys() & declared.keys():
+        assert str(found[name]) == str(declared[name]), name
+
+
+def test_the_notebook_takes_one_prompt(tmp_path):
+    code = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    values = parameters() | {"prompts": "a red circle"}
+    exec("".join(code[1]["source"]), values)
+    assert {job.prompt for job in values["jobs"]} == {"a red circle"}
+
+
 def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pytest.importorskip("papermill", reason="papermill is not installed")
@@ -521,15 +749,15 @@ def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         notebook.run_notebook(NOTEBOOK, tmp_path / "new" / "done.ipynb", parameters, cwd=str(tmp_path))
-    assert [record["settings"]["seed"] for record in manifest.read_manifest(tmp_path / "made")] == [1, 2]
+    assert [record.settings.seed for record in manifest.read_manifest(tmp_path / "made")] == [1, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "made", "new"}
 
 
 def test_unknown_parameters_are_refused(tmp_path):
     pytest.importorskip("papermill", reason="papermill is not installed")
-    with pytest.raises(InputError, match=r"no parameter 'num_step'; it has: .*num_steps.*; did you mean 'num_steps'\?"):
+    with pytest.raises(InputError, match=r"ipynb is 'num_step'. Expected .*num_steps.* Did you mean 'num_steps'\?"):
         notebook.run_notebook(NOTEBOOK, tmp_path / "done.ipynb", {"num_step": 1, "output_dir": "x"})
-    with pytest.raises(InputError, match="no notebook"):
+    with pytest.raises(InputError, match="does not exist"):
         notebook.run_notebook(tmp_path / "no.ipynb", tmp_path / "done.ipynb")
     assert not (tmp_path / "done.ipynb").exists()
 

@@ -1,9 +1,9 @@
-"""Many prompts: read, planned, made, recorded."""
+"""Many prompts become videos: read, checked, made and recorded, by a run that can be stopped and started again."""
 
-from .manifest import read_manifest
+from .manifest import JobRecord, read_manifest
 from .notebook import run_notebook
 from .prompts import Job, read_prompts
 from .runner import run
 from .summary import Summary, describe
 
-__all__ = ["Job", "Summary", "describe", "read_manifest", "read_prompts", "run", "run_notebook"]
+__all__ = ["Job", "JobRecord", "Summary", "describe", "read_manifest", "read_prompts", "run", "run_notebook"]

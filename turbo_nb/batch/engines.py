@@ -1,7 +1,6 @@
-"""Many prompts become videos, here or on every GPU of this machine; stopped at any moment, the next run goes on.
+"""Engines turn tasks into videos: in this process, or in worker processes with one GPU each.
 
-A job's id is the hash of what determines its video, and the video carries it. So what is done can be seen from the
-folder alone: the manifest says it quickly, and a file that the manifest does not know yet says it itself.
+An engine has one method: `make` takes tasks and yields a record of each, in the order in which they end.
 """
 
 import multiprocessing
@@ -11,178 +10,290 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .. import generation, pipeline
 from ..errors import InputError, OutputError, TurboNbError
+from ..files.resolve import ResolvedModel, resolve
 from ..machine import environment
+from ..pipeline import LoadedModel
+from ..settings import LoadOptions
 from ..video import mp4
-from .jobs import _done, _found, _Task
-from .manifest import _lock, _take
+from .jobs import Task
+from .manifest import JobRecord, worker_lock
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
 MAX_TRIES = 2  # worker processes that may die over one job
 
 
-def _make_all(tasks: list[_Task], load, workers: int | None, folder: Path, lock: IO, on_progress) -> Iterator[dict]:
-    """Records of the tasks as they are made"""
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; it is 1 or more")
-    if not isinstance(load, dict):
-        if workers is not None and workers > 1:
-            raise InputError(f"workers is {workers}, and a loaded pipeline is one; give the model's name or arguments")
-        yield from _make_here(tasks, load)
-    elif tasks:
-        gpus = _gpus(load.get("device", "auto"))
-        if gpus and workers is not None and workers > gpus:
-            raise InputError(f"workers is {workers}, and there is one a GPU, of which torch sees {gpus} here")
-        workers = min(workers or max(1, gpus), len(tasks))
-        largest = max((task.settings for task in tasks), key=lambda s: s.width * s.height * s.num_frames)
-        load = {
-            "clip": (largest.width, largest.height, largest.num_frames),
-            "prompts": list(dict.fromkeys(task.prompt for task in tasks)),
-        } | load
-        if workers == 1:
-            yield from _make_here(tasks, pipeline.load_pipeline(**{"on_progress": on_progress} | load))
-        else:
-            _take(lock, folder, shared=True)
-            yield from _make_in_processes(tasks, load, folder, workers, bool(gpus))
+class Engine(Protocol):
+    """What makes the videos of a run."""
+
+    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
+        """Make videos; yield a record of each when it is finished or has failed."""
 
 
-def _gpus(device: str) -> int:
-    """GPUs that workers may have"""
+def engine_for(
+    model: LoadedModel | ResolvedModel,
+    tasks: Sequence[Task],
+    folder: Path,
+    workers: int | None = None,
+    on_progress: Callable | None = None,
+) -> Engine:
+    """Choose the engine of a run. Raises InputError where the tasks cannot be made so; loads nothing."""
     import torch
 
-    if device not in ("auto", "cuda"):
-        return int(device != "cpu")  # one GPU by its number
-    return torch.cuda.device_count()
-
-
-def _make_here(tasks: list[_Task], loaded: "DiffusionPipeline") -> Iterator[dict]:
     for task in tasks:
-        record = _make(loaded, task)
-        yield record
-        if _gpu_is_lost(record):
-            raise TurboNbError(f"{record['error']}; the GPU needs a new process: start again, what is done is kept")
+        if task.clip.noise_device == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"{task.source}: noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
+    if isinstance(model, LoadedModel):
+        if workers is not None and workers > 1:
+            raise InputError(
+                f"workers is {workers}. Expected 1, because a loaded pipeline works in this process alone. Give the "
+                "model's name or its options in place of the pipeline."
+            )
+        return InProcess(model)
+    model.plan(_largest(tasks))  # a plan that does not suit the device is an error
+    gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}.get(model.device, 1)
+    if gpus and workers is not None and workers > gpus:
+        raise InputError(f"workers is {workers}. Expected at most {gpus}, the number of GPUs: each gets one worker.")
+    return WorkerProcesses(model, folder, workers or max(1, gpus), on_progress)
 
 
-def _make(loaded: "DiffusionPipeline", task: _Task, workers: int = 1) -> dict:
-    """Make a video, or say why not. Raises OutputError, which is no fault of the job's."""
-    if found := _found(task):  # of a worker that died before it could tell
-        return found
+def _largest(tasks: Sequence[Task]) -> tuple[int, int, int]:
+    """Return the size (width, height, frames) of the clip that needs most memory"""
+    return max((task.clip.size for task in tasks), key=lambda size: size[0] * size[1] * size[2])
+
+
+def _prompts(tasks: Sequence[Task]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(task.clip.prompt for task in tasks))
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Makes videos one after the other in this process. A model that is only resolved is loaded for the first task."""
+
+    model: LoadedModel | ResolvedModel
+    on_progress: Callable | None = None
+
+    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
+        """Make videos; raises TurboNbError when this process has lost its GPU."""
+        if not tasks:
+            return
+        if isinstance(self.model, LoadedModel):
+            loaded = self.model.pipeline
+        else:
+            loaded = pipeline.load(
+                self.model, clip=_largest(tasks), prompts=_prompts(tasks), on_progress=self.on_progress
+            )
+        for task in tasks:
+            record = make(loaded, task)
+            yield record
+            if _has_lost_gpu(record):
+                raise TurboNbError(
+                    f"{record.error}. The GPU needs a new process. Start again: finished videos are kept."
+                )
+
+
+def make(loaded: "DiffusionPipeline", task: Task, workers: int = 1) -> JobRecord:
+    """Make one video, and return its record or that of its failure, so that the other jobs go on.
+
+    Raises OutputError, because a folder that cannot be written fails every job. `workers` share the machine's price.
+    """
+    if record := task.found():  # a worker died between the file and its record
+        return record
     try:
-        with mp4.Encoder(task.path, loaded.spec.fps) as encoder:
-            video = generation.generate(loaded, task.prompt, **task.arguments, on_frames=encoder.add)
-            told = video.settings | {"job": task.id, "timings": video.timings, "steps": [*video.steps]}
+        with mp4.Encoder(task.path, LoadedModel.of(loaded).spec.fps) as encoder:
+            video = generation.generate(loaded, **vars(task.settings), on_frames=encoder.add)
+            video = replace(video, record=replace(video.record, job=task.id))
             begin = time.perf_counter()
-            replace(video, settings=told).save(encoder)
-            done = _done(task, told, write=time.perf_counter() - begin)
-        return done | {"cost": environment.cost(sum(done["timings"].values()) / workers)}
+            video.save(encoder)
+        record = task.done(video.record, write=time.perf_counter() - begin)
+        return replace(record, cost=environment.cost(sum(record.timings.values()) / workers))
     except OutputError:
         raise
-    except Exception as error:  # whatever it is, the other jobs go on
-        words = str(error) if isinstance(error, TurboNbError) else f"{type(error).__name__}: {error}"
-        return task.record("failed", error=words)
+    except Exception as error:  # any error of a job is its own
+        message = str(error) if isinstance(error, TurboNbError) else f"{type(error).__name__}: {error}"
+        return task.record("failed", error=message)
 
 
-def _gpu_is_lost(record: dict) -> bool:
-    """Whether a failure leaves this process without its GPU, as an illegal memory access does"""
-    return "CUDA error" in (record["error"] or "")
+def _has_lost_gpu(record: JobRecord) -> bool:
+    """Return whether a failure, such as an illegal memory access, leaves this process without its GPU"""
+    return "CUDA error" in (record.error or "")
 
 
-def _make_in_processes(tasks: list[_Task], load: dict, folder: Path, workers: int, gpu: bool) -> Iterator[dict]:
-    """Hand the tasks to worker processes; the task of one that dies goes to another, MAX_TRIES times in all."""
-    context = multiprocessing.get_context("spawn")
-    waiting, deaths, crew = deque(tasks), Counter(), {}
-
-    def hire(place: int) -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, load, folder, place, workers, gpu), daemon=True)
-        process.start()
-        theirs.close()
-        crew[ours] = SimpleNamespace(process=process, place=place, ready=False, task=None)
-
-    try:
-        hire(0)  # the others follow when it is ready: then files that were to be fetched are here
-        while waiting or any(hand.task for hand in crew.values()):
-            for connection, hand in crew.items():
-                if waiting and hand.ready and not hand.task:
-                    hand.task = waiting.popleft()
-                    with suppress(OSError):  # it is dead, which the next lines find out
-                        connection.send(hand.task)
-            for connection in wait(list(crew)):
-                hand = crew[connection]
-                try:
-                    message = connection.recv()
-                except (EOFError, OSError):
-                    hand.process.join()
-                    del crew[connection]
-                    if hand.task:
-                        deaths[hand.task.id] += 1
-                        if deaths[hand.task.id] < MAX_TRIES:
-                            waiting.appendleft(hand.task)
-                        else:
-                            words = f"the worker process {_ended(hand.process.exitcode)} over it, {MAX_TRIES} times"
-                            yield hand.task.record("failed", error=words)
-                    if hand.ready and waiting:
-                        hire(hand.place)
-                    elif waiting and not crew:
-                        raise TurboNbError(
-                            f"the worker process {_ended(hand.process.exitcode)} while it loaded the model; take "
-                            "fewer workers or a smaller memory plan"
-                        ) from None
-                    continue
-                if isinstance(message, TurboNbError):
-                    raise message
-                if message is not None:
-                    hand.task = None
-                    yield message
-                elif not hand.ready:
-                    hand.ready = True
-                    if len(crew) == 1 and hand.place == 0:
-                        for place in range(1, workers):
-                            hire(place)
-    finally:
-        for hand in crew.values():
-            hand.process.terminate()
-        for hand in crew.values():
-            hand.process.join(10)
-            hand.process.kill()
+# Worker processes
 
 
-def _ended(exit_code: int) -> str:
-    if exit_code == -9:
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker process receives. It can be pickled, and leaves nothing to decide.
+
+    Args:
+        options: of the model, with every decision of `resolve` pinned.
+        identity: of the model that the job ids were computed for.
+        clip: width, height and frames of the largest clip. prompts: of all tasks.
+        folder: of the videos. place: number of the worker, from 0 to workers - 1.
+    """
+
+    options: LoadOptions
+    identity: dict
+    clip: tuple[int, int, int]
+    prompts: tuple[str, ...]
+    folder: Path
+    place: int
+    workers: int
+
+    def resolve(self) -> ResolvedModel:
+        """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
+        model = resolve(self.options)
+        if model.identity != self.identity:
+            raise TurboNbError(
+                f"the model is {model.identity} in a worker process. Expected {self.identity}, for which the job ids "
+                "were computed. Leave the model's files alone during a run, and start again."
+            )
+        return model
+
+
+def pinned(model: ResolvedModel, device: str) -> LoadOptions:
+    """Return options that mean this model, whatever "auto" would stand for on that device."""
+    asked = model.options
+    return replace(
+        asked,
+        model=model.spec.name if asked.model == "auto" and asked.checkpoint is None else asked.model,
+        device=device,
+        attention_type=model.attention_type,
+        sla_topk=model.sla_topk,
+        quant_linear=model.quant_linear,
+    )
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.Process
+    place: int
+    ready: bool = False
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class WorkerProcesses:
+    """Hands tasks to worker processes, each with the model on a GPU of its own, or on its share of the CPU.
+
+    The task of a process that dies goes to another one, `MAX_TRIES` times in all. One worker is this process.
+    """
+
+    model: ResolvedModel
+    folder: Path
+    workers: int
+    on_progress: Callable | None = None
+
+    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
+        """Make videos; raises TurboNbError where the model cannot be loaded."""
+        workers = min(self.workers, len(tasks))
+        if workers <= 1:
+            yield from InProcess(self.model, self.on_progress).make(tasks)
+            return
+        self.model.fetch(self.on_progress)  # here, because the workers would all download
+        context = multiprocessing.get_context("spawn")
+        waiting, deaths, crew = deque(tasks), Counter(), {}
+
+        def start(place: int) -> None:
+            order = Order(
+                options=pinned(self.model, "cpu" if self.model.device == "cpu" else f"cuda:{place}"),
+                identity=self.model.identity,
+                clip=_largest(tasks),
+                prompts=_prompts(tasks),
+                folder=self.folder,
+                place=place,
+                workers=workers,
+            )
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, order), daemon=True)
+            process.start()
+            theirs.close()
+            crew[ours] = _Worker(process, place)
+
+        try:
+            for place in range(workers):
+                start(place)
+            while waiting or any(worker.task for worker in crew.values()):
+                for connection, worker in crew.items():
+                    if waiting and worker.ready and not worker.task:
+                        worker.task = waiting.popleft()
+                        with suppress(OSError):  # the process is dead: its connection ends below
+                            connection.send(worker.task)
+                for connection in wait(list(crew)):
+                    worker = crew[connection]
+                    try:
+                        message = connection.recv()
+                    except (EOFError, OSError):
+                        del crew[connection]
+                        how = _ending(worker.process)
+                        if worker.task:
+                            deaths[worker.task.id] += 1
+                            if deaths[worker.task.id] < MAX_TRIES:
+                                waiting.appendleft(worker.task)
+                            else:
+                                error = f"the worker process {how} over it, {MAX_TRIES} times"
+                                yield worker.task.record("failed", error=error)
+                        if worker.ready and waiting:
+                            start(worker.place)
+                        elif waiting and not crew:
+                            raise TurboNbError(
+                                f"the worker process {how} while it loaded the model. Take fewer workers or a smaller "
+                                "memory plan."
+                            ) from None
+                        continue
+                    if isinstance(message, TurboNbError):
+                        raise message
+                    if message is None:
+                        worker.ready = True
+                    else:
+                        worker.task = None
+                        yield message
+        finally:
+            for worker in crew.values():
+                worker.process.terminate()
+            for worker in crew.values():
+                worker.process.join(10)
+                worker.process.kill()
+
+
+def _ending(process: multiprocessing.Process) -> str:
+    """Wait for a process, and return how it ended"""
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
         return "was killed, as happens when memory runs out,"
-    return f"ended with exit code {exit_code}"
+    return f"ended with exit code {process.exitcode}"
 
 
-def _work(connection: Connection, load: dict, folder: Path, place: int, workers: int, gpu: bool) -> None:
-    """A worker process: load the model on the GPU of its number, say None, then turn tasks into records."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends this one
+def work(connection: Connection, order: Order) -> None:
+    """Be a worker process: load the model, send None, then turn tasks into records."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if gpu:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
-    else:
-        import torch
+    import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if order.options.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // order.workers))
+    else:
+        torch.cuda.set_device(order.options.device)  # so that nothing of this process takes memory of GPU 0
     try:
-        with _lock(folder, shared=True):
-            loaded = pipeline.load_pipeline(**load)
+        with worker_lock(order.folder, order.place):
+            loaded = pipeline.load(order.resolve(), clip=order.clip, prompts=order.prompts)
             connection.send(None)
             while True:
-                record = _make(loaded, connection.recv(), workers)
+                record = make(loaded, connection.recv(), order.workers)
                 connection.send(record)
-                if _gpu_is_lost(record):
+                if _has_lost_gpu(record):
                     return
     except TurboNbError as error:
         connection.send(error)

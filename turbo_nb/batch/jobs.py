@@ -1,149 +1,165 @@
-"""Many prompts become videos, here or on every GPU of this machine; stopped at any moment, the next run goes on.
+"""Jobs and a model become tasks: checked, with an id, and with the path of the video.
 
-A job's id is the hash of what determines its video, and the video carries it. So what is done can be seen from the
-folder alone: the manifest says it quickly, and a file that the manifest does not know yet says it itself.
+The id is the hash of everything that determines the video: the model as it is now, the clip, and the image's pixels.
+Two jobs with one id are the same job. The video carries its id, so the folder alone shows what is done.
 """
 
 import hashlib
-import inspect
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .. import catalog, generation, pipeline, settings
+from .. import generation, records
 from ..errors import InputError
-from ..files import fingerprint
-from ..video import images, mp4
-from .prompts import Job, _known_setting
-
-if TYPE_CHECKING:
-    pass
-
-
-# What is to be made
+from ..files.resolve import ResolvedModel
+from ..pipeline import LoadedModel
+from ..runtime.place import transformers
+from ..settings import ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds
+from ..video import mp4
+from .manifest import JobRecord
+from .prompts import ROW_OPTIONS, Job, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
-    """A job that is checked: its id, where its video goes, and `generate`'s arguments"""
+class Task:
+    """A video to make.
+
+    Args:
+        id: hash of what determines the video.
+        settings: as they were asked for. clip: the same with the model's defaults.
+        source: where the prompt was read.
+        path: of the video.
+    """
 
     id: str
-    prompt: str
-    arguments: dict
-    settings: settings.Settings
+    settings: ClipSettings
+    clip: ResolvedClip
     source: str
     path: Path
 
-    def record(self, status: str, **more) -> dict:
-        """A line of the manifest"""
-        image = self.arguments.get("image")
-        record = {
-            "id": self.id, "status": status, "file": self.path.name if status == "done" else None, "error": None,
-            "prompt": self.prompt, "source": self.source,
+    def record(self, status: str, **more: Any) -> JobRecord:
+        """Return the line of the manifest."""
+        image = self.settings.image
+        known = {
+            "file": self.path.name if status == "done" else None,
+            "prompt": self.clip.prompt,
+            "source": self.source,
             "image": str(image) if isinstance(image, str | Path) else None,
-            "settings": asdict(self.settings), "timings": {},
-        }  # fmt: skip
-        return record | more | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+            "settings": records.VideoRecord(**asdict(self.clip)),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return JobRecord(id=self.id, status=status, **known | more)
 
+    def done(self, video: records.VideoRecord, **timings: float) -> JobRecord:
+        """Return the line of a finished video, from its metadata; `timings` are added to those."""
+        return self.record(
+            "done",
+            settings=replace(video, timings={}, steps=[], job=None),
+            timings=video.timings | timings,
+            steps=video.steps,
+            bytes=self.path.stat().st_size,
+        )
 
-def _check(jobs: Iterable[Job | str], load, folder: Path, settings: dict, num_samples: int) -> list[_Task]:
-    """Tasks of the jobs, all checked without a model. Raises InputError that names every job that cannot be made."""
-    if isinstance(load, dict):
-        parameters = inspect.signature(pipeline.load_pipeline).parameters
-        if unknown := load.keys() - parameters.keys():
-            raise InputError(f"load_pipeline takes no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
-        made_of = {name: parameter.default for name, parameter in parameters.items()} | load
-        spec = pipeline.find_spec(made_of["model"])
-    else:
-        made_of, spec = load.made_of, load.spec
-        if getattr(load.transformer, "peft_config", None):
-            raise InputError("a LoRA was added to this pipeline; merge it first (turbo-nb convert IN OUT --lora FILE)")
-    for name in settings:
-        _known_setting(name)
-    if num_samples < 1:
-        raise InputError(f"num_samples is {num_samples}; it is 1 or more")
-    model = _identity(made_of, spec)
-    tasks, wrong = [], []
-    for number, job in enumerate(jobs, 1):
-        job = Job(prompt=job, source=f"prompt {number}") if isinstance(job, str) else job
-        arguments = settings | job.settings
-        first = arguments.get("seed", 0)
+    def is_recorded(self, record: JobRecord | None) -> bool:
+        """Return whether a line of the manifest describes the video, and the file has the size that it had."""
+        described = ("done", self.path.name, self.clip.prompt)
+        if record is None or (record.status, record.file, record.prompt) != described:
+            return False
+        return self.path.is_file() and self.path.stat().st_size == record.bytes
+
+    def found(self) -> JobRecord | None:
+        """Return the line of a video that is there, from its own metadata."""
         try:
-            for name in job.settings:
-                _known_setting(name)
-            for seed in range(first, first + num_samples):
-                tasks.append(_task(job, arguments | {"seed": seed}, spec, model, folder))
+            video = records.read(records.VideoRecord, mp4.read_metadata(self.path))
+        except (InputError, ValueError, RecursionError):
+            return None
+        return self.done(video) if video and video.job == self.id else None
+
+
+def tasks_of(
+    jobs: Iterable[Job | str | InputError],
+    model: LoadedModel | ResolvedModel,
+    folder: Path,
+    settings: dict,
+    num_samples: int = 1,
+) -> list[Task]:
+    """Check jobs without loading a model, and return their tasks, in order.
+
+    Args:
+        jobs: what to make; an InputError stands for a row that could not be read.
+        settings: options of the clips for jobs without their own.
+        num_samples: videos of each job, with seed, seed + 1, …
+
+    Raises:
+        InputError: some jobs cannot be made. The message names each, up to 5.
+    """
+    check_names("an option", settings, ROW_OPTIONS)
+    if isinstance(model, LoadedModel):
+        _check_adapters(model)
+    identity, pictures, tasks, wrong = model.identity, {}, [], []
+    for number, job in enumerate(jobs, 1):
+        if isinstance(job, InputError):
+            wrong.append(str(job))
+            continue
+        job = job if isinstance(job, Job) else Job(prompt=job, source=f"prompt {number}")
+        try:
+            check_names("an option", job.settings, ROW_OPTIONS)
+            own = {name: value for name, value in job.settings.items() if value is not None}
+            asked = build(ClipSettings, settings | own, prompt=job.prompt)
+            clip, picture = _clip(asked, model, pictures)
+            tasks += [
+                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, picture, folder, job.source)
+                for seed in seeds(asked.seed, num_samples)
+            ]
         except InputError as error:
             wrong.append(f"{job.source}: {error}" if job.source else str(error))
-    if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise InputError("; ".join(wrong[:5]) + more)
+    refuse(wrong)
     if not tasks:
-        raise InputError("no prompts; give at least one")
+        raise InputError("prompts is empty. Expected at least one prompt.")
     return tasks
 
 
-def _task(job: Job, arguments: dict, spec, model: dict, folder: Path) -> _Task:
-    settings = generation.check_job(spec, job.prompt, **arguments)
-    determines = {"made of": model, **asdict(settings)}
-    del determines["model"]  # a name; `model` knows the weights
-    if arguments.get("image") is not None:
-        image = images.load_image(arguments["image"])
-        determines["image"] = [*image.size, hashlib.sha256(image.tobytes()).hexdigest()]
-    text = json.dumps(determines, sort_keys=True)
+def _check_adapters(model: LoadedModel) -> None:
+    """Raise InputError for a LoRA that is attached but not fused, because the weights do not show it"""
+    for transformer in transformers(model.pipeline):
+        if getattr(transformer, "peft_config", None):
+            layers = [module for module in transformer.modules() if hasattr(module, "merged_adapters")]
+            if not layers or not all(layer.merged for layer in layers):
+                raise InputError(
+                    "pipeline is one with a LoRA that is not fused. Expected none, or a fused one. Call its "
+                    "fuse_lora(), or merge the LoRA first: turbo-nb convert IN OUT --lora FILE"
+                )
+
+
+def _clip(asked: ClipSettings, model: LoadedModel | ResolvedModel, pictures: dict) -> tuple[ResolvedClip, list | None]:
+    """Return the clip, and its image as size and hash of the pixels; `pictures` remembers those by file"""
+    key = str(asked.image) if isinstance(asked.image, str | Path) else id(asked.image)
+    if key in pictures:  # a file is decoded once, however many jobs begin with it
+        return resolve_clip(asked, model.spec, tuple(pictures[key][:2])), pictures[key]
+    prepared = generation.prepare(asked, model.spec)
+    if (image := prepared.image) is not None:
+        pictures[key] = [*image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+    return prepared.clip, pictures.get(key)
+
+
+def _task(
+    asked: ClipSettings, clip: ResolvedClip, identity: dict, picture: list | None, folder: Path, source: str
+) -> Task:
+    # without the model's name, because `identity` knows the weights, and without None, so that an option that is added
+    # later changes no id
+    determines = {name: value for name, value in asdict(clip).items() if name != "model" and value is not None}
+    text = json.dumps({"made of": identity, "image": picture, **determines}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = folder / ("-".join(filter(None, (name, _slug(job.prompt)))) + ".mp4")
-    return _Task(id=name, prompt=job.prompt, arguments=arguments, settings=settings, source=job.source, path=path)
+    path = folder / ("-".join(filter(None, (name, _slug(clip.prompt)))) + ".mp4")
+    return Task(id=name, settings=asked, clip=clip, source=source, path=path)
 
 
 def _slug(prompt: str) -> str:
-    """The prompt's Latin letters and digits, such as a-red-circle"""
+    """Return the prompt's Latin letters and digits, such as a-red-circle"""
     ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     return "-".join(re.findall(r"[a-z0-9]+", ascii_only))[:40].strip("-")
-
-
-def _identity(made_of: dict, spec) -> dict:
-    """What a pipeline's videos depend on, weights by their content: a moved file is the same, a changed one is not"""
-    model = made_of["model"]
-    named = catalog.is_name(model)
-    return {
-        "model": spec.name if named else _fingerprints(model),
-        "attention_type": made_of["attention_type"],
-        "sla_topk": spec.sla_topk if made_of["sla_topk"] is None else made_of["sla_topk"],
-        "quant_linear": made_of["quant_linear"],
-    } | {name: _fingerprints(made_of[name]) for name in ("checkpoint", "vae", "text_encoder", "tokenizer")}
-
-
-def _fingerprints(paths) -> list[str]:
-    paths = paths if isinstance(paths, tuple | list) else [paths]
-    return [fingerprint.fingerprint(Path(path)) for path in paths if path is not None]
-
-
-def _recorded(task: _Task, record: dict | None) -> bool:
-    """Whether the manifest knows the video, and it is still there as it was"""
-    if record is None or record["status"] != "done" or not task.path.exists():
-        return False
-    return task.path.stat().st_size == record.get("bytes")
-
-
-def _found(task: _Task) -> dict | None:
-    """The record of a video that is there, from the video itself"""
-    try:
-        told = mp4.read_metadata(task.path)
-    except (InputError, ValueError):
-        return None
-    return _done(task, told) if told.get("job") == task.id else None
-
-
-def _done(task: _Task, told: dict, **timings: float) -> dict:
-    """The record of a finished video, from the metadata in it"""
-    settings = {name: value for name, value in told.items() if name not in ("job", "timings", "steps")}
-    size = task.path.stat().st_size
-    return task.record(
-        "done", settings=settings, timings=told["timings"] | timings, steps=told.get("steps", []), bytes=size
-    )

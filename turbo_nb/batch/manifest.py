@@ -1,117 +1,180 @@
-"""Many prompts become videos, here or on every GPU of this machine; stopped at any moment, the next run goes on.
+"""The folder of a batch: the manifest, the lock, and what killed runs left.
 
-A job's id is the hash of what determines its video, and the video carries it. So what is done can be seen from the
-folder alone: the manifest says it quickly, and a file that the manifest does not know yet says it itself.
+`manifest.jsonl` has one JSON object a line, appended when a job ends. The last line of a job counts.
 """
 
+import errno
 import json
 import os
 import re
 import socket
-import warnings
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import Literal
 
-from ..errors import OutputError
+from filelock import FileLock, Timeout
 
-if TYPE_CHECKING:
-    pass
+from .. import records
+from ..errors import OutputError, warn
+from ..machine import atomic
 
-MANIFEST, LOCK = "manifest.jsonl", ".lock"
-
-
-# The folder
-
-
-@contextmanager
-def _lock(folder: Path, *, shared: bool = False) -> Iterator[IO[str]]:
-    """Keep other runs out of the folder. Raises OutputError if one is at work there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:  # closing it, or dying, lets go
-        _take(file, folder, shared=shared)
-        if not shared:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
-        yield file
+MANIFEST = "manifest.jsonl"
+LOCK, OWNER, WORKER_LOCK = ".lock", ".lock.owner", ".lock.worker-"
+# Temporary names of versions that did not use machine.atomic
+OLD_TEMPORARY = re.compile(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*)")
+CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO}  # as on some network drives
 
 
-def _take(file: IO[str], folder: Path, *, shared: bool) -> None:
-    """Take the lock; the processes of one run hold it together, so that it outlives the one that started them."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; there it is the user who keeps two runs apart
-        return
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise OutputError(
-            f"another run is at work in {str(folder)!r} ({file.read() or 'starting'}); wait for it, or give another "
-            "output_dir"
-        ) from error
-    except OSError as error:
-        warnings.warn(f"{str(folder)!r} cannot be locked ({error}); see that no other run writes there", stacklevel=2)
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A line of the manifest.
 
-
-def read_manifest(output_dir: str | os.PathLike) -> list[dict]:
-    """The records of a folder's manifest, oldest first; a torn line is left out. Empty if there is none.
-
-    A record has id, status ("done" or "failed"), file, error, prompt, source, image, settings, timings in seconds,
-    time, and cost in dollars, None without a price; of workers side by side each pays its share.
+    Args:
+        id: hash of what determines the video.
+        file: name of the video. error: why the job failed.
+        source: where the prompt was read, such as prompts.csv:3. image: path of the job's image.
+        settings: of the clip; of a finished one also how it was made.
+        timings: seconds by stage. steps: seconds of each denoising step.
+        bytes: size of the file.
+        time: when the job ended, in ISO 8601.
+        cost: in dollars, None where no price was set. Workers side by side each pay their share.
     """
-    return [record for _, record in _manifest_lines(Path(output_dir) / MANIFEST)]
+
+    id: str
+    status: Literal["done", "failed"]
+    file: str | None = None
+    error: str | None = None
+    prompt: str = ""
+    source: str = ""
+    image: str | None = None
+    settings: records.VideoRecord = field(default_factory=records.VideoRecord)
+    timings: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    bytes: int | None = None
+    time: str = ""
+    cost: float | None = None
 
 
-def _manifest_lines(path: Path) -> list[tuple[bytes, dict]]:
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last line end is torn
+def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
+    """Read the manifest of a folder.
+
+    Args:
+        output_dir: the folder of a batch.
+
+    Returns:
+        Its records, oldest first, without lines that are torn or foreign. Empty where the manifest does not exist.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    with as_output_error(Path(output_dir)):
+        lines = _objects(Path(output_dir) / MANIFEST)
+    return [record for _, data in lines if (record := records.read(JobRecord, data))]
+
+
+def _objects(path: Path) -> list[tuple[bytes, dict]]:
+    """Return the whole lines of a file that are JSON objects, and the objects"""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # a line without its end is torn
+    except FileNotFoundError:
+        return []
     found = []
     for line in lines:
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and record.keys() >= {"id", "status"}:
-                found.append((line + b"\n", record))
+        with suppress(ValueError, RecursionError):
+            if isinstance(data := json.loads(line), dict):
+                found.append((line + b"\n", data))
     return found
 
 
-def _mend(path: Path) -> None:
-    """Take torn lines out of the manifest, which a full disk or a power cut leaves."""
-    if not path.exists():
-        return
-    whole = b"".join(line for line, _ in _manifest_lines(path))
-    if whole != path.read_bytes():
-        with _whole(path) as temporary, temporary.open("wb") as file:
-            file.write(whole)
-            file.flush()
-            os.fsync(file.fileno())
+def mend(path: Path) -> None:
+    """Remove torn lines, which a full disk or a power cut leaves, from a manifest."""
+    whole = b"".join(line for line, _ in _objects(path))
+    if path.exists() and whole != path.read_bytes():
+        atomic.write(path, whole, durable=True)
 
 
-def _append(path: Path, record: dict) -> None:
-    """One line with one write, on the disk when this returns"""
-    line = json.dumps(record).encode() + b"\n"
-    try:
-        with path.open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError("the disk is full")
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error}; free some space and start again") from error
+def append(path: Path, record: JobRecord) -> None:
+    """Add a line to a manifest with one write, and wait until the disk has it."""
+    data = records.write(record) | {"settings": records.write(record.settings)}
+    line = json.dumps(data).encode() + b"\n"
+    with as_output_error(path), path.open("ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            raise OSError("the disk is full")
+        os.fsync(file.fileno())
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end"""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+def as_output_error(path: Path) -> Iterator[None]:
+    """Raise an OutputError for an error of the operating system."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot use {str(path)!r}: {error}. Expected a folder that can be written. Free some space, or choose "
+            "another output_dir."
+        ) from error
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed."""
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made.
+
+    The lock ends with the process, even with one that is killed.
+
+    Raises:
+        OutputError: another run, or a worker process of one that was killed, is at work in the folder.
+    """
+    with as_output_error(folder), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_held(folder, LOCK))
+        for path in folder.glob(f"{WORKER_LOCK}*"):
+            with _held(folder, path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # only the error of a second run reads it
+            atomic.write(folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
+            stack.callback((folder / OWNER).unlink, missing_ok=True)
+        held = stack.pop_all()
+    with held:
+        yield
+
+
+def worker_lock(folder: Path, place: int):
+    """Keep new runs out of a folder until a worker process has ended, even where its run was killed."""
+    return _held(folder, f"{WORKER_LOCK}{place}")
+
+
+@contextmanager
+def _held(folder: Path, name: str) -> Iterator[None]:
+    """Hold one lock file. Warn on a file system without locks."""
+    # Without soft fallback, because a soft lock outlives a process that was killed
+    lock = FileLock(folder / name, timeout=0, fallback_to_soft=False)
+    with ExitStack() as stack:
+        try:
+            lock.acquire()
+            stack.callback(lock.release)
+        except Timeout as error:
+            owner = "starting"
+            with suppress(OSError):
+                owner = (folder / OWNER).read_text(encoding="utf-8", errors="replace")
+            raise OutputError(
+                f"output_dir is {str(folder)!r}, where another run is at work ({owner}). Expected a folder without a "
+                "run. Wait for it, or give another output_dir."
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
+                raise
+            warn(f"{str(folder)!r} cannot be locked ({error}). Start no other run in this folder.")
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of runs that were killed. The caller holds the folder's lock."""
+    atomic.sweep(folder, time.time() + 1)
     for path in folder.glob(".*"):
-        if re.match(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*|turbo_nb-.*)$", path.name):
+        if OLD_TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)

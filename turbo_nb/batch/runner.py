@@ -1,7 +1,6 @@
-"""Many prompts become videos, here or on every GPU of this machine; stopped at any moment, the next run goes on.
+"""`run()`: check all jobs, find what is done, make the rest, record each.
 
-A job's id is the hash of what determines its video, and the video carries it. So what is done can be seen from the
-folder alone: the manifest says it quickly, and a file that the manifest does not know yet says it itself.
+A run can be stopped at any moment, even by a kill; the next run makes what is missing.
 """
 
 import os
@@ -11,80 +10,71 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files.resolve import ResolvedModel, resolve
 from ..machine import environment
+from ..pipeline import LoadedModel
+from ..settings import LoadOptions, RunOptions, build
 from ..video import mp4
-from .engines import _make_all
-from .jobs import _check, _found, _recorded
-from .manifest import MANIFEST, _append, _lock, _mend, _sweep, read_manifest
-from .prompts import Job, read_prompts
-from .summary import Summary, _contact_sheet
+from .engines import Engine, engine_for
+from .jobs import Task, tasks_of
+from .manifest import MANIFEST, JobRecord, append, as_output_error, mend, read_manifest, run_lock, sweep
+from .prompts import Job, read_rows
+from .summary import Summary, contact_sheet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-# The run
-
-
 def run(
     jobs: "Iterable[Job | str] | str | Path",
-    load: "str | Path | dict | DiffusionPipeline",
+    load: "str | Path | tuple | dict | LoadOptions | ResolvedModel | DiffusionPipeline",
     output_dir: str | os.PathLike,
     *,
     workers: int | None = None,
     num_samples: int = 1,
-    on_record: Callable[[dict, int, int], None] | None = None,
+    on_record: Callable[[JobRecord, int, int], None] | None = None,
     on_progress: Callable | None = None,
     **settings,
 ) -> Summary:
-    """Make the videos that are missing in `output_dir`, and its manifest and contact sheet.
+    """Make the videos that are missing in a folder, with a manifest and a contact sheet.
 
-    jobs: what `read_prompts` gives, the path of such a file, or prompts. load: a pipeline; a model; or a dict of
-    `load_pipeline`'s arguments, loaded when something is missing. settings: those of `generate` that hold for every job
-    without its own. num_samples: videos of a job, with seed, seed + 1, …
+    A job that fails gets a record with its error, and the others go on. The next run tries it again, last.
 
-    workers: processes, each with the model on a GPU of its own; None is one a GPU. One worker, as on a CPU, is this
-    process. (A script that asks for more needs the guard `if __name__ == "__main__"`.)
+    Args:
+        jobs: prompts, `Job`s, or the path of a file that `read_prompts` reads.
+        load: a model's name or path, options of `load_pipeline` (LoadOptions or a dict), or a pipeline. A model that
+            is not loaded is loaded when a video is missing.
+        output_dir: the folder. One run at a time works there, and removes temporary files of earlier ones.
+        workers: processes, each with the model on a GPU of its own. None: one a GPU. One worker, as on a CPU, is this
+            process. A script that asks for more needs the guard `if __name__ == "__main__"`.
+        num_samples: videos of each job, with seed, seed + 1, …
+        on_record: called as on_record(record, done, total) when a video is finished or has failed.
+        on_progress: called as bytes of a download arrive.
+        settings: options of `generate` for jobs without their own.
 
-    on_record(record, done, total) is told of every video as it is made or fails; on_progress of downloads, as by
-    `hub.fetch`. A job that fails is in the manifest with its error, and the next run tries it again, last. Ctrl-C,
-    and any kill, lose only what is under way.
+    Returns:
+        What was made; it prints as a table.
 
-    Raises InputError before anything is loaded if any job cannot be made as asked; OutputError if another run is at
-    work in the folder, or it cannot be written; and what `load_pipeline` raises.
+    Raises:
+        InputError: a job or an option cannot be used. Nothing was loaded, downloaded or written.
+        OutputError: another run is at work in the folder, or it cannot be written.
+        TurboNbError: the model cannot be loaded.
     """
     begin = time.perf_counter()
-    folder = Path(output_dir)
-    jobs = read_prompts(jobs) if isinstance(jobs, str | Path) else jobs
-    load = {"model": load} if isinstance(load, str | Path) else load
-    tasks = _check(jobs, load, folder, settings, num_samples)
-    wanted = {}
+    options = build(RunOptions, {"output_dir": output_dir, "workers": workers, "num_samples": num_samples})
+    folder = Path(options.output_dir)
+    rows = read_rows(jobs) if isinstance(jobs, str | Path) else jobs
+    model = _model(load)
+    tasks = tasks_of(rows, model, folder, settings, options.num_samples)
+    mp4.check_output(tasks[0].path)
+    engine = engine_for(model, tasks, folder, options.workers, on_progress)
+    wanted: dict[str, Task] = {}
     for task in tasks:
         wanted.setdefault(task.id, task)
-    manifest = mp4.check_output(tasks[0].path).parent / MANIFEST
-    with _lock(folder) as lock:
-        _sweep(folder)
-        _mend(manifest)
-        records = {record["id"]: record for record in read_manifest(folder)}
-        missing = []
-        for task in wanted.values():
-            if _recorded(task, records.get(task.id)):
-                continue
-            if found := _found(task):
-                _append(manifest, found)
-                records[task.id] = found
-            else:
-                missing.append(task)
-        missing.sort(key=lambda task: task.id in records)  # what failed before may fail again: last
-        made = 0
-        with closing(_make_all(missing, load, workers, folder, lock, on_progress)) as results:
-            for number, record in enumerate(results, 1):
-                _append(manifest, record)
-                records[record["id"]] = record
-                made += record["status"] == "done"
-                if on_record:
-                    on_record(record, number, len(missing))
-        sheet = _contact_sheet(folder)
+    with run_lock(folder):
+        records, missing = _find(wanted, folder)
+        made = _make(engine, missing, records, folder, on_record)
+        sheet = contact_sheet(folder, records.values())
     seconds = time.perf_counter() - begin
     return Summary(
         output_dir=folder,
@@ -95,3 +85,50 @@ def run(
         cost=environment.cost(seconds),
         sheet=sheet,
     )
+
+
+def _model(load) -> LoadedModel | ResolvedModel:
+    """Return the model that a run uses, resolved once: for the ids and for loading"""
+    if isinstance(load, ResolvedModel):
+        return load
+    if isinstance(load, LoadOptions):
+        return resolve(load)
+    if isinstance(load, dict):
+        return resolve(build(LoadOptions, load))
+    if isinstance(load, str | Path | tuple):
+        return resolve(LoadOptions(model=load))
+    return LoadedModel.of(load)
+
+
+def _find(wanted: dict[str, Task], folder: Path) -> tuple[dict[str, JobRecord], list[Task]]:
+    """Return the folder's records by id, after adding those of videos that lack one, and the tasks that are missing"""
+    manifest = folder / MANIFEST
+    with as_output_error(folder):
+        sweep(folder)
+        mend(manifest)
+        records = {record.id: record for record in read_manifest(folder)}
+        missing = []
+        for task in wanted.values():
+            if task.is_recorded(records.get(task.id)):
+                continue
+            if found := task.found():
+                append(manifest, found)
+                records[task.id] = found
+            else:
+                mp4.check_output(task.path)
+                missing.append(task)
+    missing.sort(key=lambda task: task.id in records)  # last, because a job that failed may fail again
+    return records, missing
+
+
+def _make(engine: Engine, missing: list[Task], records: dict[str, JobRecord], folder: Path, on_record) -> int:
+    """Make tasks, record each, and return how many were made"""
+    made = 0
+    with closing(engine.make(missing)) as results:
+        for number, record in enumerate(results, 1):
+            append(folder / MANIFEST, record)
+            records[record.id] = record
+            made += record.status == "done"
+            if on_record:
+                on_record(record, number, len(missing))
+    return made
