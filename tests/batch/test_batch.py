@@ -182,7 +182,7 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
 
 
 def ids(prompts, load="nano", **options):
-    return [task.id for task in jobs.tasks_of(prompts, runner._model(load), Path("out"), options)]
+    return [task.id for task in jobs.tasks_of(prompts, runner.model_of(load), Path("out"), options)]
 
 
 @pytest.fixture
@@ -567,14 +567,14 @@ def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
         return [prompts.Job(prompt="it moves", settings={"image": tmp_path / name})]
 
     red, copy, blue = (
-        jobs.tasks_of(picture(*kind), runner._model("Wan2.2-A14B"), tmp_path, {})[0]
+        jobs.tasks_of(picture(*kind), runner.model_of("Wan2.2-A14B"), tmp_path, {})[0]
         for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
     )
     assert red.id == copy.id != blue.id
     opened = []
     monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or Image.open(path))
     rows = [*picture("red.png", "red"), *picture("blue.png", "blue")] * 2
-    tasks = jobs.tasks_of(rows, runner._model("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)
+    tasks = jobs.tasks_of(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)
     assert len(tasks) == 8 and opened == [tmp_path / "red.png", tmp_path / "blue.png"]  # each file once
     assert [task.id for task in tasks[:4]] == [task.id for task in tasks[4:]]
     assert red.record("failed").image == str(tmp_path / "red.png")
@@ -625,7 +625,7 @@ def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkey
     summary = runner.run(jobs, load, tmp_path, workers=2, num_frames=1, num_steps=1, on_record=kill_one)
     assert len(killed) == 1 and (summary.made, summary.failed) == (6, [])
     assert len(manifest.read_manifest(tmp_path)) == 6 and len(videos(tmp_path)) == 6
-    priced = [record for record in summary.records if record.cost]  # but for one found after its worker's death
+    priced = [record for record in summary.records if record.cost]  # except one found after its worker's death
     assert len(priced) >= 5 and all(r.cost == sum(r.timings.values()) / 2 for r in priced)
     assert multiprocessing.active_children() == []
 

@@ -75,10 +75,10 @@ class Task:
     def found(self) -> JobRecord | None:
         """Return the line of a video that is there, from its own metadata."""
         try:
-            video = records.read(records.VideoRecord, mp4.read_metadata(self.path))
-        except (InputError, ValueError, RecursionError):
+            video = mp4.read_record(self.path)
+        except InputError:
             return None
-        return self.done(video) if video and video.job == self.id else None
+        return self.done(video) if video.job == self.id else None
 
 
 def tasks_of(

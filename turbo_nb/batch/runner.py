@@ -64,7 +64,7 @@ def run(
     options = build(RunOptions, {"output_dir": output_dir, "workers": workers, "num_samples": num_samples})
     folder = Path(options.output_dir)
     rows = read_rows(jobs) if isinstance(jobs, str | Path) else jobs
-    model = _model(load)
+    model = model_of(load)
     tasks = tasks_of(rows, model, folder, settings, options.num_samples)
     mp4.check_output(tasks[0].path)
     engine = engine_for(model, tasks, folder, options.workers, on_progress)
@@ -87,7 +87,7 @@ def run(
     )
 
 
-def _model(load) -> LoadedModel | ResolvedModel:
+def model_of(load) -> LoadedModel | ResolvedModel:
     """Return the model that a run uses, resolved once: for the ids and for loading"""
     if isinstance(load, ResolvedModel):
         return load

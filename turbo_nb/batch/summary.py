@@ -97,7 +97,7 @@ def _shorten(text: str, length: int) -> str:
 def contact_sheet(folder: Path, records: Iterable[JobRecord]) -> Path | None:
     """Draw the videos of some records, unless the picture is newer than the manifest; return its path.
 
-    A sheet that cannot be drawn is a warning, because the videos are worth more. None: there is no sheet.
+    A sheet that cannot be drawn is a warning, because the videos are worth more. Without a video the path is None.
     """
     path = folder / SHEET
     try:
