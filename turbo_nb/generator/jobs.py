@@ -1,7 +1,7 @@
-"""One clip at a time in the background: a request becomes a job, a job a file. No widgets here.
+"""One clip at a time in the background: a request becomes a job, and a job becomes an mp4. No widgets here.
 
-`Studio.of(folder)` is the same object however often a cell runs, so that a job outlives the cell and the page that
-began it. Whoever wants to know listens.
+`JobRunner.of(folder)` returns the same object however often a cell runs, because a job outlives the cell and the page
+that began it. A page calls `listen` to hear of every change.
 """
 
 import gc
@@ -10,24 +10,23 @@ import random
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import catalog, generation, pipeline, settings, sla
-from ..errors import InputError, TurboNbError
+from ..errors import InputError, TurboNbError, collect_warnings
+from ..files.resolve import ResolvedModel, resolve
 from ..machine import probe
-from ..runtime import estimate, plan
-from ..runtime.estimate import Estimate, machine
+from ..pipeline import LoadedModel
+from ..runtime import estimate
+from ..runtime.place import transformers
+from ..runtime.plan import Plan
+from ..settings import ClipSettings, LoadOptions
 from ..text import prompt_encoder
 from ..video import preview
 from ..video.gallery import Clip, Gallery
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 STAGES = ("load", "text", "denoise", "decode", "write")
 RANDOM_SEEDS = 2**31
@@ -35,53 +34,47 @@ RANDOM_SEEDS = 2**31
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asks for; None stands for the model's own, and for a random seed."""
+    """What a person asks for.
 
-    prompt: str
-    model: "str | Path" = "auto"
-    image: "str | Path | Image | None" = None
-    adaptive_resolution: bool = False
-    resolution: str | None = None
-    aspect_ratio: str | None = None
-    num_frames: int | None = None
-    num_steps: int = 4
-    seed: int | None = None
-    attention_type: str = "sla"
-    sla_topk: float | None = None
-    quant_linear: bool | str = "auto"
+    Args:
+        load: the model, and how it is loaded.
+        clip: the clip.
+        random_seed: draw a new seed in place of the clip's.
+    """
 
-    @property
-    def spec(self) -> catalog.ModelSpec:
-        """Of the model. Raises UnknownModelError, CheckpointError or InputError."""
-        return pipeline.find_spec(self.model)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    clip: ClipSettings
+    random_seed: bool = False
 
-    @property
-    def clip(self) -> dict:
-        """The arguments of `generate` that shape the clip."""
-        return {
-            "image": self.image,
-            "adaptive_resolution": self.adaptive_resolution,
-            "resolution": self.resolution,
-            "aspect_ratio": self.aspect_ratio,
-            "num_frames": self.num_frames,
-            "num_steps": self.num_steps,
-            "seed": self.seed or 0,
-        }
+    @classmethod
+    def of(cls, prompt: str, *, seed: int | None = None, **options) -> "Request":
+        """Make a request from options by name.
 
-    @property
-    def load(self) -> dict:
-        """The arguments of `load_pipeline`: where they change, the model is loaded anew. topk can change in place."""
-        model = self.spec.name if catalog.is_name(self.model) else self.model  # "auto" is the model that it stands for
-        return {"model": model, "attention_type": self.attention_type, "quant_linear": self.quant_linear}
+        Args:
+            prompt: what to show.
+            seed: None: a random seed.
+            options: those of `LoadOptions` and `ClipSettings`.
+
+        Raises:
+            InputError: an option is unknown or has a value that cannot be used.
+        """
+        load = {name: options.pop(name) for name in settings.options(LoadOptions) if name in options}
+        clip = settings.build(ClipSettings, options, prompt=prompt, seed=seed)
+        return cls(load=settings.build(LoadOptions, load), clip=clip, random_seed=seed is None)
 
 
 @dataclass(kw_only=True)
 class Job:
     """A request at work or done.
 
-    state: "running", "finished", "cancelled" or "failed". stage: one of STAGES; done of total: steps, or bytes of a
-    download (total 0: not known). preview: an animated WebP. error: in words; trace: where it came from,
-    if it was not foreseen. run: the finished clip.
+    Args:
+        state: "running", "finished", "cancelled" or "failed".
+        stage: one of STAGES.
+        done, total: steps, or bytes of a download. total 0: not known.
+        preview: an animated WebP of the clip so far.
+        notes: warnings, and where the memory plan puts the model.
+        error: why the job failed. trace: the traceback of an error that this package does not raise on purpose.
+        clip: the finished clip.
     """
 
     request: Request
@@ -93,57 +86,74 @@ class Job:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     trace: str = ""
-    run: Clip | None = None
+    clip: Clip | None = None
     began: float = field(default_factory=time.monotonic)
     cancelling: threading.Event = field(default_factory=threading.Event)
 
     @property
     def running(self) -> bool:
+        """Whether the job is at work."""
         return self.state == "running"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """What is known before a run. time: None where nothing tells; loaded: the model is in memory."""
+    """What is known of a clip before it is made.
+
+    Args:
+        width, height: in pixels. num_frames, fps: frames, and how many of them a second.
+        memory: the memory plan.
+        time: None where nothing is known about this machine.
+        loaded: whether the model is in memory.
+        has_preview: whether the clip can be shown while it is made.
+        notes: warnings about the choice of model.
+    """
 
     width: int
     height: int
     num_frames: int
-    memory: plan.Plan
-    time: Estimate | None
+    fps: int
+    memory: Plan
+    time: estimate.Estimate | None
     loaded: bool
+    has_preview: bool
+    notes: tuple[str, ...]
 
 
 class _Cancelled(Exception):
     pass
 
 
-class Studio:
-    """The clips of a folder, the model in memory, and the job at work.
+class JobRunner:
+    """Makes clips in a thread, one at a time, with one model in memory.
 
-    load and generate: `pipeline.load_pipeline` and `generation.generate`, or what stands in for them.
+    Args:
+        folder: where the clips go.
+        load, generate: `pipeline.load` and `generation.generate`, or what stands in for them.
     """
 
-    _all: "dict[Path, Studio]" = {}  # noqa: RUF012  one for each folder of this process
+    _all: "dict[Path, JobRunner]" = {}  # noqa: RUF012  one for each folder of this process
 
     def __init__(self, folder: str | os.PathLike, *, load: Callable | None = None, generate: Callable | None = None):
-        self.history = Gallery(folder)
+        self.gallery = Gallery(folder)
         self.job: Job | None = None
-        self.pipeline = None
-        self._load, self._generate = load or pipeline.load_pipeline, generate or generation.generate
-        self._loaded: dict | None = None  # the arguments that `pipeline` was loaded with
-        self._learned: dict[tuple, list[list[float]]] = {}  # the preview's colours by the VAE's means
+        self.model: LoadedModel | None = None
+        self._load, self._generate = load or pipeline.load, generate or generation.generate
+        self._choices: dict[LoadOptions, tuple[ResolvedModel, tuple[str, ...]]] = {}  # and their warnings
+        self._loaded: LoadOptions | None = None  # what `model` is, as `_identity` describes it
+        self._before: ResolvedModel | None = None  # carries the memory that was free before the latest load
+        self._factors: dict[tuple, list[list[float]]] = {}  # of previews, learned from clips, by the VAE's means
         self._listeners: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def of(cls, folder: str | os.PathLike) -> "Studio":
-        """The one of this folder, now and whenever asked again in this process."""
+    def of(cls, folder: str | os.PathLike) -> "JobRunner":
+        """Return the runner of a folder, which is the same for all callers in this process."""
         return cls._all.setdefault(Path(folder).resolve(), cls(folder))
 
     def listen(self, listener: Callable[[Job], None]) -> Callable[[], None]:
-        """Have listener(job) called at every change, from the worker's thread; returns what ends that."""
+        """Call listener(job) at every change, from the worker's thread. Returns a function that ends this."""
         self._listeners.append(listener)
 
         def stop() -> None:
@@ -152,26 +162,42 @@ class Studio:
 
         return stop
 
+    def resolve(self, options: LoadOptions) -> ResolvedModel:
+        """Find out what a choice of model means here, once for each choice. Raises what `files.resolve.resolve` raises.
+
+        The memory of a model that is loaded counts as free, because that model goes before the next one comes.
+        """
+        return self._choice(options)[0]
+
+    def refresh(self) -> None:
+        """Forget what was resolved, because files may have come or gone. A loaded model keeps its choices."""
+        if self.model is None and not (self.job and self.job.running):
+            self._choices.clear()
+
     def submit(self, request: Request) -> Job:
-        """Start a job in the background. Raises what `check_clip` raises, and InputError while another one runs."""
-        generation.check_clip(request.model, request.prompt, **request.clip)
-        if request.sla_topk is not None:
-            sla.check_topk(request.sla_topk)
-        if request.seed is None:
-            request = replace(request, seed=random.randrange(RANDOM_SEEDS))
+        """Start a job in the background.
+
+        Raises:
+            UnknownModelError, InputError, BackendError, CheckpointError: the request cannot be met.
+            InputError: another job is running.
+        """
+        generation.prepare(request.clip, self.resolve(request.load).spec)
+        if request.random_seed:
+            clip = replace(request.clip, seed=random.randrange(RANDOM_SEEDS))
+            request = replace(request, clip=clip, random_seed=False)
         with self._lock:
             if self.job and self.job.running:
-                raise InputError("a clip is being made; wait for it or cancel it first")
+                raise InputError("job is running. Expected one clip at a time. Wait for it or cancel it first.")
             job = self.job = Job(request=request)
-            self._thread = threading.Thread(target=self._work, args=(job,), name="turbo_nb studio", daemon=True)
+            self._thread = threading.Thread(target=self._work, args=(job,), name="turbo_nb jobs", daemon=True)
         self._thread.start()
         return job
 
     def cancel(self) -> None:
-        """Ask the running job to end, which it does after the step it is at."""
+        """Ask the running job to end. It ends after the present step."""
         if self.job and self.job.running and not self.job.cancelling.is_set():
             self.job.cancelling.set()
-            self._tell(self.job)
+            self._notify(self.job)
 
     def wait(self, timeout: float | None = None) -> Job | None:
         """Wait until the job has ended, or for `timeout` seconds."""
@@ -179,151 +205,177 @@ class Studio:
             self._thread.join(timeout)
         return self.job
 
-    def make(self, prompt: str, **settings) -> Clip:
-        """One clip, in the foreground: settings are those of `Request`. Raises what went wrong as a TurboNbError."""
-        self.submit(Request(prompt=prompt, **settings))
+    def make(self, prompt: str, **options) -> Clip:
+        """Make one clip and wait for it.
+
+        Args:
+            prompt, options: as of `Request.of`.
+
+        Raises:
+            TurboNbError: the job failed or was cancelled.
+        """
+        self.submit(Request.of(prompt, **options))
         job = self.wait()
-        if job.run is None:
-            raise TurboNbError(job.error or "cancelled; nothing was written")
-        return job.run
+        if job.clip is None:
+            raise TurboNbError(job.error or "The job was cancelled. Nothing was written.")
+        return job.clip
 
-    def outlook(self, request: Request) -> Outlook:
-        """Size, time and memory of a clip before it is made. Raises what `check_clip` raises, but for its image."""
-        import torch
+    def outlook(self, request: Request, image_size: tuple[int, int] | None = None) -> Outlook:
+        """Return size, time and memory of a clip before it is made. Opens no checkpoint that `resolve` has read.
 
-        spec = request.spec
-        clip = {name: value for name, value in request.clip.items() if name not in ("image", "adaptive_resolution")}
-        checked = settings.check_settings(spec, request.prompt.strip() or "?", **clip)
-        loaded = self._loaded == request.load
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        size = (checked.width, checked.height, checked.num_frames)
-        memory = plan.choose(
-            plan.sizes(spec, quantised=request.quant_linear is True),
-            spec.arch,
-            *size,
-            budget=self.pipeline.plan.budget if loaded else probe.free_memory(device),
-            host_budget=self.pipeline.plan.host_budget if loaded else probe.free_memory("cpu"),
-            device=device,
-            fused=plan.fused_on(),
-        )
-        wanted = asdict(checked) | {
-            "attention_type": request.attention_type,
-            "sla_topk": spec.sla_topk if request.sla_topk is None else request.sla_topk,
-            "quant_linear": None if request.quant_linear == "auto" else request.quant_linear,
-            "memory_plan": memory.name,
-        }
+        Args:
+            request: what would be submitted. Its image is not opened.
+            image_size: width and height of the image.
+
+        Raises:
+            UnknownModelError, InputError, BackendError, CheckpointError: the request cannot be met.
+        """
+        resolved, notes = self._choice(request.load)
+        clip = settings.resolve_clip(request.clip, resolved.spec, image_size)
+        memory, loaded = resolved.plan(clip.size), self._identity(resolved) == self._loaded
         return Outlook(
-            width=checked.width,
-            height=checked.height,
-            num_frames=checked.num_frames,
+            width=clip.width,
+            height=clip.height,
+            num_frames=clip.num_frames,
+            fps=resolved.spec.fps,
             memory=memory,
-            time=estimate.estimate(wanted, spec.arch, device=device),
+            time=generation.outlook(resolved, clip, self.model.plan.name if loaded else memory.name),
             loaded=loaded,
+            has_preview=resolved.spec.preview is not None or (loaded and self._vae_key() in self._factors),
+            notes=notes,
         )
 
-    def has_preview(self, spec: catalog.ModelSpec) -> bool:
-        """Return whether the next clip of this model can be shown while it is made."""
-        if self.pipeline is not None and self.pipeline.spec == spec:
-            return self._factors(spec) is not None
-        return spec.preview is not None or bool(spec.files)  # the released models have Wan2.1's VAE
+    def _choice(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
+        """Return the resolved model, and the warnings of resolving it"""
+        base = replace(options, sla_topk=None)
+        if base not in self._choices:
+            self._choices[base] = self._resolve(base)
+        found, notes = self._choices[base]
+        topk = found.spec.sla_topk if options.sla_topk is None else options.sla_topk
+        return replace(found, sla_topk=topk, options=options), notes
 
-    def _factors(self, spec: catalog.ModelSpec) -> list[list[float]] | None:
-        """Return the preview's colours: known before the first clip, or learned from it"""
-        return preview.factors_for(spec, self.pipeline.vae.config) or self._learned.get(self._vae_key())
+    def _resolve(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
+        before = self._before
+        if before and before.device != probe.device_of(options.device):
+            before = None
+        with collect_warnings() as notes:
+            found = resolve(replace(options, memory=options.memory or (before and before.memory)))
+        return (replace(found, host_memory=before.host_memory) if before else found), tuple(notes)
 
-    def _tell(self, job: Job) -> None:
+    @staticmethod
+    def _identity(resolved: ResolvedModel) -> LoadOptions:
+        """Return options that are equal for two choices of the same model; top-k can change without loading"""
+        options = resolved.options
+        named = options.checkpoint is None and str(options.model) in ("auto", *catalog.MODELS, *catalog.UPSTREAM_NAMES)
+        return replace(
+            options,
+            model=resolved.spec.name if named else options.model,
+            attention_type=resolved.attention_type,
+            quant_linear=resolved.quant_linear,
+            device=resolved.device,
+            sla_topk=None,
+        )
+
+    def _notify(self, job: Job) -> None:
         for listener in tuple(self._listeners):
             listener(job)
 
     def _advance(self, job: Job, stage: str, done: int = 0, total: int = 0) -> None:
-        """Note where the job is; here it ends if it was cancelled"""
+        """Record where the job is; a cancelled job ends here"""
         if job.cancelling.is_set():
             raise _Cancelled
         job.stage, job.done, job.total = stage, done, total
-        self._tell(job)
+        self._notify(job)
 
     def _work(self, job: Job) -> None:
         try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                try:
-                    job.run = self._make(job)
-                finally:
-                    job.notes += [str(w.message) for w in said if "turbo_nb" in w.filename]
+            with collect_warnings() as job.notes:
+                job.clip = self._make(job)
             job.state = "finished"
         except _Cancelled:
             job.state = "cancelled"
         except TurboNbError as error:
             job.state, job.error = "failed", str(error)
-        except BaseException as error:  # a thread's exception is seen by nobody else
+        except BaseException as error:  # because nobody else sees an exception of a thread
             job.state, job.error, job.trace = "failed", _in_words(error), traceback.format_exc()
         job.preview = None
-        self._tell(job)
+        self._notify(job)
 
     def _make(self, job: Job) -> Clip:
-        request = job.request
+        request, timings = job.request, {}
         self._advance(job, "load")
-        timings = {}
-        if self._loaded != request.load:
+        resolved = self.resolve(request.load)
+        if self._identity(resolved) != self._loaded:
             begin = time.perf_counter()
-            self._replace_pipeline(job)
+            self._replace_model(job, resolved)
             timings["load"] = time.perf_counter() - begin
-        loaded, spec = self.pipeline, self.pipeline.spec
-        for transformer in filter(None, (loaded.transformer, getattr(loaded, "transformer_2", None))):
-            sla.set_topk(transformer, spec.sla_topk if request.sla_topk is None else request.sla_topk)
-        denoised = None
+        model, denoised = self.model, None
+        for transformer in transformers(model.pipeline):
+            sla.set_topk(transformer, resolved.sla_topk)
 
         def after_step(done: int, total: int, latents) -> None:
             nonlocal denoised
-            denoised = loaded.scheduler.denoised
-            if factors := self._factors(spec):
-                job.preview = preview.animation(preview.preview(denoised, factors), spec.fps / 4)
+            denoised = model.pipeline.scheduler.denoised
+            if factors := model.spec.preview or self._factors.get(self._vae_key()):
+                job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
-        with self.history.encoder(spec.fps) as encoder:
+        steps = request.clip.num_steps
+        with self.gallery.encoder(model.spec.fps) as encoder:
             video = self._generate(
-                loaded,
-                request.prompt,
-                **request.clip,
-                on_stage=lambda name: self._advance(job, name, total=request.num_steps if name == "denoise" else 0),
+                model.pipeline,
+                **vars(request.clip),
+                on_stage=lambda name: self._advance(job, name, total=steps if name == "denoise" else 0),
                 on_step=after_step,
                 on_frames=encoder.add,
             )
             self._advance(job, "write")
-            run = self.history.save(video, machine(), timings, encoder)
-            estimate.remember(asdict(run.record), {"write": run.record.timings["write"]})
-        if denoised is not None and self._factors(spec) is None:
-            self._learned[self._vae_key()] = preview.fit_preview(denoised, video.frames)
-        return run
+            clip = self.gallery.save(video, estimate.machine(model.device), timings, encoder)
+        estimate.remember(asdict(video.record), {"write": clip.record.timings["write"]})
+        if model.spec.preview is None and denoised is not None:
+            self._factors[self._vae_key()] = preview.fit_preview(denoised, video.frames)
+        return clip
 
-    def _replace_pipeline(self, job: Job) -> None:
-        """Load another model, after the memory of the one before is given back"""
+    def _replace_model(self, job: Job, resolved: ResolvedModel) -> None:
+        """Load another model, after the memory of the earlier model is given back"""
         request = job.request
-        self.pipeline = self._loaded = None
+        self.model = self._loaded = None
         gc.collect()
         prompt_encoder.empty_cache()
+        self._before = resolved = replace(
+            resolved,
+            memory=request.load.memory or probe.free_memory(resolved.device),
+            host_memory=probe.free_memory("cpu"),
+        )
 
-        def note(chosen: plan.Plan) -> None:
-            if chosen.name != "resident":
-                job.notes.append(str(chosen))
+        def note(plan: Plan) -> None:
+            if plan.name != "resident":
+                job.notes.append(str(plan))
             self._advance(job, "load")
 
-        self.pipeline = self._load(
-            **request.load,
-            clip=generation.check_clip(request.model, request.prompt, **request.clip),
-            prompts=[request.prompt],
-            on_plan=note,
-            on_progress=lambda fetched: self._advance(job, "load", fetched.done, fetched.total or 0),
-        )
-        self._loaded = request.load
+        try:
+            loaded = self._load(
+                resolved,
+                clip=generation.prepare(request.clip, resolved.spec).clip.size,
+                prompts=[request.clip.prompt],
+                on_plan=note,
+                on_progress=lambda fetched: self._advance(job, "load", fetched.done, fetched.total or 0),
+            )
+        except TurboNbError:
+            self._choices.clear()  # because the person may replace the file that cannot be loaded
+            raise
+        self.model, self._loaded = LoadedModel.of(loaded), self._identity(resolved)
+        self._choices[replace(request.load, sla_topk=None)] = self.model.resolved, ()  # its parts are downloaded now
 
     def _vae_key(self) -> tuple:
-        return tuple(self.pipeline.vae.config.latents_mean)
+        return tuple(self.model.pipeline.vae.config.latents_mean)
 
 
 def _in_words(error: BaseException) -> str:
+    """Return the text for an error that this package does not raise on purpose"""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; take fewer frames, a smaller resolution, or the int8 checkpoint, and restart the kernel"
+        return "Out of memory. Take fewer frames, a smaller resolution, or the int8 checkpoint, and restart the kernel."
     return (
-        f"unexpected {type(error).__name__}: {error}. Try again; if it stays, restart the kernel and report the details"
+        f"unexpected {type(error).__name__}: {error}. Try again. If it happens again, restart the kernel and report "
+        "the details."
     )
