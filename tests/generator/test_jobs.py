@@ -2,69 +2,77 @@
 
 import threading
 import time
-from dataclasses import replace
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from turbo_nb import catalog, generation
-from turbo_nb.errors import InputError, TurboNbError
+from turbo_nb.errors import InputError, TurboNbError, warn
+from turbo_nb.files import hub
 from turbo_nb.generator import jobs
-from turbo_nb.generator.jobs import Request, Studio
+from turbo_nb.generator.jobs import JobRunner, Request
+from turbo_nb.machine import probe
+from turbo_nb.pipeline import LoadedModel
+from turbo_nb.runtime import estimate, plan
+from turbo_nb.runtime.plan import GB
+from turbo_nb.settings import LoadOptions, adaptive_size
 from turbo_nb.video import mp4, preview
 
+SMALLER, LARGER, I2V = "TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-720P", "TurboWan2.2-I2V-A14B-720P"
 SMALL = {"prompt": "a large red circle", "num_frames": 5, "num_steps": 2, "resolution": "64x64", "seed": 3}
 
 
 @pytest.fixture
 def made(tmp_path, nano):
-    """A studio that need not load nano again"""
-    return Studio(tmp_path / "clips", load=lambda **_: nano)
+    """A runner that need not load nano again"""
+    return JobRunner(tmp_path / "clips", load=lambda *_, **__: nano)
 
 
 def test_a_clip_is_made_and_found_again(made):
     events = []
     made.listen(lambda job: events.append((job.state, job.stage, job.done, job.total, bool(job.preview))))
-    made.submit(Request(**SMALL))
+    made.submit(Request.of(**SMALL))
     job = made.wait(60)
     assert (job.state, job.error) == ("finished", "")
     order = list(dict.fromkeys(stage for _, stage, *_ in events))
     assert order == list(jobs.STAGES)
     assert ("running", "denoise", 1, 2, True) in events and events[-1] == ("finished", "write", 0, 0, False)
-    found = Studio(made.history.folder).history.clips()
-    timings, steps = job.run.record.timings, job.run.record.steps
+    found = JobRunner(made.gallery.folder).gallery.clips()
+    timings, steps = job.clip.record.timings, job.clip.record.steps
     assert set(timings) == {"load", "text", "denoise", "decode", "write"} and len(steps) == 2
     timings.pop("write")
-    assert found == [job.run]
-    assert found[0].settings["seed"] == 3 and found[0].record.machine == jobs.machine()
+    assert found == [job.clip]
+    assert found[0].settings["seed"] == 3 and found[0].record.machine == estimate.machine("cpu")
 
 
-def test_the_same_folder_is_the_same_studio(tmp_path, monkeypatch):
+def test_the_same_folder_is_the_same_runner(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Studio.of("clips") is Studio.of(tmp_path / "clips")
-    assert Studio.of("clips") is not Studio.of("others")
+    assert JobRunner.of("clips") is JobRunner.of(tmp_path / "clips")
+    assert JobRunner.of("clips") is not JobRunner.of("others")
 
 
 def test_the_model_is_loaded_anew_only_where_it_must_be(tmp_path, nano):
     loads = []
-    made = Studio(tmp_path, load=lambda **settings: loads.append(settings["attention_type"]) or nano)
+    made = JobRunner(tmp_path, load=lambda resolved, **_: loads.append(resolved.attention_type) or nano)
     for more in ({}, {"sla_topk": 0.5}, {"model": "nano"}, {"attention_type": "original"}):
         made.make(**SMALL | more)
     assert loads == ["sla", "original"]
-    assert [run.settings["sla_topk"] for run in made.history.clips()] == [0.15, 0.15, 0.5, 0.15]
+    assert [run.settings["sla_topk"] for run in made.gallery.clips()] == [0.15, 0.15, 0.5, 0.15]
 
 
-def test_a_random_seed_is_told(made):
+def test_a_random_seed_is_recorded(made):
     seeds = {made.make(**SMALL | {"seed": None}).settings["seed"] for _ in range(2)}
-    assert len(seeds) == 2 and made.job.request.seed in seeds
+    assert len(seeds) == 2 and made.job.request.clip.seed in seeds
 
 
 def test_cancel_ends_the_run_after_the_step_it_is_at(made):
     stop = made.listen(lambda job: (job.stage, job.done) == ("denoise", 1) and made.cancel())
-    job = made.submit(Request(**SMALL | {"num_steps": 4}))
+    job = made.submit(Request.of(**SMALL | {"num_steps": 4}))
     made.wait(60)
     assert (job.state, job.stage, job.done) == ("cancelled", "denoise", 1)
-    assert made.history.clips() == []
+    assert made.gallery.clips() == []
     stop()
     assert made.make(**SMALL).path.exists()  # the next one works
 
@@ -81,35 +89,35 @@ def test_frames_are_encoded_while_others_are_decoded(made, monkeypatch):
 
 def test_cancelled_while_it_is_decoded_it_leaves_no_file(made):
     made.listen(lambda job: job.stage == "decode" and made.cancel())
-    made.submit(Request(**SMALL))
-    assert made.wait(60).state == "cancelled" and not list(made.history.folder.iterdir())
+    made.submit(Request.of(**SMALL))
+    assert made.wait(60).state == "cancelled" and not list(made.gallery.folder.iterdir())
 
 
 def test_one_at_a_time(tmp_path, nano):
     go = threading.Event()
 
-    def slow(**_):
+    def slow(*_, **__):
         go.wait(30)
         return nano
 
-    made = Studio(tmp_path, load=slow)
-    made.submit(Request(**SMALL))
-    with pytest.raises(InputError, match="wait for it or cancel"):
-        made.submit(Request(**SMALL))
+    made = JobRunner(tmp_path, load=slow)
+    made.submit(Request.of(**SMALL))
+    with pytest.raises(InputError, match="Wait for it or cancel"):
+        made.submit(Request.of(**SMALL))
     go.set()
     assert made.wait(60).state == "finished"
 
 
-def test_wrong_settings_are_told_before_anything_starts(made):
+def test_wrong_settings_raise_before_anything_starts(made):
     for wrong, words in [
-        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": " "}, "prompt is ' '"),
         ({"num_frames": 6}, "4n"),
         ({"sla_topk": 0.0}, "above 0"),
         ({"model": "nona"}, "unknown model"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "text alone"),
     ]:
         with pytest.raises(InputError, match=words):
-            made.submit(Request(**SMALL | wrong))
+            made.submit(Request.of(**SMALL | wrong))
     assert made.job is None
 
 
@@ -125,7 +133,7 @@ def test_errors_are_words(tmp_path, nano, error, words, has_trace):
     def fails(*_, **__):
         raise error
 
-    made = Studio(tmp_path, load=lambda **_: nano, generate=fails)
+    made = JobRunner(tmp_path, load=lambda *_, **__: nano, generate=fails)
     with pytest.raises(TurboNbError, match=words):
         made.make(**SMALL)
     assert made.job.state == "failed" and bool(made.job.trace) == has_trace
@@ -138,7 +146,7 @@ def test_remarks_of_generate_are_notes(made):
 
 def test_the_outlook_knows_size_memory_and_earlier_runs(made, tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
-    request = Request(**SMALL)
+    request = Request.of(**SMALL)
     before = made.outlook(request)
     assert (before.width, before.height, before.num_frames, before.time, before.loaded) == (64, 64, 5, None, False)
     assert before.memory.needs < 1e9
@@ -147,23 +155,154 @@ def test_the_outlook_knows_size_memory_and_earlier_runs(made, tmp_path, monkeypa
     took = time.perf_counter() - begin
     after = made.outlook(request)
     assert after.loaded and after.time.after == 1 and 0 < after.time.seconds < took
-    large = made.outlook(Request(prompt="", model="TurboWan2.1-T2V-14B-720P"))
+    large = made.outlook(Request.of("x", model="TurboWan2.1-T2V-14B-720P"))
     assert (large.width, large.num_frames) == (1280, 81) and large.memory.needs > 5e9
     with pytest.raises(InputError):
-        made.outlook(replace(request, num_frames=6))
+        made.outlook(Request.of("x", model="nano", boundary=0.9))
+
+
+def test_the_outlook_of_an_image_keeps_its_aspect(made):
+    request = Request.of("x", model=I2V, adaptive_resolution=True)
+    outlook = made.outlook(request, (500, 1000))
+    assert (outlook.width, outlook.height) == adaptive_size(1280 * 720, 500, 1000)
 
 
 def test_a_model_without_colours_learns_them_from_its_first_clip(tmp_path, nano, monkeypatch):
-    plain = replace(catalog.NANO, name="plain")
-    monkeypatch.setitem(vars(plain), "preview", None)
-    monkeypatch.setattr(nano, "spec", plain)
-    made = Studio(tmp_path, load=lambda **_: nano)
+    monkeypatch.setitem(vars(catalog.NANO), "preview", None)
+    made = JobRunner(tmp_path, load=lambda *_, **__: nano)
     previews = []
     made.listen(lambda job: previews.append(job.preview))
     made.make(**SMALL)
-    assert not any(previews) and made.has_preview(plain)
+    assert not any(previews) and made.outlook(Request.of(**SMALL)).has_preview
     made.make(**SMALL)
     assert any(previews)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(gigabytes, (model, int8), …): a GPU with so much free memory, and those models in the cache.
+
+    Returns what holds the free bytes, so that a test can change them.
+    """
+
+    def make(gigabytes, *downloaded):
+        known, free = {(catalog.find(name), quantised) for name, quantised in downloaded}, {"cuda": gigabytes * GB}
+        here = hub.Files(transformers=(), vae=None, text_encoder=None, tokenizer=None)
+        monkeypatch.setattr(probe, "device_of", lambda device: "cuda" if device == "auto" else device)
+        monkeypatch.setattr(probe, "free_memory", lambda device: free.get(device, 500 * GB))
+        monkeypatch.setattr(plan, "fused_on", lambda: True)
+        monkeypatch.setattr(hub, "cached", lambda spec, quantised=False: here if (spec, quantised) in known else None)
+        return free
+
+    return make
+
+
+class FakeModels:
+    """Stands in for `pipeline.load` and `generate`: a model takes GPU memory, and gives it back when the next comes"""
+
+    def __init__(self, free: dict, nano):
+        self.free, self.nano, self.loaded, self.used = free, nano, [], []
+
+    def load(self, resolved, *, clip, **_):
+        self.loaded.append(resolved)
+        self.free["cuda"] -= 30 * GB
+        made = SimpleNamespace(transformer=self.nano.transformer, vae=self.nano.vae)
+        made.turbo_nb = LoadedModel(resolved=resolved, pipeline=made, prompt_encoder=None, plan=resolved.plan(clip))
+        return made
+
+    def generate(self, pipeline, prompt, **_):
+        self.used.append(pipeline.turbo_nb.spec.name)
+        raise TurboNbError("enough")
+
+    def make(self, runner: JobRunner, **options) -> None:
+        runner.submit(Request.of("x", **options))
+        runner.wait(60)
+
+
+@pytest.mark.parametrize(("first", "second"), [("auto", SMALLER), (SMALLER, "auto")])
+def test_auto_stays_what_it_was_after_loading(tmp_path, gpu, nano, first, second):
+    free = gpu(48, (SMALLER, False), (LARGER, False))
+    models = FakeModels(free, nano)
+    runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
+    names = {"auto": LARGER, SMALLER: SMALLER}
+    models.make(runner, model=first)
+    assert runner.resolve(LoadOptions(model="auto")).spec.name == LARGER
+    assert [runner.outlook(Request.of("x", model=name)).loaded for name in (first, second)] == [True, False]
+    models.make(runner, model=names[first])  # the same model by its name: nothing to load
+    assert len(models.loaded) == 1
+    models.make(runner, model=second)
+    assert models.used == [names[first], names[first], names[second]]
+    assert [one.spec.name for one in models.loaded] == [names[first], names[second]]
+
+
+def test_memory_of_the_loaded_model_counts_as_free_for_the_next(tmp_path, gpu, nano):
+    free = gpu(48, (SMALLER, False), (LARGER, False))
+    models = FakeModels(free, nano)
+    runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
+    models.make(runner)
+    assert free["cuda"] == 18 * GB
+    assert runner.outlook(Request.of("x")).memory.budget == 48 * GB
+    assert runner.outlook(Request.of("x", model=SMALLER)).memory.budget == 48 * GB
+    free["cuda"] = 40 * GB  # given back, and another process took some
+    models.make(runner, model=SMALLER)
+    assert models.loaded[1].memory == 40 * GB
+
+
+def test_the_outlook_takes_the_memory_of_the_files_that_are_here(tmp_path, gpu):
+    needs = {}
+    for quantized in (False, True):
+        gpu(500, (LARGER, quantized))
+        needs[quantized] = JobRunner(tmp_path).outlook(Request.of("x", model=LARGER)).memory.needs
+    assert needs[True] < needs[False] - 10 * GB
+
+
+def test_a_choice_is_resolved_once_and_a_failed_load_forgets_it(tmp_path, monkeypatch):
+    calls, resolve = [], jobs.resolve
+    monkeypatch.setattr(jobs, "resolve", lambda options: calls.append(options) or resolve(options))
+
+    def fails(*_, **__):
+        raise TurboNbError("damaged")
+
+    runner = JobRunner(tmp_path, load=fails)
+    for topk in (0.1, 0.2, None):
+        runner.outlook(Request.of("x", model="nano", sla_topk=topk))
+    assert len(calls) == 1
+    runner.submit(Request.of("x", model="nano"))
+    assert runner.wait(60).error == "damaged"
+    runner.resolve(LoadOptions(model="nano"))
+    assert len(calls) == 2
+
+
+def test_what_auto_would_rather_take_is_a_note(tmp_path, gpu):
+    gpu(48)
+    runner = JobRunner(tmp_path)
+    for _ in range(2):
+        (note,) = runner.outlook(Request.of("x", model="auto")).notes
+        assert "which is not downloaded" in note
+
+
+def test_overlapping_jobs_leave_the_filters_of_warnings_alone(tmp_path):
+    begun, go = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def runner(number: int) -> JobRunner:
+        def load(*_, **__):
+            begun[number].set()
+            go[number].wait(30)
+            warn(f"warning of {number}")
+            warnings.warn("of a library", DeprecationWarning, stacklevel=1)
+            raise TurboNbError("enough")
+
+        return JobRunner(tmp_path / str(number), load=load)
+
+    runners = [runner(0), runner(1)]
+    before = warnings.filters[:], warnings.showwarning, warnings._showwarnmsg_impl
+    for number in (0, 1):
+        runners[number].submit(Request.of("a red circle"))
+        assert begun[number].wait(30)
+    for number in (0, 1):  # the first to begin ends while the second is at work
+        go[number].set()
+        assert runners[number].wait(30).notes == [f"warning of {number}"]
+    assert (warnings.filters[:], warnings.showwarning, warnings._showwarnmsg_impl) == before
 
 
 def test_a_preview_shows_the_clip(nano):

@@ -142,8 +142,9 @@ class Form:
         self.tabs.observe(lambda _: self._changed(), "selected_index")
         for control in (self.resolution, self.custom, self.aspect, self.adaptive, self.random_seed):
             control.observe(lambda _: self._changed(), "value")
-        for control in self.controls.values():
-            control.observe(lambda _: self._changed(), "value")
+        for name, control in self.controls.items():
+            if name != "seed":  # because a job sets it, and no outlook depends on it
+                control.observe(lambda _: self._changed(), "value")
 
     # what the controls say
 
@@ -326,7 +327,11 @@ class Form:
         ]
         if not record.prompt:
             lost.append("prompt (the file does not give it)")
-        if self.spec and self.spec.task == "i2v" and not (record.image and self._take_image(record.image, record.image)):
+        if (
+            self.spec
+            and self.spec.task == "i2v"
+            and not (record.image and self._take_image(record.image, record.image))
+        ):
             lost.append("image (choose it again)")
         return lost
 

@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from ..errors import InputError
+import ipywidgets as w
 
-try:  # before all that takes long to load
-    import ipywidgets as w
-except ImportError as error:
-    raise InputError("ipywidgets is not installed. The generator needs it. pip install 'turbo-nb[notebook]'") from error
 from ..video.gallery import Clip
 
 if TYPE_CHECKING:

@@ -7,10 +7,18 @@ finds the running job and the clips. Every control has a description, which is i
 import os
 import sys
 
-from .page import STYLE, close, family, player, w  # first, because it says what to install
+from ..errors import InputError
+
+try:  # before all that takes long to load
+    import ipywidgets as w
+except ImportError as error:
+    raise InputError(
+        "ipywidgets is not installed, and the generator needs it. pip install 'turbo-nb[notebook]'"
+    ) from error
 from ..settings import Weights
 from .form import Form
 from .jobs import Job, JobRunner
+from .page import STYLE, close, family, player
 from .panels import GalleryPanel, OutlookPanel, RunPanel
 
 __all__ = ["Generator", "has_front_end", "player", "show"]
