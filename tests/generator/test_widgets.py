@@ -13,65 +13,76 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from turbo_nb.generation import Video
 from turbo_nb.generator import widgets
-from turbo_nb.generator.jobs import Request, Studio
+from turbo_nb.generator.form import CUSTOM, OWN
+from turbo_nb.generator.jobs import JobRunner, Request
+from turbo_nb.generator.page import family
+from turbo_nb.generator.panels import PAGE
 from turbo_nb.generator.widgets import Generator
+from turbo_nb.records import VideoRecord
 from turbo_nb.video import mp4
 
 
 @pytest.fixture
-def studio(tmp_path, nano, monkeypatch):
+def runner(tmp_path, nano, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return Studio("clips", load=lambda **_: nano)
+    return JobRunner("clips", load=lambda *_, **__: nano)
 
 
 @pytest.fixture
-def generator(studio):
+def generator(runner):
     """The generator at the smallest clip it can make"""
-    made = Generator(studio)
-    made.prompt.value = "a large red circle"
-    made.resolution.value, made.custom.value = widgets.CUSTOM, "64x64"
-    made.frames.value, made.steps.value = 5, 1
-    made.random_seed.value, made.seed.value = False, 7
+    made = Generator(runner)
+    fill(made, prompt="a large red circle", resolution=CUSTOM, custom="64x64", num_frames=5, num_steps=1)
+    fill(made, random_seed=False, seed=7)
     yield made
     made.close()
 
 
+def fill(generator: Generator, **values) -> None:
+    """Set controls, by the option's name or the form's own"""
+    for name, value in values.items():
+        (generator.form.controls.get(name) or getattr(generator.form, name)).value = value
+
+
 def make(generator: Generator) -> None:
-    generator.generate.click()
-    generator.studio.wait(60)
+    generator.run.generate.click()
+    generator.runner.wait(60)
 
 
 def page(widget: w.Widget) -> str:
     """All that is on the page: texts, descriptions and shown HTML"""
     parts = []
-    for one in widgets._family(widget):
+    for one in family(widget):
         parts += [str(getattr(one, name, "")) for name in ("description", "value")]
         parts += [out["data"].get("text/html", "") for out in getattr(one, "outputs", ())]
     return "\n".join(parts)
 
 
 def buttons(generator: Generator, text: str) -> list[w.Button]:
-    return [one for one in widgets._family(generator.root) if isinstance(one, w.Button) and one.description == text]
+    return [one for one in family(generator.root) if isinstance(one, w.Button) and one.description == text]
 
 
 def test_generate_makes_a_clip_and_shows_it_by_a_relative_path(generator):
-    assert not generator.generate.disabled and generator.cancel.disabled
+    assert not generator.run.generate.disabled and generator.run.cancel.disabled
     make(generator)
-    assert "Done with seed 7" in generator.status.value
-    assert re.search(r"denoise \d+\.\d s \(steps (\d+\.\d\d, )*\d+\.\d\d\), decode .*, write ", generator.status.value)
-    assert not generator.generate.disabled and generator.cancel.disabled and generator.preview.value == ""
-    (shown,) = generator.result.outputs
-    path = generator.studio.job.run.path
+    assert "Done with seed 7" in generator.run.status.value
+    assert re.search(
+        r"denoise \d+\.\d s \(steps (\d+\.\d\d, )*\d+\.\d\d\), decode .*, write ", generator.run.status.value
+    )
+    assert not generator.run.generate.disabled and generator.run.cancel.disabled and generator.run.preview.value == ""
+    (shown,) = generator.run.result.outputs
+    path = generator.runner.job.clip.path
     assert f'src="clips/{path.name}"' in shown["data"]["text/html"] and len(str(shown)) < 2000
     assert mp4.read_metadata(path)["num_frames"] == 5
-    assert len(generator.gallery.children) == 1
+    assert len(generator.clips.gallery.children) == 1
 
 
-def test_the_page_says_what_is_going_on(generator):
+def test_the_page_shows_what_is_going_on(generator):
     seen = []
-    generator.steps.value = 2
-    generator.studio.listen(lambda job: seen.append((generator.status.value, generator.preview.value)))
+    fill(generator, num_steps=2)
+    generator.runner.listen(lambda job: seen.append((generator.run.status.value, generator.run.preview.value)))
     make(generator)
     running = [status for status, _ in seen if "<progress" in status]
     assert "Denoise, step 1 of 2" in "".join(running) and 'value="1" max="2"' in "".join(running)
@@ -80,71 +91,78 @@ def test_the_page_says_what_is_going_on(generator):
 
 
 def test_cancel(generator):
-    generator.steps.value = 4
-    generator.studio.listen(lambda job: job.done == 1 and job.running and generator.cancel.click())
+    fill(generator, num_steps=4)
+    generator.runner.listen(lambda job: job.done == 1 and job.running and generator.run.cancel.click())
     make(generator)
-    assert "Cancelled; nothing was written" in generator.status.value and generator.gallery.children == ()
+    assert "Cancelled; nothing was written" in generator.run.status.value and generator.clips.gallery.children == ()
 
 
 def test_errors_are_words_on_the_page(generator):
-    generator.frames.value = 6
-    assert "it is 4n + 1" in generator.estimate.value and "such as 5" in generator.estimate.value
-    generator.frames.value, generator.custom.value = 5, "<b>"
-    assert "&lt;b&gt;" in generator.estimate.value and "<b>" not in generator.estimate.value
+    fill(generator, num_frames=6)
+    assert "Expected 4n + 1" in generator.outlook.estimate.value and "Take 5" in generator.outlook.estimate.value
+    fill(generator, num_frames=5, custom="<b>")
+    assert "&lt;b&gt;" in generator.outlook.estimate.value and "<b>" not in generator.outlook.estimate.value
 
 
 @pytest.mark.parametrize(
     ("control", "wrong", "right", "words"),
     [
-        ("prompt", "  ", "a red circle", 'the prompt is empty; say what to show, such as "a small'),
-        ("frames", 6, 9, "num_frames is 6; it is 4n + 1 (1, 5, 9, …), such as 5"),
+        (
+            "prompt",
+            "  ",
+            "a red circle",
+            "prompt is '  '. Expected text that says what to show. Write a prompt,",
+        ),
+        ("num_frames", 6, 9, "num_frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."),
     ],
 )
 def test_an_error_is_shown_once_and_goes_with_its_cause(generator, control, wrong, right, words):
     make(generator)
-    getattr(generator, control).value = wrong
-    generator.generate.click()
+    fill(generator, **{control: wrong})
+    generator.run.generate.click()
     shown = html.unescape(page(generator.root))
     assert shown.count('role="alert"') == shown.count(words) == 1
-    assert words in html.unescape(generator.estimate.value) and "Done" not in generator.status.value
-    getattr(generator, control).value = right
+    assert words in html.unescape(generator.outlook.estimate.value) and "Done" not in generator.run.status.value
+    fill(generator, **{control: right})
     assert 'role="alert"' not in page(generator.root)
 
 
 def test_what_was_typed_is_escaped(generator, tmp_path):
     evil = 'a red circle <img src=x onerror="alert(1)"> & \'"'
-    generator.prompt.value = evil
+    fill(generator, prompt=evil)
     make(generator)
-    os.rename(generator.studio.job.run.path, tmp_path / "clips" / 'a"><script>x</script>.mp4'.replace("/", "%2f"))
-    again = Generator(generator.studio)
-    shown = page(again.gallery)
+    os.rename(generator.runner.job.clip.path, tmp_path / "clips" / 'a"><script>x</script>.mp4'.replace("/", "%2f"))
+    again = Generator(generator.runner)
+    shown = page(again.clips.gallery)
     again.close()
     assert "<img" not in shown and "<script" not in shown and "&lt;img" in shown
 
 
-def test_the_outlook_is_told_before_the_run(tmp_path, monkeypatch, generator):
+def test_the_outlook_is_shown_before_the_run(tmp_path, monkeypatch, generator):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
-    generator.steps.value = 2
-    assert (
-        "5 frames of 64x64" in generator.estimate.value and "not known before the first run" in generator.estimate.value
-    )
-    assert "memory:" in generator.estimate.value
+    fill(generator, num_steps=2)
+    estimate = generator.outlook.estimate
+    assert "5 frames of 64x64" in estimate.value and "not known before the first run" in estimate.value
+    assert "memory:" in estimate.value
     make(generator)
-    assert re.search(r"about \d+\.\d s, from 1 earlier video here", generator.estimate.value)
-    generator.model.value = "TurboWan2.1-T2V-14B-720P"
-    assert "81 frames of 1280x720" in generator.estimate.value and "no live preview" not in generator.estimate.value
-    assert "Long English prompts" in generator.hint.value
-    generator.model.value = "nano"
-    generator.prompt.value = "a cat"
-    assert "only knows moving shapes" in generator.hint.value
+    assert re.search(r"about \d+\.\d s, from 1 earlier video here", estimate.value)
+    fill(generator, model="TurboWan2.1-T2V-14B-720P")
+    assert (
+        "81 frames of 1280x720" in generator.outlook.estimate.value
+        and "no live preview" in generator.outlook.estimate.value
+    )
+    assert "Long English prompts" in generator.form.hint.value
+    fill(generator, model="nano")
+    fill(generator, prompt="a cat")
+    assert "only knows moving shapes" in generator.form.hint.value
 
 
 def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
-    assert generator.upload.disabled and generator.tabs.selected_index == 0
-    assert "makes videos from text alone" in generator.image_note.value
-    generator.model.value = "TurboWan2.2-I2V-A14B-720P"
-    assert not generator.upload.disabled and generator.tabs.selected_index == 1
-    assert generator.request.image is None
+    assert generator.form.upload.disabled and generator.form.tabs.selected_index == 0
+    assert "makes videos from text alone" in generator.form.image_note.value
+    fill(generator, model="TurboWan2.2-I2V-A14B-720P")
+    assert not generator.form.upload.disabled and generator.form.tabs.selected_index == 1
+    assert generator.form.request.clip.image is None
     file = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(file, "PNG")
     entry = {
@@ -154,118 +172,115 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
         "last_modified": datetime.now(),
         "content": file.getvalue(),
     }
-    generator.upload.set_trait("value", (entry,))
-    assert generator.request.image.size == (64, 32) and "&lt;b&gt;.png" in generator.image_note.value
-    generator.image_path.value = str(tmp_path / "none.png")
-    assert generator.request.image is None and "no image" in generator.image_note.value
+    generator.form.upload.set_trait("value", (entry,))
+    assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image_note.value
+    fill(generator, image_path=str(tmp_path / "none.png"))
+    assert generator.form.request.clip.image is None and "no image" in generator.form.image_note.value
 
 
 def test_the_gallery_gives_settings_back(generator):
-    generator.topk.value = 0.5
+    fill(generator, sla_topk=0.5)
     make(generator)
-    generator.prompt.value, generator.frames.value, generator.steps.value = "a small blue square", 9, 4
-    generator.resolution.value, generator.topk.value, generator.random_seed.value = widgets.OWN, 0.1, True
+    fill(generator, prompt="a small blue square", num_frames=9, num_steps=4)
+    fill(generator, resolution=OWN, sla_topk=0.1, random_seed=True)
     (use,) = buttons(generator, "Use these settings")
     use.click()
-    request = generator.request
-    assert (request.prompt, request.num_frames, request.num_steps) == ("a large red circle", 5, 1)
-    assert (request.seed, request.resolution, request.sla_topk) == (7, "64x64", 0.5)
+    request = generator.form.request
+    assert (request.clip.prompt, request.clip.num_frames, request.clip.num_steps) == ("a large red circle", 5, 1)
+    assert (request.clip.seed, request.clip.resolution, request.load.sla_topk) == (7, "64x64", 0.5)
     (vary,) = buttons(generator, "Vary seed")
     vary.click()
-    generator.studio.wait(60)
-    seeds = [run.settings["seed"] for run in generator.studio.history.clips()]
-    assert len(seeds) == 2 and seeds[0] != 7 and generator.seed.value == seeds[0]
+    generator.runner.wait(60)
+    seeds = [run.settings["seed"] for run in generator.runner.gallery.clips()]
+    assert len(seeds) == 2 and seeds[0] != 7 and generator.form.controls["seed"].value == seeds[0]
 
 
 def test_delete_asks_first(generator):
     make(generator)
     (delete,) = buttons(generator, "Delete")
     delete.click()
-    assert generator.studio.job.run.path.exists() and delete.description == "Delete for good?"
+    assert generator.runner.job.clip.path.exists() and delete.description == "Delete for good?"
     delete.click()
-    assert not generator.studio.job.run.path.exists() and generator.gallery.children == ()
+    assert not generator.runner.job.clip.path.exists() and generator.clips.gallery.children == ()
 
 
 def test_download_one_or_all(generator):
     make(generator)
-    path = generator.studio.job.run.path
-    assert f'href="clips/{path.name}" download="{path.name}"' in page(generator.gallery)
-    generator.archive.click()
-    assert 'href="clips/turbo_nb.zip" download="turbo_nb.zip"' in page(generator.archive_link)
+    path = generator.runner.job.clip.path
+    assert f'href="clips/{path.name}" download="{path.name}"' in page(generator.clips.gallery)
+    generator.clips.archive.click()
+    assert 'href="clips/turbo_nb.zip" download="turbo_nb.zip"' in page(generator.clips.archive_link)
 
 
 def test_a_clip_of_another_program_does_not_break_the_page(generator, tmp_path):
-    mp4.write_mp4(generator.studio.history.folder / "grid.mp4", np.zeros((1, 32, 64, 3), np.uint8), 8, {"seed": [1, 2]})
-    generator._show_gallery()
-    assert len(generator.gallery.children) == 1 and "grid.mp4" in page(generator.gallery)
+    mp4.write_mp4(generator.runner.gallery.folder / "grid.mp4", np.zeros((1, 32, 64, 3), np.uint8), 8, {"seed": [1, 2]})
+    generator.clips.show()
+    assert len(generator.clips.gallery.children) == 1 and "grid.mp4" in page(generator.clips.gallery)
 
 
-def test_the_gallery_is_shown_page_by_page(generator, nano):
-
-    from turbo_nb.generation import Video
-
-    settings = {"prompt": "x", "seed": 1, "width": 32, "height": 32, "num_frames": 5, "num_steps": 1, "model": "nano"}
-    video = Video(frames=np.zeros((5, 32, 32, 3), np.uint8), fps=8, timings={"text": 1.0}, settings=settings)
-    for _ in range(widgets.PAGE + 1):
-        generator.studio.history.save(video)
-    generator._show_gallery()
-    assert len(generator.gallery.children) == widgets.PAGE and generator.more.layout.display is None
-    generator.more.click()
-    assert len(generator.gallery.children) == widgets.PAGE + 1 and generator.more.layout.display == "none"
+def test_the_gallery_is_shown_page_by_page(generator):
+    record = VideoRecord(prompt="x", seed=1, width=32, height=32, num_frames=5, num_steps=1, model="nano", fps=8)
+    video = Video(frames=np.zeros((5, 32, 32, 3), np.uint8), record=record)
+    for _ in range(PAGE + 1):
+        generator.runner.gallery.save(video)
+    generator.clips.show()
+    assert len(generator.clips.gallery.children) == PAGE and generator.clips.more.layout.display is None
+    generator.clips.more.click()
+    assert len(generator.clips.gallery.children) == PAGE + 1 and generator.clips.more.layout.display == "none"
 
 
 def test_a_clip_shows_what_it_cost(generator, monkeypatch):
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "2.99")
     make(generator)
-    cost = f", ${generator.studio.job.run.record.cost:.4f}"
-    assert cost in generator.status.value and cost in page(generator.gallery)
+    cost = f", ${generator.runner.job.clip.record.cost:.4f}"
+    assert cost in generator.run.status.value and cost in page(generator.clips.gallery)
 
 
 def test_continue_from_the_last_frame_where_the_model_can(generator):
     make(generator)
     assert buttons(generator, "Continue from last frame") == []
-    generator.model.value = "TurboWan2.2-I2V-A14B-720P"
+    fill(generator, model="TurboWan2.2-I2V-A14B-720P")
     (more,) = buttons(generator, "Continue from last frame")
     more.click()
-    assert generator.request.image.size == (64, 64) and "the last frame of" in generator.image_note.value
+    assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image_note.value
 
 
 def test_shown_again_it_finds_the_job_and_the_clips(tmp_path, nano, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = widgets.show("clips")
-    first.studio._load = lambda **_: nano
-    first.studio.submit(Request(prompt="a red circle", num_frames=5, resolution="64x64", num_steps=4))
+    first.runner._load = lambda *_, **__: nano
+    first.runner.submit(Request.of("a red circle", num_frames=5, resolution="64x64", num_steps=4))
     second = widgets.show("clips")
-    assert second.studio is first.studio and second is not first and first.root.comm is None
-    assert "<progress" in second.status.value or "Done" in second.status.value
-    second.studio.wait(60)
-    assert len(second.gallery.children) == 1 and second.result.outputs
+    assert second.runner is first.runner and second is not first and first.root.comm is None
+    assert "<progress" in second.run.status.value or "Done" in second.run.status.value
+    second.runner.wait(60)
+    assert len(second.clips.gallery.children) == 1 and second.run.result.outputs
     third = widgets.show("clips")
-    assert len(third.gallery.children) == 1 and "Done" in third.status.value
+    assert len(third.clips.gallery.children) == 1 and "Done" in third.run.status.value
     third.close()
 
 
 def test_every_control_has_a_name(generator):
     make(generator)
-    nameless = [w.Box, w.GridBox, w.HTML, w.Output, w.Tab, w.VBox, w.HBox, w.Layout]
-    for one in widgets._family(generator.root):
+    nameless = [w.Accordion, w.Box, w.GridBox, w.HTML, w.Output, w.Tab, w.VBox, w.HBox, w.Layout]
+    for one in family(generator.root):
         if type(one) not in nameless:
             assert one.description, one
             assert type(one) in (
-                w.Textarea, w.Text, w.BoundedIntText, w.BoundedFloatText, w.Dropdown, w.Checkbox, w.Button, w.FileUpload
+                w.Textarea, w.Text, w.BoundedIntText, w.FloatText, w.Dropdown, w.Checkbox, w.Button, w.FileUpload
             )  # fmt: skip
 
 
 def test_nothing_is_left_behind_by_redrawing(generator):
     make(generator)
-    generator._show_gallery()
+    generator.clips.show()
     before = len(w.widgets.widget._instances)
-    generator._show_gallery()
+    generator.clips.show()
     assert len(w.widgets.widget._instances) == before
 
 
 def test_without_ipywidgets_it_says_what_to_install():
-    code = "import sys; sys.modules['ipywidgets'] = None\nimport turbo_nb.ui"
+    code = "import sys; sys.modules['ipywidgets'] = None\nimport turbo_nb.generator.widgets"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "turbo-nb[notebook]" in result.stderr.splitlines()[-1] and "InputError" in result.stderr.splitlines()[-1]
 
