@@ -1,5 +1,6 @@
 """The generator's widgets, driven as a person would: values set, buttons clicked, and what the page says read."""
 
+import builtins
 import html
 import io
 import os
@@ -11,8 +12,11 @@ from datetime import datetime
 import ipywidgets as w
 import numpy as np
 import pytest
+from helpers import write_upstream
 from PIL import Image
 
+from turbo_nb import settings
+from turbo_nb.files import recognise
 from turbo_nb.generation import Video
 from turbo_nb.generator import widgets
 from turbo_nb.generator.form import CUSTOM, OWN
@@ -21,6 +25,7 @@ from turbo_nb.generator.page import family
 from turbo_nb.generator.panels import PAGE
 from turbo_nb.generator.widgets import Generator
 from turbo_nb.records import VideoRecord
+from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.video import mp4
 
 
@@ -147,10 +152,7 @@ def test_the_outlook_is_shown_before_the_run(tmp_path, monkeypatch, generator):
     make(generator)
     assert re.search(r"about \d+\.\d s, from 1 earlier video here", estimate.value)
     fill(generator, model="TurboWan2.1-T2V-14B-720P")
-    assert (
-        "81 frames of 1280x720" in generator.outlook.estimate.value
-        and "no live preview" in generator.outlook.estimate.value
-    )
+    assert "81 frames of 1280x720" in estimate.value and "no live preview" not in estimate.value
     assert "Long English prompts" in generator.form.hint.value
     fill(generator, model="nano")
     fill(generator, prompt="a cat")
@@ -193,6 +195,128 @@ def test_the_gallery_gives_settings_back(generator):
     generator.runner.wait(60)
     seeds = [run.settings["seed"] for run in generator.runner.gallery.clips()]
     assert len(seeds) == 2 and seeds[0] != 7 and generator.form.controls["seed"].value == seeds[0]
+
+
+def test_every_setting_of_a_clip_comes_back(generator):
+    wanted = {
+        "prompt": "a small green square", "num_frames": 9, "num_steps": 2, "seed": 5, "attention_type": "sla",
+        "sla_topk": 0.3, "quant_linear": False, "ode": True, "sigma_max": 120.0, "noise_device": "cpu",
+    }  # fmt: skip
+    fill(generator, **wanted)
+    make(generator)
+    fill(
+        generator, prompt="x", num_frames=5, num_steps=1, seed=1, attention_type="original", sla_topk=0.1,
+        quant_linear="auto", ode=False, sigma_max=80.0, noise_device="cuda", random_seed=True, resolution=OWN,
+    )  # fmt: skip
+    (use,) = buttons(generator, "Use these settings")
+    use.click()
+    request = generator.form.request
+    assert {name: vars(request.clip).get(name, vars(request.load).get(name)) for name in wanted} == wanted
+    assert request.clip.resolution == "64x64" and not request.random_seed and generator.clips.message.value == ""
+
+
+def put_clip(generator: Generator, **metadata) -> None:
+    """Put a clip with this metadata into the gallery"""
+    path = generator.runner.gallery.folder / "other.mp4"
+    mp4.write_mp4(path, np.zeros((5, 32, 64, 3), np.uint8), 8, metadata)
+    generator.clips.show()
+
+
+WHOLE = {
+    "model": "nano", "prompt": "a red circle", "seed": 3, "num_steps": 2, "num_frames": 5, "width": 32, "height": 32,
+    "sigma_max": 90.0, "ode": True, "noise_device": "cuda", "attention_type": "sla", "sla_topk": 0.2,
+    "quant_linear": True,
+}  # fmt: skip
+
+
+def test_dense_attention_has_no_topk_to_restore(generator):
+    put_clip(generator, **WHOLE | {"attention_type": "original", "sla_topk": None})
+    buttons(generator, "Use these settings")[0].click()
+    assert generator.clips.message.value == "" and generator.form.request.load.attention_type == "original"
+
+
+def test_a_grid_gives_the_first_seed_and_the_size_of_a_clip(generator):
+    put_clip(generator, **WHOLE | {"seed": [11, 12]})
+    assert "seed 11 12" in page(generator.clips.gallery)
+    buttons(generator, "Use these settings")[0].click()
+    request = generator.form.request
+    assert (request.clip.seed, request.clip.resolution, request.clip.noise_device) == (11, "32x32", "cuda")
+    assert request.load.quant_linear is True and generator.clips.message.value == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"model": "mine"}, "model ('mine' is not in this list"),
+        ({"seed": 2**60}, f"seed ({2**60} is not on the page)"),
+        ({"num_steps": 50}, "num_steps (50 is not on the page)"),
+        ({"attention_type": "flash"}, "attention_type (flash is not on the page)"),
+        ({"seed": []}, "seed (the file does not give it)"),
+        ({"width": None}, "resolution (the file does not give it)"),
+        ({"sla_topk": None}, "sla_topk (the file does not give it)"),
+        ({"sigma_max": "loud"}, "sigma_max (the file does not give it)"),
+    ],
+)
+def test_what_cannot_be_restored_is_on_the_page(generator, more, words):
+    put_clip(generator, **WHOLE | more)
+    buttons(generator, "Use these settings")[0].click()
+    message = html.unescape(generator.clips.message.value)
+    assert words in message and message.count("(") == 1
+    assert generator.form.request.clip.ode
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"prompt": 5}, {"a": 1}, {"seed": None, "width": [], "timings": "long", "steps": {}, "machine": 7}]
+)
+def test_foreign_metadata_raise_nothing(generator, metadata):
+    put_clip(generator, **metadata)
+    for text in ("Use these settings", "Vary seed"):
+        buttons(generator, text)[0].click()
+    generator.runner.wait(60)
+    assert "model (the file does not give it)" in page(generator.clips.message)
+
+
+def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp_path):
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    whole = WHOLE | {"model": "TurboWan2.2-I2V-A14B-720P", "boundary": 0.8, "image": str(tmp_path / "red.png")}
+    put_clip(generator, **whole)
+    buttons(generator, "Use these settings")[0].click()
+    clip = generator.form.request.clip
+    assert (clip.image, clip.boundary, clip.adaptive_resolution) == (str(tmp_path / "red.png"), 0.8, False)
+    assert generator.form.image.size == (64, 32) and generator.clips.message.value == ""
+    (tmp_path / "red.png").unlink()
+    buttons(generator, "Use these settings")[0].click()
+    assert "image (choose it again)" in generator.clips.message.value and generator.form.request.clip.image is None
+
+
+def test_every_option_of_a_clip_has_a_control_by_its_declaration(generator):
+    controls = generator.form.controls
+    assert set(settings.options(ClipSettings)) - set(controls) == {
+        "prompt", "image", "adaptive_resolution", "resolution", "aspect_ratio"
+    }  # fmt: skip
+    for cls, names in ((ClipSettings, None), (LoadOptions, ("attention_type", "sla_topk", "quant_linear"))):
+        for name in names or (name for name in settings.options(cls) if name in controls):
+            assert controls[name].tooltip == settings.options(cls)[name].help
+    assert controls["num_frames"].max == settings.MAX_FRAMES
+    assert [value for _, value in controls["noise_device"].options] == ["cpu", "cuda"]
+    assert controls["boundary"].disabled and generator.form.request.clip.boundary is None
+    fill(generator, sigma_max=1.0)
+    assert "sigma_max is 1.0. Expected" in generator.outlook.estimate.value
+
+
+def test_typing_opens_no_file_and_a_choice_reads_a_checkpoint_once(runner, tmp_path, monkeypatch):
+    path, reads, opened = write_upstream(tmp_path / "mine.pth"), [], []
+    read = recognise.read
+    monkeypatch.setattr(recognise, "read", lambda path: reads.append(path) or read(path))
+    made = Generator(runner, path)
+    assert made.form.spec.name == "mine" and reads == [path]
+    for module, name in ((io, "open"), (builtins, "open"), (os, "open")):
+        monkeypatch.setattr(module, name, lambda *args, **_: opened.append(args) or pytest.fail(f"opens {args}"))
+    for text in ("a", "a c", "a cat"):
+        fill(made, prompt=text)
+    monkeypatch.undo()
+    assert (opened, reads) == ([], [path])
+    made.close()
 
 
 def test_delete_asks_first(generator):

@@ -142,7 +142,7 @@ class JobRunner:
         self._choices: dict[LoadOptions, tuple[ResolvedModel, tuple[str, ...]]] = {}  # and their warnings
         self._loaded: LoadOptions | None = None  # what `model` is, as `_identity` describes it
         self._before: ResolvedModel | None = None  # carries the memory that was free before the latest load
-        self._factors: dict[tuple, list[list[float]]] = {}  # of previews, learned from clips, by the VAE's means
+        self._learned: dict[tuple, list[list[float]]] = {}  # factors of previews, by the VAE's means
         self._listeners: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -241,7 +241,7 @@ class JobRunner:
             memory=memory,
             time=generation.outlook(resolved, clip, self.model.plan.name if loaded else memory.name),
             loaded=loaded,
-            has_preview=resolved.spec.preview is not None or (loaded and self._vae_key() in self._factors),
+            has_preview=self._factors() is not None if loaded else _has_known_colours(resolved),
             notes=notes,
         )
 
@@ -316,7 +316,7 @@ class JobRunner:
         def after_step(done: int, total: int, latents) -> None:
             nonlocal denoised
             denoised = model.pipeline.scheduler.denoised
-            if factors := model.spec.preview or self._factors.get(self._vae_key()):
+            if factors := self._factors():
                 job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
@@ -332,8 +332,8 @@ class JobRunner:
             self._advance(job, "write")
             clip = self.gallery.save(video, estimate.machine(model.device), timings, encoder)
         estimate.remember(asdict(video.record), {"write": clip.record.timings["write"]})
-        if model.spec.preview is None and denoised is not None:
-            self._factors[self._vae_key()] = preview.fit_preview(denoised, video.frames)
+        if denoised is not None and self._factors() is None:
+            self._learned[self._vae_key()] = preview.fit_preview(denoised, video.frames)
         return clip
 
     def _replace_model(self, job: Job, resolved: ResolvedModel) -> None:
@@ -367,8 +367,18 @@ class JobRunner:
         self.model, self._loaded = LoadedModel.of(loaded), self._identity(resolved)
         self._choices[replace(request.load, sla_topk=None)] = self.model.resolved, ()  # its parts are downloaded now
 
+    def _factors(self) -> list[list[float]] | None:
+        """Return the colours of the loaded model's latents: known ones, or those learned from its first clip"""
+        config = self.model.pipeline.vae.config
+        return preview.factors_for(self.model.spec, config) or self._learned.get(self._vae_key())
+
     def _vae_key(self) -> tuple:
         return tuple(self.model.pipeline.vae.config.latents_mean)
+
+
+def _has_known_colours(resolved: ResolvedModel) -> bool:
+    """Return whether previews need no clip to learn from: the released models have Wan2.1's VAE"""
+    return resolved.spec.preview is not None or bool(resolved.spec.files and resolved.options.vae is None)
 
 
 def _in_words(error: BaseException) -> str:
