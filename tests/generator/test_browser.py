@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from turbo_nb.generator.jobs import Studio
+from turbo_nb.generator.jobs import JobRunner
 
 ROOT = Path(__file__).parents[2]
 WAIT = 120_000  # ms
@@ -44,9 +44,9 @@ def lab(tmp_path, nano):
     root, token = tmp_path / "root", secrets.token_hex(16)
     root.mkdir()
     shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", root)
-    studio = Studio(root / "outputs", load=lambda **_: nano)
+    runner = JobRunner(root / "outputs", load=lambda *_, **__: nano)
     for prompt in EARLIER:
-        studio.make(prompt, num_frames=9, seed=0)
+        runner.make(prompt, num_frames=9, seed=0)
     news = tmp_path / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')  # else the page asks
@@ -151,6 +151,13 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     roles = "button|textbox|combobox|spinbutton|checkbox|tab|link"
     assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", named), named
     page.get_by_role("tab", name="Text to video").click()
+    page.get_by_role("button", name="More settings").press("Enter")
+    page.get_by_label("Noise device").wait_for()
+    page.get_by_label("ODE").wait_for()
+    assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", page.locator(".tnb").aria_snapshot())
+    shoot("more")
+    page.get_by_role("button", name="Fewer settings").click()
+    page.get_by_label("Noise device").wait_for(state="hidden")
     generate.focus()
     page.keyboard.press("Enter")
     page.get_by_role("img", name="Preview of the clip being made").wait_for()
@@ -178,7 +185,7 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     page.locator(".tnb").get_by_text("Cancelled; nothing was written").wait_for(state="detached")
     alert = page.locator(".tnb [role=alert]")
     expect(alert).to_have_count(1)
-    assert alert.inner_text() == "num_frames is 6; it is 4n + 1 (1, 5, 9, …), such as 5"
+    assert alert.inner_text() == "num_frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."
     shoot("error")
 
     # a reloaded page finds the running clip, and then both

@@ -177,7 +177,7 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
     generator.form.upload.set_trait("value", (entry,))
     assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image_note.value
     fill(generator, image_path=str(tmp_path / "none.png"))
-    assert generator.form.request.clip.image is None and "no image" in generator.form.image_note.value
+    assert generator.form.request.clip.image is None and "there is no file" in generator.form.image_note.value
 
 
 def test_the_gallery_gives_settings_back(generator):
@@ -299,6 +299,9 @@ def test_every_option_of_a_clip_has_a_control_by_its_declaration(generator):
             assert controls[name].tooltip == settings.options(cls)[name].help
     assert controls["num_frames"].max == settings.MAX_FRAMES
     assert [value for _, value in controls["noise_device"].options] == ["cpu", "cuda"]
+    assert generator.form.folded.layout.display == "none"
+    fill(generator, more=True)
+    assert generator.form.folded.layout.display is None
     assert controls["boundary"].disabled and generator.form.request.clip.boundary is None
     fill(generator, sigma_max=1.0)
     assert "sigma_max is 1.0. Expected" in generator.outlook.estimate.value
@@ -386,12 +389,13 @@ def test_shown_again_it_finds_the_job_and_the_clips(tmp_path, nano, monkeypatch)
 
 def test_every_control_has_a_name(generator):
     make(generator)
-    nameless = [w.Accordion, w.Box, w.GridBox, w.HTML, w.Output, w.Tab, w.VBox, w.HBox, w.Layout]
+    nameless = [w.Box, w.GridBox, w.HTML, w.Output, w.Tab, w.VBox, w.HBox, w.Layout]
     for one in family(generator.root):
         if type(one) not in nameless:
             assert one.description, one
             assert type(one) in (
-                w.Textarea, w.Text, w.BoundedIntText, w.FloatText, w.Dropdown, w.Checkbox, w.Button, w.FileUpload
+                w.Textarea, w.Text, w.BoundedIntText, w.FloatText, w.Dropdown, w.Checkbox, w.Button, w.FileUpload,
+                w.ToggleButton,
             )  # fmt: skip
 
 

@@ -94,11 +94,8 @@ class Form:
             w.Checkbox, "Keep the image's aspect", value=True, indent=False, tooltip=_help("adaptive_resolution")
         )
         self.image_note, self.text_note = w.HTML(), w.HTML()
-        self.tabs = w.Tab(titles=("Text to video", "Image to video"))
-        self.tabs.children = (
-            w.VBox([self.text_note]),
-            w.VBox([self.image_note, self.upload, self.image_path, self.adaptive]),
-        )
+        with_image = w.VBox([self.image_note, self.upload, self.image_path, self.adaptive])
+        self.tabs = w.Tab([w.VBox([self.text_note]), with_image], titles=("Text to video", "Image to video"))
         entries, chosen = self._models(model)
         self.model = _styled(w.Dropdown, "Model", options=entries, value=chosen)
         self.resolution = _styled(w.Dropdown, "Resolution", tooltip=_help("resolution"))
@@ -111,12 +108,13 @@ class Form:
         frames, steps, seed = (self.controls[name] for name in FRONT)
         how = [self.model, self.resolution, self.aspect, self.custom, frames, steps, seed, self.random_seed]
         how += [self.controls[name] for name in LOAD]
-        more = w.Accordion([w.GridBox([self.controls[name] for name in MORE], layout=w.Layout(**COLUMNS))])
-        more.titles, more.selected_index = ("More settings",), None
+        # a button folds these, because the keyboard does not reach the title of an ipywidgets Accordion
+        self.more = w.ToggleButton(description="More settings", layout=w.Layout(width="auto"))
+        self.folded = w.GridBox([self.controls[name] for name in MORE], layout=w.Layout(**COLUMNS, display="none"))
         prompt = w.VBox([self.prompt, self.examples, self.hint], layout=w.Layout(width="100%"))
         self.cards = (
             card("What to show", self.tabs, prompt),
-            card("How", w.GridBox(how, layout=w.Layout(**COLUMNS)), more),
+            card("How", w.GridBox(how, layout=w.Layout(**COLUMNS)), self.more, self.folded),
         )
 
     def _models(self, model: Weights) -> tuple[list[tuple[str, Weights]], Weights]:
@@ -137,6 +135,7 @@ class Form:
         self.model.observe(lambda _: self._show_model(), "value")
         self.prompt.observe(lambda _: self._show_prompt(), "value")
         self.examples.observe(self._on_example, "value")
+        self.more.observe(lambda change: self._fold(not change["new"]), "value")
         self.upload.observe(lambda _: self._on_upload(), "value")
         self.image_path.observe(lambda _: self._on_path(), "value")
         self.tabs.observe(lambda _: self._changed(), "selected_index")
@@ -259,6 +258,10 @@ class Form:
             hint += "examples."
         self.hint.value = paragraph(hint, "tnb-dim")
         self.on_prompt()
+
+    def _fold(self, folded: bool) -> None:
+        self.folded.layout.display = "none" if folded else None
+        self.more.description = "More settings" if folded else "Fewer settings"
 
     def _on_example(self, change) -> None:
         if change["new"]:
