@@ -153,7 +153,7 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     page.get_by_role("tab", name="Text to video").click()
     page.get_by_role("button", name="More settings").press("Enter")
     page.get_by_label("Noise device").wait_for()
-    page.get_by_label("ODE").wait_for()
+    page.get_by_role("checkbox", name="ODE").wait_for()
     assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", page.locator(".tnb").aria_snapshot())
     shoot("more")
     page.get_by_role("button", name="Fewer settings").click()

@@ -19,7 +19,8 @@ from turbo_nb import settings
 from turbo_nb.files import recognise
 from turbo_nb.generation import Video
 from turbo_nb.generator import widgets
-from turbo_nb.generator.form import CUSTOM, OWN
+from turbo_nb.generator.controls import OWN
+from turbo_nb.generator.form import CUSTOM
 from turbo_nb.generator.jobs import JobRunner, Request
 from turbo_nb.generator.page import family
 from turbo_nb.generator.panels import PAGE
@@ -160,10 +161,10 @@ def test_the_outlook_is_shown_before_the_run(tmp_path, monkeypatch, generator):
 
 
 def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
-    assert generator.form.upload.disabled and generator.form.tabs.selected_index == 0
-    assert "makes videos from text alone" in generator.form.image_note.value
+    assert generator.form.image.upload.disabled and generator.form.image.tabs.selected_index == 0
+    assert "makes videos from text alone" in generator.form.image.note.value
     fill(generator, model="TurboWan2.2-I2V-A14B-720P")
-    assert not generator.form.upload.disabled and generator.form.tabs.selected_index == 1
+    assert not generator.form.image.upload.disabled and generator.form.image.tabs.selected_index == 1
     assert generator.form.request.clip.image is None
     file = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(file, "PNG")
@@ -174,10 +175,10 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
         "last_modified": datetime.now(),
         "content": file.getvalue(),
     }
-    generator.form.upload.set_trait("value", (entry,))
-    assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image_note.value
-    fill(generator, image_path=str(tmp_path / "none.png"))
-    assert generator.form.request.clip.image is None and "there is no file" in generator.form.image_note.value
+    generator.form.image.upload.set_trait("value", (entry,))
+    assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image.note.value
+    generator.form.image.path.value = str(tmp_path / "none.png")
+    assert generator.form.request.clip.image is None and "there is no file" in generator.form.image.note.value
 
 
 def test_the_gallery_gives_settings_back(generator):
@@ -235,6 +236,11 @@ def test_dense_attention_has_no_topk_to_restore(generator):
     assert generator.clips.message.value == "" and generator.form.request.load.attention_type == "original"
 
 
+def test_the_attention_is_at_first_the_models_own(generator):
+    assert generator.form.controls["attention_type"].label == "the model's own"
+    assert generator.form.request.load.attention_type is None
+
+
 def test_a_grid_gives_the_first_seed_and_the_size_of_a_clip(generator):
     put_clip(generator, **WHOLE | {"seed": [11, 12]})
     assert "seed 11 12" in page(generator.clips.gallery)
@@ -253,6 +259,7 @@ def test_a_grid_gives_the_first_seed_and_the_size_of_a_clip(generator):
         ({"attention_type": "flash"}, "attention_type (flash is not on the page)"),
         ({"seed": []}, "seed (the file does not give it)"),
         ({"width": None}, "resolution (the file does not give it)"),
+        ({"attention_type": None}, "attention_type (the file does not give it)"),
         ({"sla_topk": None}, "sla_topk (the file does not give it)"),
         ({"sigma_max": "loud"}, "sigma_max (the file does not give it)"),
     ],
@@ -272,8 +279,7 @@ def test_foreign_metadata_raise_nothing(generator, metadata):
     put_clip(generator, **metadata)
     for text in ("Use these settings", "Vary seed"):
         buttons(generator, text)[0].click()
-    generator.runner.wait(60)
-    assert "model (the file does not give it)" in page(generator.clips.message)
+    assert "model (the file does not give it)" in page(generator.clips.message) and generator.runner.job is None
 
 
 def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp_path):
@@ -369,7 +375,7 @@ def test_continue_from_the_last_frame_where_the_model_can(generator):
     fill(generator, model="TurboWan2.2-I2V-A14B-720P")
     (more,) = buttons(generator, "Continue from last frame")
     more.click()
-    assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image_note.value
+    assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image.note.value
 
 
 def test_shown_again_it_finds_the_job_and_the_clips(tmp_path, nano, monkeypatch):

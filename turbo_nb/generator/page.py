@@ -37,7 +37,6 @@ STYLE = """<style>
 .tnb .tnb-prompt { overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; }
 </style>"""
-COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(280px, 1fr))", "grid_gap": "0 16px"}
 
 
 def player(clip: Clip, width: int = 0) -> "HTML":

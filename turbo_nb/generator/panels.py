@@ -15,6 +15,7 @@ from ..video.gallery import Clip
 from .form import Form
 from .jobs import STAGES, Job, JobRunner
 from .page import button, card, close, error_box, family, image_tag, link, paragraph, player, put
+from .restore import restore
 
 PAGE = 6  # clips of the gallery, and how many more a click shows
 NAMES = {
@@ -48,7 +49,7 @@ class OutlookPanel:
         self.estimate.value = error_box(str(error))
 
     def _lines(self) -> list[str]:
-        outlook = self._runner.outlook(self._form.outline, self._form.image_size)
+        outlook = self._runner.outlook(self._form.outline, self._form.image.size)
         seconds = outlook.num_frames / outlook.fps
         clip = f"{outlook.num_frames} frames of {outlook.width}x{outlook.height}, {seconds:.1f} s"
         if outlook.time is None:
@@ -159,21 +160,26 @@ class GalleryPanel:
         item.add_class("tnb-card")
         return item
 
-    def _use(self, clip: Clip) -> None:
-        """Put a clip's settings into the form"""
-        lost = self._form.restore(clip.record)
-        self.message.value = error_box(f"Not restored: {', '.join(lost)}.") if lost else ""
+    def _use(self, clip: Clip) -> dict[str, str]:
+        """Put a clip's settings into the form; return what could not be restored, which the page lists"""
+        lost = restore(self._form, clip.record)
+        words = ", ".join(f"{name} ({reason})" for name, reason in lost.items())
+        self.message.value = error_box(f"Not restored: {words}.") if lost else ""
+        return lost
 
     def _vary(self, clip: Clip) -> None:
-        self._use(clip)
+        lost = self._use(clip)
         self._form.random_seed.value = True
-        self._run.start()
+        if not lost.keys() - {"seed"}:  # else it would be another clip
+            self._run.start()
 
     def _continue(self, clip: Clip) -> None:
         try:
-            self._form.begin_with(mp4.last_frame(clip.path), f"the last frame of {clip.path.name}")
+            frame = mp4.last_frame(clip.path)
         except TurboNbError as error:
             self._show_error(error)
+            return
+        self._form.image.take(frame, f"the last frame of {clip.path.name}", "; say in the prompt what happens next")
 
     def _delete(self, clip: Clip, delete: w.Button) -> None:
         if delete.description == "Delete":  # the first click asks
