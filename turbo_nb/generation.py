@@ -113,6 +113,11 @@ def prepare(settings: ClipSettings, spec: ModelSpec) -> PreparedClip:
         raise InputError(f"image is given. Expected none, because {spec.name} makes videos from text alone.")
     if spec.task == "i2v" and settings.image is None:
         raise InputError(f"image is None. Expected a picture (--image_path), because {spec.name} begins with one.")
+    if settings.noise_device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
     image = None if settings.image is None else images.load_image(settings.image)
     return PreparedClip(clip=resolve_clip(settings, spec, image and image.size), image=image)
 
@@ -150,8 +155,6 @@ def generate(
     model = LoadedModel.of(pipeline)
     prepared = prepare(settings, model.spec)
     clip = prepared.clip
-    if clip.noise_device == "cuda" and not torch.cuda.is_available():
-        raise InputError("noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
     image = _image(prepared, settings, model.spec)
     runner, timer = StageRunner(model, on_stage), StepTimer(pipeline, model.device)
     deliver = _in_order(on_frames)

@@ -50,9 +50,6 @@ def engine_for(
     """Choose the engine of a run. Raises InputError where the tasks cannot be made so; loads nothing."""
     import torch
 
-    for task in tasks:
-        if task.clip.noise_device == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"{task.source}: noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
     if isinstance(model, LoadedModel):
         if workers is not None and workers > 1:
             raise InputError(

@@ -232,12 +232,13 @@ class Decision:
     reason: str
 
 
-def decide(options: LoadOptions, *, to_download: bool = False) -> Decision:
+def decide(options: LoadOptions, *, to_download: bool = False, host_memory: float | None = None) -> Decision:
     """Decide what some options mean on this machine.
 
     Args:
         options: what was asked for.
         to_download: let "auto" be the best model that fits, and not the best that is downloaded.
+        host_memory: bytes of main memory that may be used. None: what is free.
 
     Raises:
         UnknownModelError, InputError: an option cannot be used.
@@ -247,7 +248,7 @@ def decide(options: LoadOptions, *, to_download: bool = False) -> Decision:
     spec = catalog.find(name) if name not in (None, "auto") else None  # an unknown name fails before torch is imported
     device = probe.device_of(options.device)
     memory = options.memory or probe.free_memory(device)
-    host_memory, quantized = probe.free_memory("cpu"), options.quant_linear
+    host_memory, quantized = host_memory or probe.free_memory("cpu"), options.quant_linear
     if options.attention_type == "sagesla":
         backends.choose("sagesla", probe.Machine() if device == "cpu" else None, options.attention_backend).require()
     reason = "its files were given" if paths else "it was asked for by name"
@@ -264,11 +265,12 @@ def decide(options: LoadOptions, *, to_download: bool = False) -> Decision:
     )  # fmt: skip
 
 
-def resolve(options: LoadOptions | None = None) -> ResolvedModel:
+def resolve(options: LoadOptions | None = None, *, host_memory: float | None = None) -> ResolvedModel:
     """Find out what some options mean on this machine, and read the files that are here. Downloads nothing.
 
     Args:
         options: what was asked for. None: the defaults.
+        host_memory: bytes of main memory that may be used. None: what is free.
 
     Returns:
         The model, its files and how it will be loaded.
@@ -279,7 +281,7 @@ def resolve(options: LoadOptions | None = None) -> ResolvedModel:
         BackendError: SageSLA cannot run here.
     """
     options = options or LoadOptions()
-    decision = decide(options)
+    decision = decide(options, host_memory=host_memory)
     spec, paths, quantized = decision.spec, decision.paths, decision.quantized
     if paths:
         transformers = tuple(map(recognise.read, paths))

@@ -259,8 +259,11 @@ class JobRunner:
         if before and before.device != probe.device_of(options.device):
             before = None
         with collect_warnings() as notes:
-            found = resolve(replace(options, memory=options.memory or (before and before.memory)))
-        return (replace(found, host_memory=before.host_memory) if before else found), tuple(notes)
+            found = resolve(
+                replace(options, memory=options.memory or (before and before.memory)),
+                host_memory=before and before.host_memory,
+            )
+        return found, tuple(notes)
 
     @staticmethod
     def _identity(resolved: ResolvedModel) -> LoadOptions:
