@@ -203,13 +203,15 @@ def test_an_id_is_what_determines_the_video(nano, monkeypatch):
         patch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
         on_a_gpu = {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15}
         assert base == ids(["a red circle"], on_a_gpu)
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        noise_of_the_gpu = ids(["a red circle"], on_a_gpu, noise_device="cuda")
     others = [
+        *noise_of_the_gpu,
         *ids(["a blue circle"]),
         *(
             ids(["a red circle"], **{name: value})[0]
             for name, value in {
                 "seed": 1, "num_steps": 2, "num_frames": 5, "resolution": "64x64", "sigma_max": 90.0, "ode": True,
-                "noise_device": "cuda",
             }.items()
         ),
         *(
