@@ -258,7 +258,7 @@ def test_the_outlook_takes_the_memory_of_the_files_that_are_here(tmp_path, gpu):
 
 def test_a_choice_is_resolved_once_and_a_failed_load_forgets_it(tmp_path, monkeypatch):
     calls, resolve = [], jobs.resolve
-    monkeypatch.setattr(jobs, "resolve", lambda options: calls.append(options) or resolve(options))
+    monkeypatch.setattr(jobs, "resolve", lambda options, **_: calls.append(options) or resolve(options))
 
     def fails(*_, **__):
         raise TurboNbError("damaged")
