@@ -7,15 +7,14 @@ much as the reference in bf16 does. SageSLA is compared with the reference of SL
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from turbo_nb import backends, linear, rope
+from turbo_nb import linear, rope
 from turbo_nb.errors import InputError
 from turbo_nb.machine import probe
+from turbo_nb.ops import registry
 from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.ops.linear8 import reference as linear8_reference
 from turbo_nb.ops.norms import reference as norms_reference
@@ -32,11 +31,15 @@ TOPK = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """make_inputs(shape, device, dtype) → the arguments of `reference` and of every spelling, name → function.
+    """An operation to measure.
 
-    exact: what is run in float32 for the check, None for `reference`.
-    shapes: those measured on "cuda" and on "cpu", if no other is asked for. triton: the file of turbo_nb/kernels that
-    has a function of the operation's name, one more spelling on a GPU.
+    Attributes:
+        make_inputs: (shape, device, dtype) → the arguments of every implementation.
+        reference: the plain function.
+        exact: what runs in float32 for the check. None: `reference`.
+        spellings: name → function, beside the rows of the registry.
+        shapes: those measured on "cuda" and on "cpu" by default.
+        rows: the operation of `turbo_nb.ops.registry` whose implementations are measured on a GPU.
     """
 
     make_inputs: Callable[[tuple[int, int, int], str, torch.dtype], tuple]
@@ -44,7 +47,7 @@ class Operation:
     exact: Callable | None = None
     spellings: dict[str, Callable] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, int, int], ...]]
-    triton: str | None = None
+    rows: str | None = None
 
 
 def _noise(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -132,7 +135,7 @@ def row_inputs(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> 
     return x, q, scale, bias
 
 
-# A new kernel is one more spelling here. "chosen" is what the package takes on this machine.
+# A kernel of the registry needs no line here. "chosen" is what the package chooses on this machine.
 OPERATIONS = {
     "apply_rotary_emb": Operation(
         make_inputs=rope_inputs,
@@ -141,10 +144,10 @@ OPERATIONS = {
         shapes=ATTENTION,
     ),
     "rms_norm_rope": Operation(
-        make_inputs=norm_rope_inputs, reference=norms_reference.rms_norm_rope, shapes=ATTENTION, triton="norms"
+        make_inputs=norm_rope_inputs, reference=norms_reference.rms_norm_rope, shapes=ATTENTION, rows="norm_rope"
     ),
     "gated_norm": Operation(
-        make_inputs=gated_norm_inputs, reference=norms_reference.gated_norm, shapes=ATTENTION, triton="norms"
+        make_inputs=gated_norm_inputs, reference=norms_reference.gated_norm, shapes=ATTENTION, rows="gated_norm"
     ),
     "block_map": Operation(make_inputs=block_map_inputs, reference=attention_reference.block_map, shapes=ATTENTION),
     "dense_attention": Operation(
@@ -157,16 +160,14 @@ OPERATIONS = {
         make_inputs=sla_inputs,
         reference=attention_reference.sparse_linear_attention,
         shapes=ATTENTION,
-        triton="sparse_linear",
+        rows="sla",
     ),
     "sage_linear_attention": Operation(
         make_inputs=sla_inputs,
-        reference=partial(
-            attention_reference.sparse_linear_attention, sparse_attention=attention_reference.sage_sparse_attention
-        ),
+        reference=attention_reference.sage_linear_attention,
         exact=attention_reference.sparse_linear_attention,
         shapes=ATTENTION,
-        triton="sage",
+        rows="sagesla",
     ),
     "row_linear": Operation(
         make_inputs=row_inputs,
@@ -215,13 +216,12 @@ def jobs(
 
 
 def spellings(name: str, device: str) -> dict[str, Callable]:
-    """Name → function of all that can run an operation on the device, the reference first."""
-    operation = OPERATIONS[name]
+    """Return name → function of all that can run an operation on the device, the reference first."""
+    operation, machine = OPERATIONS[name], probe.probe().on(device)
     found = {"reference": operation.reference, **operation.spellings}
-    if operation.triton and device != "cpu" and not backends.no_kernels(probe.probe()):
-        found["triton"] = function = getattr(import_module(f"turbo_nb.kernels.{operation.triton}"), name)
-        if name in ("sparse_linear_attention", "sage_linear_attention") and backends.choose("sla").chosen == "gluon":
-            found["gluon"] = partial(function, gluon=True)
+    for row in registry.implementations(operation.rows):
+        if not row.is_reference and not row.requires(machine):
+            found[row.name] = row.load()
     return found
 
 

@@ -213,9 +213,7 @@ def _compiled(transformer: nn.Module) -> Iterator[None]:
 
 def plain_pytorch():
     """Return a context in which every operation runs its reference."""
-    # except rope, because a process looks it up only once
-    variables = {variable for operation, variable in backends.VARIABLES.items() if operation != "rope"}
-    return patch.dict(os.environ, dict.fromkeys(variables, "reference"))
+    return patch.dict(os.environ, dict.fromkeys(backends.VARIABLES.values(), "reference"))
 
 
 def _reference(transformer: nn.Module):

@@ -8,10 +8,14 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from turbo_nb import cli
+from turbo_nb import backends, cli
+from turbo_nb.machine import probe
+from turbo_nb.machine.probe import Library, Machine
+from turbo_nb.ops.compare import relative_error
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -21,17 +25,41 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / f"{name}.safetensors")
 
 
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    """‖out − ref‖ / ‖ref‖ in float64"""
-    out, ref = out.double(), ref.double()
-    return ((out - ref).norm() / ref.norm()).item()
-
-
 def assert_close(name: str, ref: torch.Tensor, out: torch.Tensor, bound: float) -> None:
     assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     assert out.isfinite().all(), f"{name}: not finite"
     error = relative_error(out, ref)
     assert error <= bound, f"{name}: rel. L2 {error:.3g} > {bound:.3g}"
+
+
+def choose_triton(monkeypatch) -> None:
+    """Make this a machine whose every device, the CPU too, is a GPU of sm_80 with Triton."""
+    monkeypatch.setattr(Machine, "on", lambda self, device: self)
+    set_machine(
+        monkeypatch, Machine(gpu="A100", gpu_count=1, arch=(8, 0), libraries={"triton": Library(version="3.9")})
+    )
+
+
+def set_machine(monkeypatch, machine: Machine) -> None:
+    monkeypatch.setattr(probe, "_probe_once", lambda: machine)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says that it is on GPU `index`: `x.as_subclass(OnGpu)`."""
+
+    is_cuda = True
+    index = 0
+
+    def get_device(self):
+        return self.index
+
+
+def interpret_kernels(monkeypatch) -> None:
+    """Let the chosen kernels take tensors of the CPU, where Triton interprets them (tests/conftest.py)."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/ops runs the kernels on the GPU")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "_half_on_gpu", lambda tensors: True)
 
 
 def write_upstream(path: Path, more: dict | None = None, drop: list[str] = (), state: str = "dit_state") -> Path:

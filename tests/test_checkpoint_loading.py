@@ -19,7 +19,7 @@ from turbo_nb import catalog, checkpoint
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
 from turbo_nb.files.recognise import describe, read, recognise
-from turbo_nb.linear import is_quantized, to_rows
+from turbo_nb.linear import is_quantized, to_per_row_scales
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
 
@@ -240,7 +240,7 @@ def test_quantising_on_load_warns_and_is_close_to_the_quantised_file(files, io):
 
 def test_scales_of_rows_are_saved_and_loaded(files, io, tmp_path):
     model = load_transformer(files / "int8.pth", sla_topk=0.4)
-    to_rows(model)
+    to_per_row_scales(model)
     model.save_pretrained(tmp_path / "rows")
     again = load_transformer(tmp_path / "rows", sla_topk=0.4)
     assert again.blocks[0].attn1.to_q.scale.ndim == 1

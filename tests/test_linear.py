@@ -9,15 +9,15 @@ from turbo_nb.errors import InputError
 from turbo_nb.linear import (
     Int8Linear,
     empty_linears,
-    in_rows,
+    has_per_row_scales,
     int8_dequantize,
     int8_linear,
     int8_quantize,
     is_quantized,
     row_linear,
     row_quantize,
-    to_rows,
-    to_tiles,
+    to_per_row_scales,
+    to_tile_scales,
 )
 from turbo_nb.ops.linear8 import reference as linear8_reference
 
@@ -98,17 +98,21 @@ def test_a_scale_for_each_row():
     assert (tiles - exact)[:, away].norm() > 0.1 * exact[:, away].norm()
 
 
-def test_to_rows_and_back():
+def test_per_row_scales_and_back():
     torch.manual_seed(0)
     linear = nn.Linear(256, 130)
     module = nn.Sequential(Int8Linear.from_linear(linear), nn.Linear(2, 2))
     x, tiled = torch.randn(5, 256), module[0].int8_weight.clone()
     expected, exact = module[0](x), linear(x)
-    to_rows(module)
-    assert module[0].scale.shape == (130,) and in_rows([module[0]]) and not in_rows([module[0], module[1]])
+    to_per_row_scales(module)
+    assert (
+        module[0].scale.shape == (130,)
+        and has_per_row_scales([module[0]])
+        and not has_per_row_scales([module[0], module[1]])
+    )
     assert (module[0](x) - exact).norm() < 1.1 * (expected - exact).norm()
-    to_rows(module)  # twice is once
-    to_tiles(module)
+    to_per_row_scales(module)  # twice is once
+    to_tile_scales(module)
     assert module[0].scale.shape == (2, 2) and (module[0].int8_weight.int() - tiled.int()).abs().max() <= 1
 
 
@@ -116,7 +120,7 @@ def test_shapes_that_do_not_fit_are_errors():
     w_q, scale = int8_quantize(torch.randn(256, 128))
     with pytest.raises(InputError, match="last dimensions"):
         int8_linear(torch.randn(4, 64), w_q, scale)
-    with pytest.raises(InputError, match=r"it is \(2, 1\)"):
+    with pytest.raises(InputError, match=r"Expected \(2, 1\)"):
         int8_linear(torch.randn(4, 128), w_q, scale.T)
     with pytest.raises(InputError, match="matrix"):
         int8_quantize(torch.randn(2, 3, 4))

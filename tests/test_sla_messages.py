@@ -5,14 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_close, command_line, golden, relative_error
+from helpers import (
+    assert_close,
+    choose_triton,
+    command_line,
+    golden,
+    interpret_kernels,
+    relative_error,
+    set_machine,
+)
 
 import turbo_nb
-from turbo_nb import backends, sla
+from turbo_nb import backends
 from turbo_nb.errors import BackendError
 from turbo_nb.machine import probe
 from turbo_nb.machine.probe import Library, Machine
 from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.attention import spargeattn
 from turbo_nb.sla import SageSparseLinearAttention, SparseLinearAttention, attention_type, set_attention_type
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run SageSLA")
@@ -64,14 +73,20 @@ def test_spargeattn_is_called_as_it_wants_to_be(monkeypatch, attention):
         ).transpose(1, 2)
 
     here = Machine(gpu="H100", arch=(9, 0), libraries={"spas_sage_attn": Library(version="0.1")})
-    monkeypatch.setattr(probe, "probe", lambda: here)
-    monkeypatch.setattr(probe, "_probe_once", lambda: here)
+    monkeypatch.setattr(probe, "probe", lambda device: here)
+    set_machine(monkeypatch, here)
     monkeypatch.setitem(sys.modules, "spas_sage_attn", SimpleNamespace(block_sparse_sage2_attn_cuda=kernel))
     slow, q, k, v, ref = attention
     sage = SageSparseLinearAttention(128, slow.topk)
     assert (sage.block_q, sage.block_k) == (64, 128)
     sage.load_state_dict(slow.state_dict())
-    assert_close("sagesla", ref, sage._attend(q, k, v, sla._spargeattn), 1e-2)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_half_on_gpu", lambda tensors: True)
+        patch.setattr(Machine, "on", lambda self, device: self)
+        assert_close("sagesla", ref, sage(q, k, v), 1e-2)
+        assert asked.pop("pvthreshd") == spargeattn.NEVER
+        short = (x[:, :100] for x in (q, k, v))
+        sage(*short)  # too short for SpargeAttn
     assert asked["shape"] == (1, 2, 700, 128) and asked["map"].shape == (1, 2, 11, 6)
     asked.clear()
     assert_close("on a CPU", ref, sage(q, k, v), 1e-2)
@@ -105,11 +120,15 @@ def test_the_triton_kernel_is_taken_and_is_nearer_to_the_exact_one(attention, mo
     pytest.importorskip("triton")
     sage, *qkv, _ = attention
     q, k, v = (x.half() for x in qkv)  # interpreted, a bf16 product is wrong
-    exact = sage._attend(q, k, v, attention_reference.sparse_attention)
-    asked = []
-    monkeypatch.setattr(backends, "on_triton", lambda *of, override: asked.append((of[0], override)) or True)
+    plain = SparseLinearAttention(128, sage.topk, sage.block_q, sage.block_k)
+    plain.load_state_dict(sage.state_dict())
+    exact = plain(q, k, v)
+    choose_triton(monkeypatch)
+    interpret_kernels(monkeypatch)
+    monkeypatch.setattr(sage, "backend", None)
     assert 0.004 < relative_error(sage(q, k, v), exact) < 0.015  # the reference, in 8 bits throughout: 0.036
-    assert asked == [("sagesla", "reference")]
+    monkeypatch.setattr(sage, "backend", "reference")
+    assert relative_error(sage(q, k, v), exact) > 0.02
 
 
 @pytest.mark.parametrize("length", [1, 63, 129, 700])

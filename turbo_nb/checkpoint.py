@@ -20,7 +20,7 @@ from . import catalog
 from .errors import CheckpointError, InputError, first_line, warn
 from .files.names import PROJ_L
 from .files.recognise import Contents, check_dtypes, count_blocks, fitting_shapes, listed, read, require
-from .linear import Int8Linear, dequantize, empty_linears, held, quantize
+from .linear import Int8Linear, dequantize, empty_linears, frozen, quantize
 from .sla import set_attention_type
 
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -65,7 +65,8 @@ def load_transformer(
     require(contents, "transformer", expected)
     attention_type = attention_type or _attention_of(contents)
     dtype = dtype or contents.dtype
-    model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, dtype)
+    gpu = device if torch.device(device).type == "cuda" else None  # because offload loads on the CPU
+    model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, gpu, dtype)
     tensors = _matched(_fit_projections(contents, model, attention_type), model.state_dict(), contents)
     if quant_linear != "auto" and quant_linear != contents.quantized:
         count = empty_linears(model, quant_linear, dtype)
@@ -89,8 +90,9 @@ def _attention_of(contents: Contents) -> str:
 
 
 def _empty_transformer(
-    contents: Contents, attention_type: str, topk: float, backend: str | None, dtype: torch.dtype
-) -> WanTransformer3DModel:
+    contents: Contents, attention_type: str, topk: float, backend: str | None, gpu: str | torch.device | None,
+    dtype: torch.dtype,
+) -> WanTransformer3DModel:  # fmt: skip
     """A transformer without storage that has the file's shape and kind of linears"""
     with fitting_shapes(contents.path), init_empty_weights(include_buffers=True):
         model = WanTransformer3DModel.from_config(_transformer_config(contents))
@@ -98,9 +100,9 @@ def _empty_transformer(
         for name, linear in model.named_modules():
             scale = contents.tensors.get(f"{name}.scale")
             if isinstance(linear, Int8Linear) and scale is not None and scale.ndim == 1:  # one scale per row
-                linear.scale = held(torch.empty(scale.shape))
+                linear.scale = frozen(torch.empty(scale.shape))
     with init_empty_weights(include_buffers=True):
-        set_attention_type(model, attention_type, topk, backend=backend)
+        set_attention_type(model, attention_type, topk, backend=backend, device=gpu)
     return model
 
 
@@ -151,7 +153,7 @@ def _assign_transformer(
         tensor, (name, _, leaf) = take(key), key.rpartition(".")
         module = model.get_submodule(name)
         if leaf == "weight" and isinstance(module, Int8Linear):
-            module.int8_weight, module.scale = map(held, quantize(tensor))
+            module.int8_weight, module.scale = map(frozen, quantize(tensor))
         elif leaf == "int8_weight" and not isinstance(module, Int8Linear):
             _assign(model, f"{name}.weight", dequantize(tensor, take(f"{name}.scale")).to(dtype))
         else:

@@ -1,9 +1,9 @@
-"""8-bit linears: weights are stored in 8 bits, activations quantised as they come.
+"""8-bit linears: the weights are stored in 8 bits, the activations are quantised on the way.
 
-`Int8Linear` has the tensors of upstream's quantised checkpoints, with one scale for a tile of 128×128 (TurboDiffusion);
-`empty_linears` makes room for them in a transformer. For the kernels `to_rows` gives each row of the weight a scale of
-its own, and so has each row of the activations: that is faster, and more exact, since one large value makes only
-its own row coarse.
+`Int8Linear` has the tensors of upstream's checkpoints, one scale per tile of 128×128 (TurboDiffusion). `empty_linears`
+puts it into a transformer. The kernels need one scale per row of the weight and of the activations:
+`to_per_row_scales` converts the weights. That is faster, and more exact, because one large value makes only its own
+row coarse.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from . import backends
 from .errors import InputError
 from .ops.linear8 import reference as linear8_reference
-from .ops.linear8.reference import TILE, Rows, int8_dequantize, row_quantize
+from .ops.linear8.reference import TILE, QuantizedRows, int8_dequantize, row_quantize
 
 __all__ = [
     "Int8Linear",
     "dequantize",
     "empty_linears",
-    "held",
-    "in_rows",
+    "frozen",
+    "has_per_row_scales",
     "int8_dequantize",
     "int8_linear",
     "int8_quantize",
@@ -30,89 +30,102 @@ __all__ = [
     "quantize",
     "row_linear",
     "row_quantize",
-    "to_rows",
-    "to_tiles",
+    "to_per_row_scales",
+    "to_tile_scales",
 ]
 
 
 def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → q (M, K) int8 and scale (⌈M/128⌉, ⌈K/128⌉) float32, one for a tile of 128×128.
+    """Quantise a matrix with one scale per tile of 128×128 (TurboDiffusion).
 
-    Raises InputError for another number of dimensions.
+    Args:
+        x: (M, K).
+
+    Returns:
+        q (M, K) int8 and scale (⌈M/128⌉, ⌈K/128⌉) float32.
+
+    Raises:
+        InputError: x is not a matrix.
     """
     if x.ndim != 2:
-        raise InputError(f"x has shape {tuple(x.shape)}; int8_quantize takes a matrix (rows, columns)")
+        raise InputError(f"x has shape {tuple(x.shape)}. Expected a matrix (rows, columns).")
     return linear8_reference.int8_quantize(x)
 
 
 def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K) times the quantised weight w_q (N, K), plus bias (N,) → (…, N) in x's dtype.
+    """Multiply by a weight quantised in tiles; x is quantised in tiles, too.
 
-    Raises InputError where the shapes don't fit.
+    Args:
+        x: (…, K).
+        w_q, w_scale: the weight (N, K), from `int8_quantize`.
+        bias: (N,).
+
+    Returns:
+        (…, N) in x's dtype.
+
+    Raises:
+        InputError: the shapes do not fit.
     """
     tiles = tuple(-(-side // TILE) for side in w_q.shape)
     if w_q.ndim != 2 or x.shape[-1] != w_q.shape[1]:
-        raise InputError(f"x {tuple(x.shape)} and w_q {tuple(w_q.shape)} don't fit; their last dimensions are equal")
+        raise InputError(f"x is {tuple(x.shape)} and w_q {tuple(w_q.shape)}. Expected equal last dimensions.")
     if tuple(w_scale.shape) != tiles:
-        raise InputError(f"w_scale has shape {tuple(w_scale.shape)}; for w_q {tuple(w_q.shape)} it is {tiles}")
+        raise InputError(f"w_scale has shape {tuple(w_scale.shape)}. Expected {tiles} for w_q {tuple(w_q.shape)}.")
     return linear8_reference.int8_linear(x, w_q, w_scale, bias)
 
 
 def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K) times the quantised weight w_q (N, K) with scales (N,), plus bias (N,) → (…, N) in x's dtype."""
-    if backends.on_triton("linear", x):
-        from .ops.linear8 import triton_rows
-
-        return triton_rows.row_product(triton_rows.row_quantize(x), w_q, w_scale, bias, _on_gluon())
+    """Multiply x (…, K) by a weight (N, K) with scales (N,), plus bias (N,): (…, N) in x's dtype."""
+    if quantize_rows := backends.kernel("row_quantize", x):
+        return _product(x.get_device())(quantize_rows(x), w_q, w_scale, bias)
     return linear8_reference.row_linear(x, w_q, w_scale, bias)
 
 
-def _on_gluon() -> bool:
-    return backends.choose("linear").chosen == "gluon"
+def _product(gpu: int):
+    """Return the product of quantised rows on a GPU."""
+    return backends.choose("linear", gpu).function
 
 
-def in_rows(linears: Sequence[nn.Module]) -> bool:
-    """Whether all of these take activations that are 8-bit rows already."""
+def has_per_row_scales(linears: Sequence[nn.Module]) -> bool:
+    """Return whether all of these linears are in 8 bits with one scale per row, so that they take quantised rows."""
     return all(type(linear) is Int8Linear and linear.scale.ndim == 1 for linear in linears)
 
 
-def project(linears: Sequence[nn.Module], x: Tensor | Rows) -> list[Tensor]:
-    """Each linear's x (B, L, K) → (B, L, N); 8-bit kernels quantise x once for all.
+def project(linears: Sequence[nn.Module], x: Tensor | QuantizedRows) -> list[Tensor]:
+    """Compute each linear of x (B, L, K): (B, L, N). Quantises x once for all 8-bit linears.
 
-    x may be `Rows` where `in_rows` says so and "linear" is on Triton.
+    x may be `QuantizedRows` only if `has_per_row_scales(linears)`.
     """
-    if isinstance(x, Rows) or (in_rows(linears) and backends.on_triton("linear", x)):
-        from .ops.linear8 import triton_rows
-
-        rows = x if isinstance(x, Rows) else triton_rows.row_quantize(x)
-        return [
-            triton_rows.row_product(rows, linear.int8_weight, linear.scale, linear.bias, _on_gluon())
-            for linear in linears
-        ]
-    return [linear(x) for linear in linears]
+    rows = x if isinstance(x, QuantizedRows) else None
+    if rows is None and has_per_row_scales(linears) and (quantize_rows := backends.kernel("row_quantize", x)):
+        rows = quantize_rows(x)
+    if rows is None:
+        return [linear(x) for linear in linears]
+    product = _product(rows.q.get_device())
+    return [product(rows, linear.int8_weight, linear.scale, linear.bias) for linear in linears]
 
 
 class Int8Linear(nn.Module):
     """A linear layer with upstream's tensors: int8_weight (out, in), scale (⌈out/128⌉, ⌈in/128⌉), bias (out,).
 
-    After `to_rows` scale is (out,).
+    After `to_per_row_scales` scale is (out,).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=torch.bfloat16):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         tiles = -(-out_features // TILE), -(-in_features // TILE)
-        self.int8_weight = held(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.scale = held(torch.zeros(tiles, device=device))
-        self.bias = held(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.int8_weight = frozen(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.scale = frozen(torch.zeros(tiles, device=device))
+        self.bias = frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
-        """The 8-bit form of `linear`."""
+        """Return the 8-bit form of `linear`, with tile scales."""
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta")
-        module.int8_weight, module.scale = map(held, int8_quantize(weight))
-        module.bias = None if linear.bias is None else held(linear.bias.detach())
+        module.int8_weight, module.scale = map(frozen, int8_quantize(weight))
+        module.bias = None if linear.bias is None else frozen(linear.bias.detach())
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,49 +137,64 @@ class Int8Linear(nn.Module):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) in 8 bits for what runs 8-bit linears here: scales of rows for the kernels, else of tiles"""
-    if backends.on_triton("linear"):
+    """Quantise a weight (N, K): per-row scales where the kernels run, else tile scales.
+
+    The GPU is the weight's own; for a weight on the CPU, which is moved later, the first GPU.
+    """
+    gpu = weight.get_device() if weight.is_cuda else None
+    if backends.choose("row_quantize", gpu).uses_triton:
         return row_quantize(weight)[:2]
     return int8_quantize(weight)
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight of q (N, K), with scales of rows (N,) or of tiles"""
+    """Return the float32 weight of q (N, K) with per-row scales (N,) or tile scales."""
     return q.float() * scale[:, None] if scale.ndim == 1 else int8_dequantize(q, scale)
 
 
 @torch.no_grad()
-def to_rows(module: nn.Module, device: torch.device | str | None = None) -> None:
-    """Give every row of the 8-bit weights in `module` its own scale, in place; computed on `device`, if given.
+def to_per_row_scales(module: nn.Module, device: torch.device | str | None = None) -> None:
+    """Give every row of the 8-bit weights in `module` its own scale, in place.
 
-    A weight of 8 bits rounded to 8 bits again: measured, that costs less than the finer activations bring.
+    This rounds a weight of 8 bits to 8 bits again. Measured, it costs less than finer activations gain.
+
+    Args:
+        device: where to compute. None: where each weight is. The weights stay where they are.
     """
     for linear in module.modules():
         if type(linear) is Int8Linear and linear.scale.ndim == 2:
             home = linear.int8_weight.device
             weight = int8_dequantize(*(x.to(device or home) for x in (linear.int8_weight, linear.scale)))
             q, scale, _ = row_quantize(weight)
-            linear.int8_weight, linear.scale = held(q.to(home)), held(scale.to(home))
+            linear.int8_weight, linear.scale = frozen(q.to(home)), frozen(scale.to(home))
 
 
 @torch.no_grad()
-def to_tiles(module: nn.Module) -> None:
-    """`to_rows` undone, but for the rounding: the weights of `module` have upstream's scales again."""
+def to_tile_scales(module: nn.Module) -> None:
+    """Undo `to_per_row_scales`, except for its rounding: the weights in `module` get upstream's tile scales again."""
     for linear in module.modules():
         if type(linear) is Int8Linear and linear.scale.ndim == 1:
             weight = dequantize(linear.int8_weight, linear.scale)
-            linear.int8_weight, linear.scale = map(held, int8_quantize(weight))
+            linear.int8_weight, linear.scale = map(frozen, int8_quantize(weight))
 
 
-def held(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is not trained: unlike buffers, diffusers' group offload moves these both ways"""
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a parameter that is not trained.
+
+    Not a buffer, because diffusers' group offload moves only parameters both ways.
+    """
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def empty_linears(transformer: nn.Module, quantized: bool, dtype: torch.dtype) -> int:
-    """Put linears without storage, 8-bit or plain, in the place of the blocks' linears (not `proj_l`); how many.
+    """Replace the blocks' linears, except `proj_l`, by linears without storage. Return how many.
 
-    In place, and before the weights are there: which ones upstream quantises is decided here.
+    Upstream quantises exactly these. Call it before the weights are loaded.
+
+    Args:
+        transformer: changed in place.
+        quantized: whether the new linears are in 8 bits.
+        dtype: of plain weights and of biases.
     """
     found = [
         (parent, name, child)
@@ -181,5 +209,5 @@ def empty_linears(transformer: nn.Module, quantized: bool, dtype: torch.dtype) -
 
 
 def is_quantized(transformer: nn.Module) -> bool:
-    """Whether the transformer has 8-bit linears."""
+    """Return whether the transformer has 8-bit linears."""
     return any(isinstance(module, Int8Linear) for module in transformer.modules())

@@ -212,7 +212,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tup
     parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
     if plan.device != "cpu":
         for expert in experts:
-            fused_transformer.fuse(expert)
+            fused_transformer.fuse(expert, plan.device)
     fused_vae.fuse(parts["vae"])
     if resolved.spec.task == "i2v":
         pipeline = WanImageToVideoPipeline(

@@ -1,21 +1,19 @@
-"""Rotary position embedding of Wan: three axes, interleaved pairs, and the part of flash_attn's interface that it uses.
+"""Rotary position embedding of Wan: three axes, interleaved pairs.
 
-Upstream calls `flash_attn.layers.rotary.apply_rotary_emb` and fails where flash_attn is missing;
-`apply_rotary_emb_torch` takes its place, with the same arguments, and needs nothing but torch; `apply_rotary_emb` uses
-whichever works.
+Upstream calls `flash_attn.layers.rotary.apply_rotary_emb` and fails where flash_attn is missing.
+`apply_rotary_emb_torch` has the same arguments and needs torch only. `apply_rotary_emb` uses flash_attn where it works,
+and warns once where it is installed but does not work.
 """
 
-import warnings
-from collections.abc import Callable
+import os
 from functools import cache
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .errors import InputError
+from .errors import InputError, warn
 from .machine import probe
 from .ops.norms import reference as norms_reference
 
@@ -31,17 +29,22 @@ class VideoSize(NamedTuple):
 
 
 def rope_freqs(video_size: VideoSize, head_dim: int) -> Tensor:
-    """Angles of every token: (T·H·W, head_dim/2) float32, the columns of t, then h, then w.
+    """Return the angles of every token (Wan, arXiv:2503.20314).
 
-    h and w get head_dim // 6 · 2 channels each, t the rest (Wan, arXiv:2503.20314). Raises InputError for a size below
-    1 or a head_dim that is odd or below 6.
+    Args:
+        video_size: the clip in latent patches.
+        head_dim: channels of a head. h and w get head_dim // 6 · 2 channels each, t the rest.
+
+    Returns:
+        (T·H·W, head_dim/2) float32, the columns of t, then h, then w.
+
+    Raises:
+        InputError: a side is below 1, or head_dim is odd or below 6.
     """
     if min(video_size) < 1:
-        raise InputError(
-            f"video_size is {tuple(video_size)}; frames, rows and columns are each 1 or more latent patches"
-        )
+        raise InputError(f"video_size is {tuple(video_size)}. Expected 1 or more latent patches on each side.")
     if head_dim < 6 or head_dim % 2:
-        raise InputError(f"head_dim is {head_dim}; rotary embedding over t, h and w takes an even number from 6 on")
+        raise InputError(f"head_dim is {head_dim}. Expected an even number from 6 on, for rotary embedding of t, h, w.")
     spatial = head_dim // 6 * 2
     axes = []
     for length, channels in zip(video_size, (head_dim - 2 * spatial, spatial, spatial), strict=True):
@@ -59,67 +62,83 @@ def rope_freqs(video_size: VideoSize, head_dim: int) -> Tensor:
 def apply_rotary_emb_torch(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Rotate pairs of channels of x (B, L, H, D) by cos and sin, each (L, D/2); x's dtype and shape, fp32 inside.
+    """Rotate pairs of channels by an angle per token, in plain PyTorch.
 
-    Pairs are (0, 1), (2, 3), … when interleaved, else (i, i + D/2). With `inplace`, x itself takes the result.
-    Raises InputError where the shapes don't fit.
+    Args:
+        x: (B, L, H, D).
+        cos, sin: (L, D/2).
+        interleaved: pairs are (0, 1), (2, 3), …; else (i, i + D/2).
+        inplace: write the result into x.
+
+    Returns:
+        x's shape and dtype, float32 inside.
+
+    Raises:
+        InputError: the shapes do not fit.
     """
     if x.ndim != 4:
-        raise InputError(f"x has shape {tuple(x.shape)}; expected (batch, tokens, heads, head_dim)")
+        raise InputError(f"x has shape {tuple(x.shape)}. Expected (batch, tokens, heads, head_dim).")
     if x.shape[-1] % 2:
-        raise InputError(f"x has head_dim {x.shape[-1]}; rotary embedding turns pairs of channels, so it must be even")
+        raise InputError(f"x has head_dim {x.shape[-1]}. Expected an even number, because RoPE rotates pairs.")
     table = (x.shape[1], x.shape[-1] // 2)
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tuple(tensor.shape) != table:
             raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}; for x {tuple(x.shape)} it is (tokens, head_dim/2) = {table}"
+                f"{name} has shape {tuple(tensor.shape)}. Expected (tokens, head_dim/2) = {table} "
+                f"for x {tuple(x.shape)}."
             )
-    out = norms_reference.apply_rotary_emb(x, cos, sin, interleaved)
-    return x.copy_(out) if inplace else out
+    return norms_reference.apply_rotary_emb(x, cos, sin, interleaved, inplace)
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, inplace: bool = False) -> Tensor:
-    """`apply_rotary_emb_torch`, by flash_attn where it works and x is of a GPU in bf16 or fp16."""
-    fast = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-    apply = (fast and _flash_attn()) or apply_rotary_emb_torch
-    return apply(x, cos, sin, interleaved=interleaved, inplace=inplace)
+    """Compute `apply_rotary_emb_torch`, by flash_attn where it works and x is on a GPU in bf16 or fp16."""
+    rotate = backends.kernel("rope", x)
+    if rotate is None:
+        if x.is_cuda:
+            _warn_of_fallback(x.get_device())
+        rotate = apply_rotary_emb_torch
+    return rotate(x, cos, sin, interleaved=interleaved, inplace=inplace)
+
+
+@cache
+def _warn_of_fallback(gpu: int) -> None:
+    """Warn, once for each GPU, where flash_attn is installed but does not work; not where another was asked for."""
+    reason = dict(backends.choose("rope", gpu).rejected).get("flash_attn")
+    if reason and probe.installed("flash_attn") and not os.environ.get(backends.VARIABLES["rope"]):
+        warn(f"RoPE runs in plain PyTorch: {reason}", stacklevel=3)
 
 
 def norm_rope(
     x: Tensor, norm: torch.nn.Module, cos: Tensor | None = None, sin: Tensor | None = None, sums: bool = False
 ) -> Tensor | tuple[Tensor, Tensor | None]:
-    """RMSNorm over all heads of x (B, L, H, D), then the rotation by cos and sin, each (L, D/2), if given: x's shape.
+    """Compute RMSNorm over all heads, then the rotation.
 
-    norm: an RMSNorm of width H·D. One Triton kernel where "block" has it, else one after the other. sums: also the
-    sums that `reference.rms_norm_rope` tells of, where the kernel made them, else None.
+    Args:
+        x: (B, L, H, D).
+        norm: an RMSNorm of width H·D.
+        cos, sin: (L, D/2). None: no rotation.
+        sums: also return the sums of `norms.reference.rms_norm_rope`, None where no kernel computed them.
+
+    Returns:
+        x's shape and dtype.
     """
-    if backends.on_triton("block", x):
-        from .ops.norms.triton_norms import rms_norm_rope
-
-        return rms_norm_rope(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums)
+    if kernel := backends.kernel("norm_rope", x):
+        return kernel(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums)
     x = norm(x.flatten(2)).unflatten(2, x.shape[2:])
     x = x if cos is None else apply_rotary_emb(x, cos, sin)
     return (x, None) if sums else x
 
 
-@cache
-def _flash_attn() -> Callable | None:
-    """flash_attn's function, or None where it is not there. Warns, once, where it is there and cannot be used."""
-    if not probe.installed("flash_attn"):
-        return None
-    choice = backends.choose("rope")
-    if choice.chosen == "flash_attn":
-        return import_module("flash_attn.layers.rotary").apply_rotary_emb
-    if not backends.asked_for("rope"):
-        warnings.warn(f"RoPE runs in plain PyTorch: {dict(choice.passed_over)['flash_attn']}", stacklevel=3)
-    return None
-
-
 def rope_apply(x: Tensor, video_size: VideoSize, freqs: Tensor) -> Tensor:
-    """Rotate x (B, T·H·W, H, D) by the angles of `rope_freqs(video_size, D)`. Raises InputError on another length."""
+    """Rotate x (B, T·H·W, H, D) by the angles of `rope_freqs(video_size, D)`.
+
+    Raises:
+        InputError: x has another number of tokens.
+    """
     tokens = video_size[0] * video_size[1] * video_size[2]
     if x.ndim != 4 or x.shape[1] != tokens:
         raise InputError(
-            f"x has shape {tuple(x.shape)}; for video_size {tuple(video_size)} it is (batch, {tokens}, heads, head_dim)"
+            f"x has shape {tuple(x.shape)}. Expected (batch, {tokens}, heads, head_dim) "
+            f"for video_size {tuple(video_size)}."
         )
     return apply_rotary_emb(x, freqs.cos(), freqs.sin())

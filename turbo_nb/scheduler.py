@@ -1,13 +1,12 @@
 """The rCM scheduler: 1 to 4 steps without guidance (rCM, arXiv:2510.08431; TurboDiffusion).
 
-Works in diffusers' `WanPipeline` and `WanImageToVideoPipeline` as they are, called with `guidance_scale=1.0` and
-`latents=scheduler.start_latents(shape)`:
+It works in diffusers' `WanPipeline` and `WanImageToVideoPipeline`:
 
     scheduler.seed(0)
     pipeline(prompt, latents=scheduler.start_latents(shape), num_inference_steps=4, guidance_scale=1.0)
 
-The pipelines never pass a generator to `step`, so the scheduler holds it. Latents stay float64 between steps; only
-the start, which the pipelines cast, is float32.
+The scheduler keeps the generator, because the pipelines never pass one to `step`. Latents stay float64 between steps,
+except the start, which the pipelines cast to float32.
 """
 
 import math
@@ -27,24 +26,30 @@ MIDDLE_TIMES = (1.5, 1.4, 1.0)  # trig-flow times after the first
 class RCMScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampling of a TurboDiffusion model.
 
-    sigma_max: the first noise level as tan of the trig-flow time; 80 for text-to-video, 200 for image-to-video (larger:
-    sharper, less diverse). ode: follow the ODE instead of drawing new noise each step (sharper, less robust).
-    num_train_timesteps: scale of a timestep, which the two-expert pipelines read.
+    Args:
+        sigma_max: the first noise level, as tan of the trig-flow time; 80 for text-to-video, 200 for image-to-video.
+            Larger is sharper and less diverse.
+        ode: follow the ODE instead of drawing new noise each step. Sharper and less robust.
+        num_train_timesteps: scale of a timestep; the two-expert pipelines read it.
 
-    After `set_timesteps(n)`: `sigmas` (n + 1,) float64, noise levels sin t / (sin t + cos t), the last one 0;
-    `timesteps` (n,) float32, sigma · 1000 rounded to bf16, as the models saw it in training. After each step `denoised`
-    is what the model takes the clip to be, before new noise is added: the latents to preview.
+    Attributes:
+        sigmas: after `set_timesteps(n)` (n + 1,) float64, the noise levels sin t / (sin t + cos t), the last one 0.
+        timesteps: (n,) float32, sigma · 1000 rounded to bf16, because the models saw that in training.
+        denoised: after each step the latents without noise, as the model estimates them; for previews.
+
+    Raises:
+        InputError: sigma_max is not a number above tan(1.5).
     """
 
     order = 1
-    init_noise_sigma = 1.0  # start_latents() has scaled the noise already
+    init_noise_sigma = 1.0  # because start_latents() scales the noise
 
     @register_to_config
     def __init__(self, sigma_max: float = 80.0, ode: bool = False, num_train_timesteps: int = 1000):
         if not (math.isfinite(sigma_max) and sigma_max > math.tan(MIDDLE_TIMES[0])):
             least = math.tan(MIDDLE_TIMES[0])
             raise InputError(
-                f"sigma_max is {sigma_max}; it is a number above {least:.1f}, such as 80 (T2V) or 200 (I2V)"
+                f"sigma_max is {sigma_max}. Expected a number above {least:.1f}. Use 80 for T2V or 200 for I2V."
             )
         self.generator: torch.Generator | None = None
         self.sigmas = self.timesteps = None
@@ -53,7 +58,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self._index = 0
 
     def seed(self, seed: int, device: str | torch.device = "cpu") -> None:
-        """Start a new sequence of noise. The CPU's is the same on every machine; "cuda" repeats upstream's seeds."""
+        """Start a new sequence of noise. "cpu" gives the same on every machine; "cuda" repeats upstream's seeds."""
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def _noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -63,14 +68,14 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def start_latents(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
-        """Noise at the first level: shape (B, C, T, H, W), float64."""
+        """Return noise of the first level: shape (B, C, T, H, W), float64."""
         first = math.atan(self.config.sigma_max)
         return self._noise(shape, device) * (math.sin(first) / (math.sin(first) + math.cos(first)))
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lay out `num_inference_steps` (1 to 4) steps. Raises InputError for any other number."""
+        """Set the noise levels of 1 to 4 steps. Raises InputError for any other number."""
         if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MAX_STEPS:
-            raise InputError(f"num_steps is {num_inference_steps}; rCM models take 1 to {MAX_STEPS} steps")
+            raise InputError(f"num_steps is {num_inference_steps}. Expected 1 to {MAX_STEPS} for an rCM model.")
         times = [math.atan(self.config.sigma_max), *MIDDLE_TIMES][:num_inference_steps]
         t = torch.tensor([*times, 0.0], dtype=torch.float64)
         self.sigmas = t.sin() / (t.sin() + t.cos())
@@ -81,7 +86,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self._index = 0
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The pipelines call this before the first step."""
+        """Set the index of the next step; the pipelines call this before the first one."""
         self._index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
@@ -90,10 +95,18 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One step from `sample` (B, C, T, H, W) with the velocity `model_output` of the same shape; float64 out.
+        """Take one step (rCM, arXiv:2510.08431).
 
-        SDE: x ← (1 − σ′)·(x − σ·v) + σ′·noise. ODE: x ← x − (σ − σ′)·v. The last step draws noise too (and
-        multiplies it by σ′ = 0), so that a generator used on is where upstream's would be.
+        SDE: x ← (1 − σ′)·(x − σ·v) + σ′·noise. ODE: x ← x − (σ − σ′)·v. The last SDE step draws noise and multiplies
+        it by σ′ = 0, because upstream's generator advances there, too.
+
+        Args:
+            model_output: the velocity v, (B, C, T, H, W).
+            timestep: not used; the scheduler counts the steps.
+            sample: x, of the same shape.
+
+        Returns:
+            The next x in float64, in a `SchedulerOutput` or a tuple.
         """
         sigma, following = self.sigmas[self._index].item(), self.sigmas[self._index + 1].item()
         self._index += 1

@@ -137,7 +137,7 @@ def test_an_impossible_override_is_an_error_of_the_report(report, monkeypatch):
         ("error", "unset TURBO_NB_ROPE"),
         ("error", "unset TURBO_NB_ATTENTION"),
     ]
-    assert found.backends.rope.chosen is None and "no CUDA GPU" in found.backends.rope.passed_over[0][1]
+    assert found.backends.rope.chosen is None and "no CUDA GPU" in found.backends.rope.rejected[0][1]
     assert found.backends.linear.chosen == "reference"
 
 
@@ -293,8 +293,8 @@ def test_a_machine_without_a_home_is_not_a_crash(monkeypatch, tmp_path):
 
 def test_attention_is_one_row_of_the_backends(report):
     rows = next(rows for title, _, rows in report(CPU).tables() if title == "Backends")
-    assert [row[0] for row in rows] == list(GROUPS) and len(GROUPS) < len(backends.CANDIDATES)
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(backends.CANDIDATES)
+    assert [row[0] for row in rows] == list(GROUPS) and len(GROUPS) < len(backends.SHOWN)
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(backends.SHOWN)
     attention = {row[0]: row[1:] for row in rows}["attention"]
     assert attention[0].splitlines() == ["sla: reference", "sagesla: nothing", "original: sdpa"]
     assert "gluon, triton, spargeattn: no CUDA GPU" in attention[1].splitlines()

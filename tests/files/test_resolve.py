@@ -31,7 +31,7 @@ def machine(monkeypatch):
             probe, "device_of", lambda device: device if device != "auto" else "cuda" if gigabytes else "cpu"
         )
         monkeypatch.setattr(probe, "free_memory", lambda device: (host if device == "cpu" else gigabytes) * GB)
-        monkeypatch.setattr(plan, "fused_on", lambda: True)
+        monkeypatch.setattr(plan, "fused_on", lambda device: True)
         monkeypatch.setattr(hub, "cached", lambda spec, quantised=False: HERE if (spec, quantised) in known else None)
         monkeypatch.setattr(hub, "find", lambda file: None)
 

@@ -9,9 +9,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
+from helpers import choose_triton, interpret_kernels
 from torch import nn
 
-from turbo_nb import backends, sla
+from turbo_nb import sla
 from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.linear import Int8Linear
 
@@ -42,14 +43,7 @@ def run(transformer):
 
 @pytest.fixture
 def triton_chosen(monkeypatch):
-    monkeypatch.setattr(backends, "choose", lambda operation, **_: backends.Choice(operation, "triton"))
-
-
-def interpreted(monkeypatch):
-    """Let the kernels run on the CPU, as tests/conftest.py has Triton interpret them"""
-    if torch.cuda.is_available():
-        pytest.skip("tests/kernels runs them on the GPU")
-    monkeypatch.setattr(backends, "on_triton", lambda operation, *tensors, **_: True)
+    choose_triton(monkeypatch)
 
 
 def test_where_no_kernel_runs_nothing_is_fused_and_the_report_says_why():
@@ -88,7 +82,7 @@ def test_fused_blocks_compute_the_same(triton_chosen, monkeypatch, linears):
         transformer.add_adapter(LoraConfig(target_modules=["to_q", "proj"], init_lora_weights=False))
     before = run(transformer)
     fused_transformer.fuse(transformer)
-    interpreted(monkeypatch)
+    interpret_kernels(monkeypatch)
     with torch.no_grad():
         error = (run(transformer) - before).norm() / before.norm()
         assert 0 < error < 5e-3
@@ -97,7 +91,7 @@ def test_fused_blocks_compute_the_same(triton_chosen, monkeypatch, linears):
 def test_the_prompt_is_projected_once_for_all_steps(triton_chosen, monkeypatch):
     transformer = tiny(torch.float16)
     fused_transformer.fuse(transformer)
-    interpreted(monkeypatch)
+    interpret_kernels(monkeypatch)
     calls = Counter()
     for name in ("condition_embedder.text_embedder.linear_1", "blocks.0.attn2.to_k", "blocks.1.attn2.to_v"):
         module = transformer.get_submodule(name)
@@ -127,15 +121,15 @@ def test_warming_up_runs_a_block_and_the_angles_are_made_once(triton_chosen, mon
     transformer = tiny(torch.float16)
     fused_transformer.warm_up(transformer, (2, 6, 8))  # nothing to do
     fused_transformer.fuse(transformer)
-    interpreted(monkeypatch)
+    interpret_kernels(monkeypatch)
     calls = []
     transformer.blocks[0].register_forward_hook(lambda block, arguments, out: calls.append((arguments[0].shape, out)))
     fused_transformer.warm_up(transformer, (2, 6, 8))
-    (shape, out), tables = calls[0], transformer.rope.made[1]
+    (shape, out), tables = calls[0], transformer.rope.tables[1]
     assert shape == (1, 24, 128) and out.isfinite().all() and tables[0].dtype == torch.float32
     with torch.no_grad():
         run(transformer)  # of the same size
-        assert transformer.rope.made[1] is tables
+        assert transformer.rope.tables[1] is tables
         assert transformer.rope(torch.empty(1, 16, 4, 6, 8).half())[0].shape == (1, 48, 1, 64)
 
 
@@ -173,5 +167,5 @@ def test_the_padding_of_a_prompt_is_no_coarser_in_8_bits(triton_chosen, monkeypa
             setattr(block.attn2, name, Int8Linear.from_linear(getattr(block.attn2, name)))
     plain = (step(transformer, torch.float16) - exact).norm()
     fused_transformer.fuse(transformer)
-    interpreted(monkeypatch)
+    interpret_kernels(monkeypatch)
     assert (step(transformer, torch.float16) - exact).norm() < 1.1 * plain

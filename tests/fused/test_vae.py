@@ -1,11 +1,13 @@
 """A fused VAE decodes and encodes to what diffusers' own makes of it, in chunks of any length, and comes out again."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d, WanEncoder3d
+from helpers import choose_triton, interpret_kernels
 
 from turbo_nb import backends
 from turbo_nb.fused import vae as fused_vae
@@ -101,34 +103,34 @@ def test_what_is_of_another_make_stays():
     model, z, clip = make(WAN), latents(1, 16, 3, 2, 3), latents(1, 3, 9, 16, 16)
     model.decoder.__class__ = Other
     before, encoded = decode(model, z), encode(model, clip)
-    assert fused_vae.fuse(model) == "a Other is no decoder of diffusers'" and type(model.decoder) is Other
+    assert fused_vae.fuse(model) == "a Other is not diffusers' decoder" and type(model.decoder) is Other
     torch.testing.assert_close(decode(model, z), before, rtol=0, atol=1e-5)  # in chunks all the same
     model.encoder.__class__ = Another
-    assert fused_vae.fuse(model) == "a Other is no decoder of diffusers', a Another is no encoder of diffusers'"
+    assert fused_vae.fuse(model) == "a Other is not diffusers' decoder, a Another is not diffusers' encoder"
     torch.testing.assert_close(encode(model, clip), encoded, rtol=0, atol=1e-5)
 
 
 def test_the_kernels_decode_and_encode_the_same(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("tests/kernels runs them on the GPU")
-    pytest.importorskip("triton")
-    from turbo_nb.ops.conv import triton_conv
-
     model, z, clip = make(RESIDUAL), latents(1, 16, 3, 2, 2), latents(1, 3, 5, 32, 32).clamp(-1, 1)
     exact, encoded = decode(model, z), encode(model, clip)
     model = torch.nn.Module.to(model, torch.float16)
     plain, plainly = (decode(model, z.half()) - exact).norm(), (encode(model, clip.half()) - encoded).norm()
     fused_vae.fuse(model)
-    monkeypatch.setattr(fused_vae, "_kernels", lambda module, x: triton_conv)
+    choose_triton(monkeypatch)
+    interpret_kernels(monkeypatch)
+    assert backends.function("rimmed_conv", z).__module__.endswith("conv.reference")  # 2 is not a multiple of 16
+    assert backends.function("rms_norm_silu", z).__module__.endswith("triton_conv")
     assert 0 < (decode(model, z.half()) - exact).norm() < 1.1 * plain
     assert 0 < (encode(model, clip.half()) - encoded).norm() < 1.1 * plainly
 
 
 def test_what_the_kernels_do_not_take_is_left_to_diffusers(monkeypatch):
-    monkeypatch.setattr(backends, "on_triton", lambda operation, x: x.dtype == torch.bfloat16)
-    on_gpu = type("Latents", (), {"is_cuda": True, "dtype": torch.bfloat16})
-    assert fused_vae._kernels(make(WAN).decoder, on_gpu).__name__.endswith("triton_conv")
-    assert fused_vae._kernels(make(WAN | {"base_dim": 8}).decoder, on_gpu) is None  # 8 channels are too few
-    assert fused_vae._kernels(make(WAN).encoder, on_gpu) is not None  # whose pictures have 3, which are filled up
-    on_gpu.dtype = torch.float32
-    assert fused_vae._kernels(make(WAN).decoder, on_gpu) is None
+    choose_triton(monkeypatch)
+    on_gpu = SimpleNamespace(
+        is_cuda=True, is_floating_point=lambda: True, element_size=lambda: 2, get_device=lambda: 0
+    )  # fmt: skip
+    assert fused_vae._takes(make(WAN).decoder, on_gpu)
+    assert not fused_vae._takes(make(WAN | {"base_dim": 8}).decoder, on_gpu)  # 8 channels are too few
+    assert fused_vae._takes(make(WAN).encoder, on_gpu)  # whose pictures have 3, which are padded to 16
+    on_gpu.element_size = lambda: 4
+    assert not fused_vae._takes(make(WAN).decoder, on_gpu)

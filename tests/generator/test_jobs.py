@@ -190,7 +190,7 @@ def gpu(monkeypatch):
         here = hub.Files(transformers=(), vae=None, text_encoder=None, tokenizer=None)
         monkeypatch.setattr(probe, "device_of", lambda device: "cuda" if device == "auto" else device)
         monkeypatch.setattr(probe, "free_memory", lambda device: free.get(device, 500 * GB))
-        monkeypatch.setattr(plan, "fused_on", lambda: True)
+        monkeypatch.setattr(plan, "fused_on", lambda device: True)
         monkeypatch.setattr(hub, "cached", lambda spec, quantised=False: here if (spec, quantised) in known else None)
         return free
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.compare import relative_error
 from turbo_nb.ops.conv import reference as conv_reference
 from turbo_nb.ops.linear8 import reference as linear8_reference
 from turbo_nb.ops.norms import reference as norms_reference
@@ -45,7 +46,7 @@ def random(*shape, dtype=DTYPE):
 
 def assert_close(name, out, expected, ratio=ROUNDING):
     assert out.shape == expected.shape and out.dtype == expected.dtype, name
-    error = (out.float() - expected.float()).norm() / expected.float().norm()
+    error = relative_error(out, expected)
     assert error <= ratio, f"{name}: rel. L2 {error:.2e}, allowed {ratio:.0e}"  # NaN fails too
 
 
@@ -87,7 +88,7 @@ def test_sage_linear_attention(length, heads, dim, monkeypatch):
         args = (q, k, v, weight, bias, topk, block_q, block_k)
         use_the_map_of_the_kernels(monkeypatch, args)
         wide = *(t.float() for t in args[:5]), *args[5:]
-        meant = attention_reference.sparse_linear_attention(*wide, in_8_bits).to(DTYPE)
+        meant = attention_reference.sparse_linear_attention(*wide, sparse_attention=in_8_bits).to(DTYPE)
         assert_close(f"topk {topk}", triton_sage.sage_linear_attention(*args), meant)
         wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
         exact = attention_reference.sparse_linear_attention(*wide).to(DTYPE)
@@ -124,16 +125,20 @@ def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
     q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
     q[1], v[1] = random(length, 3, 128), random(length, 3, 128)
     weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
+    from turbo_nb.ops.attention import hopper_sla
+
     for topk in (0.01, 0.2, 0.4, 1.0):
         args = (q, k, v, weight, bias, topk, 128, 64)
         expected = triton_sla.sparse_linear_attention(*args)
         for _ in range(3):  # a race would show now and then
-            assert_close(f"topk {topk}", triton_sla.sparse_linear_attention(*args, gluon=True), expected)
+            assert_close(f"topk {topk}", hopper_sla.sparse_linear_attention(*args), expected)
         use_the_map_of_the_kernels(monkeypatch, args)
         wide = *(t.float() for t in args[:5]), *args[5:]
-        expected = attention_reference.sparse_linear_attention(*wide, partial(in_8_bits, q_rows=64)).to(DTYPE)
+        expected = attention_reference.sparse_linear_attention(
+            *wide, sparse_attention=partial(in_8_bits, q_rows=64)
+        ).to(DTYPE)
         for _ in range(3):
-            assert_close(f"SageSLA, topk {topk}", triton_sage.sage_linear_attention(*args, gluon=True), expected)
+            assert_close(f"SageSLA, topk {topk}", hopper_sla.sage_linear_attention(*args), expected)
 
 
 def test_a_batch_of_strided_operands():
@@ -272,6 +277,8 @@ def test_row_linear(shape):
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
 @pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (9000, 144, 1096), (32760, 1536, 8960)], ids=str)
 def test_the_gluon_product_is_the_triton_one(shape):
+    from turbo_nb.ops.linear8 import hopper_rows
+
     rows, depth, columns = shape
     x, bias = triton_rows.row_quantize(random(rows, depth)), random(columns)
     weight = linear8_reference.row_quantize(random(columns, depth))
@@ -279,7 +286,7 @@ def test_the_gluon_product_is_the_triton_one(shape):
         args = x, weight.q, weight.scale
         expected = triton_rows.row_product(*args, **options)
         for _ in range(3):  # a race would show now and then
-            assert_close(str(shape), triton_rows.row_product(*args, **options, gluon=True), expected)
+            assert_close(str(shape), hopper_rows.row_product(*args, **options), expected)
 
 
 def rimmed(*shape):

@@ -107,7 +107,7 @@ def test_a_sweep_compares_with_the_baseline(nano, monkeypatch):
 
 
 def test_sagesla_on_a_cpu_is_the_reference_whatever_the_machine_has(nano, monkeypatch):
-    monkeypatch.setattr(sla.backends, "choose", lambda operation: Choice(operation, "spargeattn"))
+    monkeypatch.setattr(sla.backends, "choose", lambda operation, device=None: Choice(operation, "spargeattn"))
     assert sla.label(nano, "sagesla") == "SageSLA (reference)"
     monkeypatch.setattr(nano.turbo_nb, "plan", replace(nano.turbo_nb.plan, device="cuda:1"))
     assert sla.label(nano, "sagesla") == "SageSLA (spargeattn)"

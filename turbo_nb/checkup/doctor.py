@@ -108,7 +108,7 @@ class Report(Tables):
         for operation in operations:
             choice = getattr(self.backends, operation)
             runs.append((f"{operation}: " if len(operations) > 1 else "") + (choice.chosen or "nothing"))
-            for name, reason in choice.passed_over:
+            for name, reason in choice.rejected:
                 rejected.setdefault(reason, {})[name] = None  # a dict, because it keeps the order
         return "\n".join(runs), "\n".join(f"{', '.join(names)}: {reason}" for reason, names in rejected.items())
 
@@ -136,7 +136,7 @@ def _backends() -> tuple[Backends, list[Problem]]:
     machine, choices, wrong = probe.probe(), {}, {}
     for operation in chain(*GROUPS.values()):
         try:
-            choices[operation] = backends.choose(operation, machine)
+            choices[operation] = backends.choose(operation, machine=machine)
         except BackendError as error:
             variable = backends.VARIABLES[operation]
             choices[operation] = Choice(operation, None, ((os.environ[variable], str(error)),))

@@ -63,7 +63,7 @@ def fit(spec: catalog.ModelSpec, quantised: bool, machine: Machine, free: int, h
     common = {"model": spec.name, "int8": quantised, "downloaded": not missing, "to_fetch": to_fetch}
     if not machine.arch:
         return Fit(fits=False, text="needs a CUDA GPU", **common)
-    given = {"budget": machine.free_memory, "host_budget": host, "fused": plan.fused_on(machine)}
+    given = {"budget": machine.free_memory, "host_budget": host, "fused": plan.fused_on(machine=machine)}
     chosen = plan.for_model(spec, quantised=quantised, **given)
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"

@@ -86,7 +86,7 @@ def int8(device: str, dtype: str) -> tuple[bool, str]:
 
     shapes = enumerate(((200, 320), (264, 320), (264,)))
     x, weight, bias = (noise(*shape, seed=seed, device=device, dtype=dtype) for seed, shape in shapes)
-    if device != "cpu" and backends.on_triton("linear"):
+    if device != "cpu" and backends.choose("linear", device).uses_triton:
         q, scale, _ = row_quantize(weight)
         out = row_linear(x, q, scale, bias)
     else:

@@ -158,7 +158,7 @@ def check_model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterat
     yield run("clip", clip, pipeline)
     if _model(pipeline).plan.offload == "group":
         return  # because the hooks that move single blocks hold on to the attention that was loaded
-    sage = device != "cpu" and backends.choose("sagesla").chosen is not None
+    sage = device != "cpu" and backends.choose("sagesla", device).chosen is not None
     for name in ("transformer", "transformer_2"):
         if (transformer := getattr(pipeline, name, None)) is not None:
             for kind in ["sla"] + ["sagesla"] * sage:
@@ -219,8 +219,10 @@ def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
 
     def velocity(attention_type: str) -> "Tensor":
         sla.set_attention_type(transformer, "original")  # so that the next attention has a linear branch of zero
-        sla.set_attention_type(transformer, attention_type, 1.0, backend=backends.choose("sagesla").chosen or "auto")
-        place(pipeline, _model(pipeline).plan)
+        plan = _model(pipeline).plan
+        backend = backends.choose("sagesla", plan.device).chosen or "auto"
+        sla.set_attention_type(transformer, attention_type, 1.0, backend=backend, device=plan.device)
+        place(pipeline, plan)
         where, dtype = pipeline._execution_device, transformer.dtype
         with torch.inference_mode():
             return transformer(

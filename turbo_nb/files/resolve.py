@@ -135,7 +135,7 @@ class ResolvedModel:
             budget=self.memory,
             host_budget=self.host_memory,
             device=self.device,
-            fused=plan.fused_on(),
+            fused=plan.fused_on(self.device),
             name=self.options.memory_plan,
         )
 
@@ -188,7 +188,7 @@ def candidates(
         memory: bytes of the device. host_memory: bytes of main memory; None: as many as it takes.
         quant_linear: True or False: only files with 8-bit linears, or only plain ones.
     """
-    given = {"budget": memory, "host_budget": host_memory, "fused": plan.fused_on(), "device": device}
+    given = {"budget": memory, "host_budget": host_memory, "fused": plan.fused_on(device), "device": device}
     return sorted(
         (
             Candidate(spec=spec, quantized=quantized, plan=plan.for_model(spec, quantised=quantized, **given))
@@ -250,7 +250,7 @@ def decide(options: LoadOptions, *, to_download: bool = False, host_memory: floa
     memory = options.memory or probe.free_memory(device)
     host_memory, quantized = host_memory or probe.free_memory("cpu"), options.quant_linear
     if options.attention_type == "sagesla":
-        backends.choose("sagesla", probe.Machine() if device == "cpu" else None, options.attention_backend).require()
+        backends.choose("sagesla", device, options.attention_backend).require()
     reason = "its files were given" if paths else "it was asked for by name"
     if name == "auto":
         spec, quantized, reason = _auto(device, memory, host_memory, quantized, to_download)

@@ -1,10 +1,4 @@
-"""Fused kernels in the blocks of a diffusers Wan transformer: `fuse(transformer)`, and `unfuse` to take them out.
-
-A fused block is the same module, with the same parameters under the same names; its class, and so its forward, is
-another, and 8-bit linears get a scale for each row (`linear.to_rows`). LoRA, offload, saving and a plain diffusers
-pipeline keep working, and whatever the kernels do not take (a CPU, float32, a timestep per token) runs as diffusers has
-it. q, k and v are fused in `sla.SLAProcessor` itself.
-"""
+"""What fused modules keep between calls: a result for a whole clip, and frames from one chunk of a clip to the next."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,16 +10,20 @@ from torch import Tensor, nn
 from ..linear import Int8Linear
 
 
-class Kept:
-    """What was last computed from a tensor, for as long as that tensor lives and nobody writes to it."""
+class TensorCache:
+    """The last result that was computed from a tensor, valid while that tensor lives and is not written to."""
 
     def __init__(self):
         self._source, self._version, self._result = None, None, None
 
     def get(self, source: Tensor, compute: Callable[[], Any], linears: Sequence[nn.Module] = ()) -> Any:
-        """compute(), or its result of last time if that was for this very tensor; with gradients always compute()
+        """Return compute(), or its last result for the same tensor.
 
-        linears: those that it is computed with. Written to, they count as others; with a LoRA nothing is kept.
+        Args:
+            source: what the result is computed from.
+            compute: called unless the cache is valid, and always with gradients.
+            linears: modules that `compute` uses. Writing to their parameters makes the cache invalid. With a LoRA
+                nothing is cached.
         """
         if torch.is_grad_enabled() or not all(type(linear) in (nn.Linear, Int8Linear) for linear in linears):
             return compute()
@@ -41,30 +39,34 @@ class Kept:
             self.__init__()
 
     def __reduce__(self):  # a copy or a pickle starts empty
-        return Kept, ()
+        return TensorCache, ()
 
 
-class Past:
-    """The two frames before a chunk, for each causal convolution in turn; slots: diffusers' feat_cache."""
+class CausalCache:
+    """The two frames before a chunk, for each causal convolution in turn.
+
+    Args:
+        slots: diffusers' feat_cache, one entry for each convolution.
+    """
 
     def __init__(self, slots: list):
         self.slots, self.at = slots, 0
 
     def starts(self) -> bool:
-        """Whether nothing came before this chunk; then the next convolution is left out, in this chunk alone"""
+        """Return whether this is the first chunk; then skip the next convolution, in this chunk only."""
         if self.slots[self.at] is not None:
             return False
-        self.slots[self.at] = "Rep"
+        self.slots[self.at] = "Rep"  # diffusers' mark
         self.at += 1
         return True
 
     def before(self, x: Tensor) -> Tensor:
-        """The frames before x (B, T, H, W, C) at the next convolution: (B, 2, H, W, C)"""
+        """Return the frames before x (B, T, H, W, C) at the next convolution: (B, 2, H, W, C)."""
         known = self.slots[self.at]
         return known if isinstance(known, Tensor) else x.new_zeros(x.shape[0], 2, *x.shape[2:])
 
     def keep(self, x: Tensor) -> Tensor:
-        """x, the input of that convolution with the frames before it, whose last two are kept"""
+        """Keep the last two frames of a convolution's input x, and return x."""
         self.slots[self.at] = x[:, -2:].clone()
         self.at += 1
         return x

@@ -1,8 +1,8 @@
-"""Wan's VAE in fused kernels and in chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
+"""Fused kernels in Wan's VAE, which then works on chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
 
-As in `fuse`, the modules keep their parameters and names, and what the kernels do not take (float32 on a GPU, a
-decoder of another make) runs as diffusers has it. Two frames are kept before each causal convolution, so a chunk of any
-length gives the same frames, or the same latents; diffusers' chunks are one latent frame each.
+The modules keep their parameters and names. Where the kernels do not take the tensors (float32 on a GPU, a decoder of
+another class), diffusers' own forward runs. Each causal convolution keeps the two frames before a chunk, so chunks of
+any length give the same frames, or the same latents. diffusers' own chunks are one latent frame each.
 """
 
 from collections.abc import Iterator
@@ -25,18 +25,19 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from .. import backends
-from ..ops.conv import reference as conv_reference
-from .cache import Past
+from ..ops.registry import CHANNELS
+from .cache import CausalCache
 
 CHUNK = 4  # latent frames decoded or encoded at a time, where memory allows
-HELD, HELD_EACH = 7, 4.1  # of the widest layers' size for a latent frame: what decoding holds, and more for each frame
-LANES = 16  # channels that the kernels' convolutions read at a time
+# Memory that decoding needs, and more for each latent frame, in sizes of the widest layer's activations of one latent
+# frame.
+BASE_LAYERS, FRAME_LAYERS = 7, 4.1
 FREE = 0.8  # share of a GPU's free memory that a chunk may take
-CPU_BYTES = 1 << 30  # that it may take elsewhere
+CPU_BYTES = 1 << 30  # bytes that a chunk may take on a CPU
 
 
 def fuse(vae: AutoencoderKLWan) -> str | None:
-    """Fuse a VAE, in place. Returns the reason why diffusers' decoder or encoder stays, None where both were fused."""
+    """Fuse a VAE, in place. Return why its decoder or encoder stays as it is, None where both were fused."""
     channels_last(vae)
     vae._decode, vae._encode = partial(_decode, vae), partial(_encode, vae)
     reasons = []
@@ -45,12 +46,12 @@ def fuse(vae: AutoencoderKLWan) -> str | None:
         if type(part) in (own, fused):
             part.__class__ = fused
         else:
-            reasons.append(f"a {type(part).__name__} is no {name} of diffusers'")
+            reasons.append(f"a {type(part).__name__} is not diffusers' {name}")
     return ", ".join(reasons) or None
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:
-    """Weights of convolutions with the channels innermost; all at once diffusers' VAE refuses, having 2D and 3D ones"""
+    """Store the weights of convolutions channels last, one by one because a single call refuses 2D and 3D together."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
@@ -59,7 +60,7 @@ def channels_last(vae: AutoencoderKLWan) -> None:
 
 
 def unfuse(vae: AutoencoderKLWan) -> None:
-    """Give a fused VAE diffusers' own methods back; it computes the same, up to rounding."""
+    """Give a fused VAE diffusers' own methods back. It computes the same, up to rounding."""
     for method in ("_decode", "_encode"):
         vae.__dict__.pop(method, None)
     for name, (own, fused) in _parts().items():
@@ -68,21 +69,21 @@ def unfuse(vae: AutoencoderKLWan) -> None:
 
 
 def _parts() -> dict[str, tuple[type, type]]:
-    """Part of a VAE → diffusers' class of it, and the fused one"""
+    """Return part of a VAE → diffusers' class and the fused class."""
     return {"decoder": (WanDecoder3d, FusedDecoder), "encoder": (WanEncoder3d, FusedEncoder)}
 
 
 def _decode(vae: AutoencoderKLWan, z: Tensor, return_dict: bool = True):
-    """`AutoencoderKLWan._decode` in chunks"""
+    """Compute `AutoencoderKLWan._decode` in chunks."""
     sample = torch.cat(list(chunks(vae, z)), dim=2)
     return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
 def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
-    """`AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8)"""
+    """Compute `AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8)."""
     if vae.use_tiling and (x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height):
         return type(vae)._encode(vae, x)
-    frames = 1 + (x.shape[2] - 1) // 4 * 4  # diffusers leaves out the others, too
+    frames = 1 + (x.shape[2] - 1) // 4 * 4  # because diffusers leaves out the others, too
     length = 4 * chunk_length(vae, x, x[:, 0, 0].numel())
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
@@ -93,9 +94,16 @@ def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
 
 
 def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Iterator[Tensor]:
-    """Decode latents (B, C, T, h, w) into frames (B, 3, t, 8h, 8w) in [-1, 1], some at a time, 4T − 3 in all.
+    """Decode latents in chunks.
 
-    length: latent frames at a time, None for what fits. The first one, which makes one frame and not four, is alone.
+    Args:
+        vae: a fused or plain VAE.
+        z: latents (B, C, T, h, w).
+        length: latent frames of a chunk. None: as many as fit in memory. The first latent frame is a chunk of its own,
+            because it becomes one frame and the others become four.
+
+    Yields:
+        Frames (B, 3, t, 8h, 8w) in [-1, 1], 4T − 3 in all.
     """
     edge = max(s // vae.spatial_compression_ratio for s in (vae.tile_sample_min_height, vae.tile_sample_min_width))
     if vae.use_tiling and max(z.shape[3:]) > edge:
@@ -112,141 +120,137 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
 
 
 def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
-    """How many latent frames to decode or encode at a time, of so many pixels each: what x's device has room for"""
+    """Return how many latent frames of so many pixels each fit on x's device at a time."""
     free = CPU_BYTES
     if x.is_cuda:
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         free = FREE * (torch.cuda.mem_get_info(x.device)[0] + unused)
     inner = pixels / (vae.config.patch_size or 1) ** 2
     widest = 4 * inner * vae.decoder.norm_out.gamma.numel() * x.element_size()
-    return max(1, min(CHUNK, int((free / widest - HELD) / HELD_EACH)))
+    return max(1, min(CHUNK, int((free / widest - BASE_LAYERS) / FRAME_LAYERS)))
 
 
 class FusedDecoder(WanDecoder3d):
-    """diffusers' decoder over clips with a rim of zeros around each picture, channels last."""
+    """diffusers' decoder, on clips that are channels last with a rim of zeros around each picture."""
 
     def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None, first_chunk: bool = False) -> Tensor:
-        """x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w)"""
-        kernels = _kernels(self, x)
-        if feat_cache is None or kernels is None:
+        """Decode a chunk: x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w)."""
+        if feat_cache is None or not _takes(self, x):
             return super().forward(x, feat_cache, feat_idx or [0], first_chunk)
-        past = Past(feat_cache)
+        past = CausalCache(feat_cache)
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1, 1, 1))
-        x = _conv(kernels, self.conv_in, past.keep(torch.cat([past.before(x), x], 1)))
-        x = _middle(kernels, self.mid_block, x, past)
+        x = _conv(self.conv_in, past.keep(torch.cat([past.before(x), x], 1)))
+        x = _middle(self.mid_block, x, past)
         for block in self.up_blocks:
             shortcut = getattr(block, "avg_shortcut", None)
             skipped = shortcut and shortcut(_inner(x), first_chunk=first_chunk)
             for resnet in block.resnets:
-                x = _residual(kernels, resnet, x, past)
+                x = _residual(resnet, x, past)
             for upsampler in getattr(block, "upsamplers", None) or filter(None, [getattr(block, "upsampler", None)]):
-                x = _upsample(kernels, upsampler, x, past)
+                x = _upsample(upsampler, x, past)
             if shortcut:
                 _inner(x).add_(skipped)
-        return _inner(_conv(kernels, self.conv_out, _norm(kernels, self.norm_out, x, past)))
+        return _inner(_conv(self.conv_out, _norm(self.norm_out, x, past)))
 
 
 class FusedEncoder(WanEncoder3d):
-    """diffusers' encoder over clips with a rim of zeros around each picture, channels last."""
+    """diffusers' encoder, on clips that are channels last with a rim of zeros around each picture."""
 
     def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None) -> Tensor:
-        """x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w)"""
-        kernels = _kernels(self, x)
-        if feat_cache is None or kernels is None:
+        """Encode a chunk: x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w)."""
+        if feat_cache is None or not _takes(self, x):
             return super().forward(x, feat_cache, feat_idx or [0])
-        past, first, fill = Past(feat_cache), self.conv_in, -x.shape[1] % LANES
+        past, first, fill = CausalCache(feat_cache), self.conv_in, -x.shape[1] % CHANNELS
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, fill, 1, 1, 1, 1))
         x = past.keep(torch.cat([past.before(x), x], 1))
-        x = kernels.rimmed_conv(x, F.pad(first.weight, (0, 0, 0, 0, 0, 0, 0, fill)), first.bias)
+        weight = F.pad(first.weight, (0, 0, 0, 0, 0, 0, 0, fill))
+        x = backends.function("rimmed_conv", x)(x, weight, first.bias)
         for block in self.down_blocks:
             if isinstance(block, WanResidualDownBlock):
                 skipped = block.avg_shortcut(_inner(x))
                 for resnet in block.resnets:
-                    x = _residual(kernels, resnet, x, past)
+                    x = _residual(resnet, x, past)
                 if block.downsampler is not None:
-                    x = _downsample(kernels, block.downsampler, x, past)
+                    x = _downsample(block.downsampler, x, past)
                 _inner(x).add_(skipped)
             elif isinstance(block, WanResample):
-                x = _downsample(kernels, block, x, past)
+                x = _downsample(block, x, past)
             elif isinstance(block, WanAttentionBlock):
-                x = _attention(kernels, block, x)
+                x = _attention(block, x)
             else:
-                x = _residual(kernels, block, x, past)
-        x = _middle(kernels, self.mid_block, x, past)
-        return _inner(_conv(kernels, self.conv_out, _norm(kernels, self.norm_out, x, past)))
+                x = _residual(block, x, past)
+        x = _middle(self.mid_block, x, past)
+        return _inner(_conv(self.conv_out, _norm(self.norm_out, x, past)))
 
 
-def _kernels(coder: nn.Module, x: Tensor):
-    """The module whose functions work on x (B, C, T, h, w), None where diffusers' own do"""
+def _takes(coder: nn.Module, x: Tensor) -> bool:
+    """Return whether the functions of ops/conv compute this decoder or encoder for x (B, C, T, h, w)."""
     if not x.is_cuda:
-        return conv_reference  # of which 128x128x25 takes 1.3 s on one core, and diffusers' own decoding 3.3 s
-    if not backends.on_triton("vae", x):
-        return None
+        return True  # the reference; on one core 128x128x25 takes 1.3 s, and diffusers' own decoding 3.3 s
     convs = (module for module in coder.modules() if isinstance(module, nn.Conv3d))
-    filled_up = coder.conv_in if isinstance(coder, WanEncoder3d) else None
-    if any(conv.in_channels % LANES for conv in convs if conv is not filled_up):
-        return None
-    from ..ops.conv import triton_conv
-
-    return triton_conv
+    padded = coder.conv_in if isinstance(coder, WanEncoder3d) else None  # its channels are padded
+    return backends.kernel("rms_norm_silu", x) is not None and not any(
+        conv.in_channels % CHANNELS for conv in convs if conv is not padded
+    )
 
 
 def _inner(x: Tensor) -> Tensor:
-    """A clip in a rim of zeros (B, T, H + 2, W + 2, C) as diffusers has it, (B, C, T, H, W); a view"""
+    """Return a view of a clip (B, T, H + 2, W + 2, C) without its rim, in diffusers' order (B, C, T, H, W)."""
     return x[:, :, 1:-1, 1:-1].permute(0, 4, 1, 2, 3)
 
 
-def _conv(kernels, conv: nn.Module, x: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    return kernels.rimmed_conv(x, conv.weight, conv.bias, residual, split)
+def _conv(conv: nn.Module, x: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
+    return backends.function("rimmed_conv", x)(x, conv.weight, conv.bias, residual, split)
 
 
-def _norm(kernels, norm: nn.Module, x: Tensor, past: Past) -> Tensor:
-    """Norm and SiLU, with the frames before for a causal convolution"""
-    return past.keep(kernels.rms_norm_silu(x, norm.gamma, past.before(x)))
+def _norm(norm: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
+    """Compute norm and SiLU, and prepend the frames before for a causal convolution."""
+    return past.keep(backends.function("rms_norm_silu", x)(x, norm.gamma, past.before(x)))
 
 
-def _residual(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
-    """`WanResidualBlock`"""
-    y = _conv(kernels, block.conv1, _norm(kernels, block.norm1, x, past))
+def _residual(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
+    """Compute `WanResidualBlock`."""
+    y = _conv(block.conv1, _norm(block.norm1, x, past))
     if isinstance(block.conv_shortcut, nn.Conv3d):
-        x = _conv(kernels, block.conv_shortcut, x)
-    return _conv(kernels, block.conv2, _norm(kernels, block.norm2, y, past), x)
+        x = _conv(block.conv_shortcut, x)
+    return _conv(block.conv2, _norm(block.norm2, y, past), x)
 
 
-def _middle(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
-    """`WanMidBlock`"""
-    x = _residual(kernels, block.resnets[0], x, past)
+def _middle(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
+    """Compute `WanMidBlock`."""
+    x = _residual(block.resnets[0], x, past)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        x = _residual(kernels, resnet, _attention(kernels, attention, x), past)
+        x = _residual(resnet, _attention(attention, x), past)
     return x
 
 
-def _attention(kernels, block: nn.Module, x: Tensor) -> Tensor:
-    """`WanAttentionBlock`, within each picture; changes x"""
+def _attention(block: nn.Module, x: Tensor) -> Tensor:
+    """Compute `WanAttentionBlock` within each picture; changes x."""
     inner = x[:, :, 1:-1, 1:-1]
-    y = kernels.rms_norm_silu(x, block.norm.gamma, silu=False)[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
+    y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
+    y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
     q, k, v = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)[:, None].chunk(3, -1)  # (B·T, 1, H·W, C)
     y = F.scaled_dot_product_attention(q, k, v)
     inner += F.linear(y, block.proj.weight.flatten(1), block.proj.bias).view(inner.shape)
     return x
 
 
-def _upsample(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
-    """`WanResample`, upwards"""
+def _upsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
+    """Compute `WanResample`, upwards."""
     if block.mode == "upsample3d" and not past.starts():
-        x = _conv(kernels, block.time_conv, past.keep(torch.cat([past.before(x), x], 1)), split=2)
-    return kernels.upsample_conv(x, block.resample[1].weight, block.resample[1].bias)
+        x = _conv(block.time_conv, past.keep(torch.cat([past.before(x), x], 1)), split=2)
+    return backends.function("upsample_conv", x)(x, block.resample[1].weight, block.resample[1].bias)
 
 
-def _downsample(kernels, block: nn.Module, x: Tensor, past: Past) -> Tensor:
-    """`WanResample`, downwards"""
-    padded = x[:, :, 1:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # by the rim, at the right and below
+def _downsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
+    """Compute `WanResample`, downwards."""
+    padded = x[:, :, 1:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # with the rim, at the right and below
     conv = block.resample[1]
     y = F.conv2d(padded, conv.weight, conv.bias, stride=2)
     x = F.pad(y.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unflatten(0, x.shape[:2])
     if block.mode == "downsample3d":
         before = past.slots[past.at]
         past.keep(x)
-        if before is not None:  # after the first frame, which stays alone
-            x = _conv(kernels, block.time_conv, torch.cat([before[:, -1:], x], 1))[:, ::2]
+        if before is not None:  # the first frame is not downsampled in time
+            x = _conv(block.time_conv, torch.cat([before[:, -1:], x], 1))[:, ::2]
     return x

@@ -1,7 +1,7 @@
-"""Which implementation of each operation runs on this machine, which were passed over, and why.
+"""The facts about this machine that decide what runs on it: GPUs, driver, torch, compiler and accelerator libraries.
 
-`probe()` gathers the facts into a `Machine`; `choose()` reads the table `CANDIDATES` against them. An implementation is
-chosen because something real ran (an import, a trial kernel), and one that fails is a reason and not an exception.
+A library counts as working because something real ran: its import, or for Triton a trial kernel. A library that fails
+is a fact with a reason, not an exception.
 """
 
 import os
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING
 from ..errors import InputError, first_line
 from . import environment
 
-PROBE_SECONDS = 60.0  # for the trial kernel: torch's import, Triton's compilation, one launch
+if TYPE_CHECKING:
+    import torch
+
+    Device = str | torch.device | int | None
+
+TRIAL_SECONDS = 60.0  # of the trial kernel: torch's import, Triton's compilation, one launch
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
 LIBRARIES = {
@@ -33,19 +38,35 @@ LIBRARIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
-    """An installed library. error: why it cannot be used ("import failed: …"), None where it can."""
+    """An installed library. error: why it cannot be used ("import failed: …"), None where it works."""
 
     version: str | None = None
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. arch: its compute capability (major, minor). memory: all of it, in bytes."""
+
+    name: str
+    arch: tuple[int, int]
+    memory: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What probing found; `Machine()` is one without a GPU.
+    """What probing found. `Machine()` is a machine without a GPU.
 
-    gpu: the first GPU's name, of gpu_count. arch: its compute capability (major, minor), None where torch cannot use
-    it; cuda_error then says why. Memory in bytes. driver, torch and cuda (the one torch is built for) are versions.
-    compiler: path of the C compiler. libraries: import name → Library, those installed.
+    Attributes:
+        gpu: name of the GPU that the machine is seen from (`on`), the first one of `gpu_count`.
+        arch: that GPU's compute capability (major, minor), None where torch cannot use it.
+        cuda_error: why torch cannot use the GPU.
+        free_memory: of that GPU, in bytes.
+        total_memory: of that GPU, in bytes.
+        driver, torch, cuda: versions; cuda is the one that torch is built for.
+        compiler: path of the C compiler.
+        libraries: import name → `Library`, for those that are installed.
+        gpus: every GPU that torch can use, by its index.
     """
 
     gpu: str | None = None
@@ -59,21 +80,57 @@ class Machine:
     cuda: str | None = None
     compiler: str | None = None
     libraries: Mapping[str, Library] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
+
+    def on(self, device: "Device") -> "Machine":
+        """Return the machine as seen from one device: `gpu`, `arch` and memory are those of that card.
+
+        Args:
+            device: "cuda:1", 1 or a torch.device. None: the first GPU. "cpu" and -1 see no GPU.
+        """
+        index = gpu_index(device)
+        if index is None:
+            return replace(self, gpu=None, arch=None, cuda_error=None, free_memory=None, total_memory=None)
+        if index >= len(self.gpus):
+            return self
+        card = self.gpus[index]
+        free = self.free_memory if index == 0 else None
+        return replace(self, gpu=card.name, arch=card.arch, free_memory=free, total_memory=card.memory)
 
 
-def probe() -> Machine:
-    """The facts about this machine, gathered once a process (seconds on a GPU); free memory is that of now."""
-    machine = _probe_once()
+def gpu_index(device: "Device") -> int | None:
+    """Return the index of a CUDA device, None for a CPU. None is GPU 0, "cuda" torch's current GPU, -1 the CPU."""
+    if device is None:
+        return 0
+    if isinstance(device, int):
+        return None if device < 0 else device
+    kind, _, index = str(device).partition(":")
+    if kind != "cuda":
+        return None
+    if index:
+        return int(index)
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def probe(device: "Device" = None) -> Machine:
+    """Gather the facts about this machine, once a process (seconds on a GPU); free memory is the current value.
+
+    Args:
+        device: the GPU to see the machine from, as in `Machine.on`.
+    """
+    machine = _probe_once().on(device)
     if machine.arch is None:
         return machine
     import torch
 
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(gpu_index(device))
     return replace(machine, free_memory=free, total_memory=total)
 
 
 def device_name(device: str) -> str:
-    """What a timing was measured on: the GPU's name, or the CPU's threads, with torch's version."""
+    """Return what a timing was measured on: the GPU's name, or the CPU's threads, with torch's version."""
     import torch
 
     if device.startswith("cuda"):
@@ -93,17 +150,16 @@ def _probe_once() -> Machine:
 
         facts |= {"torch": str(torch.__version__), "cuda": torch.version.cuda}
         if torch.version.cuda and torch.cuda.is_available():
-            (torch.zeros(1, device="cuda") + 1).item()  # fails where torch has no code for this GPU
-            facts |= {
-                "gpu": torch.cuda.get_device_name(),
-                "gpu_count": torch.cuda.device_count(),
-                "arch": torch.cuda.get_device_capability(),
-            }
+            (torch.zeros(1, device="cuda") + 1).item()  # raises where torch has no code for this GPU
+            # properties, and no tensor on each GPU, because a context takes some 0.5 GB of each card's memory
+            found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+            gpus = tuple(Gpu(card.name, (card.major, card.minor), card.total_memory) for card in found)
+            facts |= {"gpu": gpus[0].name, "gpu_count": len(gpus), "arch": gpus[0].arch, "gpus": gpus}
         elif name and torch.version.cuda is None:
             facts["cuda_error"] = f"torch {torch.__version__} is built without CUDA"
         elif name:
-            torch.cuda.init()  # fails, and says why
-            facts["cuda_error"] = "torch sees no GPU; is it hidden by CUDA_VISIBLE_DEVICES?"
+            torch.cuda.init()  # raises, with the reason
+            facts["cuda_error"] = "torch sees no GPU. Check whether CUDA_VISIBLE_DEVICES hides it"
     except Exception as error:  # whatever a broken driver, torch or GPU raises is a fact about it
         facts["cuda_error"] = first_line(error)
     usable = "arch" in facts
@@ -114,38 +170,35 @@ def _probe_once() -> Machine:
 
 
 def installed(name: str) -> bool:
-    """Whether a library of `LIBRARIES` is there, working or not; nothing is imported."""
+    """Return whether a library of `LIBRARIES` is installed, working or not. Imports nothing."""
     return _probe_library(name, usable=False) is not None
 
 
 def _nvidia_smi() -> tuple[str | None, str | None]:
-    """Name of the first GPU and the driver's version, as the driver itself tells them."""
+    """Return the name of the first GPU and the driver's version, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
-        name, driver = told.splitlines()[0].rsplit(", ", 1)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+        name, driver = answer.splitlines()[0].rsplit(", ", 1)
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None, None
     return name, driver
 
 
 def _compiler() -> str | None:
-    """The C compiler that Triton would take."""
+    """Return the path of the C compiler that Triton would use."""
     names = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def _probe_library(name: str, usable: bool) -> Library | None:
-    """Whether a library is installed and, with a GPU to use it on, can be imported."""
+    """Find out whether a library is installed and, if a GPU is usable, whether its import works."""
     try:
         if find_spec(name) is None:
             return None
     except (ImportError, ValueError):  # half removed
         return None
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        version = None
+    version = environment.version(name)
     if not usable:
         return Library(version=version, error="not imported: no CUDA GPU")
     try:
@@ -155,11 +208,13 @@ def _probe_library(name: str, usable: bool) -> Library | None:
     return Library(version=version)
 
 
-def _probe_triton(script: Path = Path(__file__).parent / "triton_trial.py", seconds: float = PROBE_SECONDS):
-    """Compile and run a Triton kernel in another process: None if it ran, else why not."""
+def _probe_triton(
+    script: Path = Path(__file__).parent / "triton_trial.py", seconds: float = TRIAL_SECONDS
+) -> str | None:
+    """Compile and run a Triton kernel in another process. Return None if it ran, else the reason why not."""
     try:
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+", errors="replace") as stderr:
-            # a fresh cache, since one kept from an earlier run hides that the compiler is gone
+            # a fresh cache, because a cached kernel would hide that the compiler is gone
             environment = os.environ | {"TRITON_CACHE_DIR": folder}
             process = subprocess.Popen(
                 [sys.executable, "-P", str(script)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -171,7 +226,7 @@ def _probe_triton(script: Path = Path(__file__).parent / "triton_trial.py", seco
                 return f"its trial kernel gave no answer in {seconds:g} s"
             finally:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # the compiler it started, too
+                    os.killpg(process.pid, signal.SIGKILL)  # with the compiler that it started
                     process.wait()
             if code == 0:
                 return None
@@ -181,17 +236,17 @@ def _probe_triton(script: Path = Path(__file__).parent / "triton_trial.py", seco
             lines = [line.strip() for line in stderr if line.strip()] or [f"exit code {code}"]
     except OSError as error:
         return f"its trial kernel could not be started: {error}"
-    # a compiler's own complaint comes before Python's traceback about it
+    # the compiler's own message comes before Python's traceback
     line = next((line for line in lines if "fatal error:" in line or "cannot find" in line), lines[-1])
     return f"its trial kernel failed: {line}"
 
 
-if TYPE_CHECKING:
-    pass
-
-
 def device_of(device: str) -> str:
-    """The device to load on; "auto" is "cuda" where torch sees a GPU. Raises InputError for one that is not here."""
+    """Return the device to load on; "auto" is "cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        InputError: the device is unknown, or this machine does not have it.
+    """
     import torch
 
     if device == "auto":
@@ -201,18 +256,20 @@ def device_of(device: str) -> str:
     except (RuntimeError, TypeError):
         asked = None
     if asked is None or asked.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {str(device)!r}; it is auto, cpu, cuda, or one GPU of several, such as cuda:1")
+        raise InputError(f"device is {str(device)!r}. Expected auto, cpu, cuda, or one GPU of several, such as cuda:1.")
     if asked.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"device is {str(device)!r}, and torch sees no GPU here; use --device cpu, or a CUDA build of torch"
+            f"device is {str(device)!r}, and torch sees no GPU here. Expected cpu. "
+            "Use --device cpu, or install a CUDA build of torch."
         )
     if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} GPU, from cuda:0 on")
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"device is {str(device)!r}. Expected cuda:0{f' to cuda:{last}' * (last > 0)}, as torch sees.")
     return str(asked)
 
 
 def free_memory(device: str) -> float:
-    """Bytes that are free on a GPU, or of main memory for "cpu", a container's limit counted in."""
+    """Return the free bytes of a GPU, or for "cpu" of main memory within a container's limit."""
     if device == "cpu":
         import psutil
 

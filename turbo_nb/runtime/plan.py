@@ -134,9 +134,9 @@ def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, **given) -> P
     return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, **given)
 
 
-def fused_on(machine=None) -> bool:
-    """Return whether the fused kernels of the blocks and of the VAE run here; without them both take more memory."""
-    return all(backends.choose(operation, machine).chosen == "triton" for operation in ("block", "vae"))
+def fused_on(device=None, machine=None) -> bool:
+    """Return whether the fused kernels of the blocks and of the VAE run; without them both take more memory."""
+    return all(backends.choose(operation, device, machine=machine).uses_triton for operation in ("block", "vae"))
 
 
 def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool) -> float:

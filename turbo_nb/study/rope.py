@@ -5,7 +5,6 @@ own number, and multiplies complex numbers in float64.
 """
 
 import html
-import importlib
 import json
 import math
 import time
@@ -183,9 +182,9 @@ def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
     """Return what can rotate on a device, by name, and one line for each implementation that was rejected."""
     found = {"turbo_nb": rope.apply_rotary_emb_torch, "complex64": complex_rotation}
     choice = backends.choose("rope")
-    if choice.chosen == "flash_attn" and device.startswith("cuda"):
-        found["flash_attn"] = importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
-    reasons = dict(choice.passed_over)
+    if not choice.implementation.is_reference and device.startswith("cuda"):
+        found[choice.chosen] = choice.function
+    reasons = dict(choice.rejected)
     if "flash_attn" not in found:
         reasons.setdefault("flash_attn", f"not for device {device!r}")
     return found, tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in found)

@@ -108,8 +108,8 @@ class Point:
 
 def sage_backend(pipe) -> str:
     """Return what runs SageSLA on the pipeline's device: a fast kernel, or "reference", which is slow."""
-    on_gpu = LoadedModel.of(pipe).device.startswith("cuda")
-    return (on_gpu and backends.choose("sagesla").chosen) or "reference"
+    device = LoadedModel.of(pipe).device
+    return (device.startswith("cuda") and backends.choose("sagesla", device).chosen) or "reference"
 
 
 def label(pipe, kind: str) -> str:
@@ -122,7 +122,7 @@ def choices() -> str:
     lines = []
     for choice in map(backends.choose, ("sla", "sagesla")):
         lines.append(f"{choice.operation}: {choice.chosen or 'no fast kernel'}")
-        lines += [f"    not {name}: {reason}" for name, reason in choice.passed_over]
+        lines += [f"    not {name}: {reason}" for name, reason in choice.rejected]
     return "\n".join(lines)
 
 

@@ -1,10 +1,34 @@
-"""The last kernel of `sparse_linear` for Hopper, in Gluon: softmax beside the products, blocks by a warp of their own.
+"""The last kernel of SLA and SageSLA for Hopper, in Gluon; the kernels before it are those of `triton_sla`.
 
-Two groups of four warps take 64 query rows each. Their products are asynchronous: while the tensor cores multiply the
-probabilities of one pair of key blocks with its values, the group takes the softmax of the next pair (FlashAttention-3,
-arXiv:2407.08608). The linear branch is one more product at the end; its state comes through the buffers of the values.
+One program per multiprocessor. It computes tile after tile, a tile being 128 query rows of one head:
 
-Keys in int8 make it SageSLA: each group rounds its own queries, with one scale for its 64 rows.
+    warp 8: producer, `_fetch`                 warps 0-3 and 4-7: consumers, `_attend`, 64 query rows each
+    ──────────────────────────────             ───────────────────────────────────────────────────────────
+    q of the tile                 ── TMA ──►   load q into registers; SageSLA: round it to int8, one scale per 64 rows
+    for each pair of kept blocks:              for each pair j of kept key blocks:
+      k of the pair               ── TMA ──►     start S(j) = q · k(j)ᵀ
+      v of the pair               ── TMA ──►     start out += P(j-1) · v(j-1), which overlaps with the
+                                                 online softmax P(j) = exp2(S(j) - max)
+    state of the head, (128, 128) ── TMA ──►   out += P(last) · v(last); out += φ(q) · state; write out
+
+    barrier           the consumers wait until            the producer waits until
+    q_ready[slot]     both halves of q have arrived
+    k_ready[stage]    both blocks of k have arrived
+    v_ready[stage]    both blocks of v have arrived
+    s_ready           the state has arrived
+    q_free[slot]                                          both consumers have read q
+    k_free[stage]                                         both consumers have finished S(j)
+    v_free[stage]                                         both consumers have finished P(j) · v(j)
+    s_free                                                both consumers have finished φ(q) · state
+
+The copy engine arrives at a `ready` barrier when its bytes are there, so its count is 1. Each consumer arrives at a
+`free` barrier once, so its count is 2. A barrier's phase changes with every use: n-th use of a stage, phase n & 1.
+
+    registers per thread   240 for a consumer, 24 for the producer
+    shared memory          q 32 KiB (SageSLA reads q twice: 2 slots, 64), k 64 (int8: 32), v 64, state 32: 192 KiB
+
+Products are asynchronous: the tensor cores compute P(j-1) · v(j-1) during the softmax of pair j (FlashAttention-3,
+arXiv:2407.08608). Both branches share one accumulator, because registers are scarce.
 """
 
 import torch
@@ -19,11 +43,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..hopper_tools import load, multiprocessors, own_tiles
+from ..hopper_tools import init_barriers, load, multiprocessors, own_tiles
+from ..launch import aligned, launch
+from . import triton_sage, triton_sla
+from .reference import Sums
 
-ROWS = gl.constexpr(64)  # query rows of a group of warps, and keys of a block
+BLOCKS = (128, 64, 128)  # block_q, block_k and head_dim of this kernel
+ROWS = gl.constexpr(64)  # query rows of a consumer, and keys of a block
 DIM = gl.constexpr(128)  # head_dim
-STAGES = gl.constexpr(2)  # pairs of blocks on their way
+STAGES = gl.constexpr(2)  # pairs of blocks in shared memory
 STATE_BYTES = gl.constexpr(128 * 128 * 2)
 
 
@@ -44,7 +72,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
     for done in range(own_tiles(blocks * heads)):
         tile = gl.program_id(0) + done * gl.num_programs(0)
         block, head = tile % blocks, tile // blocks
-        kept = all_kept + tile * n
+        kept = all_kept + tile.to(gl.int64) * n
         slot, phase = done % Q_STAGES, (done // Q_STAGES + 1) & 1
         mbarrier.wait(q_free.index(slot), phase)
         _fetch_pair(queries, block * 2 * ROWS, block * 2 * ROWS + ROWS, head * DIM, q_buffer, q_ready, slot)
@@ -64,7 +92,7 @@ def _fetch(queries, keys, values, states, all_kept, blocks, heads, n, buffers, r
 
 @gluon.jit
 def _scores(queries, k_buffer, k_ready, j, layout: gl.constexpr):
-    """Asks for the products with pair j of key blocks; they are there after a wait"""
+    """Start the products with pair j of key blocks; `warpgroup_mma_wait` gives them."""
     mbarrier.wait(k_ready.index(j % STAGES), (j // STAGES) & 1)
     nothing = gl.zeros([ROWS, ROWS], gl.int32 if queries.dtype == gl.int8 else gl.float32, layout)
     first, second = k_buffer.index(2 * (j % STAGES)), k_buffer.index(2 * (j % STAGES) + 1)
@@ -75,7 +103,7 @@ def _scores(queries, k_buffer, k_ready, j, layout: gl.constexpr):
 
 @gluon.jit
 def _weighted(p_1, p_2, v_buffer, v_ready, j, result, use_acc):
-    """Asks for result + the products with pair j of value blocks"""
+    """Start result + the products with pair j of value blocks."""
     mbarrier.wait(v_ready.index(j % STAGES), (j // STAGES) & 1)
     result = warpgroup_mma(p_1, v_buffer.index(2 * (j % STAGES)), result, use_acc=use_acc, is_async=True)
     return warpgroup_mma(p_2, v_buffer.index(2 * (j % STAGES) + 1), result, is_async=True)
@@ -83,7 +111,7 @@ def _weighted(p_1, p_2, v_buffer, v_ready, j, result, use_acc):
 
 @gluon.jit
 def _scales(scale, factors, j, n, SAGE: gl.constexpr):
-    """Those of the scores of pair j, in units of log₂"""
+    """Return the scales of the scores of pair j, in units of log₂."""
     if not SAGE:
         return scale, scale
     return scale * gl.load(factors + 2 * j), scale * gl.load(factors + gl.minimum(2 * j + 1, n - 1))
@@ -91,7 +119,7 @@ def _scales(scale, factors, j, n, SAGE: gl.constexpr):
 
 @gluon.jit
 def _softmax(score_1, score_2, largest, total, scale_1, scale_2, kept, j, n, length):
-    """One step of the online softmax, in units of log₂"""
+    """Compute one step of the online softmax, in units of log₂."""
     score_1, score_2 = score_1.to(gl.float32), score_2.to(gl.float32)
     if 2 * j + 2 >= n:  # the last block may be ragged, and the last pair may lack its second block
         within = gl.arange(0, ROWS, gl.SliceLayout(0, score_1.type.layout))
@@ -129,7 +157,7 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
     for done in range(own_tiles(blocks * heads)):
         tile, at = gl.program_id(0) + done * gl.num_programs(0), done * pairs
         block, head = tile % blocks, tile // blocks
-        kept = all_kept + tile * n
+        kept = all_kept + tile.to(gl.int64) * n
         slot = done % Q_STAGES
         mbarrier.wait(q_ready.index(slot), (done // Q_STAGES) & 1)
         own = q_buffer.index(2 * slot + group)
@@ -137,11 +165,12 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
         if not SAGE:
             queries = own.load(query)
             mbarrier.arrive(q_free.index(slot))
-        else:  # the rows of this group in int8, half away from zero
+        else:  # the rows of this consumer in int8, half away from zero
             wide = own.load(layout).to(gl.float32)
             q_scale = gl.max(gl.max(gl.abs(wide), 1), 0) / 127 + 1e-7
             wide = wide * (1 / q_scale) + gl.where(wide < 0, -0.5, 0.5)
-            queries, scale, factors = gl.convert_layout(wide.to(gl.int8), query), scale * q_scale, factors + tile * n
+            queries, scale = gl.convert_layout(wide.to(gl.int8), query), scale * q_scale
+            factors += tile.to(gl.int64) * n
         largest = gl.full([ROWS], -float("inf"), gl.float32, score_row)
         total = gl.zeros([ROWS], gl.float32, score_row)
         result = gl.zeros([ROWS, DIM], gl.float32, layout)
@@ -169,7 +198,7 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
             p_1, p_2 = gl.convert_layout(score_1.to(dtype), weight), gl.convert_layout(score_2.to(dtype), weight)
         result = _weighted(p_1, p_2, v_buffer, v_ready, at + pairs - 1, result, pairs > 1)
 
-        if SAGE:  # registers are scarce before
+        if SAGE:  # loaded here, because registers are scarce before
             phi = own.load(layout).to(gl.float32)
             mbarrier.arrive(q_free.index(slot))
         else:
@@ -180,7 +209,7 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
         phi = gl.convert_layout(phi, weight)
         result, p_1, p_2 = warpgroup_mma_wait(0, deps=[result, p_1, p_2])
         mbarrier.arrive(v_free.index((at + pairs - 1) % STAGES))
-        # one accumulator for both branches: both times share
+        # one accumulator for both branches, so both are scaled by `share` and divided at the end
         result *= (share / gl.convert_layout(total, row))[:, None]
         mbarrier.wait(s_ready, done & 1)
         result = warpgroup_mma(phi, s_buffer, result, is_async=True)
@@ -188,25 +217,9 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free):
         mbarrier.arrive(s_free)
         result = result * (1 / share)[:, None] + gl.load(bias + columns).to(gl.float32)[None, :]
         result = gl.convert_layout(result.to(dtype), stored)
-        rows = (block * 2 + group) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, stored))
+        rows = ((block * 2 + group) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, stored))).to(gl.int64)
         to = rows[:, None] * out_stride + head * DIM + gl.arange(0, DIM, gl.SliceLayout(0, stored))[None, :]
         gl.store(out + to, result, mask=(rows < length)[:, None])
-
-
-@gluon.jit
-def _barriers(count: gl.constexpr):
-    """One for each stage of the pairs of blocks, each let through by so many arrivals"""
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=count)
-    return barriers
-
-
-@gluon.jit
-def _barrier(count: gl.constexpr):
-    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(barrier, count=count)
-    return barrier
 
 
 @gluon.jit
@@ -219,8 +232,8 @@ def _sparse_linear(
     v_buffer = gl.allocate_shared_memory(values.dtype, [2 * STAGES, ROWS, DIM], values.layout)
     s_buffer = gl.allocate_shared_memory(states.dtype, [DIM, DIM], states.layout)
     buffers = (q_buffer, k_buffer, v_buffer, s_buffer)
-    ready = (_barriers(1), _barriers(1), _barriers(1), _barrier(1))
-    free = (_barriers(2), _barriers(2), _barriers(2), _barrier(2))
+    ready = (init_barriers(STAGES, 1), init_barriers(STAGES, 1), init_barriers(STAGES, 1), init_barriers(1, 1).index(0))
+    free = (init_barriers(STAGES, 2), init_barriers(STAGES, 2), init_barriers(STAGES, 2), init_barriers(1, 2).index(0))
     fence_async_shared()
     operands, sizes = (kept, factors, norm, bias, out), (blocks, heads, length, n, out_stride)
     gl.warp_specialize(
@@ -238,32 +251,63 @@ LAYOUT = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)  # the sam
 LAYOUT_INT8 = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
 
 
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    sums: Sums = (None, None),
+) -> Tensor:  # fmt: skip
+    """Compute `triton_sla.sparse_linear_attention`, by that function where `BLOCKS` differ."""
+    if (block_q, block_k, q.shape[-1]) != BLOCKS:
+        return triton_sla.sparse_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums)
+    kept = triton_sla.kept_blocks(q, k, topk, block_q, block_k, sums)
+    return sparse_linear(q, k, v, kept, *triton_sla.linear_state(k, v, weight), bias)
+
+
+def sage_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    sums: Sums = (None, None),
+) -> Tensor:  # fmt: skip
+    """Compute `triton_sage.sage_linear_attention` with a scale for every 64 rows of q.
+
+    Calls that function where `BLOCKS` differ.
+    """
+    if (block_q, block_k, q.shape[-1]) != BLOCKS:
+        return triton_sage.sage_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums)
+    kept, state, norm, k8, scale = triton_sage.prepare(q, k, v, weight, topk, block_q, block_k, sums)
+    return sparse_linear(q, k8, v, kept, state, norm, bias, scale)
+
+
 def sparse_linear(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
     k_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What follows the kept blocks and the linear state in `sparse_linear_attention`: (B, L, H, 128) contiguous
+    """Run the kernel.
 
-    q, k, v (B, L, H, 128), one head's channels after the other's; kept (B, H, ⌈L/128⌉, n) int32 of blocks of 64 keys;
-    state (B·H, 128, 128), norm (B·H, 128); k_scale (B, H, K_blocks) of a k in int8. Each
-    multiprocessor takes one tile of 128 queries after the other.
+    Args:
+        q, k, v: (B, L, H, 128); views are copied unless one head's channels follow the other's.
+        kept: (B, H, ⌈L/128⌉, n) int32, the kept blocks of 64 keys.
+        state: (B·H, 128, 128), norm: (B·H, 128), from `triton_sla.linear_state`.
+        bias: of `proj_l`, (128,).
+        k_scale: (B, H, K_blocks) float32, the scales of a k in int8: the result is SageSLA. None: k is not in int8.
+
+    Returns:
+        (B, L, H, 128) contiguous, in q's dtype.
     """
     batch, length, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    blocks = kept.shape[2]
-    factors = norm  # which nothing reads
+    blocks, bias = kept.shape[2], bias.contiguous()
+    factors = norm  # a placeholder, because SLA reads no factors
     if k_scale is not None:
         factors = k_scale.gather(2, kept.flatten(2).long()).view(kept.shape)
     programs = min(blocks * heads, multiprocessors(q.device))
     for b in range(batch):
         of_head = slice(b * heads, (b + 1) * heads)
         queries, keys, values = (
-            TensorDescriptor.from_tensor(x[b].flatten(1), [64, dim], layout)
+            TensorDescriptor.from_tensor(aligned(x[b].flatten(1)), [64, dim], layout)
             for x, layout in ((q, LAYOUT), (k, LAYOUT if k_scale is None else LAYOUT_INT8), (v, LAYOUT))
         )
         states = TensorDescriptor.from_tensor(state[of_head].flatten(0, 1), [dim, dim], LAYOUT)
-        _sparse_linear[(programs,)](
-            queries, keys, values, states, kept[b], factors[b], norm[of_head], bias, out[b],
-            blocks, heads, length, kept.shape[3], scale, out.stride(1), num_warps=4,
+        launch(
+            _sparse_linear, (programs,), queries, keys, values, states, kept[b], factors[b], norm[of_head], bias,
+            out[b], blocks, heads, length, kept.shape[3], dim**-0.5 * triton_sla.LOG2_E, out.stride(1), num_warps=4,
         )  # fmt: skip
     return out

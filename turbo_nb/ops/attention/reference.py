@@ -1,38 +1,49 @@
-"""The meaning of every operation, in plain PyTorch that reads like the formula and runs anywhere.
+"""Self-attention and cross-attention in plain PyTorch: reads like the formula, runs anywhere.
 
-Faster spellings live beside this file with the same signatures and are checked against it. Shapes: B batch, L tokens,
-H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
+The kernels beside this file have the same signatures and are tested against it. Shapes: B batch, L tokens, H heads,
+D head_dim. q, k and v are (B, L, H, D), after norm and rotary embedding.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..norms.reference import _runs
+from ..norms.reference import runs
 
-MASK_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 29}  # most of an attention mask that are held at once
-V_LARGEST, P_LARGEST = 2.25, 448.0  # magnitudes that SageSLA scales v and the probabilities to, for e4m3
+Sums = tuple[Tensor | None, Tensor | None]  # of q and of k over runs of tokens
+MASK_ELEMENTS = {"cpu": 1 << 27, "cuda": 1 << 29}  # largest attention mask in memory at once
+V_LARGEST, P_LARGEST = 2.25, 448.0  # magnitudes that SageSLA scales v and the probabilities to, for fp8 e4m3
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
-    """Mean over blocks of tokens, the ragged last one over its own count: (B, L, H, D) → (B, H, ⌈L/block⌉, D)"""
-    length, x = x.shape[1], _runs(x, block)
+    """Return the mean of each block of tokens: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32."""
+    length, x = x.shape[1], runs(x, block)
     count = torch.full((x.shape[1], 1), float(block), device=x.device)
     count[-1] = length - (x.shape[1] - 1) * block
     return x.sum(2).transpose(1, 2) / count
 
 
 def kept_count(topk: float, blocks: int) -> int:
-    """How many of `blocks` key blocks a share of `topk` is; upstream lets it be 0 on short clips, and returns NaN"""
+    """Return how many of `blocks` key blocks a share `topk` keeps, at least 1: with 0 upstream returns NaN."""
     return max(1, int(min(topk, 1) * blocks))
 
 
 @torch.no_grad()
 def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> Tensor:
-    """Which key blocks each query block attends to (SLA, arXiv:2509.24006): (B, H, Q_blocks, K_blocks) bool.
+    """Choose the key blocks that each query block attends to (SLA, arXiv:2509.24006).
 
-    The score of a pair is the product of its pooled q and pooled k (less k's mean over the sequence). Each row keeps
-    its best max(1, int(topk · K_blocks)) blocks, all of them from topk 1 on.
+    The score of a pair of blocks is the product of its mean q and its mean k, less k's mean over the sequence. Each
+    query block keeps its best max(1, int(topk · K_blocks)) key blocks.
+
+    Args:
+        q, k: (B, L, H, D).
+        topk: share of the key blocks, above 0 and at most 1.
+        block_q, block_k: tokens of a query block and of a key block.
+
+    Returns:
+        (B, H, Q_blocks, K_blocks) bool.
     """
     pooled_q = block_means(q, block_q).to(q.dtype)
     pooled_k = block_means(k - k.mean(1, keepdim=True), block_k).to(k.dtype)
@@ -42,9 +53,15 @@ def block_map(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> 
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
-    """Softmax attention over the kept blocks only, scale D^-½: (B, L, H, D)
+    """Compute softmax attention over the kept key blocks, scale D^-½.
 
-    Works through slabs of query blocks, so that no mask of L × L is held for a long clip.
+    Args:
+        q, k, v: (B, L, H, D).
+        block_map: (B, H, Q_blocks, K_blocks) bool.
+        block_q, block_k: tokens of a query block and of a key block.
+
+    Returns:
+        (B, L, H, D). Works on a few query blocks at a time, because a mask of L × L would not fit in memory.
     """
     batch, length, heads, _ = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -59,11 +76,11 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q
 
 
 def sage_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q: int, block_k: int) -> Tensor:
-    """`sparse_attention` in 8 bits (SageAttention2, arXiv:2411.10958; SpargeAttn, arXiv:2502.18137): (B, L, H, D)
+    """Compute `sparse_attention` in 8 bits (SageAttention2, arXiv:2411.10958; SpargeAttn, arXiv:2502.18137).
 
-    q and k less its mean over the sequence are int8 with one scale a block, v is fp8 e4m3 with one scale a channel over
-    the sequence, the probabilities are e4m3 in the product with v and float32 in the denominator. Keeps equally many
-    blocks in every row of block_map, one after the other, each in a fresh float32 accumulator.
+    q, and k less its mean over the sequence, are int8 with one scale per block. v is fp8 e4m3 with one scale per
+    channel. The probabilities are e4m3 in the product with v and float32 in the denominator. The online softmax takes
+    the kept blocks one after the other; every row of block_map keeps equally many.
     """
     batch, length, heads, dim = q.shape
     q8, q_scale = _int8_blocks(q, block_q)
@@ -93,12 +110,12 @@ def sage_sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, bl
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    """Blocks of tokens, padded with zeros: (B, L, H, D) → (B, H, ⌈L/block⌉, block, D) float32"""
+    """Return blocks of tokens, padded with zeros: (B, L, H, D) → (B, H, ⌈L/block⌉, block, D) float32."""
     return F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % block)).transpose(1, 2).unflatten(2, (-1, block))
 
 
 def _int8_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Blocks as integers of int8 (half away from zero) in float32, and a scale for each, (B, H, ⌈L/block⌉)"""
+    """Return `_blocks` as int8 numbers (half away from zero) in float32, and their scales (B, H, ⌈L/block⌉)."""
     blocks = _blocks(x, block)
     scale = blocks.abs().amax((-1, -2)) / 127 + 1e-7
     scaled = blocks / scale[..., None, None]
@@ -106,7 +123,7 @@ def _int8_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """φ(q) · φ(k)ᵀv / (10⁻⁵ + φ(q) · Σφ(k)) with φ = softmax over D (SLA, arXiv:2509.24006): (B, L, H, D)"""
+    """Compute φ(q) · φ(k)ᵀv / (10⁻⁵ + φ(q) · Σφ(k)), φ = softmax over D (SLA, arXiv:2509.24006): (B, L, H, D)."""
     phi_q, phi_k = (x.float().softmax(-1).to(x.dtype) for x in (q, k))
     state = torch.einsum("blhd,blhe->bhde", phi_k, v)
     numerator = torch.einsum("blhd,bhde->blhe", phi_q, state)
@@ -115,25 +132,43 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sparse_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    sparse_attention=sparse_attention,
-) -> Tensor:
-    """SLA (arXiv:2509.24006): sparse attention plus the projected linear attention, in q's dtype: (B, L, H, D)
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
+    sums: Sums = (None, None), *, sparse_attention=sparse_attention,
+) -> Tensor:  # fmt: skip
+    """Compute SLA (arXiv:2509.24006): sparse attention plus the projected linear attention.
 
-    weight (D, D) and bias (D,) are `proj_l`; they are cast to q's dtype. With `sage_sparse_attention` it is SageSLA.
+    Args:
+        q, k, v: (B, L, H, D).
+        weight, bias: `proj_l`, (D, D) and (D,), cast to q's dtype.
+        topk: share of the key blocks that each query block attends to.
+        block_q, block_k: tokens of a query block and of a key block.
+        sums: of q and k over runs of tokens, from `norms.reference.rms_norm_rope`. Kernels may pool these instead of q
+            and k; here they are not used.
+        sparse_attention: (q, k, v, block_map, block_q, block_k) → (B, L, H, D).
+
+    Returns:
+        (B, L, H, D) in q's dtype.
     """
     sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
     linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
     return (sparse + linear).to(q.dtype)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention to the text, its padding too, scale D^-½: q (B, L, H, D), k, v (B, S, H, D) → (B, L, H, D)"""
+# SageSLA: SLA whose sparse part is in 8 bits
+sage_linear_attention = partial(sparse_linear_attention, sparse_attention=sage_sparse_attention)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
+    """Compute softmax attention to the prompt and its padding, scale D^-½.
+
+    Args:
+        q: (B, L, H, D).
+        k, v: (B, S, H, D).
+        repeats: how many equal rows of k and v their last row stands for.
+
+    Returns:
+        (B, L, H, D).
+    """
+    if repeats > 1:
+        k, v = (torch.cat([x, x[:, -1:].expand(-1, repeats - 1, -1, -1)], 1) for x in (k, v))
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

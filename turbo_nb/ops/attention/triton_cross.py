@@ -1,4 +1,11 @@
-"""Cross-attention to a padded prompt in Triton: the equal keys of the padding count as one of more weight."""
+"""Cross-attention to a padded prompt in Triton: the equal keys of the padding count as one key of more weight.
+
+    kernel   grid                a program loads                        and stores
+    _cross   ⌈L/64⌉, B·H         64 rows of q, all k and v by 64        64 rows of out (4 warps)
+
+A prompt fills a small part of its 512 tokens, and all rows of the padding are equal. The softmax over `repeats` equal
+keys is the softmax over one of them whose score has log₂(repeats) added.
+"""
 
 import math
 
@@ -7,58 +14,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import channels_inside, launch
 from .triton_sla import LOG2_E, attend
 
 BLOCK_Q = BLOCK_K = 64
 
 
-@triton.jit(do_not_specialize=["keys"])  # of every prompt another number
+@triton.jit(do_not_specialize=["keys"])  # because every prompt has another number of keys
 def _cross(
     q, k, v, out, length, keys, heads, scale, last_weight,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    q += batch.to(tl.int64) * q_b + head * q_h
-    k += batch.to(tl.int64) * k_b + head * k_h
-    v += batch.to(tl.int64) * v_b + head * v_h
-    rows, columns = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    q += batch * q_b + head * q_h
+    k += batch * k_b + head * k_h
+    v += batch * v_b + head * v_h
+    rows, columns = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64), tl.arange(0, D)
     queries = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     for first in range(0, keys, BLOCK_K):
-        at = first + tl.arange(0, BLOCK_K)
+        at = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         valid = at[:, None] < keys
         key = tl.load(k + at[:, None] * k_l + columns, mask=valid, other=0.0)
         value = tl.load(v + at[:, None] * v_l + columns, mask=valid, other=0.0)
         added = tl.where(at < keys - 1, 0.0, tl.where(at < keys, last_weight, -float("inf")))
         score = tl.dot(queries, tl.trans(key)) * scale + added[None]
         largest, total, result = attend(score, 1.0, value, largest, total, result)
-    at = ((batch.to(tl.int64) * length + rows[:, None]) * heads + head) * D + columns
+    at = ((batch * length + rows[:, None]) * heads + head) * D + columns
     tl.store(out + at, (result / total[:, None]).to(out.dtype.element_ty), mask=rows[:, None] < length)
 
 
 def repeats(text: Tensor) -> int:
-    """How many equal rows end every prompt's embedding (B, S, C); 1 where the last one is unlike the rest"""
-    same = (text == text[:, -1:]).all(-1).flip(1)  # (B, S), from the last on
+    """Return how many equal rows end every prompt's embedding (B, S, C); 1 where the last row differs from the rest."""
+    same = (text == text[:, -1:]).all(-1).flip(1)  # (B, S), the last row first
     return int(same.int().cumprod(1).sum(1).min())
 
 
 def without_repeats(x: Tensor, repeats: int) -> Tensor:
-    """The rows of x (B, S, …) but for those that the last one stands for: (B, S - repeats + 1, …)
+    """Return x (B, S, …) with one row in place of its last `repeats` rows: (B, S - repeats + 1, …).
 
-    It is the last one since 8-bit tiles that hold both prompt and padding make the first ones of the padding coarser.
+    It keeps the last row, because an 8-bit tile that holds prompt and padding makes the first padding rows coarser.
     """
     return x if repeats == 1 else torch.cat([x[:, : x.shape[1] - repeats], x[:, -1:]], 1)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
-    """`reference.cross_attention` to k and v whose last row counts `repeats` times: (B, L, H, D)"""
+    """Compute `reference.cross_attention` for bf16 or fp16: (B, L, H, D) contiguous."""
     batch, length, heads, dim = q.shape
+    q, k, v = channels_inside(q), channels_inside(k), channels_inside(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
-    _cross[(triton.cdiv(length, BLOCK_Q), batch * heads)](
-        q, k, v, out, length, k.shape[1], heads, dim**-0.5 * LOG2_E, math.log2(repeats), *strides,
+    launch(
+        _cross, (triton.cdiv(length, BLOCK_Q), batch * heads), q, k, v, out, length, k.shape[1], heads,
+        dim**-0.5 * LOG2_E, math.log2(repeats), *strides,
         BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, D=dim, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

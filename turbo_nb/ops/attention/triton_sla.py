@@ -1,8 +1,18 @@
-"""Sparse-linear attention in Triton: `reference.sparse_linear_attention` by three kernels and no copy of q, k or v.
+"""SLA in Triton: `reference.sparse_linear_attention` in four kernels, without a copy of q, k or v.
 
-1. `block_means` pools q and k; of the scores of what is pooled `keep_largest` picks the blocks to keep.
-2. The linear branch's state Σφ(k)ᵀv is summed over chunks of the sequence, and `proj_l` is multiplied into it.
-3. Softmax attention runs over the kept blocks, and the linear branch is its epilogue.
+    q, k ──► _block_means ──► mean of each block ──► q̄ · k̄ᵀ (torch) ──► _keep_largest ──► kept (B, H, Q_blocks, n)
+    k, v ──► _linear_state ──► Σ φ(k)ᵀv, Σ φ(k) of each chunk ──► their sum · proj_lᵀ (torch) ──► state, norm
+    q, k, v, kept, state, norm ──► _sparse_linear ──► out (B, L, H, D)
+
+    kernel          grid                       a program loads                         and stores
+    _block_means    blocks, B·H                a block of tokens, or its run sums      one mean (D,)
+    _keep_largest   B·H·Q_blocks               a row of scores, 16 bits each           the n best columns, ascending
+    _linear_state   chunks, B·H                its chunk of k and v, block by block    a (D, D) and a (D,) sum
+    _sparse_linear  Q_blocks, B·H (8 warps)    its q, the kept blocks of k and v in    its block of out
+                                               pairs, state, norm and the bias
+
+k and v come through tensor descriptors: Hopper's and newer GPUs' copy engine (TMA) reads them, older GPUs load them.
+The linear branch is the epilogue of `_sparse_linear`. With k in int8 that kernel computes SageSLA (`triton_sage`).
 """
 
 import torch
@@ -11,15 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..norms import reference as norms_reference
-from . import reference as attention_reference
+from ..launch import aligned, channels_inside, launch
+from ..norms.reference import SUM_TOKENS
+from .reference import Sums, kept_count
 
-Sums = tuple[Tensor | None, Tensor | None]  # of q and k over runs of tokens
 LOG2_E = 1.4426950408889634
-STATE_BLOCK = 64  # tokens that the linear branch's kernel takes at a time
+STATE_BLOCK = 64  # tokens that the linear branch's kernel loads at a time
 STATE_WARPS = 4
 STATE_STAGES = 3
-STATE_PROGRAMS = 264  # about as many chunks of it, over all heads
+STATE_PROGRAMS = 264  # of the linear branch's kernel, over all heads: two for each multiprocessor of an H100
 
 
 @triton.jit
@@ -28,11 +38,11 @@ def _block_means(
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     block, batch, head = tl.program_id(0), tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
-    x += batch.to(tl.int64) * stride_b + head * stride_h
+    row, columns = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64), tl.arange(0, D)
+    x += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     tile = tl.load(x + row[:, None] * stride_l + columns, mask=row[:, None] < rows, other=0.0).to(tl.float32)
     count = tl.minimum(length - block * BLOCK * TOKENS, BLOCK * TOKENS)
-    out += (tl.program_id(1) * tl.num_programs(0) + block) * D
+    out += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block) * D
     tl.store(out + columns, tl.sum(tile, 0) / count)
 
 
@@ -40,9 +50,9 @@ def _block_means(
 def _keep_largest(score, kept, columns, n, BLOCK: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     bits = tl.load(score + row * columns + at, mask=at < columns, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
-    rank = tl.where(bits < 0, bits ^ 0x7FFF, bits)  # an integer that orders as the 16-bit float does
+    rank = tl.where(bits < 0, bits ^ 0x7FFF, bits)  # integers in the order of the 16-bit floats
     rank = tl.where(at < columns, rank, -32769)
-    threshold = -32768  # to become the largest that n ranks reach
+    threshold = -32768  # becomes the largest number that at least n ranks reach, bit by bit
     for bit in range(16):
         higher = threshold + (32768 >> bit)
         threshold = tl.where(tl.sum((rank >= higher).to(tl.int32)) >= n, higher, threshold)
@@ -61,7 +71,7 @@ def _softmax(x):
 
 @triton.jit
 def _block(x, batch, index, head, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Block `index` of x's descriptor: (BLOCK, D), zeros past the end"""
+    """Load block `index` of x's descriptor: (BLOCK, D), zeros past the end."""
     return tl.reshape(x.load([batch, index * BLOCK, head, 0]), (BLOCK, D))
 
 
@@ -76,24 +86,25 @@ def _linear_state(k, v, state, norm, length, heads, share, BLOCK: tl.constexpr, 
         phi = tl.where((index * BLOCK + tl.arange(0, BLOCK) < length)[:, None], phi, 0.0).to(v.dtype)
         total = tl.dot(tl.trans(phi), _block(v, batch, index, head, BLOCK, D), total)
         sums += tl.sum(phi.to(tl.float32), 0)
-    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(state + at * D * D + columns[:, None] * D + columns, total)
     tl.store(norm + at * D + columns, sums)
 
 
 @triton.jit
 def int8(x):
-    """The integers (half away from zero) and the scale of a block in int8; x (rows, columns) float32"""
+    """Quantise a block x (rows, columns) float32: its int8 numbers, half away from zero, and its scale."""
     scale = tl.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), 127.0) + 1e-7
     x = tl.div_rn(x, tl.zeros_like(x) + scale)
-    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8), scale  # which cuts off what is after the point
+    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8), scale  # the cast truncates
 
 
 @triton.jit
 def attend(score, scale, value, largest, total, result):
-    """One more block of keys in a softmax of base 2 that goes along: its scores (Q, K), their scale, its values (K, D)
+    """Add one block of keys to the online softmax, in base 2.
 
-    largest and total (Q,), result (Q, D): what the blocks before it came to; returned with this one in them.
+    score (Q, K) and scale: of this block. value (K, D): its values. largest (Q,), total (Q,), result (Q, D): the
+    state after the blocks before; returned with this block added.
     """
     following = tl.maximum(largest, tl.max(score, 1) * scale)
     p, shrink = tl.exp2(score * scale - following[:, None]), tl.exp2(largest - following)
@@ -113,15 +124,15 @@ def _sparse_linear(
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
     batch, head = row // heads, row % heads
-    q += batch.to(tl.int64) * q_b + head * q_h
-    kept += (row * tl.num_programs(0) + block).to(tl.int64) * n
-    rows, columns = block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
+    q += batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+    kept += (row.to(tl.int64) * tl.num_programs(0) + block) * n
+    rows, columns = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64), tl.arange(0, D)
     own = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
     queries = own
-    if k_scale is not None:  # SageSLA: k is int8, and so is what it is multiplied with
+    if k_scale is not None:  # SageSLA: q in int8 too, because k is
         queries, q_scale = int8(own.to(tl.float32))
         scale *= q_scale
-        k_scale += row * tl.cdiv(length, BLOCK_K)
+        k_scale += row.to(tl.int64) * tl.cdiv(length, BLOCK_K)
 
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
@@ -150,9 +161,9 @@ def _sparse_linear(
     phi = _softmax(own).to(own.dtype)
     summed = tl.load(norm + row * D + columns)
     share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
-    projected = tl.load(state + row * D * D + columns[:, None] * D + columns)
+    projected = tl.load(state + row.to(tl.int64) * D * D + columns[:, None] * D + columns)
     result += tl.dot(phi, projected) / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
-    at = ((batch.to(tl.int64) * length + rows[:, None]) * heads + head) * D + columns
+    at = ((batch * length + rows[:, None]) * heads + head) * D + columns
     tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
 
 
@@ -161,19 +172,23 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
-    """`reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32; sums of x as `rms_norm_rope` gives them"""
+    """Compute `reference.block_means`: (B, L, H, D) → (B, H, ⌈L/block⌉, D) float32.
+
+    sums: of x over runs of tokens, as `norms.reference.rms_norm_rope` returns them; None: pool x itself.
+    """
     batch, length, heads, dim = x.shape
     out = torch.empty(batch, heads, triton.cdiv(length, block), dim, device=x.device)
-    tokens, x = (1, x) if sums is None else (norms_reference.SUM_TOKENS, sums)
-    _block_means[(out.shape[2], batch * heads)](
-        x, out, x.shape[1], length, heads, *_strides(x), BLOCK=block // tokens, TOKENS=tokens, D=dim
-    )
+    tokens, x = (1, channels_inside(x)) if sums is None else (SUM_TOKENS, channels_inside(sums))
+    launch(
+        _block_means, (out.shape[2], batch * heads), x, out, x.shape[1], length, heads, *_strides(x),
+        BLOCK=block // tokens, TOKENS=tokens, D=dim,
+    )  # fmt: skip
     return out
 
 
 def sequence_mean(means: Tensor, length: int, block: int) -> Tensor:
-    """The mean of all tokens from `block_means`: (B, H, 1, D) float32"""
-    missing = means.shape[2] * block - length  # of the last block
+    """Return the mean of all tokens, from `block_means`: (B, H, 1, D) float32."""
+    missing = means.shape[2] * block - length  # tokens that the last block lacks
     return (means.sum(2, keepdim=True) * block).sub_(means[:, :, -1:], alpha=missing).div_(length)
 
 
@@ -181,10 +196,9 @@ def kept_blocks(
     q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, sums: Sums = (None, None),
     means: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The blocks that `reference.block_map` keeps, as indices in ascending order: (B, H, Q_blocks, n) int32
+    """Return the blocks that `reference.block_map` keeps, as ascending indices: (B, H, Q_blocks, n) int32.
 
-    sums: of q and k as `rms_norm_rope` gives them; means: `block_means` of k and their `sequence_mean`; each where it
-    is there already.
+    sums: of q and k over runs of tokens. means: `block_means` of k and their `sequence_mean`, None to compute them.
     """
     if means is None:
         means = block_means(k, block_k, sums[1])
@@ -194,28 +208,29 @@ def kept_blocks(
 
 
 def keep_largest(score: Tensor, topk: float) -> Tensor:
-    """Where the best share of each row of a bf16 or fp16 score (B, H, Q_blocks, K_blocks) is, in ascending order"""
+    """Return the columns of the best share of each row, ascending: bf16 or fp16 (B, H, Q_blocks, K_blocks) → int32."""
     columns = score.shape[-1]
-    n = attention_reference.kept_count(topk, columns)
+    n = kept_count(topk, columns)
     kept = torch.empty(*score.shape[:-1], n, dtype=torch.int32, device=score.device)
     block = triton.next_power_of_2(columns)
-    _keep_largest[(kept[..., 0].numel(),)](
-        score.contiguous(), kept, columns, n, BLOCK=block, num_warps=min(8, max(1, block // 256))
-    )
+    launch(
+        _keep_largest, (kept[..., 0].numel(),), score.contiguous(), kept, columns, n,
+        BLOCK=block, num_warps=min(8, max(1, block // 256)),
+    )  # fmt: skip
     return kept
 
 
 def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype, and Σφ(k) (B·H, D) float32, over the sequence"""
+    """Return Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype and Σφ(k) (B·H, D) float32, over the sequence."""
     batch, length, heads, dim = k.shape
     blocks = triton.cdiv(length, STATE_BLOCK)
     share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
     grid = triton.cdiv(blocks, share), batch * heads
     state = torch.empty(*grid, dim, dim, device=k.device)
     norm = torch.empty(*grid, dim, device=k.device)
-    keys, values = (TensorDescriptor.from_tensor(x, [1, STATE_BLOCK, 1, dim]) for x in (k, v))
-    _linear_state[grid](
-        keys, values, state, norm, length, heads, share,
+    keys, values = (TensorDescriptor.from_tensor(aligned(x), [1, STATE_BLOCK, 1, dim]) for x in (k, v))
+    launch(
+        _linear_state, grid, keys, values, state, norm, length, heads, share,
         BLOCK=STATE_BLOCK, D=dim, STAGES=STATE_STAGES, num_warps=STATE_WARPS,
     )  # fmt: skip
     return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
@@ -223,36 +238,37 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    gluon: bool = False, sums: Sums = (None, None),
+    sums: Sums = (None, None),
 ) -> Tensor:  # fmt: skip
-    """`reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous
-
-    gluon: the last kernel is that of `hopper`, where it takes these blocks and this head_dim.
-    """
+    """Compute `reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous."""
     kept = kept_blocks(q, k, topk, block_q, block_k, sums)
     state, norm = linear_state(k, v, weight)
-    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, gluon)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k)
 
 
 def sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
-    block_q: int, block_k: int, gluon: bool, k_scale: Tensor | None = None,
+    block_q: int, block_k: int, k_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The last kernel: kept of `kept_blocks`, state and norm of `linear_state` → (B, L, H, D) contiguous
+    """Run the last kernel.
 
-    k_scale: (B, H, K_blocks) float32 of a k in int8, which makes it SageSLA.
+    Args:
+        q, k, v: (B, L, H, D).
+        kept: from `kept_blocks`.
+        state, norm: from `linear_state`.
+        bias: of `proj_l`, (D,).
+        block_q, block_k: tokens of a query block and of a key block.
+        k_scale: (B, H, K_blocks) float32, the scales of a k in int8: the result is SageSLA. None: k is not in int8.
+
+    Returns:
+        (B, L, H, D) contiguous, in q's dtype.
     """
     batch, length, heads, dim = q.shape
-    scale = dim**-0.5 * LOG2_E
-    if gluon and (block_q, block_k, dim) == (128, 64, 128):
-        from . import hopper_sla
-
-        return hopper_sla.sparse_linear(q, k, v, kept, state, norm, bias, scale, k_scale)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # two key blocks at a time through the copy engine of Hopper and newer; older cards get loads from the descriptors
-    keys, values = (TensorDescriptor.from_tensor(x, [1, block_k, 1, dim]) for x in (k, v))
-    _sparse_linear[(kept.shape[2], batch * heads)](
-        q, keys, values, kept, k_scale, state, norm, bias, out, length, heads, kept.shape[3], scale, *_strides(q),
+    q, out = channels_inside(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    keys, values = (TensorDescriptor.from_tensor(aligned(x), [1, block_k, 1, dim]) for x in (k, v))
+    launch(
+        _sparse_linear, (kept.shape[2], batch * heads), q, keys, values, kept, k_scale, state, norm, bias.contiguous(),
+        out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q),
         BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
-"""The meaning of every operation, in plain PyTorch that reads like the formula and runs anywhere.
+"""Convolutions and norms of Wan's VAE in plain PyTorch: reads like the formula, runs anywhere.
 
-Faster spellings live beside this file with the same signatures and are checked against it. Shapes: B batch, L tokens,
-H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
+The kernels beside this file have the same signatures and are tested against it. A clip is (B, T, H + 2, W + 2, C):
+channels last, with a rim of zeros around each picture of H × W pixels.
 """
 
 import torch
@@ -10,9 +10,16 @@ from torch import Tensor
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
-    """x · √C / ‖x‖ · gamma over the channels, then SiLU, after the frames `before`: (B, T, …, C) → (B, t + T, …, C)
+    """Compute x · √C / ‖x‖ · gamma over the channels, then SiLU, and prepend earlier frames.
 
-    gamma has C elements; before (B, t, …, C), None for no frames.
+    Args:
+        x: (B, T, …, C).
+        gamma: C elements.
+        before: frames (B, t, …, C) that were normed already. None: no frames.
+        silu: whether to apply SiLU.
+
+    Returns:
+        (B, t + T, …, C) in x's dtype.
     """
     out = F.normalize(x.float(), dim=-1) * x.shape[-1] ** 0.5 * gamma.float().flatten()
     out = (F.silu(out) if silu else out).to(x.dtype)
@@ -20,12 +27,19 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: 
 
 
 def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    """Convolution and residual of a clip in a rim of zeros: (B, T + kt − 1, H + 2, W + 2, C) → (B, T, H + 2, W + 2, N)
+    """Convolve a clip and add a residual.
 
-    weight (N, C, kt, k, k) with k 3 or 1, bias (N,); residual as the result. With split 2 the halves of the N channels
-    are two frames, one after the other: (B, 2T, H + 2, W + 2, N / 2).
+    Args:
+        x: (B, T + kt − 1, H + 2, W + 2, C) with a rim of zeros.
+        weight: (N, C, kt, k, k) with k 3 or 1.
+        bias: (N,).
+        residual: of the result's shape. None: add nothing.
+        split: with 2, the halves of the N channels are two frames, one after the other.
+
+    Returns:
+        (B, T, H + 2, W + 2, N) with a rim of zeros; with split 2 (B, 2T, H + 2, W + 2, N / 2).
     """
-    rim = 0 if weight.shape[-1] == 3 else 1  # of the input that the kernel does not read
+    rim = 0 if weight.shape[-1] == 3 else 1  # pixels of the rim that a 1×1 kernel skips
     inner = x[:, :, rim : x.shape[2] - rim, rim : x.shape[3] - rim].permute(0, 4, 1, 2, 3)
     out = F.conv3d(inner, weight, bias).permute(0, 2, 3, 4, 1)
     if split > 1:
@@ -35,9 +49,15 @@ def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pictures twice as large, by repeating pixels, then convolved: (B, T, H + 2, W + 2, C) → (B, T, 2H + 2, 2W + 2, N)
+    """Double the pictures' sides by repeating pixels, then convolve.
 
-    The pictures have a rim of zeros. weight (N, C, 3, 3), bias (N,).
+    Args:
+        x: (B, T, H + 2, W + 2, C) with a rim of zeros.
+        weight: (N, C, 3, 3).
+        bias: (N,).
+
+    Returns:
+        (B, T, 2H + 2, 2W + 2, N) with a rim of zeros.
     """
     inner = x[:, :, 1:-1, 1:-1].flatten(0, 1).permute(0, 3, 1, 2)
     out = F.conv2d(F.interpolate(inner, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)

@@ -1,7 +1,14 @@
 """The convolutions and norms of Wan's VAE in Triton, over clips with a rim of zeros around each picture.
 
-With that rim (B, T, H + 2, W + 2, C) is a matrix of pixels, and each tap of a convolution multiplies the same matrix
-from another row on: an implicit GEMM whose tiles come by tensor descriptors, with no padding, transposing or masks.
+    kernel      grid                               a program loads                   and stores
+    _norm_silu  tiles of 4096 elements, B          its pixels, or those before       its pixels
+    _conv       tiles of rows and columns of each  for each tap and each part of     a tile of pixels by output
+                frame, B, 4 phases of upsampling   the channels: a tile of x and     channels, zero in the rim, plus
+                                                   one or two of the weight          bias and residual
+
+With the rim, (B, T, H + 2, W + 2, C) is a matrix of pixels. Each tap of a convolution multiplies the same matrix from
+another row on, so the convolution is an implicit GEMM. Its tiles come by tensor descriptors, without padding,
+transposing or masks. A pixel's row number is int32 (`launch` checks it); offsets of elements are int64.
 """
 
 import torch
@@ -10,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launch import aligned, launch
+
 NORM_ELEMENTS = 4096  # of a program of the norm
-# Channels out → columns of the two products that a program makes of the same rows, rows, warps, stages
+# Output channels → columns of the two products that a program computes from the same rows, rows, warps, stages
 TILES = {96: (64, 32, 256, 8, 4), 192: (128, 64, 128, 8, 3), 3: (16, 0, 256, 8, 3)}
 TILE = (128, 0, 256, 8, 3)
 
@@ -37,15 +46,16 @@ def _norm_silu(
 
 
 def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: bool = True) -> Tensor:
-    """`reference.rms_norm_silu`"""
-    x, channels = x.contiguous(), x.shape[-1]
+    """Compute `reference.rms_norm_silu`."""
+    x, gamma, channels = x.contiguous(), gamma.contiguous(), x.shape[-1]
     lead = 0 if before is None else before.shape[1]
     out = torch.empty(x.shape[0], lead + x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device)
     frame = x.shape[2] * x.shape[3]
     block = triton.next_power_of_2(channels)
     tile = max(1, NORM_ELEMENTS // block)
-    _norm_silu[(triton.cdiv(out.shape[1] * frame, tile), x.shape[0])](
-        x, gamma, x if before is None else before.contiguous(), out, x.shape[1] * frame, lead * frame, channels**0.5,
+    launch(
+        _norm_silu, (triton.cdiv(out.shape[1] * frame, tile), x.shape[0]), x, gamma,
+        x if before is None else before.contiguous(), out, x.shape[1] * frame, lead * frame, channels**0.5,
         C=channels, BEFORE=lead > 0, SILU=silu, ROWS=tile, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return out
@@ -56,7 +66,7 @@ def _store(
     value, bias, residual, out, columns, row, rows, frame, inside, valid,
     N: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of sums to `rows` of the frame that begins at `row`, or of the SPLIT ones that begin there"""
+    """Write a tile of sums to `rows` of the frame, or of the SPLIT frames, that begin at `row`."""
     mask = valid[:, None] & (columns < N)[None]
     value += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None]
     width: tl.constexpr = N // SPLIT
@@ -74,11 +84,11 @@ def _conv(
 ):  # fmt: skip
     tiles: tl.constexpr = (N + BN + BN_2 - 1) // (BN + BN_2)
     column, pixels = tl.program_id(0) % tiles * (BN + BN_2), tl.program_id(0) // tiles
-    # the same tile of one frame after the other, so that a frame's pixels are still in the cache for the next two
+    # the same tile of one frame after the other, because the next two frames find its pixels in the cache
     time, first = pixels % frames, pixels // frames * BM
     batch, phase = tl.program_id(1), tl.program_id(2)
     across, frame = width + 2, (height + 2) * (width + 2)
-    top, left = 1 - phase // 2, 1 - phase % 2  # how far a kernel reaches up and left
+    top, left = 1 - phase // 2, 1 - phase % 2  # pixels that the kernel reaches up and left
     if not UP:
         top, left = TAPS // 2, TAPS // 2
     start = (batch * (frames + TAPS_T - 1) + time) * frame + first - top * across - left
@@ -96,7 +106,7 @@ def _conv(
     at = first + tl.arange(0, BM)
     i, j = at // across, at % across
     valid, inside = at < frame, (i > 0) & (i <= height) & (j > 0) & (j <= width)
-    if UP:  # the rim goes to the rim
+    if UP:  # the rim of the small picture becomes the rim of the large one
         i, j = 2 * i - top, 2 * j - left
         valid &= (i >= 0) & (i < 2 * height + 2) & (j >= 0) & (j < 2 * width + 2)
         at = i * (2 * width + 2) + j
@@ -110,22 +120,23 @@ def _conv(
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, **meta) -> Tensor:
-    """weight: (N, taps · C), or one above the other for the four phases"""
+    """Launch `_conv`. weight: (N, taps · C), or (4 · N, taps · C) for the four phases of upsampling."""
     batch, _, height, width, channels = x.shape
     split, columns = meta["SPLIT"], out.shape[-1] * meta["SPLIT"]
     frames = out.shape[1] // split
     first, second, rows, warps, stages = TILES.get(columns, TILE)
     depth = min(64, channels & -channels)
-    if x.is_cuda:  # stages that fit in the memory that a program has: 227 KiB on an H100, 99 on consumers' cards
+    if x.is_cuda:  # stages that fit in a program's shared memory: 227 KiB on an H100, 99 KiB on consumer cards
         shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         stages = min(stages, (shared - 1024) // (2 * (rows + first + second) * depth))
+    weight = aligned(weight)
     weight_1, weight_2 = (TensorDescriptor.from_tensor(weight, [n, depth]) for n in (first, second or first))
     grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
     if meta["UP"]:
         grid = *grid[:2], 4
-    _conv[grid](
-        TensorDescriptor.from_tensor(x.view(-1, channels), [rows, depth]), weight_1, weight_2, bias,
-        out if residual is None else residual.contiguous(), out, frames, height - 2, width - 2,
+    launch(
+        _conv, grid, TensorDescriptor.from_tensor(aligned(x.view(-1, channels)), [rows, depth]), weight_1, weight_2,
+        bias.contiguous(), out if residual is None else residual.contiguous(), out, frames, height - 2, width - 2,
         N=columns, C=channels, RESIDUAL=residual is not None, BM=rows, BN=first, BN_2=second, BK=depth,
         num_warps=warps, num_stages=stages, **meta,
     )  # fmt: skip
@@ -133,7 +144,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ou
 
 
 def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    """`reference.rimmed_conv`, for channels in multiples of 16; no copy of a weight in channels_last_3d"""
+    """Compute `reference.rimmed_conv` for channels in multiples of 16; copies a weight unless it is channels last."""
     taps_t, taps = weight.shape[2:4]
     batch, time, height, width, _ = x.shape
     shape = batch, (time - taps_t + 1) * split, height, width, weight.shape[0] // split
@@ -143,9 +154,9 @@ def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`reference.upsample_conv` as four convolutions of two by two taps, one for each pixel that one becomes
+    """Compute `reference.upsample_conv` as four convolutions of 2×2 taps, one for each of the four new pixels.
 
-    Of a row's three taps two fall on the same pixel of the small picture, and their weights are added up.
+    Two of a row's three taps read the same pixel of the small picture, so their weights are added up.
     """
     batch, time, height, width, _ = x.shape
     a, b, c = weight.float().unbind(2)

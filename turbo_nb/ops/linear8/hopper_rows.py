@@ -1,8 +1,23 @@
-"""The product of 8-bit linears for Hopper, in Gluon: `int8.row_product` with larger tiles than Triton's own can have.
+"""The product of 8-bit rows for Hopper, in Gluon: `triton_rows.row_product` with larger tiles.
 
-The way from L2 bounds the sums, so a tile is as large as the registers allow: three groups of four warps hold 64×256
-sums each, and a warp of its own fetches their operands. What follows the sums is short: the scales are there by then,
-and the results leave through shared memory while the next tile is multiplied.
+One program per multiprocessor. It computes tile after tile, a tile being 192 rows of x by 256 rows of the weight:
+
+    warp 12: producer, `_fetch`           warps 0-3, 4-7 and 8-11: consumers, `_multiply`, 64 rows of x each
+    ───────────────────────────           ──────────────────────────────────────────────────────────────
+    for each 128 of the depth:            load the scales and the bias of the tile
+      a: 3 × (64, 128)  ── TMA ──►        for each 128 of the depth:
+      b: (256, 128)     ── TMA ──►          sums (64, 256) int32 += a · bᵀ
+                                          for each 64 columns: scale, add the bias, round, ── TMA ──► out
+
+    barrier          who waits        who arrives
+    ready[stage]     consumers        the copy engine, when all bytes of a and b are there (count 1)
+    free[stage]      producer         each consumer after its product (count 3)
+
+    registers per thread   160 for a consumer, 128 of them its sums; 24 for the producer
+    shared memory          a 72 KiB and b 96 KiB in 3 stages, scales and bias 6, out 2 × 3 × (64, 64) 48: 222 KiB
+
+A tile is as large as the registers allow, because the bandwidth of L2 limits the sums. The results of one tile leave
+through shared memory while the next tile is multiplied.
 """
 
 import torch
@@ -18,21 +33,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..hopper_tools import load, multiprocessors, own_tiles, store
-from .reference import Rows
+from ..hopper_tools import init_barriers, load, multiprocessors, own_tiles, store
+from ..launch import aligned, launch
+from . import reference
+from .reference import QuantizedRows
 
-ROWS = 64  # of a group of warps
+ROWS = 64  # of a consumer
 COLUMNS = 256
 DEPTH = 128  # of a stage
 PART = 64  # columns that are scaled and stored at a time
 GROUPS = gl.constexpr(3)
 STAGES = gl.constexpr(3)
-BAND = gl.constexpr(8)  # tiles of rows whose columns are done before the next ones'
+BAND = gl.constexpr(8)  # tiles of rows that are finished before the next ones begin
 
 
 @gluon.jit
 def _place(tile, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Where a tile begins; tiles that run together share rows of a and b"""
+    """Return the first row and column of a tile; tiles that run at the same time share rows of a and b."""
     down, across = gl.cdiv(rows, GROUPS * ROWS), gl.cdiv(columns, COLUMNS)
     first = tile // (BAND * across) * BAND
     size = gl.minimum(down - first, BAND)
@@ -63,7 +80,7 @@ def _fetch(a, b, size, buffers, barriers):
 
 @gluon.jit
 def _halves(x):
-    """The left and the right half of a matrix"""
+    """Return the left and the right half of a matrix."""
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
@@ -75,7 +92,7 @@ def _finish(total, left, right, shift, out, down, across, buffer, BIAS: gl.const
     result *= right.load(column)[None, :]
     if BIAS:
         result += shift.load(column)[None, :]
-    tma.store_wait(1)  # what this buffer held has left; the other one's may still be on its way
+    tma.store_wait(1)  # until the last store from this buffer is done; the other buffer's may still run
     buffer.store(result.to(out.dtype))
     fence_async_shared()
     store(out, [down, across], buffer)
@@ -115,7 +132,7 @@ def _multiply(group, result, size, buffers, barriers, BIAS: gl.constexpr):
         own_scales.store(right)
         if BIAS:
             own_bias.store(shift.to(gl.float32))
-        both = _halves(total)  # in parts, so that scales and rounding need few registers
+        both = _halves(total)  # in parts, because scales and rounding need registers
         for part in gl.static_range(COLUMNS // PART):
             _finish(
                 _halves(both[part // 2])[part % 2], left,
@@ -136,11 +153,7 @@ def _row_product(a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS: 
     scale_buffer = gl.allocate_shared_memory(gl.float32, [GROUPS, COLUMNS], plain)
     bias_buffer = gl.allocate_shared_memory(gl.float32, [GROUPS, COLUMNS], plain)
     out_buffer = gl.allocate_shared_memory(out.dtype, [2 * GROUPS, ROWS, out.block_shape[1]], out.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=GROUPS)
+    ready, free = init_barriers(STAGES, 1), init_barriers(STAGES, GROUPS)
     fence_async_shared()
     result, size = (out, a_scale, b_scale, bias), (rows, columns, depth)
     buffers, barriers = (a_buffer, b_buffer, scale_buffer, bias_buffer, out_buffer), (ready, free)
@@ -160,16 +173,19 @@ LAYOUT = gl.NVMMASharedLayout.get_default_for([ROWS, DEPTH], gl.int8)
 LAYOUT_OUT = gl.NVMMASharedLayout.get_default_for([ROWS, PART], gl.bfloat16)  # the same for fp16
 
 
-def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`int8.row_product`; x from 16 bits"""
+def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `reference.row_product` of rows that were bf16 or fp16: (…, N)."""
+    if not reference.fits_descriptors(x, w_q):
+        return reference.row_product(x, w_q, w_scale, bias)
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
     tiles = -(-rows // (GROUPS.value * ROWS)) * -(-columns // COLUMNS)
-    programs = min(tiles, multiprocessors(x.q.device))
-    _row_product[(programs,)](
-        TensorDescriptor.from_tensor(x.q.view(rows, depth), [ROWS, DEPTH], LAYOUT),
-        TensorDescriptor.from_tensor(w_q, [COLUMNS, DEPTH], LAYOUT),
+    launch(
+        _row_product, (min(tiles, multiprocessors(x.q.device)),),
+        TensorDescriptor.from_tensor(aligned(x.q.reshape(rows, depth)), [ROWS, DEPTH], LAYOUT),
+        TensorDescriptor.from_tensor(aligned(w_q), [COLUMNS, DEPTH], LAYOUT),
         TensorDescriptor.from_tensor(out.view(rows, columns), [ROWS, PART], LAYOUT_OUT),
-        x.scale, w_scale, bias, rows, columns, depth, BIAS=bias is not None, num_warps=4,
+        x.scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous(),
+        rows, columns, depth, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,6 +1,12 @@
-"""8-bit linears in Triton, with one scale a row: `reference.row_quantize` and `reference.row_linear`.
+"""8-bit linears in Triton, with one scale a row: `reference.row_quantize` and `reference.row_product`.
 
-Neither operand's scale stands inside the sum, so the whole depth is one integer product (LLM.int8(), arXiv:2208.07339).
+    kernel         grid                            a program loads                    and stores
+    _row_quantize  rows                            a row of x                         the row in int8 and its scale
+    _row_product   one or two per multiprocessor   tiles of a (x) and b (the          its tiles of out, one after
+                   (8 warps)                       weight) by tensor descriptors      the other, by a descriptor
+
+No scale is inside the sum, so the whole depth is one integer product (LLM.int8(), arXiv:2208.07339). The scales and
+the bias are the epilogue.
 """
 
 import torch
@@ -9,21 +15,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import reference as linear8_reference
-from .reference import Rows
+from ..launch import aligned, launch
+from . import reference
+from .reference import QuantizedRows
 
-NEAREST_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves a float32 below 2²² no bits after the point
+NEAREST_EVEN = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it rounds a float32 below 2²² to an integer
 
 
 @triton.jit
 def row_scale(largest):
-    """The scale of a row whose largest magnitude is that"""
+    """Return the scale of a row from its largest magnitude."""
     return tl.maximum(largest, 1e-8) * (1 / 127)
 
 
 @triton.jit
 def rounded(value, scale):
-    """float32 → the nearest integers of int8"""
+    """Round float32 values / scale to the nearest int8."""
     return (value * (1 / scale) + NEAREST_EVEN - NEAREST_EVEN).to(tl.int8)
 
 
@@ -53,7 +60,7 @@ def _row_product(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        first = tile // (GROUP * tiles_n) * GROUP  # tiles that run together share rows of a and b
+        first = tile // (GROUP * tiles_n) * GROUP  # tiles that run at the same time share rows of a and b
         size = tl.minimum(tiles_m - first, GROUP)
         down = (first + tile % (GROUP * tiles_n) % size) * BLOCK_M
         across = tile % (GROUP * tiles_n) // size * BLOCK_N
@@ -70,50 +77,44 @@ def _row_product(
         out.store([down, across], result.to(out.dtype))
 
 
-def row_quantize(x: Tensor, gelu: bool = False) -> Rows:
-    """`reference.row_quantize`: x (…, K) → int8 (…, K) and float32 scales (…)"""
+def row_quantize(x: Tensor, gelu: bool = False) -> QuantizedRows:
+    """Compute `reference.row_quantize`: x (…, K) → int8 (…, K) and float32 scales (…)."""
     x = x.contiguous()
     width = x.shape[-1]
     q, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], device=x.device)
     first = triton.next_power_of_2(width + 1) // 2  # two powers of 2 waste fewer lanes than one: 8960 is 8192 + 1024
     rest = max(16, triton.next_power_of_2(width - first))
-    _row_quantize[(scale.numel(),)](
-        x, q, scale, width, GELU=gelu, FIRST=first, REST=rest, num_warps=min(16, max(1, first // 512))
-    )
-    return Rows(q, scale, x.dtype)
+    launch(
+        _row_quantize, (scale.numel(),), x, q, scale, width,
+        GELU=gelu, FIRST=first, REST=rest, num_warps=min(16, max(1, first // 512)),
+    )  # fmt: skip
+    return QuantizedRows(q, scale, x.dtype)
 
 
 def _tiles(device: torch.device) -> tuple[dict, dict, int]:
-    """Block sides, launch options and programs a multiprocessor"""
+    """Return the sides of a tile, the launch options, and how many programs a multiprocessor runs."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
         return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128}, {"num_warps": 8, "num_stages": 3}, 1
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
 
 
-def row_product(x: Rows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None, gluon: bool = False) -> Tensor:
-    """What follows the quantisation of x in `reference.row_linear`: (…, N) in the dtype that x was quantised from
-
-    gluon: by the kernel of `hopper_int8`.
-    """
-    depth, columns = x.q.shape[-1], w_q.shape[0]
-    if depth % 16 or columns % 8:  # a descriptor needs 16 bytes from row to row
-        return linear8_reference.row_product(x, w_q, w_scale, bias)
-    if gluon:
-        from . import hopper_rows
-
-        return hopper_rows.row_product(x, w_q, w_scale, bias)
-    rows = x.scale.numel()
+def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `reference.row_product`: (…, N) in the dtype that x was quantised from."""
+    if not reference.fits_descriptors(x, w_q):
+        return reference.row_product(x, w_q, w_scale, bias)
+    depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
     sides, options, occupancy = _tiles(x.q.device)
     down, across, deep = sides.values()
     programs = triton.cdiv(rows, down) * triton.cdiv(columns, across)
     if x.q.is_cuda:
         programs = min(programs, occupancy * torch.cuda.get_device_properties(x.q.device).multi_processor_count)
-    _row_product[(programs,)](
-        TensorDescriptor.from_tensor(x.q.view(rows, depth), [down, deep]),
-        TensorDescriptor.from_tensor(w_q, [across, deep]),
+    launch(
+        _row_product, (programs,),
+        TensorDescriptor.from_tensor(aligned(x.q.reshape(rows, depth)), [down, deep]),
+        TensorDescriptor.from_tensor(aligned(w_q), [across, deep]),
         TensorDescriptor.from_tensor(out.view(rows, columns), [down, across]),
-        x.scale, w_scale, bias, rows, columns, depth,
-        BIAS=bias is not None, GROUP=8, **sides, **options,
+        x.scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous(),
+        rows, columns, depth, BIAS=bias is not None, GROUP=8, **sides, **options,
     )  # fmt: skip
     return out

@@ -1,51 +1,75 @@
-"""The meaning of every operation, in plain PyTorch that reads like the formula and runs anywhere.
+"""Norms, residuals and rotary embedding of a Wan block in plain PyTorch: reads like the formula, runs anywhere.
 
-Faster spellings live beside this file with the same signatures and are checked against it. Shapes: B batch, L tokens,
-H heads, D head_dim; attention operands are (B, L, H, D), after norm and rotary embedding.
+The kernels beside this file have the same signatures and are tested against it. Shapes: B batch, L tokens, H heads,
+D head_dim, C = H·D.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear8.reference import Rows, row_quantize
+from ..linear8.reference import QuantizedRows, row_quantize
 
-SUM_TOKENS = 16  # in a run that `rms_norm_rope` sums; every block has a multiple of it
+SUM_TOKENS = 16  # of a run that `rms_norm_rope` sums; every block of attention is a multiple of it
 
 
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
-    """Rotate pairs of channels by an angle per token (RoFormer, arXiv:2104.09864); fp32 inside, `x`'s dtype outside.
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, inplace: bool = False) -> Tensor:
+    """Rotate pairs of channels by an angle per token (RoFormer, arXiv:2104.09864).
 
-    x (B, L, H, D), cos and sin (L, D/2). Pairs are (0, 1), (2, 3), … when interleaved, else (i, i + D/2).
+    Args:
+        x: (B, L, H, D).
+        cos, sin: (L, D/2).
+        interleaved: pairs are (0, 1), (2, 3), …; else (i, i + D/2).
+        inplace: write the result into x.
+
+    Returns:
+        x's shape and dtype, float32 inside.
     """
     cos, sin = cos.float()[:, None], sin.float()[:, None]  # (L, 1, D/2)
     if interleaved:
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+        out = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    else:
+        a, b = x.float().chunk(2, dim=-1)
+        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return x.copy_(out) if inplace else out
 
 
 def rms_norm_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over all heads of x (B, L, H·D), then `apply_rotary_emb` unless cos is None: (B, L, H, D)
+    """Compute RMSNorm over all heads, then `apply_rotary_emb`.
 
-    sums: also the result's sums over runs of `SUM_TOKENS` tokens, (B, ⌈L/16⌉, H, D) float32, for `block_means`.
+    Args:
+        x: (B, L, H·D).
+        weight: of the norm, (H·D,).
+        cos, sin: (L, D/2). None: no rotation.
+        heads: H.
+        sums: also return the result's sums over runs of `SUM_TOKENS` tokens, which attention pools into block means.
+
+    Returns:
+        (B, L, H, D) in x's dtype; with sums also (B, ⌈L/16⌉, H, D) float32.
     """
     x = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype).unflatten(2, (heads, -1))
     x = x if cos is None else apply_rotary_emb(x, cos, sin)
-    return (x, _runs(x, SUM_TOKENS).sum(2)) if sums else x
+    return (x, runs(x, SUM_TOKENS).sum(2)) if sums else x
 
 
 def gated_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     eps: float = 1e-6, quantize: bool = False,
-) -> "tuple[Tensor, Tensor | Rows | None]":  # fmt: skip
-    """x + branch · gate, and its LayerNorm · scale + shift: x (B, L, C) → two of its shape and dtype
+) -> "tuple[Tensor, Tensor | QuantizedRows | None]":  # fmt: skip
+    """Compute y = x + branch · gate, and LayerNorm(y) · scale + shift.
 
-    gate, scale and shift are (B, C) or (C,); no branch adds nothing, no gate is 1; without a scale there is no norm.
-    quantize: the second is in 8 bits, as `row_quantize` has it.
+    Args:
+        x: (B, L, C).
+        branch: (B, L, C). None: y = x.
+        gate: (B, C) or (C,). None: 1.
+        scale, shift: (B, C) or (C,). None: no norm.
+        quantize: return the norm in 8 bits, as `row_quantize` does.
+
+    Returns:
+        y and the norm, each of x's shape and dtype; None for no norm.
     """
     per_batch = [t if t is None or t.ndim == 1 else t[:, None] for t in (gate, scale, shift)]
     gate, scale, shift = (None if t is None else t.float() for t in per_batch)
@@ -57,6 +81,6 @@ def gated_norm(
     return x, row_quantize(normed)._replace(dtype=x.dtype) if quantize else normed.to(x.dtype)
 
 
-def _runs(x: Tensor, size: int) -> Tensor:
-    """Runs of tokens, padded with zeros: (B, L, H, D) → (B, ⌈L/size⌉, size, H, D) float32"""
+def runs(x: Tensor, size: int) -> Tensor:
+    """Return runs of tokens, padded with zeros: (B, L, H, D) → (B, ⌈L/size⌉, size, H, D) float32."""
     return F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))

@@ -1,15 +1,25 @@
-"""The norms of a Wan block in Triton, each in one pass over its tokens, with what stands before and after it."""
+"""The norms of a Wan block in Triton, each in one pass over its tokens, with the operations before and after it.
+
+    kernel          grid           a program loads                             and stores
+    _gated_norm     ⌈L/8⌉, B       gate, scale and shift once; 8 rows of x     y, and LayerNorm(y) · scale + shift in
+                                   and branch, each row ahead of its use       16 bits, or in int8 with its scale
+    _rms_norm_rope  ⌈L/16⌉, B      the weight once; 16 rows of x, and of cos   16 rows of out; the sum of these rows
+                                   and sin, each row ahead of its use
+
+Both are bound by memory: every tensor is read once and written once.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear8.reference import Rows
+from ..launch import launch
+from ..linear8.reference import QuantizedRows
 from ..linear8.triton_rows import rounded, row_scale
 from .reference import SUM_TOKENS
 
-ROWS = 8  # that share what a program reads of gate, scale and shift
+ROWS = 8  # of a program, which share one load of gate, scale and shift
 
 
 @triton.jit
@@ -68,7 +78,8 @@ def _rms_norm_rope(
     coming = tl.load(x + (batch * length + first) * width + columns, mask=inside, other=0.0)
     turn = (tl.arange(0, BLOCK // 2) % HALF) * table_c
     if ROTATE:
-        coming_c, coming_s = tl.load(cos + first * table_l + turn), tl.load(sin + first * table_l + turn)
+        place = first.to(tl.int64) * table_l
+        coming_c, coming_s = tl.load(cos + place + turn), tl.load(sin + place + turn)
     for row in range(first, last + 1):
         at = (batch * length + row) * width + columns
         following = tl.minimum(row + 1, last)
@@ -77,7 +88,8 @@ def _rms_norm_rope(
         value *= tl.rsqrt(tl.sum(value * value) / width + eps) * factor
         if ROTATE:
             c, s = coming_c.to(tl.float32), coming_s.to(tl.float32)
-            coming_c, coming_s = tl.load(cos + following * table_l + turn), tl.load(sin + following * table_l + turn)
+            place = following.to(tl.int64) * table_l
+            coming_c, coming_s = tl.load(cos + place + turn), tl.load(sin + place + turn)
             a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
             value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
         rounded = value.to(out.dtype.element_ty)
@@ -94,8 +106,8 @@ def _warps(block: int) -> int:
 def gated_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     eps: float = 1e-6, quantize: bool = False,
-) -> tuple[Tensor, Tensor | Rows | None]:  # fmt: skip
-    """`reference.gated_norm`"""
+) -> tuple[Tensor, Tensor | QuantizedRows | None]:  # fmt: skip
+    """Compute `reference.gated_norm`."""
     batch, length, width = x.shape
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     gate, scale, shift = (
@@ -105,27 +117,30 @@ def gated_norm(
     out = None if scale is None else torch.empty_like(x, dtype=torch.int8 if quantize else x.dtype)
     out_scale = torch.empty(batch, length, device=x.device) if quantize else None
     block = triton.next_power_of_2(width)
-    _gated_norm[(triton.cdiv(length, ROWS), batch)](
-        x, branch, gate, scale, shift, summed, out, out_scale, length, width, eps,
+    launch(
+        _gated_norm, (triton.cdiv(length, ROWS), batch), x, branch, gate, scale, shift, summed, out,
+        out_scale, length, width, eps,
         BRANCH=branch is not None, GATE=gate is not None, NORM=out is not None, QUANTIZE=quantize,
         ROWS=ROWS, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return summed, Rows(out, out_scale, x.dtype) if quantize else out
+    return summed, QuantizedRows(out, out_scale, x.dtype) if quantize else out
 
 
 def rms_norm_rope(
     x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.rms_norm_rope`"""
+    """Compute `reference.rms_norm_rope`."""
     batch, length, width = x.shape
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
+    if cos is not None and cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     runs = triton.cdiv(length, SUM_TOKENS)
     summed = torch.empty(batch, runs, width, device=x.device) if sums else None
     block = triton.next_power_of_2(width)
     strides = (0, 0) if cos is None else cos.stride()
-    _rms_norm_rope[(runs, batch)](
-        x, weight, cos, sin, out, summed, length, width, eps, *strides,
+    launch(
+        _rms_norm_rope, (runs, batch), x, weight, cos, sin, out, summed, length, width, eps, *strides,
         HALF=width // heads // 2, ROTATE=cos is not None, SUMS=sums, ROWS=SUM_TOKENS,
         BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip

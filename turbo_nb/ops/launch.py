@@ -1,0 +1,79 @@
+"""The guard around every launch of a Triton or Gluon kernel: `launch(kernel, grid, …)` in place of `kernel[grid](…)`.
+
+- Triton launches on torch's current GPU, so `launch` makes the tensors' own GPU the current one.
+- All tensors must be on that GPU, because a kernel that gets another card's address crashes the process.
+- Kernels compute the offset of an element in int64, because a tensor may have more than 2³¹ elements. Numbers of rows
+  (tokens, pixels) and coordinates in a tensor descriptor stay int32, so `launch` limits these to `MAX_ROWS`.
+- Kernels that need contiguous channels or aligned rows get them from `channels_inside` and `aligned`.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+MAX_ROWS = 2**31 - 2**16  # because the last tile of rows may reach past the end
+MAX_GRID = 65_535  # of the second and third side of a CUDA grid
+ALIGNMENT = 16  # bytes, of the base and of every row of a tensor descriptor
+PLAIN = {int, float, bool, type(None)}
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Launch a kernel on the GPU that its tensors are on.
+
+    Args:
+        kernel: a Triton or Gluon kernel.
+        grid: programs along each side.
+        arguments: those of the kernel: tensors, tensor descriptors and numbers.
+        options: constants of the kernel, num_warps and num_stages.
+
+    Raises:
+        InputError: the tensors are on several devices, or have more rows, heads or clips than a launch takes.
+    """
+    if torch.compiler.is_compiling():  # the compiler's own code guards the device
+        kernel[grid](*arguments, **options)
+        return
+    device = None
+    for argument in arguments:
+        if type(argument) in PLAIN:
+            continue
+        if isinstance(argument, Tensor):
+            index = argument.get_device()
+        else:
+            index = argument.base.get_device()
+            if max(argument.shape) > MAX_ROWS:
+                raise InputError(
+                    f"a tensor of {kernel.__name__} has {max(argument.shape):,} rows. Expected at most {MAX_ROWS:,}. "
+                    "Make a shorter or smaller clip."
+                )
+        if device is None:
+            device = index
+        elif index != device:
+            raise InputError(
+                f"tensors of {kernel.__name__} are on devices {device} and {index}. Expected one device. "
+                "Move them to the same GPU."
+            )
+    if max(grid[1:], default=0) > MAX_GRID:
+        raise InputError(
+            f"{kernel.__name__} has {max(grid[1:]):,} heads or clips at once. Expected at most {MAX_GRID:,}. "
+            "Use a smaller batch."
+        )
+    if device < 0 or device == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, **options)
+
+
+def channels_inside(x: Tensor) -> Tensor:
+    """Return x with its last dimension contiguous: x itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x as a tensor descriptor needs it: channels contiguous, rows at multiples of 16 bytes; else a copy."""
+    size = x.element_size()
+    rows = x.stride(-1) == 1 and all(stride * size % ALIGNMENT == 0 for stride in x.stride()[:-1])
+    if rows and (torch.compiler.is_compiling() or x.data_ptr() % ALIGNMENT == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
