@@ -259,7 +259,7 @@ def test_every_row_names_a_function_with_the_signature_of_the_reference():
         reference = registry.implementations(row.operation)[-1]
         ours, theirs = (list(inspect.signature(r.load()).parameters) for r in (row, reference))
         assert ours == [name for name in theirs if name in ours] and reference.is_reference
-        assert set(theirs) - set(ours) <= {"sparse_attention"}, row
+        assert set(theirs) - set(ours) <= {"attend"}, row
 
 
 def test_detect_is_the_machine_with_its_choices(monkeypatch):

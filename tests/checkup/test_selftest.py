@@ -231,7 +231,7 @@ def test_the_attentions_of_a_cpu_do_not_depend_on_the_gpu_of_the_machine(monkeyp
     monkeypatch.setattr(selftest, "load", lambda spec, quantised, device, into: (into.append(nano) or True, ""))
     monkeypatch.setattr(selftest, "clip", lambda pipeline: (True, ""))
     monkeypatch.setattr(selftest, "step", lambda *arguments: (True, ""))
-    monkeypatch.setattr(backends, "choose", lambda operation: backends.Choice(operation, "triton"))
+    monkeypatch.setattr(backends, "choose", lambda operation, device=None: backends.Choice(operation, "triton"))
     names = {
         device: [check.name for check in selftest.check_model(catalog.NANO, False, device)]
         for device in ("cpu", "cuda")

@@ -88,7 +88,7 @@ def test_sage_linear_attention(length, heads, dim, monkeypatch):
         args = (q, k, v, weight, bias, topk, block_q, block_k)
         use_the_map_of_the_kernels(monkeypatch, args)
         wide = *(t.float() for t in args[:5]), *args[5:]
-        meant = attention_reference.sparse_linear_attention(*wide, sparse_attention=in_8_bits).to(DTYPE)
+        meant = attention_reference.sparse_linear_attention(*wide, attend=in_8_bits).to(DTYPE)
         assert_close(f"topk {topk}", triton_sage.sage_linear_attention(*args), meant)
         wide, args = ((*a[:3], 0 * a[3], 0 * a[4], *a[5:]) for a in (wide, args))
         exact = attention_reference.sparse_linear_attention(*wide).to(DTYPE)
@@ -134,9 +134,7 @@ def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
             assert_close(f"topk {topk}", hopper_sla.sparse_linear_attention(*args), expected)
         use_the_map_of_the_kernels(monkeypatch, args)
         wide = *(t.float() for t in args[:5]), *args[5:]
-        expected = attention_reference.sparse_linear_attention(
-            *wide, sparse_attention=partial(in_8_bits, q_rows=64)
-        ).to(DTYPE)
+        expected = attention_reference.sparse_linear_attention(*wide, attend=partial(in_8_bits, q_rows=64)).to(DTYPE)
         for _ in range(3):
             assert_close(f"SageSLA, topk {topk}", hopper_sla.sage_linear_attention(*args), expected)
 

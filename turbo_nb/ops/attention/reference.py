@@ -133,7 +133,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    sums: Sums = (None, None), *, sparse_attention=sparse_attention,
+    sums: Sums = (None, None), *, attend=None,
 ) -> Tensor:  # fmt: skip
     """Compute SLA (arXiv:2509.24006): sparse attention plus the projected linear attention.
 
@@ -144,18 +144,19 @@ def sparse_linear_attention(
         block_q, block_k: tokens of a query block and of a key block.
         sums: of q and k over runs of tokens, from `norms.reference.rms_norm_rope`. Kernels may pool these instead of q
             and k; here they are not used.
-        sparse_attention: (q, k, v, block_map, block_q, block_k) → (B, L, H, D).
+        attend: (q, k, v, block_map, block_q, block_k) → (B, L, H, D), the sparse part. None: `sparse_attention`.
 
     Returns:
         (B, L, H, D) in q's dtype.
     """
-    sparse = sparse_attention(q, k, v, block_map(q, k, topk, block_q, block_k), block_q, block_k)
+    kept = block_map(q, k, topk, block_q, block_k)
+    sparse = (attend or sparse_attention)(q, k, v, kept, block_q, block_k)
     linear = F.linear(linear_attention(q, k, v), weight.to(q.dtype), bias.to(q.dtype))
     return (sparse + linear).to(q.dtype)
 
 
 # SageSLA: SLA whose sparse part is in 8 bits
-sage_linear_attention = partial(sparse_linear_attention, sparse_attention=sage_sparse_attention)
+sage_linear_attention = partial(sparse_linear_attention, attend=sage_sparse_attention)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:

@@ -23,4 +23,4 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, block_map: Tensor, block_q
     return out.transpose(1, 2).to(q.dtype)
 
 
-sage_linear_attention = partial(reference.sparse_linear_attention, sparse_attention=sparse_attention)
+sage_linear_attention = partial(reference.sparse_linear_attention, attend=sparse_attention)

@@ -1,0 +1,170 @@
+"""The guard of every launch: device, contiguity, and offsets above 2³¹ elements."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import OnGpu
+
+from turbo_nb.errors import InputError
+from turbo_nb.ops import launch as module
+from turbo_nb.ops.launch import aligned, channels_inside, launch
+
+# One case a child process, because a wrong address crashes it. `wide` tensors lie in memory that is reserved but never
+# touched outside the few rows that a case writes.
+CASES = {
+    "block_means": """
+        means = triton_sla.block_means(wide(x), 64)
+        close(means, triton_sla.block_means(x, 64))
+    """,
+    "sums_of_runs": """
+        sums = x.float().unflatten(1, (-1, 16)).sum(2)
+        close(triton_sla.block_means(x, 64, wide(sums, 2**29)), triton_sla.block_means(x, 64, sums))
+    """,
+    "linear_state": """
+        for ours, exact in zip(triton_sla.linear_state(wide(x), wide(x), weight), triton_sla.linear_state(x, x, weight)):
+            close(ours, exact)
+    """,
+    "sla": """
+        args = weight, bias, 0.5, 128, 64
+        close(triton_sla.sparse_linear_attention(wide(x), wide(x), wide(x), *args),
+              triton_sla.sparse_linear_attention(x, x, x, *args))
+    """,
+    "sagesla": """
+        args = weight, bias, 0.5, 128, 64
+        close(triton_sage.sage_linear_attention(wide(x), wide(x), wide(x), *args),
+              triton_sage.sage_linear_attention(x, x, x, *args))
+    """,
+    "cross_attention": """
+        close(triton_cross.cross_attention(wide(x), wide(x), wide(x), 3), triton_cross.cross_attention(x, x, x, 3))
+    """,
+    "norm_rope": """
+        y, angles = x.flatten(2), torch.rand(length, 32)
+        tables = [wide(table[None, :, None])[0, :, 0] for table in (angles.cos(), angles.sin())]
+        close(triton_norms.rms_norm_rope(y, bias, *tables, 1), triton_norms.rms_norm_rope(y, bias, angles.cos(), angles.sin(), 1))
+    """,
+    # the second clip of a batch, of which only the first rows are computed
+    "gated_norm": """
+        rows, width = 2**31 // 64 + 1, 64
+        y, out = lazy(2, rows, width), lazy(2, rows, width)
+        y[1, :8] = x[0, :8, 0]
+        factor = torch.ones(2, width)
+        triton_norms._gated_norm[(1, 2)](
+            y, None, None, factor, factor, y, out, None, rows, width, 1e-6,
+            BRANCH=False, GATE=False, NORM=True, QUANTIZE=False, ROWS=8, BLOCK=64,
+        )
+        exact = triton_norms.gated_norm(x[:, :8, 0], None, None, factor[:1], factor[:1])[1]
+        close(out[1, :8], exact[0])
+    """,
+}
+CHILD = """
+import torch
+from turbo_nb.ops.attention import triton_cross, triton_sage, triton_sla
+from turbo_nb.ops.compare import relative_error
+from turbo_nb.ops.norms import triton_norms
+
+STRIDE = 2**25
+length = 144  # rows: 144 · 2²⁵ elements are above 2³², so a wrapped offset would be inside the memory, too
+x = torch.randn(1, length, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+weight, bias = torch.randn(64, 64), torch.randn(64)
+
+
+def lazy(*shape, dtype=torch.float16):
+    try:
+        return torch.empty(*shape, dtype=dtype)
+    except RuntimeError:  # the system reserves no memory that it may not have
+        raise SystemExit(77)
+
+
+def wide(y, stride=STRIDE):
+    out = lazy(y.shape[1] * stride, dtype=y.dtype).as_strided(y.shape, (0, stride, 64, 1))
+    return out.copy_(y)
+
+
+def close(ours, exact):
+    error = relative_error(ours, exact)
+    assert error < 1e-3, error
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_offsets_above_two_to_the_31(case):
+    pytest.importorskip("triton")
+    code = CHILD + "\n".join(line.removeprefix("        ") for line in CASES[case].splitlines())
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    if result.returncode == 77:
+        pytest.skip("this system reserves no memory beyond what it has")
+    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel that notes torch's current GPU at each launch; GPU 0 is the current one."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    class Kernel:
+        __name__ = "_kernel"
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append((current[-1], grid, options))
+
+    return SimpleNamespace(kernel=Kernel(), seen=seen)
+
+
+def on(index):
+    x = torch.zeros(4).as_subclass(OnGpu)
+    x.index = index
+    return x
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(kernel):
+    launch(kernel.kernel, (3, 2), on(1), None, on(1), 5, 0.5, BLOCK=64)
+    launch(kernel.kernel, (3,), 5, on(0))
+    launch(kernel.kernel, (3,), torch.zeros(4))  # interpreted
+    assert kernel.seen == [(1, (3, 2), {"BLOCK": 64}), (0, (3,), {}), (0, (3,), {})]
+
+
+def test_tensors_of_two_devices_are_refused(kernel):
+    descriptor = SimpleNamespace(base=on(1), shape=(4,))
+    for arguments in ((on(0), on(1)), (on(0), torch.zeros(4)), (on(0), descriptor)):
+        with pytest.raises(InputError, match=r"_kernel are on devices 0 and (1|-1). Expected one device. Move"):
+            launch(kernel.kernel, (1,), *arguments)
+    assert kernel.seen == []
+
+
+def test_more_rows_or_heads_than_a_launch_takes_are_refused(kernel):
+    descriptor = SimpleNamespace(base=on(0), shape=(2**31, 64))
+    with pytest.raises(InputError, match=rf"2,147,483,648 rows. Expected at most {module.MAX_ROWS:,}"):
+        launch(kernel.kernel, (1,), descriptor)
+    with pytest.raises(InputError, match=r"70,000 heads or clips at once. Expected at most 65,535"):
+        launch(kernel.kernel, (1, 70_000), on(0))
+
+
+def test_views_are_copied_only_where_a_kernel_cannot_read_them():
+    x = torch.randn(2, 5, 3, 64)
+    qkv = torch.randn(2, 5, 3 * 64)
+    assert channels_inside(x) is x and aligned(x) is x
+    view = qkv[..., 64:128]
+    assert channels_inside(view) is view and aligned(view) is view
+    turned = x.transpose(2, 3)
+    assert channels_inside(turned).is_contiguous() and torch.equal(aligned(turned), turned)
+    odd = torch.randn(5, 65)[:, 1:]  # rows begin at multiples of 4 bytes
+    assert channels_inside(odd) is odd
+    assert torch.equal(aligned(odd), odd) and aligned(odd).is_contiguous() and aligned(odd).data_ptr() % 16 == 0
