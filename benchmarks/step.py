@@ -203,6 +203,7 @@ def _fused(transformer: nn.Module) -> Iterator[None]:
 @contextmanager
 def _compiled(transformer: nn.Module) -> Iterator[None]:
     torch.compiler.reset()
+    backends.load_kernels(transformer.device)
     transformer.compile_repeated_blocks(**COMPILE)
     try:
         yield

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .machine.probe import Device
 
 __all__ = [
-    "SHOWN", "VARIABLES", "Backends", "Choice", "choose", "detect", "function", "kernel", "no_triton", "sm",
+    "SHOWN", "VARIABLES", "Backends", "Choice",
+    "choose", "detect", "function", "kernel", "load_kernels", "no_triton", "sm",
 ]  # fmt: skip
 
 # What the doctor shows → the operation whose choice stands for the group
@@ -186,6 +187,14 @@ def _half_on_gpu(tensors: "tuple[Tensor, ...]") -> bool:
 def function(operation: str, *tensors: "Tensor", override: str | None = None) -> Callable:
     """Return the function that computes these tensors: `kernel`, else the reference."""
     return kernel(operation, *tensors, override=override) or registry.implementations(operation)[-1].load()
+
+
+def load_kernels(device: "Device" = None) -> None:
+    """Import the kernels that run on a device. Call it before torch.compile, which cannot trace an import."""
+    machine = probe._probe_once().on(device)
+    for row in registry.IMPLEMENTATIONS:
+        if row.uses_triton and row.requires(machine) is None:
+            row.load()
 
 
 def detect(*, rope: str | None = None, attention: str | None = None, linear: str | None = None) -> Backends:

@@ -132,9 +132,6 @@ def load_pipeline(
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """Load a model as a diffusers pipeline with an `RCMScheduler`.
 
-    To call the pipeline itself, and not `generate`, on a GPU that is not torch's current one, do it within
-    `torch.cuda.device(…)`, because Triton launches there.
-
     Args:
         {options}
         clip: width, height and frames that the memory plan is chosen for. None: the model's own.

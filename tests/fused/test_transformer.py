@@ -9,12 +9,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
-from helpers import choose_triton, interpret_kernels
+from helpers import choose_triton, interpret_kernels, set_machine
 from torch import nn
 
 from turbo_nb import sla
 from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.linear import Int8Linear
+from turbo_nb.machine.probe import Gpu, Library, Machine
 
 
 def tiny(dtype=torch.float32, **config) -> WanTransformer3DModel:
@@ -52,6 +53,21 @@ def test_where_no_kernel_runs_nothing_is_fused_and_the_report_says_why():
     if not torch.cuda.is_available():
         assert str(report) == "0 of 2 blocks fused; triton: no CUDA GPU"
         assert type(transformer.blocks[0]) is WanTransformerBlock
+
+
+@pytest.mark.parametrize("device", ["cuda:1", None])
+def test_rows_are_quantised_on_the_gpu_that_will_run_them(monkeypatch, device):
+    old, new = Gpu("T4", (7, 5)), Gpu("RTX 3090", (8, 6))
+    libraries = {"triton": Library(version="3.9")}
+    set_machine(monkeypatch, Machine(gpu="T4", gpu_count=2, arch=(7, 5), libraries=libraries, gpus=(old, new)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    monkeypatch.setattr(fused_transformer, "to_per_row_scales", lambda blocks, where: asked.append(where))
+    report = fused_transformer.fuse(tiny(), device)
+    if device:
+        assert asked == ["cuda:1"] and report.fused == 2
+    else:  # the first GPU, which is too old
+        assert asked == [] and report.reasons == ("triton: the kernels need sm_80 or newer, and this GPU is sm_75",)
 
 
 def test_what_the_kernels_do_not_take_runs_as_before(triton_chosen):

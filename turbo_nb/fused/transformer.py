@@ -50,6 +50,7 @@ def fuse(transformer: nn.Module, device: torch.device | str | None = None) -> Re
     if not choice.uses_triton:
         reasons = tuple(f"{name}: {reason}" for name, reason in choice.rejected)
         return Report(0, len(transformer.blocks), reasons)
+    backends.load_kernels(device)
     repeats = TensorCache()  # shared by all blocks
     reasons = [reason for block in transformer.blocks if (reason := _fuse(block, repeats))]
     text = transformer.condition_embedder.text_embedder

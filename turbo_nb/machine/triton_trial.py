@@ -1,5 +1,9 @@
-"""The smallest Triton kernel, compiled and run. `backends` starts this file as a script of its own, so that a crash is
-the script's; exit code 0 means that Triton works here."""
+"""The smallest Triton kernel, compiled and run. Exit code 0 means that Triton works here.
+
+`probe` runs this file as a script of its own, because a crash then ends the script only.
+
+Grid: one program. It loads up to 64 floats, and stores each plus one.
+"""
 
 import torch
 import triton

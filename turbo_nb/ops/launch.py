@@ -3,9 +3,11 @@
 - Triton launches on torch's current GPU, so `launch` makes the tensors' own GPU the current one.
 - All tensors must be on that GPU, because a kernel that gets another card's address crashes the process.
 - Kernels compute the offset of an element in int64, because a tensor may have more than 2³¹ elements. Numbers of rows
-  (tokens, pixels) and coordinates in a tensor descriptor stay int32, so `launch` limits these to `MAX_ROWS`.
+  (tokens, pixels) and coordinates in a tensor descriptor stay int32, so `aligned` limits these to `MAX_ROWS`.
 - Kernels that need contiguous channels or aligned rows get them from `channels_inside` and `aligned`.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,41 +30,37 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         options: constants of the kernel, num_warps and num_stages.
 
     Raises:
-        InputError: the tensors are on several devices, or have more rows, heads or clips than a launch takes.
+        InputError: the tensors are on several devices, or have more heads or clips than a launch takes.
     """
-    if torch.compiler.is_compiling():  # the compiler's own code guards the device
-        kernel[grid](*arguments, **options)
-        return
-    device = None
-    for argument in arguments:
-        if type(argument) in PLAIN:
-            continue
-        if isinstance(argument, Tensor):
-            index = argument.get_device()
-        else:
-            index = argument.base.get_device()
-            if max(argument.shape) > MAX_ROWS:
-                raise InputError(
-                    f"a tensor of {kernel.__name__} has {max(argument.shape):,} rows. Expected at most {MAX_ROWS:,}. "
-                    "Make a shorter or smaller clip."
-                )
-        if device is None:
-            device = index
-        elif index != device:
-            raise InputError(
-                f"tensors of {kernel.__name__} are on devices {device} and {index}. Expected one device. "
-                "Move them to the same GPU."
-            )
     if max(grid[1:], default=0) > MAX_GRID:
         raise InputError(
             f"{kernel.__name__} has {max(grid[1:]):,} heads or clips at once. Expected at most {MAX_GRID:,}. "
             "Use a smaller batch."
         )
+    # torch.compile guards the device itself. With one GPU, Triton refuses tensors of the CPU.
+    if torch.compiler.is_compiling() or _gpu_count() < 2:
+        kernel[grid](*arguments, **options)
+        return
+    device = _device(kernel, arguments)
     if device < 0 or device == torch.cuda.current_device():
         kernel[grid](*arguments, **options)
         return
     with torch.cuda.device(device):
         kernel[grid](*arguments, **options)
+
+
+_gpu_count = cache(torch.cuda.device_count)
+
+
+def _device(kernel, arguments: tuple) -> int:
+    """Return the GPU of all tensors, -1 for the CPU. Raises InputError where they are on several devices."""
+    tensors = [x if isinstance(x, Tensor) else x.base for x in arguments if type(x) not in PLAIN]
+    devices = sorted({tensor.get_device() for tensor in tensors})
+    if len(devices) > 1:
+        raise InputError(
+            f"tensors of {kernel.__name__} are on devices {devices}. Expected one device. Move them to the same GPU."
+        )
+    return devices[0]
 
 
 def channels_inside(x: Tensor) -> Tensor:
@@ -71,7 +69,15 @@ def channels_inside(x: Tensor) -> Tensor:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x as a tensor descriptor needs it: channels contiguous, rows at multiples of 16 bytes; else a copy."""
+    """Return x with contiguous channels and rows at multiples of 16 bytes, as a tensor descriptor needs it, or a copy.
+
+    Raises:
+        InputError: x has more than `MAX_ROWS` rows.
+    """
+    if max(x.shape) > MAX_ROWS:
+        raise InputError(
+            f"a tensor has {max(x.shape):,} rows. Expected at most {MAX_ROWS:,}. Make a shorter or smaller clip."
+        )
     size = x.element_size()
     rows = x.stride(-1) == 1 and all(stride * size % ALIGNMENT == 0 for stride in x.stride()[:-1])
     if rows and (torch.compiler.is_compiling() or x.data_ptr() % ALIGNMENT == 0):

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import InputError
 from ..launch import channels_inside, launch
 from .triton_sla import LOG2_E, attend
 
 BLOCK_Q = BLOCK_K = 64
+MAX_ELEMENTS = 2**31  # of one prompt's keys, whose offsets are int32 because int64 takes too many registers
 
 
 @triton.jit(do_not_specialize=["keys"])  # because every prompt has another number of keys
@@ -30,12 +32,12 @@ def _cross(
     q += batch * q_b + head * q_h
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
-    rows, columns = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64), tl.arange(0, D)
-    queries = tl.load(q + rows[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
+    rows, columns = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, D)
+    queries = tl.load(q + rows.to(tl.int64)[:, None] * q_l + columns, mask=rows[:, None] < length, other=0.0)
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     for first in range(0, keys, BLOCK_K):
-        at = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        at = first + tl.arange(0, BLOCK_K)
         valid = at[:, None] < keys
         key = tl.load(k + at[:, None] * k_l + columns, mask=valid, other=0.0)
         value = tl.load(v + at[:, None] * v_l + columns, mask=valid, other=0.0)
@@ -61,9 +63,18 @@ def without_repeats(x: Tensor, repeats: int) -> Tensor:
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor:
-    """Compute `reference.cross_attention` for bf16 or fp16: (B, L, H, D) contiguous."""
+    """Compute `reference.cross_attention` for bf16 or fp16: (B, L, H, D) contiguous.
+
+    Raises:
+        InputError: one prompt's keys have 2³¹ elements or more.
+    """
     batch, length, heads, dim = q.shape
-    q, k, v = channels_inside(q), channels_inside(k), channels_inside(v)
+    if k[0].numel() >= MAX_ELEMENTS:
+        raise InputError(
+            f"the prompt has {k.shape[1]:,} tokens. Expected fewer than {MAX_ELEMENTS // (heads * dim):,}. "
+            "Use a shorter prompt."
+        )
+    q, k, v = channels_inside(q), k.contiguous(), v.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     launch(

@@ -8,7 +8,7 @@
 
 With the rim, (B, T, H + 2, W + 2, C) is a matrix of pixels. Each tap of a convolution multiplies the same matrix from
 another row on, so the convolution is an implicit GEMM. Its tiles come by tensor descriptors, without padding,
-transposing or masks. A pixel's row number is int32 (`launch` checks it); offsets of elements are int64.
+transposing or masks. A pixel's row number is int32 (`aligned` checks it); offsets of elements are int64.
 """
 
 import torch
