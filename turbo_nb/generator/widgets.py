@@ -1,6 +1,6 @@
 """The generator: ipywidgets over a `JobRunner`.
 
-Everything that matters is in the runner and on disk, so the widgets can go and come back: showing the generator again
+Everything that matters is in the runner and on disk, so the widgets can go and come back. Showing the generator again
 finds the running job and the clips. Every control has a description, which is its accessible name.
 """
 

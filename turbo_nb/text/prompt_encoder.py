@@ -39,8 +39,8 @@ class PromptEncoder:
         """Decide where the text encoder is kept from now on. Call this before the first prompt.
 
         Args:
-            mode: "resident" keeps it on the device, as the pipeline's own; "freed" loads it for each new prompt and
-                frees it afterwards; "cpu" keeps it on the CPU, where it also works.
+            mode: "resident" keeps it on the device. "freed" loads it for each new prompt and frees it afterwards.
+                "cpu" keeps it on the CPU, where it also works.
             device: of the pipeline.
         """
         self._mode, self._device = mode, device

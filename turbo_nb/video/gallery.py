@@ -158,7 +158,7 @@ class Gallery:
         """Put clips into one zip in the folder, in place of an earlier zip. Clips that are gone are left out.
 
         Raises:
-            InputError: there are no clips.
+            InputError: the gallery is empty.
             OutputError: the zip cannot be written.
         """
         if not clips:
