@@ -82,7 +82,7 @@ def test_sparse_linear_attention(length, heads, dim, monkeypatch):
 @pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 128)])
 def test_sage_linear_attention(length, heads, dim, monkeypatch):
     q, k, v = smooth(1, length, heads, dim)
-    k = k + 2  # which is no news to a softmax
+    k = k + 2  # which does not change a softmax
     weight, bias = random(dim, dim, dtype=torch.float32), random(dim, dtype=torch.float32)
     for topk, block_q, block_k in [(0.2, 128, 64), (0.4, 64, 64), (1.0, 128, 64)]:
         args = (q, k, v, weight, bias, topk, block_q, block_k)

@@ -136,9 +136,10 @@ def test_the_device_of_a_timing_has_a_name():
 
 
 SABOTAGE = {
-    "sign": "reference.apply_rotary_emb = lambda x, c, s, i=True, right=reference.apply_rotary_emb: right(x, c, -s, i)",
+    "sign": "reference.apply_rotary_emb = "
+    "lambda x, c, s, i=True, inplace=False, right=reference.apply_rotary_emb: right(x, c, -s, i)",
     "pairing": "reference.apply_rotary_emb = "
-    "lambda x, c, s, i=True, right=reference.apply_rotary_emb: right(x, c, s, not i)",
+    "lambda x, c, s, i=True, inplace=False, right=reference.apply_rotary_emb: right(x, c, s, not i)",
     "grid": "rope.rope_freqs = lambda size, dim, right=rope.rope_freqs: right(size, dim).roll(-1, 0)",
 }
 
