@@ -85,7 +85,7 @@ GLUON = {
         dict.fromkeys(("queries", "keys", "values"), f"tensordesc<bf16[64, 128],{hopper_sla.LAYOUT!r}>")
         | {"states": f"tensordesc<bf16[128, 128],{hopper_sla.LAYOUT!r}>", "kept": "*i32"}
         | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B},
-        {},
+        {"WIDE": False},
         {"num_warps": 4},
     ),
     "hopper_int8": (
@@ -100,9 +100,10 @@ GLUON = {
 GLUON["hopper sage"] = (
     hopper_sla._sparse_linear,
     GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper_sla.LAYOUT_INT8!r}>"},
-    {},
+    {"WIDE": False},
     {"num_warps": 4},
 )
+GLUON["hopper, offsets above 2**31"] = (*GLUON["hopper"][:2], {"WIDE": True}, {"num_warps": 4})
 
 
 def shared_memory(kernel, pointers: dict, constants: dict, options: dict, arch: int, source=ASTSource) -> int:
