@@ -98,3 +98,12 @@ def test_info_of_something_else(tmp_path):
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(
         "error: path is 'missing.mp4', which is not a file"
     )
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbo_nb.pipeline.load", interrupt)
+    result = command_line("t2v", "--model", "nano", "--device", "cpu", "--prompt", PROMPT, cwd=tmp_path)
+    assert (result.returncode, result.stderr.strip()) == (130, "cancelled; only what was finished is there")

@@ -30,7 +30,7 @@ NANO, WAN, I2V = (catalog.find(name) for name in ("nano", "Wan2.1-1.3B", "Wan2.2
         (LoadOptions, "device", ["gpu", "mps", "cuda:", "cuda:x", "cpu:0", 0]),
         (LoadOptions, "model", ["", 3, ("one",), "a\0b"]),
         (LoadOptions, "text_cache", ["no", 1]),
-        (ClipSettings, "prompt", ["", " \n", 3, ["a"], float("nan")]),
+        (ClipSettings, "prompt", ["", " \n", 3, ["a"], float("nan"), "a \ud800 circle"]),
         (ClipSettings, "num_frames", [0, -3, 2, 24, 4097, 2**70, 5.0, "5", True]),
         (ClipSettings, "num_steps", [0, 5, 1.0, "4"]),
         (ClipSettings, "seed", [-1, 2**63, 10**5000, 1.0, None.__class__]),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from . import catalog
 from .errors import CheckpointError, InputError, first_line, warn
 from .files.names import PROJ_L
-from .files.recognise import Contents, check_dtypes, count_blocks, fitting_shapes, listed, read, require
+from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, listed, read, require
 from .linear import Int8Linear, dequantize, empty_linears, frozen, quantize
 from .sla import set_attention_type
 
@@ -63,7 +63,7 @@ def load_transformer(
         raise InputError(f"quant_linear is {quant_linear!r}. Expected True, False or 'auto' (the file's own linears).")
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "transformer", expected)
-    attention_type = attention_type or _attention_of(contents)
+    attention_type = attention_type or attention_of(contents)
     dtype = dtype or contents.dtype
     gpu = device if torch.device(device).type == "cuda" else None  # because offload loads on the CPU
     model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, gpu, dtype)
@@ -76,17 +76,6 @@ def load_transformer(
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
-
-
-def _attention_of(contents: Contents) -> str:
-    """The attention of a file that nothing else was asked for"""
-    if contents.sla:
-        return "sla"
-    warn(
-        f"{str(contents.path)!r} has no SLA projections, so it runs with dense attention; ask for sla to run it sparse",
-        stacklevel=2,
-    )
-    return "original"
 
 
 def _empty_transformer(

@@ -1,6 +1,7 @@
 """turbo-nb: the command line. Underscore and dash spellings of an option are the same."""
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -30,6 +31,13 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
+
+CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with it, too
+
+
+class _Cancelled(Exception):
+    """Ends a command that has already printed what became of it."""
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, to paste or to parse.")]
 
@@ -141,6 +149,8 @@ def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> Loa
     if (high is None) != (low is None):
         missing = "--low_noise_model_path" if high else "--high_noise_model_path"
         raise InputError(f"{missing} is missing. Expected both experts, or none of them.")
+    if high is not None and load.checkpoint is not None:
+        raise InputError(f"--dit_path is {str(load.checkpoint)!r}. Expected none beside the two experts.")
     return load if high is None else replace(load, checkpoint=(high, low))
 
 
@@ -157,7 +167,6 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
         mp4.check_output(one)
     resolved = resolve(load)
     prepared = generation.prepare(clip, resolved.spec)
-    clip = replace(clip, image=prepared.image)  # decoded once
     with _progress() as (progress, bar, console):
         loaded = pipeline.load(
             resolved,
@@ -264,7 +273,7 @@ def batch(
             )
     except KeyboardInterrupt:
         print(f"cancelled; {made} made, which stay: the same command makes the rest", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _Cancelled from None
     print(summary)
     raise typer.Exit(int(bool(summary.failed)))
 
@@ -359,6 +368,9 @@ def _show(report, as_json: bool) -> None:
 def main() -> None:
     """Run a command: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # because a prompt may have characters that a terminal cannot show
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logging.getLogger("turbo_nb").handlers[:] = [handler]
@@ -370,9 +382,13 @@ def main() -> None:
     except TurboNbError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _Cancelled:
+        sys.exit(CANCELLED)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != CANCELLED:
+            raise
         print("cancelled; only what was finished is there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(CANCELLED)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -159,7 +159,12 @@ def generate(
     runner, timer = StageRunner(model, on_stage), StepTimer(pipeline, model.device)
     deliver = _in_order(on_frames)
     try:
-        with torch.inference_mode(), current_device(model.device), compilations(model.device) as compiled:
+        with (
+            model.lock,
+            torch.inference_mode(),
+            current_device(model.device),
+            compilations(model.device) as compiled,
+        ):
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step))
             if model.plan.offload == "model":
@@ -261,7 +266,7 @@ def denoise(
         ).frames
     if not latents.isfinite().all():
         raise TurboNbError(
-            "the model's output is not finite (NaN or Inf), so nothing was written. Try another seed or dtype."
+            "the model's output is not finite (NaN or Inf), so nothing was written. Try another seed, or other files."
         )
     return latents
 

@@ -7,6 +7,7 @@ model.
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,6 +45,7 @@ class LoadedModel:
         prompt_encoder: encodes prompts, and keeps the text encoder where the plan wants it.
         plan: the memory plan in effect.
         load_seconds: what loading took without downloads; None once a clip has reported it.
+        lock: held while a clip is made, because two threads cannot share the scheduler and the weights.
     """
 
     resolved: ResolvedModel
@@ -51,6 +53,7 @@ class LoadedModel:
     prompt_encoder: PromptEncoder = field(repr=False)
     plan: Plan
     load_seconds: float | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _weights_at_load: str = field(default="", repr=False)
 
     @classmethod
@@ -89,8 +92,13 @@ class LoadedModel:
     @property
     def identity(self) -> dict:
         """What a clip of this model depends on now, with changes since it was loaded (top-k, a fused LoRA)."""
+        from .sla import attention_type, topk_of
+
         weights = self._fingerprint()
         changed = {} if weights == self._weights_at_load else {"weights": weights}
+        each = [(attention_type(one), topk_of(one)) for one in transformers(self.pipeline)]
+        if len(set(each)) > 1:
+            changed["experts"] = each
         return self.resolved.identity | self.attention | changed
 
     def follow(self, plan: Plan) -> None:

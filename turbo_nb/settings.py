@@ -119,6 +119,8 @@ class Text:
     def __call__(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(self.pattern, value):
             raise _wrong(name, value, self.words, self.fix)
+        if re.search("[\ud800-\udfff]", value):
+            raise _wrong(name, value, "text that UTF-8 can encode", "Remove the lone surrogates, such as '\\ud800'.")
         return str(value)
 
 

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 import turbo_nb
 from turbo_nb import catalog, cli, pipeline
-from turbo_nb.errors import DownloadError, InputError, TurboNbError, TurboNbWarning
-from turbo_nb.files import hub, resolve
+from turbo_nb.errors import CheckpointError, DownloadError, InputError, TurboNbError, TurboNbWarning
+from turbo_nb.files import fingerprint, hub, resolve
 from turbo_nb.machine import probe
 from turbo_nb.runtime import plan
 from turbo_nb.runtime.plan import GB
@@ -233,3 +233,52 @@ def test_what_comes_with_the_package_is_not_fetched(capsys):
     plans = []
     assert turbo_nb.download_model("nano", on_plan=plans.append) is None
     assert "nothing to download" in str(plans[0]) and capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(NANO, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_any_change_in_any_part_of_a_folder_is_another_identity(copy, part):
+    before = resolve.resolve(LoadOptions(model=copy, device="cpu")).identity
+    assert resolve.resolve(LoadOptions(model=copy, device="cpu")).identity == before
+    file = max((copy / part).iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) * 2 // 3] ^= 1 if part != "tokenizer" else 0
+    file.write_bytes(bytes(data) + (b" " if part == "tokenizer" else b""))
+    assert resolve.resolve(LoadOptions(model=copy, device="cpu")).identity != before
+
+
+def test_a_change_in_one_matrix_of_a_large_file_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(range(256)) * 2**17)  # 32 MiB: a piece of 16 KiB in every 32 KiB
+    before = fingerprint.fingerprint(path)
+    data = bytearray(path.read_bytes())
+    data[2**23 : 2**23 + 2**16] = bytes(2**16)
+    path.write_bytes(data)
+    assert fingerprint.fingerprint(path) != before
+
+
+def test_parts_that_do_not_fit_together_are_found_before_a_load(tmp_path):
+    state = load_file(NANO / "transformer" / "diffusion_pytorch_model.safetensors")
+    name = "condition_embedder.text_embedder.linear_1.weight"
+    state[name] = state[name][:, :64].contiguous()
+    save_file(state, tmp_path / "narrow.safetensors")
+    given = {"vae": NANO / "vae", "text_encoder": NANO / "text_encoder", "tokenizer": NANO / "tokenizer"}
+    with pytest.raises(CheckpointError, match=r"text width is 64 in .*128 in .*Expected the same"):
+        resolve.resolve(LoadOptions(model=tmp_path / "narrow.safetensors", device="cpu", **given))
+
+
+def test_a_wrong_tokenizer_or_encoder_is_found_before_a_download(machine, tmp_path):
+    machine(80)
+    for given in ({"tokenizer": tmp_path}, {"tokenizer": tmp_path / "nope"}, {"text_encoder": NANO / "vae"}):
+        with pytest.raises(CheckpointError):
+            resolve.resolve(LoadOptions(model=LARGE, **given))
+
+
+def test_a_backend_of_sagesla_without_sagesla_is_an_error():
+    with pytest.raises(InputError, match="attention_backend is"):
+        resolve.resolve(LoadOptions(model="nano", device="cpu", attention_backend="reference"))

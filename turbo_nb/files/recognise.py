@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import catalog
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, warn
 from .names import PROJ_L, to_transformers_umt5, without_prefix
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
@@ -302,6 +302,48 @@ def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = 
         shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
         raise CheckpointError(f"{path!r} is {contents}. Expected {expected.name}, which has {shape}.")
     check_dtypes(contents, (key for key in contents.tensors if key.endswith("weight")))
+
+
+def attention_of(contents: Contents) -> str:
+    """Return the attention type of a transformer for which no other was asked.
+
+    It is "sla"; or "original" (dense attention), with a warning, for a file without the projections of SLA's linear
+    branch.
+    """
+    if contents.sla:
+        return "sla"
+    warn(
+        f"{str(contents.path)!r} has no SLA projections, so dense attention is used. "
+        "--attention_type sla runs SLA without its linear branch",
+        stacklevel=2,
+    )
+    return "original"
+
+
+def require_fit(parts: Sequence[Contents]) -> None:
+    """Check that the parts of a model have the same widths.
+
+    Args:
+        parts: transformers, a VAE and a text encoder, as far as they are here.
+
+    Raises:
+        CheckpointError: two parts do not fit together.
+    """
+    widths: dict[str, dict[str, int]] = {"text width": {}, "latent channels": {}}
+    for part in parts:
+        path, tensors = str(part.path), part.tensors
+        if part.kind == "transformer":
+            widths["text width"][path] = part.text_dim
+            widths["latent channels"][path] = tensors["proj_out.bias"].shape[0] // PATCH
+        elif part.kind == "text encoder":
+            table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+            widths["text width"][path] = table.shape[1]
+        elif part.kind == "vae":
+            widths["latent channels"][path] = tensors["decoder.conv_in.weight"].shape[1]
+    for what, found in widths.items():
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{width} in {path!r}" for path, width in found.items())
+            raise CheckpointError(f"{what} is {listed}. Expected the same in all parts of a model.")
 
 
 def check_dtypes(contents: Contents, names: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from . import hub, recognise
 from .fingerprint import fingerprint
 from .recognise import Contents
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")  # one of them makes a tokenizer
 OFFLOADS = ("none", "model", "group")  # from fast to slow
 
 
@@ -95,28 +96,27 @@ class ResolvedModel:
         return found
 
     def check(self) -> None:
-        """Raise CheckpointError where a part that is here is not the part it was taken for."""
+        """Raise CheckpointError where a part that is here is not what it was taken for, or does not fit the others."""
         for part, kind in (*((part, "transformer") for part in self.transformers), (self.vae, "vae"),
                            (self.text_encoder, "text encoder")):  # fmt: skip
             if isinstance(part, Contents):
                 recognise.require(part, kind, self.spec if kind == "transformer" else None)
+        recognise.require_fit([part for part in (*self.transformers, self.vae, self.text_encoder)
+                               if isinstance(part, Contents)])  # fmt: skip
 
     @cached_property
     def sizes(self) -> plan.Sizes:
         """Bytes of the parts as they will be loaded; of parts that are not here yet an estimate from their shapes."""
-        if self.spec.arch is not None:
-            sizes = plan.sizes(self.spec, quantised=self.quant_linear)
         item = 4 if self.device == "cpu" else 2  # bytes of a number: float32 or bfloat16
-        counts = {}
-        for name, part in (
-            ("transformer", self.transformers[0]),
-            ("text_encoder", self.text_encoder),
-            ("vae", self.vae),
-        ):
-            if isinstance(part, Contents):
-                counts[name] = sum(tensor.numel() for tensor in part.tensors.values()) * item
+        parts = {"transformer": self.transformers[0], "text_encoder": self.text_encoder, "vae": self.vae}
+        counts = {
+            name: sum(tensor.numel() for tensor in part.tensors.values()) * item
+            for name, part in parts.items()
+            if isinstance(part, Contents)
+        }
         if "transformer" in counts and self.quant_linear:
             counts["transformer"] *= 1.03 / item  # a byte for each weight, and the scales
+        sizes = plan.sizes(self.spec, quantised=self.quant_linear)
         return replace(sizes, **counts, experts=len(self.transformers))
 
     def plan(self, size: tuple[int, int, int] | None = None) -> plan.Plan:
@@ -141,17 +141,29 @@ class ResolvedModel:
 
     @cached_property
     def identity(self) -> dict:
-        """What a clip depends on. Weights count by their content: a moved file is the same, a changed one is not."""
-        named = self.options.checkpoint is None and (
-            self.options.model == "auto" or catalog.is_name(self.options.model)
-        )
-        given = {name: getattr(self.options, name) for name in ("vae", "text_encoder", "tokenizer")}
+        """What a clip depends on.
+
+        Files count by their content: a moved file is the same, a changed one is not. A model of the catalogue, and the
+        parts that come with it, count by its name.
+        """
+        named = _name_or_paths(self.options) == (str(self.options.model), ())
+        parts = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer")}
         return {
-            "model": self.spec.name if named else [fingerprint(part.path) for part in self.transformers],
+            "model": self.spec.name if named else [_content(part) for part in self.transformers],
             "attention_type": self.attention_type,
             "sla_topk": None if self.attention_type == "original" else self.sla_topk,
             "quant_linear": self.quant_linear,
-        } | {name: path and fingerprint(Path(path)) for name, path in given.items()}
+        } | {
+            name: None if named and getattr(self.options, name) is None else _content(part)
+            for name, part in parts.items()
+        }
+
+
+def _content(part: Contents | Path | HubFile) -> str:
+    """Return what a part's content is known by; a file of the Hub by its address"""
+    if isinstance(part, HubFile):
+        return f"{part.repo}/{part.path}"
+    return fingerprint(part.path if isinstance(part, Contents) else part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +263,11 @@ def decide(options: LoadOptions, *, to_download: bool = False, host_memory: floa
     host_memory, quantized = host_memory or probe.free_memory("cpu"), options.quant_linear
     if options.attention_type == "sagesla":
         backends.choose("sagesla", device, options.attention_backend).require()
+    if options.attention_backend not in (None, "auto") and options.attention_type != "sagesla":
+        raise InputError(
+            f"attention_backend is {options.attention_backend!r}. Expected none for attention_type "
+            f"{options.attention_type or 'sla'!r}, because it chooses what runs SageSLA."
+        )
     reason = "its files were given" if paths else "it was asked for by name"
     if name == "auto":
         spec, quantized, reason = _auto(device, memory, host_memory, quantized, to_download)
@@ -378,16 +395,9 @@ def _auto(
 
 
 def _attention_type(transformers: tuple[Contents | HubFile, ...]) -> str:
-    """Return "sla", or dense attention where a file lacks the projections of SLA's linear branch"""
-    without = [part for part in transformers if isinstance(part, Contents) and not part.sla]
-    if not without:
-        return "sla"
-    warn(
-        f"{str(without[0].path)!r} has no SLA projections, so dense attention is used. "
-        "--attention_type sla runs SLA without its linear branch",
-        stacklevel=3,
-    )
-    return "original"
+    """Return the attention of a model that no other was asked for; the released files have SLA's projections"""
+    here = [part for part in transformers if isinstance(part, Contents)]
+    return recognise.attention_of(min(here, key=lambda part: part.sla)) if here else "sla"
 
 
 def _is_quantized(transformers: tuple[Contents | HubFile, ...]) -> bool:
@@ -426,7 +436,14 @@ def _part(given: str | Path | None, folder: str, file: HubFile, near: Path | Non
     path = Path(given) if given is not None else next((path for path in own if path.exists()), None)
     if path is None:
         return _here_or_hub(file)
-    return path if folder == "tokenizer" else recognise.read(path)
+    if folder != "tokenizer":
+        return recognise.read(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"tokenizer is {str(path)!r}. Expected a folder with {' or '.join(TOKENIZER_FILES)}, such as that of "
+            "google/umt5-xxl."
+        )
+    return path
 
 
 def _here_or_hub(file: HubFile) -> Contents | Path | HubFile:
