@@ -13,6 +13,18 @@ if not shutil.which("nvidia-smi"):  # before anything imports Triton: its kernel
 signal.signal(signal.SIGINT, signal.default_int_handler)  # run in the background, the tests' children would ignore it
 
 
+GPU_MACHINE = shutil.which("nvidia-smi") is not None
+
+
+@pytest.fixture(autouse=GPU_MACHINE)
+def automatically_on_the_cpu(monkeypatch):
+    """On a GPU machine, too, a test that asks for no device means the CPU, where its expectations were made"""
+    from turbo_nb.machine import probe
+
+    device_of = probe.device_of
+    monkeypatch.setattr(probe, "device_of", lambda device: device_of("cpu" if device == "auto" else device))
+
+
 @pytest.fixture(scope="session")
 def nano():
     """The embedded model, loaded once."""

@@ -216,7 +216,9 @@ def test_explicit_sla_without_projections_has_a_zero_branch(without_projections)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_weights_are_quantised_on_the_device_of_the_model(files, monkeypatch):
     devices, quantize = set(), checkpoint.quantize
-    monkeypatch.setattr(checkpoint, "quantize", lambda weight: devices.add(weight.device.type) or quantize(weight))
+    monkeypatch.setattr(
+        checkpoint, "quantize", lambda weight, device: devices.add(weight.device.type) or quantize(weight, device)
+    )
     with pytest.warns(UserWarning, match="quantised"):
         model = load_transformer(files / "bf16.pth", quant_linear=True, device="cuda")
     assert devices == {"cuda"} and {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}

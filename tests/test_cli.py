@@ -16,6 +16,8 @@ PROMPT = "a large red circle moving from left to right on a black background"
 
 
 def run(*arguments, cwd, **variables):
+    if "--prompt" in arguments:
+        arguments += ("--device", "cpu")
     command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | variables

@@ -36,6 +36,7 @@ def load_transformer(
     quant_linear: bool | str = "auto",
     attention_backend: str | None = None,
     expected: catalog.ModelSpec | None = None,
+    run_device: str | torch.device | None = None,
 ) -> WanTransformer3DModel:
     """Load the transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
 
@@ -47,12 +48,13 @@ def load_transformer(
         attention_type: "sla", "sagesla" or "original" (dense attention). None: "sla", or dense attention with a
             warning for a file without SLA projections. An explicit "sla" then runs without its linear branch.
         sla_topk: share of the key blocks, in (0, 1].
-        device: where the model will run. Weights are quantised and dequantised there.
+        device: where the model is loaded. Weights are quantised and dequantised there.
         dtype: of the other weights. None: the file's own.
         quant_linear: True for 8-bit linears, False for plain ones, "auto" for the file's own. Warns when it has to
             quantise or dequantise.
         attention_backend: the implementation of SageSLA, as in `sla.SageSparseLinearAttention`.
         expected: the model that the file must be; None: any.
+        run_device: where the model will run, if offload moves it there later. None: `device`.
 
     Raises:
         CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
@@ -65,14 +67,15 @@ def load_transformer(
     require(contents, "transformer", expected)
     attention_type = attention_type or attention_of(contents)
     dtype = dtype or contents.dtype
-    gpu = device if torch.device(device).type == "cuda" else None  # because offload loads on the CPU
+    run_device = run_device or device
+    gpu = run_device if torch.device(run_device).type == "cuda" else None
     model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, gpu, dtype)
     tensors = _matched(_fit_projections(contents, model, attention_type), model.state_dict(), contents)
     if quant_linear != "auto" and quant_linear != contents.quantized:
         count = empty_linears(model, quant_linear, dtype)
         change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
         warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
-    _assign_transformer(model, tensors, contents, device, dtype)
+    _assign_transformer(model, tensors, contents, device, run_device, dtype)
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
@@ -129,6 +132,7 @@ def _assign_transformer(
     tensors: dict[str, Tensor],
     contents: Contents,
     device: str | torch.device,
+    run_device: str | torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Move each tensor to the device and give it to the model, in the number format of the model's linears."""
@@ -142,7 +146,7 @@ def _assign_transformer(
         tensor, (name, _, leaf) = take(key), key.rpartition(".")
         module = model.get_submodule(name)
         if leaf == "weight" and isinstance(module, Int8Linear):
-            module.int8_weight, module.scale = map(frozen, quantize(tensor))
+            module.int8_weight, module.scale = map(frozen, quantize(tensor, run_device))
         elif leaf == "int8_weight" and not isinstance(module, Int8Linear):
             _assign(model, f"{name}.weight", dequantize(tensor, take(f"{name}.scale")).to(dtype))
         else:

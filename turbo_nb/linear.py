@@ -136,13 +136,12 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a weight (N, K): per-row scales where the kernels run, else tile scales.
+def quantize(weight: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Quantise a weight (N, K) for the device where it will run: per-row scales where the kernels run, else tile scales.
 
-    The GPU is the weight's own; for a weight on the CPU, which is moved later, the first GPU.
+    The weight itself may be elsewhere, because offload loads it on the CPU.
     """
-    gpu = weight.get_device() if weight.is_cuda else None
-    if backends.choose("row_quantize", gpu).uses_triton:
+    if torch.device(device).type == "cuda" and backends.choose("row_quantize", device).uses_triton:
         return row_quantize(weight)[:2]
     return int8_quantize(weight)
 

@@ -211,6 +211,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tup
             attention_backend=resolved.attention_backend,
             device=device,
             dtype=dtype,
+            run_device=plan.device,
         )
         for contents in resolved.transformers
     ]

@@ -161,7 +161,6 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
         ("nano", {"num_samples": 0}, "num_samples is 0"),
         ("nano", {"workers": 0}, "workers is 0"),
         ("nano", {"seed": settings.MAX_SEED, "num_samples": 2}, "prompt 1: seed is .* for 2 samples"),
-        ("nano", {"noise_device": "cuda"}, "prompt 1: noise_device is 'cuda'"),
         ("nanno", {}, "mean 'nano'"),
         ({"model": "nano", "attention": "sla"}, {}, "an option is 'attention'"),
         ({"model": "nano", "device": "cpu", "memory_plan": "group"}, {}, "group"),
@@ -169,6 +168,9 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
     ]:
         with pytest.raises(InputError, match=words):
             runner.run(PROMPTS, load, tmp_path / "out", **options)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="prompt 1: noise_device is 'cuda'"):
+        runner.run(PROMPTS, {"model": "nano", "device": "cpu"}, tmp_path / "out", noise_device="cuda")
     with pytest.raises(InputError, match="prompts is empty"):
         runner.run([], "nano", tmp_path / "out")
     with pytest.raises(InputError, match="a: an option is 'model'"):
@@ -700,7 +702,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, monkey
 
 def test_an_error_is_one_line(tmp_path, shell):
     prompts = write(tmp_path / "p.csv", "prompt,num_frames\na red circle,24\n")
-    result = shell(*command(prompts, "--output_dir", tmp_path / "out"), cwd=tmp_path)
+    result = shell(*command(prompts, "--output_dir", tmp_path / "out", "--device", "cpu"), cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {prompts}:2: num_frames is 24")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 

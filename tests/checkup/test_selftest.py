@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,16 +35,12 @@ def command(*arguments, cwd, **variables):
 
 
 def test_a_sound_machine_passes_and_reports_what_it_is(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = command("--json", "--device", "cpu", cwd=tmp_path, OMP_NUM_THREADS="1")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads(result.stdout)
     assert told["passed"] and told["model"] == "nano"
     assert [check["name"] for check in told["checks"]] == [*OPERATIONS, "files", *MODEL]
     assert all(check["passed"] and check["detail"] and check["seconds"] > 0 for check in told["checks"])
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of the CPU, however busy it is
-    assert spent < 30
     assert told["doctor"]["backends"]["torch"] == torch.__version__
     assert not list(tmp_path.iterdir())
 

@@ -36,6 +36,12 @@ def test_a_cpu_compiles_nothing(monkeypatch):
     assert names == []
 
 
+def test_an_error_on_a_cpu_has_no_other_error_behind_it():
+    with pytest.raises(KeyError) as caught, compilations("cpu"):
+        raise KeyError
+    assert caught.value.__context__ is None
+
+
 def test_the_listener_is_put_back_after_an_error():
     before = knobs.compilation.listener
     with pytest.raises(KeyError), compilations("cuda"):

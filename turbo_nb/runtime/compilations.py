@@ -14,15 +14,11 @@ def compilations(device: str) -> Iterator[list[str]]:
         device: where the work runs.
     """
     names: list[str] = []
-    try:
-        if device == "cpu":
-            raise ImportError
-        from triton import knobs
-
-        before = knobs.compilation.listener
-    except (ImportError, AttributeError):  # Triton is missing, or older than 3.4, which our kernels need
+    compilation = None if device == "cpu" else _triton_options()
+    if compilation is None:
         yield names
         return
+    before = compilation.listener
 
     def listen(**event) -> None:
         if not event["cache_hit"]:
@@ -30,8 +26,18 @@ def compilations(device: str) -> Iterator[list[str]]:
         if before:
             before(**event)
 
-    knobs.compilation.listener = listen
+    compilation.listener = listen
     try:
         yield names
     finally:
-        knobs.compilation.listener = before
+        compilation.listener = before
+
+
+def _triton_options():
+    """Return Triton's options of compilation; None without Triton, or with one older than our kernels need"""
+    try:
+        from triton import knobs
+
+        return knobs.compilation if hasattr(knobs.compilation, "listener") else None
+    except ImportError:
+        return None
