@@ -201,7 +201,7 @@ def without_projections(tmp_path):
 
 
 def test_file_without_projections_runs_dense_by_default(without_projections, files):
-    with pytest.warns(UserWarning, match="no SLA projections, so it runs with dense attention"):
+    with pytest.warns(UserWarning, match="no SLA projections, so dense attention is used"):
         model = load_transformer(without_projections)
     assert attention_type(model) == "original" and attention_type(load_transformer(files / "bf16.pth")) == "sla"
 

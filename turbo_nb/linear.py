@@ -137,9 +137,9 @@ class Int8Linear(nn.Module):
 
 
 def quantize(weight: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Quantise a weight (N, K) for the device where it will run: per-row scales where the kernels run, else tile scales.
+    """Quantise a weight (N, K) for a device: per-row scales where the kernels run, else tile scales.
 
-    The weight itself may be elsewhere, because offload loads it on the CPU.
+    The weight itself may be on another device, because offload loads it on the CPU.
     """
     if torch.device(device).type == "cuda" and backends.choose("row_quantize", device).uses_triton:
         return row_quantize(weight)[:2]
