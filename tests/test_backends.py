@@ -273,6 +273,9 @@ def test_detect_is_the_machine_with_its_choices(monkeypatch):
         found.rope = None
     with pytest.raises(BackendError, match="'none' is unknown"):
         detect(linear="none")
+    refused = {}
+    assert detect(linear="none", refused=refused).linear.chosen is None
+    assert list(refused) == ["linear"] and "'none' is unknown" in str(refused["linear"])
 
 
 def test_detect_here():

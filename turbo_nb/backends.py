@@ -197,16 +197,31 @@ def load_kernels(device: "Device" = None) -> None:
             row.load()
 
 
-def detect(*, rope: str | None = None, attention: str | None = None, linear: str | None = None) -> Backends:
+def detect(
+    *,
+    rope: str | None = None,
+    attention: str | None = None,
+    linear: str | None = None,
+    refused: dict[str, BackendError] | None = None,
+) -> Backends:
     """Return this machine and the choice for each operation on its first GPU.
 
     Args:
         rope, attention, linear: overrides, as in `choose`.
+        refused: gets the error of each override that cannot run, by operation. None: the first one is raised.
 
     Raises:
         BackendError: an override is unknown or cannot run here.
     """
-    machine = probe.probe()
+    machine, choices = probe.probe(), {}
     overrides = {"rope": rope, "sla": attention, "sagesla": attention, "original": attention, "linear": linear}
-    choices = {name: choose(name, override=overrides.get(name), machine=machine) for name in SHOWN}
+    for name, operation in SHOWN.items():
+        try:
+            choices[name] = choose(name, override=overrides.get(name), machine=machine)
+        except BackendError as error:
+            if refused is None:
+                raise
+            refused[name] = error
+            asked = overrides.get(name) or os.environ[VARIABLES[name]]
+            choices[name] = Choice(operation, None, ((asked, str(error)),))
     return Backends(**vars(machine), **choices)

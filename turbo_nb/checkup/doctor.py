@@ -1,14 +1,13 @@
 """The doctor: what this machine is, what will run here, and a fix for every problem."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 
 from .. import backends
-from ..backends import Backends, Choice
+from ..backends import Backends
 from ..errors import BackendError, InputError
-from ..machine import environment, probe
+from ..machine import environment
 from ..machine.environment import Environment
 from . import problems
 from .fits import Fit, every_fit
@@ -132,13 +131,8 @@ def doctor() -> Report:
 
 
 def _backends() -> tuple[Backends, list[Problem]]:
-    """Return what `backends.detect` returns, and a problem for each override that cannot run"""
-    machine, choices, wrong = probe.probe(), {}, {}
-    for operation in chain(*GROUPS.values()):
-        try:
-            choices[operation] = backends.choose(operation, machine=machine)
-        except BackendError as error:
-            variable = backends.VARIABLES[operation]
-            choices[operation] = Choice(operation, None, ((os.environ[variable], str(error)),))
-            wrong[variable] = Problem(level="error", text=str(error), fix=f"unset {variable}")
-    return Backends(**vars(machine), **choices), [*wrong.values()]
+    """Return what runs each operation, and a problem for each override that cannot run"""
+    refused: dict[str, BackendError] = {}
+    found = backends.detect(refused=refused)
+    errors = {backends.VARIABLES[operation]: str(error) for operation, error in refused.items()}
+    return found, [Problem(level="error", text=text, fix=f"unset {name}") for name, text in errors.items()]
