@@ -11,8 +11,10 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from turbo_nb import backends, cli
+from turbo_nb.linear import Int8Linear, frozen, int8_quantize
 from turbo_nb.machine import probe
 from turbo_nb.machine.probe import Library, Machine
 from turbo_nb.ops.compare import relative_error
@@ -162,6 +164,14 @@ def to_upstream(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         key = key.replace("scale_shift_table", "modulation" if key.startswith("blocks") else "head.modulation")
         renamed[key] = tensor.flatten(1) if key == "patch_embedding.weight" else tensor
     return renamed
+
+
+def int8_of(linear: nn.Linear) -> Int8Linear:
+    """Return the 8-bit form of a linear, with tile scales"""
+    out = Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, "meta")
+    out.int8_weight, out.scale = map(frozen, int8_quantize(linear.weight.detach()))
+    out.bias = None if linear.bias is None else frozen(linear.bias.detach())
+    return out
 
 
 def command_line(*arguments, cwd: Path) -> subprocess.CompletedProcess:

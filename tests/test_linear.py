@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, golden, relative_error
+from helpers import assert_close, golden, int8_of, relative_error
 from torch import nn
 
 from turbo_nb.errors import InputError
@@ -55,7 +55,7 @@ def test_zeros_stay_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_linear_keeps_dtype_and_leading_dimensions(dtype):
     linear = nn.Linear(200, 72).to(dtype)
-    quantised = Int8Linear.from_linear(linear)
+    quantised = int8_of(linear)
     x = torch.randn(2, 3, 200).to(dtype)
     out = quantised(x)
     assert out.dtype == dtype and out.shape == (2, 3, 72)
@@ -101,7 +101,7 @@ def test_a_scale_for_each_row():
 def test_per_row_scales_and_back():
     torch.manual_seed(0)
     linear = nn.Linear(256, 130)
-    module = nn.Sequential(Int8Linear.from_linear(linear), nn.Linear(2, 2))
+    module = nn.Sequential(int8_of(linear), nn.Linear(2, 2))
     x, tiled = torch.randn(5, 256), module[0].int8_weight.clone()
     expected, exact = module[0](x), linear(x)
     to_per_row_scales(module)

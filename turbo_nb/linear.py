@@ -119,15 +119,6 @@ class Int8Linear(nn.Module):
         self.scale = frozen(torch.zeros(tiles, device=device))
         self.bias = frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
-        """Return the 8-bit form of `linear`, with tile scales."""
-        weight = linear.weight.detach()
-        module = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta")
-        module.int8_weight, module.scale = map(frozen, int8_quantize(weight))
-        module.bias = None if linear.bias is None else frozen(linear.bias.detach())
-        return module
-
     def forward(self, x: Tensor) -> Tensor:
         apply = row_linear if self.scale.ndim == 1 else int8_linear
         return apply(x, self.int8_weight, self.scale, self.bias)

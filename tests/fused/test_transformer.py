@@ -9,12 +9,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, WanTransformerBlock
-from helpers import choose_triton, interpret_kernels, set_machine
+from helpers import choose_triton, int8_of, interpret_kernels, set_machine
 from torch import nn
 
 from turbo_nb import sla
 from turbo_nb.fused import transformer as fused_transformer
-from turbo_nb.linear import Int8Linear
 from turbo_nb.machine.probe import Gpu, Library, Machine
 
 
@@ -89,9 +88,9 @@ def test_fused_blocks_compute_the_same(triton_chosen, monkeypatch, linears):
                 (block.attn1, "to_q"),
                 (block.attn2, "to_k"),
             ):
-                setattr(parent, name, Int8Linear.from_linear(getattr(parent, name)))
+                setattr(parent, name, int8_of(getattr(parent, name)))
             for name in ("to_k", "to_v"):
-                setattr(block.attn1, name, Int8Linear.from_linear(getattr(block.attn1, name)))
+                setattr(block.attn1, name, int8_of(getattr(block.attn1, name)))
     elif linears == "lora":
         from peft import LoraConfig
 
@@ -180,7 +179,7 @@ def test_the_padding_of_a_prompt_is_no_coarser_in_8_bits(triton_chosen, monkeypa
     exact, transformer = step(tiny(), torch.float32), tiny(torch.float16)
     for block in transformer.blocks:
         for name in ("to_k", "to_v"):
-            setattr(block.attn2, name, Int8Linear.from_linear(getattr(block.attn2, name)))
+            setattr(block.attn2, name, int8_of(getattr(block.attn2, name)))
     plain = (step(transformer, torch.float16) - exact).norm()
     fused_transformer.fuse(transformer)
     interpret_kernels(monkeypatch)

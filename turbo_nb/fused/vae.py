@@ -1,4 +1,4 @@
-"""Fused kernels in Wan's VAE, which then works on chunks of frames: `fuse(vae)`, and `unfuse` to take them out.
+"""Fused kernels in Wan's VAE, which then works on chunks of frames: `fuse(vae)`.
 
 The modules keep their parameters and names. Where the kernels do not take the tensors (float32 on a GPU, a decoder of
 another class), diffusers' own forward runs. Each causal convolution keeps the two frames before a chunk, so chunks of
@@ -57,15 +57,6 @@ def channels_last(vae: AutoencoderKLWan) -> None:
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-
-
-def unfuse(vae: AutoencoderKLWan) -> None:
-    """Give a fused VAE diffusers' own methods back. It computes the same, up to rounding."""
-    for method in ("_decode", "_encode"):
-        vae.__dict__.pop(method, None)
-    for name, (own, fused) in _parts().items():
-        if isinstance(getattr(vae, name), fused):
-            getattr(vae, name).__class__ = own
 
 
 def _parts() -> dict[str, tuple[type, type]]:
