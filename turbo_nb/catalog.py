@@ -179,6 +179,16 @@ UPSTREAM_NAMES = {
 }
 
 
+def tokens_of(width: int, height: int, num_frames: int) -> int:
+    """Return the tokens of a clip: latents of 4 frames and 8x8 pixels (the first frame alone), in patches of 1x2x2.
+
+    Args:
+        width, height: in pixels.
+        num_frames: 4n + 1.
+    """
+    return (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
+
+
 def find(model: str) -> ModelSpec:
     """Return the model of a name, ours or upstream's. `files.resolve` decides what "auto" is on a machine.
 

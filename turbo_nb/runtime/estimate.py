@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from .. import records
-from ..catalog import Arch
+from ..catalog import Arch, tokens_of
 from ..machine import atomic, environment
 
 ROWS = "times.jsonl"
@@ -118,7 +118,7 @@ def work_of(arch: Arch | None, width: int, height: int, num_frames: int, topk: f
         num_frames: 4n + 1.
         topk: the share of keys that self-attention attends to. None: all.
     """
-    tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
+    tokens = tokens_of(width, height, num_frames)
     if arch is None:
         return tokens
     linears = 6 * arch.dim**2 + 2 * arch.dim * arch.ffn_dim

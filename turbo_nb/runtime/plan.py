@@ -145,7 +145,7 @@ def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, f
     Fused blocks hold the feed-forward's tensor, its 8-bit form and 5.5 tensors of the model's width. On an H100 14B
     with 8-bit linears took 6.8 GB at 1280x720x81, for which this gives 7.4. Plain blocks hold two and ten.
     """
-    tokens = (1 + (num_frames - 1) // 4) * (height // 16) * (width // 16)
+    tokens = catalog.tokens_of(width, height, num_frames)
     return 2.0 * tokens * (1.5 * arch.ffn_dim + 5.5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
 
 

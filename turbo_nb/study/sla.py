@@ -295,7 +295,7 @@ def sweep(
 def _kept(layer: sla.SparseLinearAttention, size: VideoSize) -> float:
     """Return the share of a clip's key blocks that a layer keeps"""
     blocks = math.ceil(math.prod(size) / layer.block_k)
-    return max(1, int(layer.topk * blocks)) / blocks
+    return attention_reference.kept_count(layer.topk, blocks) / blocks
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -336,7 +336,7 @@ def attention_bytes(tokens: int, heads: int, head_dim: int, topk: float, itemsiz
         Bytes by name. The state of the linear branch is φ(k)ᵀv and Σφ(k). q, k and v are for comparison.
     """
     rows, columns = math.ceil(tokens / sla.BLOCK_Q), math.ceil(tokens / sla.BLOCK_K)
-    kept = max(1, int(topk * columns))
+    kept = attention_reference.kept_count(topk, columns)
     return {
         "scores, dense": heads * tokens * tokens * itemsize,
         "scores, kept blocks": heads * tokens * min(tokens, kept * sla.BLOCK_K) * itemsize,
