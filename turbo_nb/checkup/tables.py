@@ -9,7 +9,10 @@ import io
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from typing import Any
+
+from ..machine.environment import dollars
 
 GIB = 2**30
 STYLES = {"error": "red", "warning": "yellow", "FAILED": "red"}  # of a row, by its first cell
@@ -88,8 +91,7 @@ def clip_times(video) -> Shown:
     rows = [
         (stage, seconds(time), gib(peaks[stage]) if stage in peaks else "") for stage, time in video.timings.items()
     ]
-    cost = "" if video.cost is None else f", {dollars(video.cost)}"
-    rows.append(("all", f"{seconds(sum(video.timings.values()))}{cost}", ""))
+    rows.append(("all", f"{seconds(sum(video.timings.values()))}{dollars(video.cost)}", ""))
     return Shown((("Times", ("stage", "time", "peak GPU memory"), rows),))
 
 
@@ -101,7 +103,7 @@ def details(record: Any, title: str = "How it was made") -> Shown:
         title: caption of the table.
     """
     fields = asdict(record) if is_dataclass(record) else dict(record)
-    units = {"timings": seconds, "steps": seconds, "peaks": gib, "cost": dollars}
+    units = {"timings": seconds, "steps": seconds, "peaks": gib, "cost": partial(dollars, before="")}
     rows = [
         (name, _value(value, units.get(name, _plain)))
         for name, value in fields.items()
@@ -132,11 +134,6 @@ def _escaped(cell: str) -> str:
 def seconds(time: float) -> str:
     """Return seconds as "2.56 s"."""
     return f"{time:.2f} s"
-
-
-def dollars(cost: float) -> str:
-    """Return dollars as "$0.0042"."""
-    return f"${cost:.4f}"
 
 
 def gib(size: float) -> str:
