@@ -37,6 +37,7 @@ from ..hopper_tools import init_barriers, load, multiprocessors, own_tiles, stor
 from ..launch import aligned, launch
 from . import reference
 from .reference import QuantizedRows
+from .triton_rows import fits_descriptors
 
 ROWS = 64  # of a consumer
 COLUMNS = 256
@@ -175,7 +176,7 @@ LAYOUT_OUT = gl.NVMMASharedLayout.get_default_for([ROWS, PART], gl.bfloat16)  # 
 
 def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `reference.row_product` of rows that were bf16 or fp16: (…, N)."""
-    if not reference.fits_descriptors(x, w_q):
+    if not fits_descriptors(x, w_q):
         return reference.row_product(x, w_q, w_scale, bias)
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)

@@ -114,8 +114,3 @@ def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | N
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype)
-
-
-def fits_descriptors(x: QuantizedRows, w_q: Tensor) -> bool:
-    """Return whether rows of x, the weight and the result begin at multiples of 16 bytes, as descriptors need."""
-    return x.q.shape[-1] % 16 == 0 and w_q.shape[0] % 8 == 0

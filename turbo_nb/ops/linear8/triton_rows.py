@@ -98,9 +98,14 @@ def _tiles(device: torch.device) -> tuple[dict, dict, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
 
 
+def fits_descriptors(x: QuantizedRows, w_q: Tensor) -> bool:
+    """Return whether rows of x, the weight and the result begin at multiples of 16 bytes, as descriptors need."""
+    return x.q.shape[-1] % 16 == 0 and w_q.shape[0] % 8 == 0
+
+
 def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `reference.row_product`: (…, N) in the dtype that x was quantised from."""
-    if not reference.fits_descriptors(x, w_q):
+    if not fits_descriptors(x, w_q):
         return reference.row_product(x, w_q, w_scale, bias)
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
