@@ -7,10 +7,11 @@ of another type, because files come from other versions and other programs.
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields that differ between equal clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class VideoRecord:
     cost: float | None = None
     job: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    def without_measurements(self) -> "VideoRecord":
+        """Return the record with the fields of `MEASURED` as they are before a clip is made."""
+        empty = VideoRecord()
+        return replace(self, **{name: getattr(empty, name) for name in MEASURED})
 
 
 def read(cls: type[Record], data: Any) -> Record | None:

@@ -59,9 +59,10 @@ class Task:
         """Return the line of a finished video, from its metadata; `timings` are added to those."""
         return self.record(
             "done",
-            settings=replace(video, timings={}, steps=[], job=None),
+            settings=replace(video.without_measurements(), job=None),
             timings=video.timings | timings,
             steps=video.steps,
+            peaks=video.peaks,
             bytes=self.path.stat().st_size,
         )
 

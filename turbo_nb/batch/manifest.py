@@ -37,7 +37,7 @@ class JobRecord:
         file: name of the video. error: why the job failed.
         source: where the prompt was read, such as prompts.csv:3. image: path of the job's image.
         settings: of the clip; of a finished one also how it was made.
-        timings: seconds by stage. steps: seconds of each denoising step.
+        timings: seconds by stage. steps: seconds of each denoising step. peaks: bytes of GPU memory by stage.
         bytes: size of the file.
         time: when the job ended, in ISO 8601.
         cost: in dollars, None where no price was set. Workers side by side each pay their share.
@@ -53,6 +53,7 @@ class JobRecord:
     settings: records.VideoRecord = field(default_factory=records.VideoRecord)
     timings: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
+    peaks: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     time: str = ""
     cost: float | None = None

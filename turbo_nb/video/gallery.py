@@ -15,12 +15,11 @@ from pathlib import Path
 
 from ..errors import InputError, OutputError
 from ..machine import atomic, environment
-from ..records import VideoRecord, write
+from ..records import MEASURED, VideoRecord, write
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
 STALE = 86400  # seconds after which a temporary file is one of a process that was killed
-MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields of a record that are not settings
 
 
 @dataclass(frozen=True, kw_only=True)
