@@ -2,7 +2,7 @@
 
 Upstream calls `flash_attn.layers.rotary.apply_rotary_emb` and fails where flash_attn is missing.
 `apply_rotary_emb_torch` has the same arguments and needs torch only. `apply_rotary_emb` uses flash_attn where it works,
-and warns once where it is installed but does not work.
+and warns once for each GPU where it is installed but does not work.
 """
 
 import os
@@ -102,7 +102,7 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
 
 @cache
 def _warn_of_fallback(gpu: int) -> None:
-    """Warn, once for each GPU, where flash_attn is installed but does not work; not where another was asked for."""
+    """Warn once for each GPU where flash_attn is installed but does not work, unless TURBO_NB_ROPE is set."""
     reason = dict(backends.choose("rope", gpu).rejected).get("flash_attn")
     if reason and probe.installed("flash_attn") and not os.environ.get(backends.VARIABLES["rope"]):
         warn(f"RoPE runs in plain PyTorch: {reason}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""What a run has come to: a table, and a contact sheet."""
+"""The outcome of a batch: a table in text and in HTML, and a contact sheet of its videos."""
 
 import html
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ STAGES = ("text", "denoise", "switch", "decode", "write")
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run has come to.
+    """The outcome of a batch.
 
     Args:
         output_dir: the folder.

@@ -17,7 +17,7 @@ class Fit:
         model: its name.
         int8: with int8 linears.
         fits: it can run here.
-        plan: name of the memory plan that it would get, None without a GPU.
+        plan: name of the memory plan that it would get, None for a released model without a GPU.
         text: the plan in words, or why the model does not fit.
         downloaded: all its files are in the cache and checked.
         to_fetch: estimated bytes that are missing.

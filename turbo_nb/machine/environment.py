@@ -96,7 +96,8 @@ def survey() -> Environment:
 
 def place(variables: Mapping[str, str] = os.environ) -> str:
     """Return "RunPod pod", "RunPod serverless", "Colab", "Jupyter" or "plain"."""
-    if "RUNPOD_ENDPOINT_ID" in variables or "RUNPOD_WEBHOOK_GET_JOB" in variables:  # first, as workers have a pod's id
+    # Serverless first, because its workers have RUNPOD_POD_ID, too
+    if "RUNPOD_ENDPOINT_ID" in variables or "RUNPOD_WEBHOOK_GET_JOB" in variables:
         return "RunPod serverless"
     if "RUNPOD_POD_ID" in variables:
         return "RunPod pod"
