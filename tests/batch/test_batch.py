@@ -66,6 +66,19 @@ def write(path, text):
     return path
 
 
+def test_a_line_keeps_measurements_beside_the_settings(tmp_path):
+    asked, path = settings.ClipSettings(prompt="x"), tmp_path / "x.mp4"
+    path.write_bytes(b"12")
+    task = jobs.Task(
+        id="1", settings=asked, clip=settings.resolve_clip(asked, catalog.find("nano")), source="", path=path
+    )
+    measured = {"timings": {"text": 1.0}, "steps": [0.5], "peaks": {"text": 9.0}, "machine": "H100", "cost": 0.1}
+    made = records.VideoRecord(prompt="x", **measured)
+    line = task.done(replace(made, job="1"), write=2.0)
+    assert line.settings == records.VideoRecord(prompt="x") and (line.steps, line.peaks) == ([0.5], {"text": 9.0})
+    assert (line.timings, line.bytes) == ({"text": 1.0, "write": 2.0}, 2)
+
+
 def test_a_text_file_is_a_prompt_a_line(tmp_path):
     path = write(tmp_path / "p.txt", "\ufeff# first\n\n  a red circle \n#x\nsize #4, a\u2028b\x0cc\n一个红色的圆")
     assert [(job.prompt, job.source, job.settings) for job in prompts.read_prompts(path)] == [
