@@ -408,3 +408,13 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch, cuda, availa
     monkeypatch.setattr(torch, "zeros", no)
     _, told = choose("rope", machine=probe._probe_once.__wrapped__()).rejected[0]
     assert told.startswith("torch cannot use the NVIDIA L4: ") and words in told and "\n" not in told
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_memory_is_released_on_a_gpu(monkeypatch, gpu):
+    released = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("GPU"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: released.append("pinned"), raising=False)
+    probe.release_memory()
+    assert released == (["GPU", "pinned"] if gpu else [])

@@ -278,3 +278,12 @@ def free_memory(device: str) -> float:
     import torch
 
     return torch.cuda.mem_get_info(device)[0]
+
+
+def release_memory() -> None:
+    """Return unused GPU memory and unused pinned memory to the system."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for this

@@ -5,12 +5,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ..machine.probe import release_memory
 from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+empty_cache = release_memory  # because pipeline and generator.jobs call it by this name
 REMEMBERED = 64  # prompts; an embedding of umT5-xxl takes 4 MB
 
 
@@ -80,13 +82,4 @@ class PromptEncoder:
             if self._mode != "resident":
                 pipeline.text_encoder = None
                 gc.collect()  # frees the encoder in the mode "freed"
-                empty_cache()
-
-
-def empty_cache() -> None:
-    """Return unused GPU memory and unused pinned memory to the system."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for this
+                release_memory()
