@@ -248,6 +248,16 @@ def test_memory_of_the_loaded_model_counts_as_free_for_the_next(tmp_path, gpu, n
     assert models.loaded[1].memory == 40 * GB
 
 
+def test_the_memory_option_of_a_job_does_not_limit_later_choices(tmp_path, gpu, nano):
+    models = FakeModels(gpu(48, (SMALLER, False), (LARGER, False)), nano)
+    runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
+    models.make(runner, model="auto", memory=8e9)
+    assert models.loaded[0].memory == 8e9
+    later = runner.resolve(LoadOptions(model="auto"))
+    assert (later.memory, later.spec.name) == (48 * GB, LARGER)
+    assert runner.resolve(LoadOptions(model="auto", memory=8e9)).memory == 8e9
+
+
 def test_the_outlook_takes_the_memory_of_the_files_that_are_here(tmp_path, gpu):
     needs = {}
     for quantized in (False, True):

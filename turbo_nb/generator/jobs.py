@@ -124,6 +124,15 @@ class _Cancelled(Exception):
     pass
 
 
+@dataclass(frozen=True)
+class _Free:
+    """The bytes of a device and of main memory that were free before the latest load, whatever its `memory` was"""
+
+    device: str
+    memory: float
+    host_memory: float
+
+
 class JobRunner:
     """Makes clips in a thread, one at a time, with one model in memory.
 
@@ -141,7 +150,7 @@ class JobRunner:
         self._load, self._generate = load or pipeline.load, generate or generation.generate
         self._choices: dict[LoadOptions, tuple[ResolvedModel, tuple[str, ...]]] = {}  # and their warnings
         self._loaded: LoadOptions | None = None  # what `model` is, as `_identity` describes it
-        self._before: ResolvedModel | None = None  # carries the memory that was free before the latest load
+        self._before: _Free | None = None
         self._learned: dict[tuple, list[list[float]]] = {}  # factors of previews, by the VAE's means
         self._listeners: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
@@ -345,11 +354,9 @@ class JobRunner:
         self.model = self._loaded = None
         gc.collect()
         prompt_encoder.empty_cache()
-        self._before = resolved = replace(
-            resolved,
-            memory=request.load.memory or probe.free_memory(resolved.device),
-            host_memory=probe.free_memory("cpu"),
-        )
+        device = resolved.device
+        free = self._before = _Free(device, probe.free_memory(device), probe.free_memory("cpu"))
+        resolved = replace(resolved, memory=request.load.memory or free.memory, host_memory=free.host_memory)
 
         def note(plan: Plan) -> None:
             if plan.name != "resident":
