@@ -258,6 +258,19 @@ def test_the_memory_option_of_a_job_does_not_limit_later_choices(tmp_path, gpu, 
     assert runner.resolve(LoadOptions(model="auto", memory=8e9)).memory == 8e9
 
 
+def test_cuda_and_the_current_gpu_by_its_index_are_one_device(tmp_path, gpu, nano):
+    free = gpu(48, (SMALLER, False))
+    models = FakeModels(free, nano)
+    runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
+    models.make(runner, model=SMALLER, device="cuda")
+    free |= {"cuda:0": free["cuda"], "cuda:1": 40 * GB}
+    budgets = [runner.resolve(LoadOptions(model=SMALLER, device=f"cuda:{index}")).memory for index in (0, 1)]
+    assert budgets == [48 * GB, 40 * GB]
+    assert [runner.outlook(Request.of("x", model=SMALLER, device=f"cuda:{i}")).loaded for i in (0, 1)] == [True, False]
+    models.make(runner, model=SMALLER, device="cuda:0")
+    assert len(models.loaded) == 1
+
+
 def test_the_outlook_takes_the_memory_of_the_files_that_are_here(tmp_path, gpu):
     needs = {}
     for quantized in (False, True):

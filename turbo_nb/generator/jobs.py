@@ -265,7 +265,7 @@ class JobRunner:
 
     def _resolve(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
         before = self._before
-        if before and before.device != probe.device_of(options.device):
+        if before and before.device != _with_index(probe.device_of(options.device)):
             before = None
         with collect_warnings() as notes:
             found = resolve(
@@ -284,7 +284,7 @@ class JobRunner:
             model=resolved.spec.name if named else options.model,
             attention_type=resolved.attention_type,
             quant_linear=resolved.quant_linear,
-            device=resolved.device,
+            device=_with_index(resolved.device),
             sla_topk=None,
         )
 
@@ -355,7 +355,7 @@ class JobRunner:
         gc.collect()
         prompt_encoder.empty_cache()
         device = resolved.device
-        free = self._before = _Free(device, probe.free_memory(device), probe.free_memory("cpu"))
+        free = self._before = _Free(_with_index(device), probe.free_memory(device), probe.free_memory("cpu"))
         resolved = replace(resolved, memory=request.load.memory or free.memory, host_memory=free.host_memory)
 
         def note(plan: Plan) -> None:
@@ -384,6 +384,12 @@ class JobRunner:
 
     def _vae_key(self) -> tuple:
         return tuple(self.model.pipeline.vae.config.latents_mean)
+
+
+def _with_index(device: str) -> str:
+    """Return a device by its index, because "cuda" and "cuda:0" can be the same GPU"""
+    index = probe.gpu_index(device)
+    return "cpu" if index is None else f"cuda:{index}"
 
 
 def _has_known_colours(resolved: ResolvedModel) -> bool:
