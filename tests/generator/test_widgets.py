@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import datetime
 
 import ipywidgets as w
@@ -18,7 +19,7 @@ from PIL import Image
 from turbo_nb import settings
 from turbo_nb.files import recognise
 from turbo_nb.generation import Video
-from turbo_nb.generator import widgets
+from turbo_nb.generator import form, widgets
 from turbo_nb.generator.controls import OWN
 from turbo_nb.generator.form import CUSTOM
 from turbo_nb.generator.jobs import JobRunner, Request
@@ -311,6 +312,47 @@ def test_every_option_of_a_clip_has_a_control_by_its_declaration(generator):
     assert controls["boundary"].disabled and generator.form.request.clip.boundary is None
     fill(generator, sigma_max=1.0)
     assert "sigma_max is 1.0. Expected" in generator.outlook.estimate.value
+
+
+@pytest.mark.parametrize("model", ["nope", "gone/mine.pth"])
+def test_a_model_that_cannot_be_read_is_the_error_on_the_page(tmp_path, monkeypatch, model):
+    words = f"unknown model {model!r}"
+    monkeypatch.chdir(tmp_path)
+    made = widgets.show("clips", model=model)
+    assert words in html.unescape(made.outlook.estimate.value)
+    own = ("num_frames", "sigma_max", "boundary", "resolution")
+    assert [getattr(made.form.outline.clip, name) for name in own] == [None] * 4
+    assert made.form.outline.load.sla_topk is None
+    fill(made, sigma_max=100.0)
+    assert made.form.outline.clip.sigma_max == 100.0
+    fill(made, model="nano")
+    assert made.form.controls["sigma_max"].value == made.form.spec.sigma_max
+    fill(made, model=model)
+    assert words in html.unescape(made.outlook.estimate.value) and made.form.outline.clip.sigma_max is None
+    made.close()
+
+
+def test_an_empty_optional_text_stands_for_none(runner, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class WithText(ClipSettings):
+        negative_prompt: str | None = settings._option(
+            None, settings.Text("text"), "What not to show.", "clip", row=True
+        )
+
+    monkeypatch.setattr(form, "ClipSettings", WithText)
+    monkeypatch.setattr(form, "MORE", (*form.MORE, "negative_prompt"))
+    made = Generator(runner)
+    fill(made, prompt="a large red circle")
+    assert isinstance(made.form.controls["negative_prompt"], w.Text) and 'role="alert"' not in page(made.root)
+    for text, value in (("a cat", "a cat"), ("", None)):
+        fill(made, negative_prompt=text)
+        assert made.form.request.clip.negative_prompt == value
+    put_clip(made, **WHOLE)
+    fill(made, negative_prompt="a cat")
+    buttons(made, "Use these settings")[0].click()
+    assert "negative_prompt (the file does not give it)" in made.clips.message.value
+    assert made.form.request.clip.negative_prompt is None and made.form.request.clip.seed == WHOLE["seed"]
+    made.close()
 
 
 def test_typing_opens_no_file_and_a_choice_reads_a_checkpoint_once(runner, tmp_path, monkeypatch):

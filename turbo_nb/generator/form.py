@@ -143,8 +143,9 @@ class Form:
         runner: resolves the models.
         model: the model chosen at first.
 
-    `controls` are those that stand for one option each, by its name, and `defaults` their first values. The form calls
-    `on_change` when anything but the prompt has changed, `on_prompt` with the prompt, and `on_model` with the model.
+    `controls` are those that stand for one option each, by its name. `defaults` are the values by which they stand for
+    None: the model's own, or the option's default. The form calls `on_change` when anything but the prompt has changed,
+    `on_prompt` with the prompt, and `on_model` with the model.
     """
 
     def __init__(self, runner: JobRunner, model: Weights = "auto"):
@@ -225,7 +226,10 @@ class Form:
 
     def _request(self, prompt: str) -> Request:
         size = self.resolution.value
-        values = {name: None if one.disabled or one.value == OWN else one.value for name, one in self.controls.items()}
+        values = {
+            name: None if one.disabled or one.value in ("", self.defaults[name]) else one.value
+            for name, one in self.controls.items()
+        }
         clip = settings.build(
             ClipSettings,
             {name: values[name] for name in FRONT + MORE} | self.image.settings,
@@ -280,6 +284,7 @@ class Form:
         for name, one in self.controls.items():
             if (own := getattr(spec, name, None)) is not None:
                 one.value = own
+                self.defaults[name] = one.value
         examples = EXAMPLES["wan" if spec.vocabulary is None else "nano"]
         shown = [(text if len(text) < 80 else text[:78] + "…", text) for text in examples]
         self.examples.options = [("choose one…", ""), *shown]

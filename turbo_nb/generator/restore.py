@@ -30,11 +30,11 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         lost = _model(form, record.model)
         lost |= _size(form, record.width, record.height)
         form.prompt.value = record.prompt
-        unset = [name for name in form.controls if not _set(form, name, values[name])]
+        unset = [name for name in form.controls if not _set(form, name, values.get(name))]
         form.random_seed.value = False
     for name in unset:
         if not form.controls[name].disabled:
-            lost[name] = MISSING if values[name] is None else f"{values[name]} is not on the page"
+            lost[name] = MISSING if values.get(name) is None else f"{values[name]} is not on the page"
     if not record.prompt:
         lost["prompt"] = MISSING
     if form.spec and form.spec.task == "i2v" and not (record.image and form.image.take(record.image, record.image)):
@@ -68,13 +68,12 @@ def _size(form: Form, width: int | None, height: int | None) -> dict[str, str]:
 
 
 def _set(form: Form, name: str, value: Any) -> bool:
-    """Set a control; return False where it cannot show the value, and show the model's own"""
+    """Set a control; return False where it cannot show the value, and show the default"""
     control = form.controls[name]
     if value is not None:
         with suppress(TraitError):
             control.value = value
             if control.value == value:  # a control with limits takes the nearest value
                 return True
-    own = getattr(form.spec, name, None)
-    control.value = form.defaults[name] if own is None else own
+    control.value = form.defaults[name]
     return False
