@@ -7,7 +7,7 @@ with the next memory plan.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,7 @@ class Video:
     @property
     def settings(self) -> dict:
         """How the clip was made, without what was measured: the same for the same clip."""
-        return write(replace(self.record, timings={}, steps=[], peaks={}))
+        return write(self.record.without_measurements())
 
     @property
     def cost(self) -> float | None:

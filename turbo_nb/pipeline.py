@@ -18,12 +18,13 @@ from .catalog import ModelSpec
 from .errors import InputError
 from .files import hub
 from .files.resolve import ResolvedModel, resolve
+from .machine import probe
 from .runtime.place import place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
 from .settings import LoadOptions, accepts
 from .text import embedding_cache
-from .text.prompt_encoder import PromptEncoder, empty_cache
+from .text.prompt_encoder import PromptEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ class LoadedModel:
         """Put the parts where a plan says, after the memory of the earlier one is given back."""
         self.pipeline.maybe_free_model_hooks()
         gc.collect()
-        empty_cache()
+        probe.release_memory()
         self.plan = plan
         self.prompt_encoder.place(plan.text_encoder, plan.device)
         place(self.pipeline, plan)

@@ -330,7 +330,7 @@ def test_rms_norm_silu(channels):
         assert_close("norm", triton_conv.rms_norm_silu(*args), exact)
 
 
-@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 3)])
+@pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 7), ("gluon", 227, 4)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

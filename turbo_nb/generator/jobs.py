@@ -24,7 +24,6 @@ from ..runtime import estimate
 from ..runtime.place import transformers
 from ..runtime.plan import Plan
 from ..settings import ClipSettings, LoadOptions
-from ..text import prompt_encoder
 from ..video import preview
 from ..video.gallery import Clip, Gallery
 
@@ -353,7 +352,7 @@ class JobRunner:
         request = job.request
         self.model = self._loaded = None
         gc.collect()
-        prompt_encoder.empty_cache()
+        probe.release_memory()
         device = resolved.device
         free = self._before = _Free(_with_index(device), probe.free_memory(device), probe.free_memory("cpu"))
         resolved = replace(resolved, memory=request.load.memory or free.memory, host_memory=free.host_memory)

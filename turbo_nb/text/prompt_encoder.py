@@ -11,8 +11,6 @@ from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
-
-empty_cache = release_memory  # because pipeline and generator.jobs call it by this name
 REMEMBERED = 64  # prompts; an embedding of umT5-xxl takes 4 MB
 
 
