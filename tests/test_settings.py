@@ -3,6 +3,7 @@
 import inspect
 import json
 import typing
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, settings
+from turbo_nb import catalog, cli, records, settings
 from turbo_nb.errors import InputError
 from turbo_nb.runtime import plan
 from turbo_nb.settings import ClipSettings, LoadOptions, RunOptions, build, options, resolve_clip
@@ -134,6 +135,29 @@ def test_an_image_gives_its_aspect_within_the_tables_of_the_rotary_embedding():
     assert resolve_clip(ClipSettings(prompt="x"), I2V, (100, 60)).size == (1280, 720, 81)
     with pytest.raises(InputError, match="Crop the image"):
         resolve_clip(wide, I2V, (1, 20_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithText(ClipSettings):
+    negative_prompt: str | None = settings._option(None, settings.Text("text"), "Not to show.", "clip", row=True)
+
+
+def test_a_new_option_is_one_entry_and_reaches_signature_rows_ids_and_metadata():
+    @settings.accepts(WithText)
+    def make(clip):
+        """Make.
+
+        Args:
+            {options}
+        """
+        return resolve_clip(clip, NANO)
+
+    assert "negative_prompt" in inspect.signature(make).parameters and "negative_prompt: Not to show." in make.__doc__
+    assert options(WithText)["negative_prompt"].parse("negative_prompt", "a cat") == "a cat"
+    clip, plain = make(prompt="x", negative_prompt="a cat"), make(prompt="x")
+    assert clip.more == {"negative_prompt": "a cat"} and plain.more == {} and asdict(clip) != asdict(plain)
+    record = records.VideoRecord(**asdict(clip))
+    assert records.read(records.VideoRecord, json.loads(json.dumps(records.write(record)))).more == clip.more
 
 
 def test_the_seeds_of_several_clips_stay_in_range():

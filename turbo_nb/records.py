@@ -27,6 +27,7 @@ class VideoRecord:
         machine: what made the clip. cost: in dollars, None where no price was set.
         job: id of the batch job that made it.
         image: path of the image that the clip begins with, where it came from a file.
+        more: values of other options, by name.
         versions: of this package, torch, diffusers and transformers.
     """
 
@@ -54,6 +55,7 @@ class VideoRecord:
     machine: str = ""
     cost: float | None = None
     job: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def without_measurements(self) -> "VideoRecord":

@@ -405,7 +405,8 @@ def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
 class ResolvedClip:
     """Everything that determines a clip of a model, with the model's defaults filled in.
 
-    Width and height are in pixels; boundary is None for a model with one expert.
+    Width and height are in pixels; boundary is None for a model with one expert. `more` has the values of options that
+    no other field holds. A new option of ClipSettings thereby reaches job ids and metadata.
     """
 
     model: str
@@ -419,6 +420,7 @@ class ResolvedClip:
     ode: bool
     noise_device: str
     boundary: float | None
+    more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -448,7 +450,10 @@ def resolve_clip(
     if image_size and settings.adaptive_resolution:
         width, height = adaptive_size(width * height, *image_size)
         _check_sides(f"{width}x{height}", width, height, "Crop the image, or leave adaptive_resolution out.")
+    held = {*ResolvedClip.__dataclass_fields__, "image", "resolution", "aspect_ratio", "adaptive_resolution"}
+    more = {name: getattr(settings, name) for name in options(type(settings)) if name not in held}
     return ResolvedClip(
+        more={name: value for name, value in more.items() if value is not None},
         model=spec.name,
         prompt=settings.prompt,
         seed=settings.seed,

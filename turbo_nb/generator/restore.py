@@ -25,7 +25,7 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         The reasons why an option could not be restored, by its name. The form has the model's own value for it.
     """
     seeds = [record.seed] if isinstance(record.seed, int) else record.seed
-    values = asdict(record) | {"seed": seeds[0] if seeds else None}
+    values = asdict(record) | record.more | {"seed": seeds[0] if seeds else None}
     with form.holding():
         lost = _model(form, record.model)
         lost |= _size(form, record.width, record.height)
@@ -33,7 +33,8 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         unset = [name for name in form.controls if not _set(form, name, values.get(name))]
         form.random_seed.value = False
     for name in unset:
-        if not form.controls[name].disabled:
+        has_place = name in VideoRecord.__dataclass_fields__ or name in record.more  # else None is what it had
+        if has_place and not form.controls[name].disabled:
             lost[name] = MISSING if values.get(name) is None else f"{values[name]} is not on the page"
     if not record.prompt:
         lost["prompt"] = MISSING
