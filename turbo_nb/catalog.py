@@ -1,6 +1,7 @@
 """The released models: their files, their shapes and their defaults."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -208,7 +209,7 @@ def is_name(model) -> bool:
     """Return whether `model` is a name and not a path. A known name is a name even where a file is called so."""
     if isinstance(model, str | Path) and str(model) in ("auto", *MODELS, *UPSTREAM_NAMES):
         return True
-    return isinstance(model, str) and not Path(model).exists()
+    return isinstance(model, str) and not os.path.exists(model)
 
 
 def of_arch(arch: Arch) -> ModelSpec | None:

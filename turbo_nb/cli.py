@@ -96,7 +96,8 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
                 built[parameter.name] = values if cls in partial else build(cls, values)
             function(**built, **given)
 
-        made = [*own, *(_parameter(name, cls, default) for name, (cls, default) in declared.items())]
+        ordered = sorted(declared, key=lambda name: [*PANELS].index(options(declared[name][0])[name].group))
+        made = [*own, *(_parameter(name, *declared[name]) for name in ordered)]  # panels stand in this order
         run.__signature__ = inspect.Signature([one.replace(kind=one.KEYWORD_ONLY) for one in made])
         run.__annotations__ = {one.name: one.annotation for one in made}
         run.__doc__ = function.__doc__

@@ -282,3 +282,11 @@ def test_a_wrong_tokenizer_or_encoder_is_found_before_a_download(machine, tmp_pa
 def test_a_backend_of_sagesla_without_sagesla_is_an_error():
     with pytest.raises(InputError, match="attention_backend is"):
         resolve.resolve(LoadOptions(model="nano", device="cpu", attention_backend="reference"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": "x" * 300}, {"checkpoint": "x" * 300}, {"model": "nano", "vae": "x" * 300}]
+)
+def test_a_name_that_no_file_can_have_is_an_error_of_ours(options):
+    with pytest.raises(TurboNbError):
+        resolve.resolve(LoadOptions(device="cpu", **options))

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import backends, catalog
 from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError, warn
-from ..machine import probe
+from ..machine import environment, probe
 from ..runtime import plan
 from ..settings import LoadOptions, Weights
 from . import hub, recognise
@@ -420,8 +420,8 @@ def _name_or_paths(options: LoadOptions) -> tuple[str | None, tuple[Path, ...]]:
 
 def _transformers(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     """The paths, or the transformer folders in one that is the root of a diffusers folder"""
-    if len(paths) == 1 and paths[0].is_dir():
-        folders = [paths[0] / name for name in ("transformer", "transformer_2") if (paths[0] / name).is_dir()]
+    if len(paths) == 1 and environment.is_dir(paths[0]):
+        folders = [paths[0] / name for name in ("transformer", "transformer_2") if environment.is_dir(paths[0] / name)]
         return tuple(folders or paths)
     return paths
 
@@ -433,12 +433,12 @@ def _part(given: str | Path | None, folder: str, file: HubFile, near: Path | Non
         own.append(spec.folder / folder)
     elif near and file.path != "/":
         own.append(near / file.path)
-    path = Path(given) if given is not None else next((path for path in own if path.exists()), None)
+    path = Path(given) if given is not None else next((path for path in own if environment.exists(path)), None)
     if path is None:
         return _here_or_hub(file)
     if folder != "tokenizer":
         return recognise.read(path)
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not any(environment.is_file(path / name) for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"tokenizer is {str(path)!r}. Expected a folder with {' or '.join(TOKENIZER_FILES)}, such as that of "
             "google/umt5-xxl."
