@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from . import catalog
 from .errors import CheckpointError, InputError, first_line, warn
 from .files.names import PROJ_L
+from .files.numbers import Encoded
 from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, listed, read, require
-from .linear import Int8Linear, dequantize, empty_linears, frozen, quantize
+from .linear import Int8Linear, empty_linears, frozen, quantize, row_quantize
 from .sla import set_attention_type
 
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -66,36 +67,28 @@ def load_transformer(
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "transformer", expected)
     attention_type = attention_type or attention_of(contents)
-    dtype = dtype or contents.dtype
+    dtype = dtype or contents.dtype or torch.bfloat16
     run_device = run_device or device
     gpu = run_device if torch.device(run_device).type == "cuda" else None
-    model = _empty_transformer(contents, attention_type, sla_topk, attention_backend, gpu, dtype)
+    with fitting_shapes(contents.path), init_empty_weights(include_buffers=True):
+        model = WanTransformer3DModel.from_config(_transformer_config(contents))
+    with init_empty_weights(include_buffers=True):
+        set_attention_type(model, attention_type, sla_topk, backend=attention_backend, device=gpu)
     tensors = _matched(_fit_projections(contents, model, attention_type), model.state_dict(), contents)
-    if quant_linear != "auto" and quant_linear != contents.quantized:
-        count = empty_linears(model, quant_linear, dtype)
+    as_stored = quant_linear in ("auto", contents.quantized)
+    count = empty_linears(model, lambda name: _is_int8(tensors[name]) if as_stored else quant_linear, dtype)
+    if not as_stored:
         change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
         warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
-    _assign_transformer(model, tensors, contents, device, run_device, dtype)
+    for key in list(tensors):
+        _load_tensor(model, key, tensors.pop(key), contents, device, run_device, dtype)
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
 
 
-def _empty_transformer(
-    contents: Contents, attention_type: str, topk: float, backend: str | None, gpu: str | torch.device | None,
-    dtype: torch.dtype,
-) -> WanTransformer3DModel:  # fmt: skip
-    """A transformer without storage that has the file's shape and kind of linears"""
-    with fitting_shapes(contents.path), init_empty_weights(include_buffers=True):
-        model = WanTransformer3DModel.from_config(_transformer_config(contents))
-        empty_linears(model, contents.quantized, dtype)
-        for name, linear in model.named_modules():
-            scale = contents.tensors.get(f"{name}.scale")
-            if isinstance(linear, Int8Linear) and scale is not None and scale.ndim == 1:  # one scale per row
-                linear.scale = frozen(torch.empty(scale.shape))
-    with init_empty_weights(include_buffers=True):
-        set_attention_type(model, attention_type, topk, backend=backend, device=gpu)
-    return model
+def _is_int8(tensor: Tensor | Encoded) -> bool:
+    return isinstance(tensor, Encoded) and tensor.is_int8
 
 
 def _transformer_config(contents: Contents) -> dict[str, Any]:
@@ -114,7 +107,7 @@ def _transformer_config(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _fit_projections(contents: Contents, model: nn.Module, attention_type: str) -> dict[str, Tensor]:
+def _fit_projections(contents: Contents, model: nn.Module, attention_type: str) -> dict[str, Tensor | Encoded]:
     """The file's tensors without the projections that dense attention drops, or with zeros for those that SLA lacks"""
     tensors, wanted = contents.tensors, model.state_dict()
     projections = {key for key in tensors.keys() ^ wanted.keys() if PROJ_L in key}
@@ -127,33 +120,33 @@ def _fit_projections(contents: Contents, model: nn.Module, attention_type: str) 
     return tensors
 
 
-def _assign_transformer(
+def _load_tensor(
     model: WanTransformer3DModel,
-    tensors: dict[str, Tensor],
+    key: str,
+    stored: Tensor | Encoded,
     contents: Contents,
     device: str | torch.device,
     run_device: str | torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Move each tensor to the device and give it to the model, in the number format of the model's linears."""
-
-    def take(key: str) -> Tensor:
-        return _finite(key, tensors.pop(key).to(device), contents)
-
-    for key in list(tensors):
-        if key not in tensors:  # a scale that went with its weight
-            continue
-        tensor, (name, _, leaf) = take(key), key.rpartition(".")
-        module = model.get_submodule(name)
-        if leaf == "weight" and isinstance(module, Int8Linear):
-            module.int8_weight, module.scale = map(frozen, quantize(tensor, run_device))
-        elif leaf == "int8_weight" and not isinstance(module, Int8Linear):
-            _assign(model, f"{name}.weight", dequantize(tensor, take(f"{name}.scale")).to(dtype))
+    """Move one tensor to the device and give it to the model, in the number format of the model's linear."""
+    name, _, leaf = key.rpartition(".")
+    module = model.get_submodule(name)
+    if leaf == "weight" and isinstance(module, Int8Linear):
+        if _is_int8(stored):
+            q, scale = (part.to(device) for part in stored.int8())
         else:
-            if tensor.is_floating_point():
-                keep = any(part in key for part in KEEP_FP32) or leaf == "scale"
-                tensor = tensor.to(torch.float32 if keep else dtype)
-            _assign(model, key, tensor)
+            weight = _finite(key, _decoded(stored, device), contents)
+            # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
+            q, scale = row_quantize(weight)[:2] if isinstance(stored, Encoded) else quantize(weight, run_device)
+        module.int8_weight, module.scale = frozen(q), frozen(_finite(key, scale, contents))
+        return
+    tensor = _finite(key, _decoded(stored, device), contents)
+    _assign(model, key, tensor.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype))
+
+
+def _decoded(stored: Tensor | Encoded, device: str | torch.device) -> Tensor:
+    return stored.decode(device) if isinstance(stored, Encoded) else stored.to(device)
 
 
 def load_vae(
@@ -262,7 +255,9 @@ def _folder_config(folder: Path, num_layers: int | None = None) -> dict[str, Any
     return config
 
 
-def _matched(tensors: dict[str, Tensor], wanted: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+def _matched(
+    tensors: dict[str, Tensor | Encoded], wanted: dict[str, Tensor], contents: Contents
+) -> dict[str, Tensor | Encoded]:
     """The tensors that a module has. Warns of others. Raises CheckpointError where one is missing or does not fit."""
     path, missing, unexpected = str(contents.path), wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing:
@@ -308,4 +303,5 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Give a model without storage the tensors of a file."""
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
-        _assign(model, key, _finite(key, tensor.to(device), contents).to(dtype or tensor.dtype))
+        whole = _finite(key, _decoded(tensor, device), contents)
+        _assign(model, key, whole.to(dtype or whole.dtype))

@@ -6,7 +6,7 @@ puts it into a transformer. The kernels need one scale per row of the weight and
 row coarse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -176,24 +176,25 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def empty_linears(transformer: nn.Module, quantized: bool, dtype: torch.dtype) -> int:
+def empty_linears(transformer: nn.Module, quantized: bool | Callable[[str], bool], dtype: torch.dtype) -> int:
     """Replace the blocks' linears, except `proj_l`, by linears without storage. Return how many.
 
     Upstream quantises exactly these. Call it before the weights are loaded.
 
     Args:
         transformer: changed in place.
-        quantized: whether the new linears are in 8 bits.
+        quantized: whether the new linears are in 8 bits, or a function that tells it by a weight's name.
         dtype: of plain weights and of biases.
     """
     found = [
-        (parent, name, child)
-        for parent in transformer.blocks.modules()
+        (parent, name, f"{path}.{name}.weight", child)
+        for path, parent in transformer.named_modules()
         for name, child in parent.named_children()
-        if type(child) in (nn.Linear, Int8Linear) and name != "proj_l"
+        if f"{path}.".startswith("blocks.") and type(child) in (nn.Linear, Int8Linear) and name != "proj_l"
     ]
-    for parent, name, child in found:
-        kind = Int8Linear if quantized else nn.Linear
+    for parent, name, weight, child in found:
+        in_8_bits = quantized(weight) if callable(quantized) else quantized
+        kind = Int8Linear if in_8_bits else nn.Linear
         setattr(parent, name, kind(child.in_features, child.out_features, child.bias is not None, "meta", dtype))
     return len(found)
 

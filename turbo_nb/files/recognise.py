@@ -10,22 +10,35 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, warn
-from .names import PROJ_L, to_transformers_umt5, without_prefix
+from . import names, numbers
+from .names import PROJ_L
+from .numbers import Encoded
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-FIRST_FFN = ("blocks.0.ffn.net.0.proj.weight", "blocks.0.ffn.net.0.proj.int8_weight")
+HEAD_DIM = 128  # of all of Wan's models
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
+
+
+LORA = re.compile(r"lora_(?:A|B|up|down|magnitude_vector)\b|\.diff(?:_b|_m)?$|\.(?:lokr|hada)_w")
+# A part of a name that only a model of another family has, and what that family is
+FAMILIES = {
+    "vace_blocks.": "a VACE transformer, which edits and extends videos",
+    "motion_encoder.": "a Wan-Animate transformer",
+    "face_adapter.": "a Wan-Animate transformer",
+    "audio_injector.": "a Wan speech-to-video transformer",
+    "condition_embedder.image_embedder.": "Wan2.1's image-to-video transformer, which reads the image through CLIP",
+    ".add_k_proj.": "Wan2.1's image-to-video transformer, which reads the image through CLIP",
+    "control_adapter.": "a Wan Fun-Control transformer",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,49 +48,72 @@ class Contents:
     Attributes:
         path: the file or folder.
         kind: "transformer", "vae", "text encoder", "LoRA" or "unknown".
-        layout: whose names the file has: "upstream", "diffusers", "transformers", "peft" or "unknown".
+        names: whose names the file has: "upstream", "diffusers", "SGLang", "FastVideo", "transformers" and others.
+        copy: which of several copies of the model in the file this is; None for a file with one.
         tensors: by diffusers' names; by transformers' names for a text encoder.
+        metadata: of the file's header.
         arch: the shape of a transformer.
         head_dim: channels of one attention head of a transformer.
         text_dim: channels of the text embeddings that a transformer reads.
         sla: whether a transformer has SLA's projections.
-        quantized: whether a transformer has int8 linears.
+        family: what a transformer is that only looks like one of Wan's text-to-video or image-to-video models.
     """
 
     path: Path
     kind: str
-    layout: str
-    tensors: dict[str, Tensor]
+    names: str
+    copy: str | None = None
+    tensors: dict[str, Tensor | Encoded]
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
     arch: catalog.Arch | None = None
     head_dim: int | None = None
     text_dim: int | None = None
     sla: bool = False
-    quantized: bool = False
+    family: str | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of most of the file's floating point numbers; None without any."""
+        """The dtype of most of the file's plain floating point numbers; None without any."""
         count = {}
         for tensor in self.tensors.values():
-            if tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.numel()
         return max(count, key=count.get) if count else None
 
+    @property
+    def numbers(self) -> str:
+        """The number formats of the linears, such as "int8 tiles" or "bfloat16"."""
+        return numbers.summary(self.tensors)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a transformer has linears whose int8 numbers are kept."""
+        return any(is_int8_linear(name, tensor) for name, tensor in self.tensors.items())
+
     def __str__(self) -> str:
-        parameters = f"{sum(t.numel() for t in self.tensors.values()) / 1e9:.2f} B parameters"
+        count = sum(tensor.numel() for tensor in self.tensors.values())
+        parameters = f"{count / 1e9:.2f} B parameters" if count >= 1e7 else f"{count:,} parameters"
         if self.kind == "unknown":
-            names = ", ".join(list(self.tensors)[:3])
-            return f"{len(self.tensors)} tensors of an unknown kind ({names}, …)"
+            first = ", ".join(list(self.tensors)[:3])
+            what = self.family or "of an unknown kind"
+            return f"{len(self.tensors)} tensors {what} ({first}, …)"
+        stored = f"{self.names} names, {self.numbers}"
+        if self.copy is not None:
+            stored += f", of several copies {self.copy!r}"
         if self.kind != "transformer":
-            return f"a {self.kind}, {parameters}, {self.layout} layout"
-        spec, arch = catalog.of_arch(self.arch), self.arch
-        name = (
-            f"of {spec.name}'s shape" if spec else f"with dim {arch.dim}, {arch.num_layers} layers, ffn {arch.ffn_dim}"
-        )
-        task = {"t2v": "text-to-video", "i2v": "image-to-video", None: f"{arch.in_channels}-channel"}[arch.task]
+            return f"a {self.kind}, {parameters}, {stored}"
+        linears = f"{'int8' if self.quantized else self.numbers} linears"
         attention = "SLA" if self.sla else "no SLA"
-        linears = "int8 linears" if self.quantized else f"{str(self.dtype).removeprefix('torch.')} linears"
-        return f"a Wan {task} transformer {name}, {attention}, {linears}, {parameters}, {self.layout} layout"
+        return f"{self._model()}, {attention}, {linears}, {parameters}, {stored}"
+
+    def _model(self) -> str:
+        arch = self.arch
+        shape = f"with dim {arch.dim}, {arch.num_layers} layers, ffn {arch.ffn_dim}"
+        if self.family:
+            return f"{self.family}, {shape}"
+        spec = catalog.of_arch(arch)
+        task = {"t2v": "text-to-video", "i2v": "image-to-video", None: f"{arch.in_channels}-channel"}[arch.task]
+        return f"a Wan {task} transformer {f'of {spec.name}' + chr(39) + 's shape' if spec else shape}"
 
 
 def read(path: str | Path) -> Contents:
@@ -206,62 +242,87 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def recognise(tensors: dict[str, Tensor], path: Path) -> Contents:
-    """Tell what tensors are by their names and shapes, and rename them as diffusers and transformers do."""
-    tensors = without_prefix(tensors)
-    if any(re.search(r"lora_(A|B|up|down)\b", key) for key in tensors):
-        return Contents(path=path, kind="LoRA", layout="peft", tensors=tensors)
-    if {"encoder.conv1.weight", "decoder.conv1.weight"} <= tensors.keys():
-        return Contents(path=path, kind="vae", layout="upstream", tensors=convert_wan_vae_to_diffusers(tensors))
-    if {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= tensors.keys():
-        return Contents(path=path, kind="vae", layout="diffusers", tensors=tensors)
-    if "token_embedding.weight" in tensors and "blocks.0.pos_embedding.embedding.weight" in tensors:
-        return Contents(path=path, kind="text encoder", layout="upstream", tensors=to_transformers_umt5(tensors))
-    if "shared.weight" in tensors or "encoder.embed_tokens.weight" in tensors:
-        return Contents(path=path, kind="text encoder", layout="transformers", tensors=tensors)
-    if "patch_embedding.weight" in tensors and any(key.startswith("blocks.0.") for key in tensors):
-        return _recognise_transformer(tensors, path)
-    return Contents(path=path, kind="unknown", layout="unknown", tensors=tensors)
+def recognise(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, config: dict | None = None
+) -> Contents:
+    """Tell what tensors are by their names and shapes, and rename them as diffusers and transformers do.
+
+    Args:
+        tensors: by the file's own names.
+        path: of the file.
+        metadata: of the header of a safetensors file.
+        config: of the folder, whoever wrote it. It tells the size of the heads where no tensor does.
+
+    Raises:
+        CheckpointError: the tensors cannot be those of a model, or have a number format that cannot be loaded.
+    """
+    metadata = metadata or {}
+    if any(
+        re.search(r"lora_(A|B|up|down)\b|lora_magnitude_vector|\.diff(_b|_m)?$|\.(lokr|hada)_w", key) for key in tensors
+    ):
+        return Contents(path=path, kind="LoRA", names="LoRA", tensors=dict(tensors), metadata=metadata)
+    found = names.sort_out(tensors, path)
+    decoded = numbers.encode(found.tensors, path, metadata)
+    common = {"path": path, "names": found.convention, "copy": found.copy, "tensors": decoded, "metadata": metadata}
+    if found.kind == "transformer":
+        return _recognise_transformer(common, config or {})
+    if found.kind == "unknown" and {"decoder.1.weight", "encoder.1.weight"} & tensors.keys():
+        return Contents(kind="unknown", family="of a tiny decoder (TAEHV), which is not a VAE", **common)
+    return Contents(kind=found.kind, **common)
 
 
-def _recognise_transformer(tensors: dict[str, Tensor], path: Path) -> Contents:
-    upstream = any(".self_attn." in key for key in tensors)
-    if upstream:
-        tensors = {
-            key.replace(".attn1.attn_op.local_attn.proj_l.", PROJ_L): tensor
-            for key, tensor in convert_wan_transformer_to_diffusers(dict(tensors)).items()
-        }
-        patch = tensors["patch_embedding.weight"]
-        if patch.ndim == 2:
-            tensors["patch_embedding.weight"] = patch.reshape(patch.shape[0], -1, 1, 2, 2)
-    patch = tensors["patch_embedding.weight"]
-    projections = [tensor for key, tensor in tensors.items() if PROJ_L + "weight" in key]
-    head_dim = projections[0].shape[0] if projections else 128
-    ffn = next((tensors[key] for key in FIRST_FFN if key in tensors), None)
+def _recognise_transformer(common: dict, config: dict) -> Contents:
+    path, tensors = common["path"], common["tensors"]
+    patch = tensors.get("patch_embedding.weight")
+    if isinstance(patch, Tensor) and patch.ndim == 2:  # upstream's layer is a linear
+        tensors["patch_embedding.weight"] = patch = patch.reshape(patch.shape[0], -1, 1, 2, 2)
+    ffn = tensors.get("blocks.0.ffn.net.0.proj.weight")
     text = tensors.get("condition_embedder.text_embedder.linear_1.weight")
-    if ffn is None or text is None or patch.ndim < 2:
+    if ffn is None or text is None or patch is None or patch.ndim < 2:
         raise CheckpointError(
             f"{str(path)!r} looks like a Wan transformer, but parts are missing. Expected a whole file. "
             "Download it again."
         )
+    dim, channels = patch.shape[0], patch.shape[1:].numel() // PATCH
+    layers = count_blocks(tensors, "blocks", path)
+    projections = [tensor for key, tensor in tensors.items() if PROJ_L + "weight" in key]
+    head_dim = projections[0].shape[0] if projections else _head_dim((dim, layers, ffn.shape[0], channels), config)
+    if head_dim < 1 or dim % head_dim:
+        raise CheckpointError(
+            f"{str(path)!r} has attention heads of {head_dim} channels for {dim} in all. Expected a divisor of {dim}. "
+            "Download the file again."
+        )
     arch = catalog.Arch(
-        dim=patch.shape[0],
-        num_heads=patch.shape[0] // head_dim,
-        num_layers=count_blocks(tensors, "blocks", path),
-        ffn_dim=ffn.shape[0],
-        in_channels=patch[0].numel() // PATCH,
+        dim=dim, num_heads=dim // head_dim, num_layers=layers, ffn_dim=ffn.shape[0], in_channels=channels
     )
+    family = next((what for part, what in FAMILIES.items() if any(part in key for key in tensors)), None)
+    if family is None and channels == 48:
+        family = "Wan2.2's TI2V-5B transformer, which has a VAE of 48 channels"
     return Contents(
-        path=path,
-        kind="transformer",
-        layout="upstream" if upstream else "diffusers",
-        tensors=tensors,
-        arch=arch,
-        head_dim=head_dim,
-        text_dim=text.shape[1],
-        sla=bool(projections),
-        quantized=any(key.endswith(".int8_weight") for key in tensors),
-    )
+        kind="transformer", arch=arch, head_dim=head_dim, text_dim=text.shape[1], sla=bool(projections), family=family,
+        **common,
+    )  # fmt: skip
+
+
+def _head_dim(shape: tuple[int, int, int, int], config: dict) -> int:
+    """The channels of a head of a transformer without SLA's projections, whose tensors do not tell them"""
+    dim = shape[0]
+    heads = config.get("num_attention_heads", config.get("num_heads"))
+    if isinstance(heads, int) and 0 < heads <= dim and dim % heads == 0:
+        return dim // heads
+    same = (a for a in (spec.arch for spec in catalog.MODELS.values())
+            if (a.dim, a.num_layers, a.ffn_dim, a.in_channels) == shape)  # fmt: skip
+    if known := next(same, None):
+        return known.dim // known.num_heads
+    if dim % HEAD_DIM:
+        warn(f"no tensor tells the size of the attention heads of a model of width {dim}; one head is assumed")
+        return dim
+    return HEAD_DIM
+
+
+def is_int8_linear(name: str, tensor: Tensor | Encoded) -> bool:
+    """Return whether a tensor of a transformer is the int8 weight of a linear that 8-bit linears keep."""
+    return isinstance(tensor, Encoded) and tensor.is_int8 and name.startswith("blocks.") and PROJ_L not in name
 
 
 def count_blocks(tensors: Iterable[str], prefix: str, path: Path) -> int:
@@ -298,6 +359,11 @@ def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = 
         )
     if contents.kind != kind:
         raise CheckpointError(f"{path!r} is {contents}. Expected a {kind}.")
+    if contents.family:
+        raise CheckpointError(
+            f"{path!r} is {contents}. Expected a model that turbo_nb runs: {', '.join(catalog.MODELS)}. "
+            "diffusers runs the other members of the Wan family."
+        )
     if expected and expected.arch and contents.arch != expected.arch:
         shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
         raise CheckpointError(f"{path!r} is {contents}. Expected {expected.name}, which has {shape}.")
@@ -347,20 +413,14 @@ def require_fit(parts: Sequence[Contents]) -> None:
 
 
 def check_dtypes(contents: Contents, names: Iterable[str]) -> None:
-    """Check that the tensors of these names have number formats that a model can take.
-
-    Raises:
-        CheckpointError: an 8-bit or integer tensor stands where plain floats are expected, or the other way around.
-    """
+    """Raise CheckpointError where a tensor of these names holds integers, which no part of a model takes."""
     for name in names:
-        dtype, int8 = contents.tensors[name].dtype, name.endswith(".int8_weight")
-        if dtype is torch.int8 if int8 else dtype in FLOATS:
-            continue
-        raise CheckpointError(
-            f"{name} in {str(contents.path)!r} is {str(dtype).removeprefix('torch.')}. "
-            f"Expected {'int8' if int8 else 'bfloat16, float16, float32 or float64'}. "
-            "Take the model's bf16 file, or the -quant file of TurboDiffusion."
-        )
+        tensor = contents.tensors[name]
+        if not isinstance(tensor, Encoded) and tensor.dtype not in numbers.FLOATS:
+            raise CheckpointError(
+                f"{name} in {str(contents.path)!r} is {str(tensor.dtype).removeprefix('torch.')}. "
+                f"Expected bfloat16, float16, float32 or float64. {numbers.ADVICE}"
+            )
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
