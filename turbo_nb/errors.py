@@ -5,7 +5,7 @@ package, so that a job in a thread can collect its own warnings without touching
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -73,3 +73,10 @@ def collect_warnings() -> Iterator[list[str]]:
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line of at most 160 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:160]
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Return `a, b, c and 4 more`, sorted."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
