@@ -133,21 +133,42 @@ FORMATS = {
 }
 
 
-def gguf_file(path, state: dict[str, Tensor], type_name: str = "Q8_0", arch: str = "wan") -> None:
-    """Write a GGUF file with upstream's names: the matrices of blocks in `type_name`, the rest in float32"""
+# Where the fp16 scales stand in a block of the formats that the gguf package reads and does not write
+SCALES_OF_BLOCKS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
+
+
+def gguf_file(path, state: dict[str, Tensor], type_name: str = "Q8_0", arch: str = "wan") -> dict:
+    """Write a GGUF file: the matrices of blocks in `type_name`, the rest in float32.
+
+    The gguf package does not write every format that it reads. The matrices of such formats have random bytes.
+
+    Returns:
+        The numbers of the quantised matrices as the gguf package decodes them, by name.
+    """
     import gguf
+    import numpy as np
 
     kind = gguf.GGMLQuantizationType[type_name]
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+    block, width = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(str(path), arch)
-    quantised = {f"{name}weight" for name in linears(state)}
+    quantised, decoded = {f"{name}weight" for name in linears(state)}, {}
+    random = np.random.default_rng(0)
     for name, tensor in state.items():
         array = tensor.float().contiguous().numpy()
-        if name in quantised and array.shape[-1] % block == 0:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
+        if name not in quantised or array.shape[-1] % block:
             writer.add_tensor(name, array)
+            continue
+        try:
+            data = gguf.quants.quantize(array, kind)
+        except NotImplementedError:
+            blocks = random.integers(0, 256, (array.size // block, width), dtype=np.uint8)
+            for place in SCALES_OF_BLOCKS[type_name]:  # fp16 scales of about 0.001
+                blocks[:, place : place + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+            data = blocks.reshape(array.shape[0], -1)
+        decoded[name] = gguf.quants.dequantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return decoded

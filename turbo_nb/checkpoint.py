@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
-from .errors import CheckpointError, InputError, first_line, warn
+from .errors import CheckpointError, InputError, first_line, listed, warn
 from .files.names import PROJ_L
 from .files.numbers import Encoded
-from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, listed, read, require
+from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, read, require
 from .linear import Int8Linear, empty_linears, frozen, quantize, row_quantize
 from .sla import set_attention_type
 

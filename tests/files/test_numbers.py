@@ -6,7 +6,19 @@ import pytest
 import torch
 from helpers import tiny_transformer
 from safetensors.torch import load_file, save_file
-from weight_files import ARCH, CONVENTIONS, FORMATS, TEXT_DIM, linears, named, note, plain_fp8, row_int8, scaled_fp8
+from weight_files import (
+    ARCH,
+    CONVENTIONS,
+    FORMATS,
+    TEXT_DIM,
+    gguf_file,
+    linears,
+    named,
+    note,
+    plain_fp8,
+    row_int8,
+    scaled_fp8,
+)
 
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError
@@ -122,6 +134,31 @@ def test_plain_linears_of_a_quantised_file_stay_plain(tmp_path, state):
     stored = {name: one for name, one in row_int8(state).items() if not name.startswith("blocks.1.attn2.to_k.weight")}
     model = load(write(tmp_path / "model.safetensors", stored | {kept: state[kept]}))
     assert torch.equal(model.blocks[1].attn2.to_k.weight, state[kept]) and is_quantized(model)
+
+
+# --- GGUF ---
+
+GGUF_TYPES = ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL"]
+
+
+@pytest.mark.parametrize("type_name", GGUF_TYPES)
+def test_gguf_gives_the_decoded_weights(tmp_path, state, inputs, type_name):
+    gguf = pytest.importorskip("gguf")
+    path, upstream = tmp_path / "model.gguf", in_convention(state, "upstream")
+    quantised = gguf_file(path, upstream, type_name)
+    contents = read(path)
+    plain = {name: torch.from_numpy(array) for name, array in quantised.items()}
+    decoded = load(write(tmp_path / "decoded.safetensors", upstream | plain))
+    assert contents.names == "upstream" and type_name in (contents.numbers if "Q" in type_name else type_name)
+    assert relative_error(run(load(contents), inputs), run(decoded, inputs)) <= 1e-6
+    assert gguf.GGMLQuantizationType[type_name]
+
+
+def test_gguf_is_quantised_to_rows_on_request(tmp_path, state, inputs):
+    gguf_file(tmp_path / "model.gguf", in_convention(state, "upstream"), "Q8_0")
+    model = load(tmp_path / "model.gguf", quant_linear=True)
+    assert is_quantized(model) and model.blocks[0].ffn.net[2].scale.ndim == 1
+    assert relative_error(run(model, inputs), run(load(tmp_path / "model.gguf"), inputs)) < 0.02
 
 
 # --- Refused ---

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, first_line
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 has 32-bit counts and was replaced within weeks
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors; umT5's vocabulary needs 6 MB
-MAX_DIMS = 4
+MAX_DIMS = 8  # GGML has four, and files of Wan have a patch embedding of five
 ALIGNMENT = 32  # bytes, unless general.alignment names another
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # ComfyUI's key for a tensor that was reshaped to fill blocks
 STRING, ARRAY = 8, 9

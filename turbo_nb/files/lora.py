@@ -8,9 +8,8 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..errors import CheckpointError, first_line, warn
+from ..errors import CheckpointError, first_line, listed, warn
 from ..scheduler import RCMScheduler
-from .recognise import listed
 
 
 @dataclass(frozen=True, kw_only=True)

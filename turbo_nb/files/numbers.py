@@ -4,7 +4,7 @@
 their place. Its key is the tensor's name with the end `.weight`, whatever the file calls it. An `Encoded` keeps the
 file's bytes, and decodes them to float32 when it is asked to.
 
-A tensor of integers or of fp8 is never taken for a plain weight: either its format is in `FORMATS`, or `encode` raises
+A tensor of integers or of fp8 is never taken for a plain weight. Either its format is in `FORMATS`, or `encode` raises
 an error that names the format.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError, first_line
 from ..ops.linear8.reference import TILE, int8_dequantize
 from ..settings import shown
+from .gguf_file import GGUFTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -74,21 +75,6 @@ MARKER = "scaled_fp8"  # an empty tensor that says that fp8 weights have scales
 DATA_AND_SCALES = {end for one in FORMATS for end in (one.data, one.scale) if end}
 ENDS = sorted({*REFUSED, *ACTIVATIONS, "comfy_quant", *DATA_AND_SCALES}, key=len, reverse=True)
 SPLIT = re.compile(rf"(.+)\.({'|'.join(map(re.escape, ENDS))})")
-
-
-@dataclass(frozen=True, eq=False)
-class GGUFTensor:
-    """A tensor as a GGUF file stores it.
-
-    Args:
-        data: the bytes, uint8.
-        type_name: of GGML's quantisation, such as "Q8_0".
-        shape: of the tensor, in torch's order.
-    """
-
-    data: Tensor
-    type_name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +262,7 @@ def _scaled_weight(name: str, data: Tensor, scale_name: str | None, scale: Tenso
 
 
 def _check_scales(result: Mapping[str, Any], tensors: Mapping[str, Any], path: object) -> None:
-    """Raise CheckpointError where some fp8 matrices of a file have scales, and another one has none"""
+    """Raise CheckpointError where some fp8 matrices of a file have scales, and another one lacks it"""
     fp8 = {name: one for name, one in result.items() if isinstance(one, Encoded) and one.format.startswith("fp8")}
     bare = [name for name, one in fp8.items() if one.scale is None and one.ndim == 2 and name.endswith(".weight")]
     if bare and (MARKER in tensors or any(one.scale is not None for one in fp8.values())):
@@ -336,9 +322,10 @@ def _refused(name: str, what: str, path: object) -> CheckpointError:
 def _decode_gguf(data: Tensor, type_name: str) -> Tensor:
     """Decode the bytes of a GGUF tensor: with diffusers' torch code, else with the gguf package's NumPy code"""
     import gguf
-    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
+    from diffusers.quantizers.gguf.utils import dequantize_functions
 
     kind = gguf.GGMLQuantizationType[type_name]
-    if kind in dequantize_functions:
-        return dequantize_gguf_tensor(GGUFParameter(data, quant_type=kind)).as_subclass(Tensor).float()
-    return torch.from_numpy(gguf.quants.dequantize(data.cpu().numpy(), kind)).to(data.device)
+    if (decode := dequantize_functions.get(kind)) is None:
+        return torch.from_numpy(gguf.quants.dequantize(data.cpu().numpy(), kind)).to(data.device)
+    block, width = gguf.GGML_QUANT_SIZES[kind]
+    return decode(data.reshape(-1, width), block, width, dtype=torch.float32)

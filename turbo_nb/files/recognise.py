@@ -1,33 +1,29 @@
-"""Weight files: read safely, and told apart by their tensors alone.
+"""Tell what a weight file is by its tensors alone: the kind of model, its shape, whose names and which numbers.
 
-`read(path)` never runs code from a file, because pickles load with `weights_only`. It refuses a file that is not an
-honest file of tensors before anything is allocated. The tensors are mapped from the file, not copied.
+`reading` gives the raw tensors, mapped from the file. `names` and `numbers` hold what is known of conventions.
 """
 
-import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, warn
 from . import names, numbers
+from .gguf_file import GGUFTensor
 from .names import PROJ_L
 from .numbers import Encoded
+from .reading import read_raw
+from .weight_set import holds_weights
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
-
-
 LORA = re.compile(r"lora_(?:A|B|up|down|magnitude_vector)\b|\.diff(?:_b|_m)?$|\.(?:lokr|hada)_w")
 # A part of a name that only a model of another family has, and what that family is
 FAMILIES = {
@@ -117,22 +113,17 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """Read a `.pth` or `.safetensors` file, or the safetensors shards of a folder.
+    """Read a weight file, the shards of a set, or a folder with one set of weights.
+
+    Args:
+        path: a `.safetensors`, `.pth`, `.pt`, `.bin`, `.ckpt` or `.gguf` file, one shard, an index or a folder.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
-    path, tensors = Path(path), {}
-    try:
-        for file in _weight_files(path):
-            tensors |= _read_file(file)
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read ({first_line(error)}). Expected a .pth or .safetensors file, or a folder. "
-            "Check the name and its permissions."
-        ) from error
+    path, raw = Path(path), read_raw(path)
     with fitting_shapes(path):
-        return recognise(tensors, path)
+        return recognise(raw.tensors, path, raw.metadata, raw.config)
 
 
 def describe(path: str | Path) -> str:
@@ -142,39 +133,11 @@ def describe(path: str | Path) -> str:
         CheckpointError: as `read`.
     """
     path = Path(path)
-    if not (parts := _parts(path)):
+    parts = [] if holds_weights(path) else [name for name in PARTS if holds_weights(path / name)]
+    if not parts:
         return str(read(path))
     lines = [f"{name:{max(map(len, parts))}} {read(path / name)}" for name in parts]
     return "\n".join([f"{str(path)!r} is a diffusers folder:", *lines])
-
-
-def _parts(path: Path) -> list[str]:
-    """The folders of weights in a diffusers folder; empty for anything else"""
-    return [] if _shards(path) else [name for name in PARTS if _shards(path / name)]
-
-
-def _shards(folder: Path) -> list[Path]:
-    if not os.path.isdir(folder):  # because Path.is_dir raises OSError for a name that is too long
-        return []
-    return sorted([*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("model*.safetensors")])
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if os.path.isfile(path):
-        return [path]
-    if not os.path.isdir(path):
-        raise CheckpointError(f"no file {str(path)!r}. Expected a .pth or .safetensors file, or a folder.")
-    if files := _shards(path):
-        return files
-    if parts := _parts(path):
-        raise CheckpointError(
-            f"{str(path)!r} is a diffusers folder of {', '.join(parts)}. Expected one of these. "
-            f"Give {str(path / parts[0])!r}, for example."
-        )
-    raise CheckpointError(
-        f"no safetensors weights in {str(path)!r}. Expected a folder in diffusers layout. "
-        "Give the path of a .pth or .safetensors file instead."
-    )
 
 
 @contextmanager
@@ -191,59 +154,11 @@ def fitting_shapes(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        head = file.read(512)
-    name = repr(str(path))
-    if not head:
-        raise CheckpointError(f"{name} is empty. Expected a .pth or .safetensors file. Download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{name} is a Git LFS pointer. Expected the weights. Fetch the file that it points to.")
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{name} is a web page. Expected weights. Download the file again.")
-    try:
-        if head.startswith(b"PK"):
-            return _read_torch(path)
-        if head[8:9] == b"{":
-            return load_file(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{name} holds more than tensors, and loading it could run code: refused ({first_line(error)}). "
-            "Expected tensors only. Take a safetensors file."
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # because torch's unpickler raises any kind of error on damaged bytes
-        raise CheckpointError(
-            f"{name} is damaged or cut short ({first_line(error)}). Expected a whole file. Download it again."
-        ) from error
-    raise CheckpointError(
-        f"{name} is neither a torch file (zip format) nor safetensors. Expected one of these. "
-        "Convert an old torch file with torch.save(torch.load(path, weights_only=True), new_path)."
-    )
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    name = repr(str(path))
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError(f"{name} has compressed entries: refused. Expected stored entries, as torch writes.")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{name} holds {type(state).__name__}. Expected a state dict: tensors by their names.")
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for key, tensor in state.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"{name} has the key {key!r} for a tensor. Expected a state dict with text keys.")
-        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{key} in {name} claims more bytes than the file holds: refused.")
-    return state
-
-
 def recognise(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None, config: dict | None = None
+    tensors: dict[str, Tensor | GGUFTensor],
+    path: Path,
+    metadata: dict[str, str] | None = None,
+    config: dict | None = None,
 ) -> Contents:
     """Tell what tensors are by their names and shapes, and rename them as diffusers and transformers do.
 
@@ -421,10 +336,3 @@ def check_dtypes(contents: Contents, names: Iterable[str]) -> None:
                 f"{name} in {str(contents.path)!r} is {str(tensor.dtype).removeprefix('torch.')}. "
                 f"Expected bfloat16, float16, float32 or float64. {numbers.ADVICE}"
             )
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """`a, b, c and 4 more`"""
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
