@@ -12,7 +12,7 @@ from weight_files import CONVENTIONS, named
 from turbo_nb import catalog
 from turbo_nb.errors import CheckpointError
 from turbo_nb.files import names
-from turbo_nb.files.recognise import read, recognise, require
+from turbo_nb.files.recognise import read, recognise, require, require_experts
 
 UPSTREAM = golden("dit_state")
 BLOCK = re.compile(r"^(blocks\.\d+\.)")
@@ -150,3 +150,52 @@ def test_head_size_of_a_dense_file_is_that_of_its_config():
 def test_files_with_wrappers_load_from_disk(tmp_path):
     save_file({f"net_ema.{name}": tensor.clone() for name, tensor in UPSTREAM.items()}, tmp_path / "a.safetensors")
     assert same(read(tmp_path / "a.safetensors"))
+
+
+# --- Experts ---
+
+
+@pytest.fixture
+def expert(tmp_path):
+    """Write one expert under a name, and read it"""
+
+    def write(name, channels=36, seed=0):
+        torch.manual_seed(seed)
+        arch = catalog.Arch(dim=128, num_heads=1, num_layers=1, ffn_dim=64, in_channels=channels)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(upstream_names(arch, sla=True, int8=False, text_dim=32), path)
+        return read(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("high.safetensors", "low.safetensors"),
+     ("high_noise_model/model.safetensors", "low_noise_model/model.safetensors"),
+     ("TurboWan2.2-I2V-A14B-high-720P.safetensors", "TurboWan2.2-I2V-A14B-low-720P.safetensors"),
+     ("wan2.2_i2v_high_noise_14B_fp8.safetensors", "wan2.2_i2v_low_noise_14B_fp8.safetensors"),
+     ("Wan2.2-I2V-HighNoise-Q8.safetensors", "Wan2.2-I2V-LowNoise-Q8.safetensors")],
+)  # fmt: skip
+def test_swapped_experts_are_told_apart_by_their_names(expert, first, second):
+    high, low = expert(first, seed=1), expert(second, seed=2)
+    require_experts([high, low])
+    with pytest.raises(CheckpointError, match=r"\(low noise\).*\(high noise\). Expected the high-noise expert first"):
+        require_experts([low, high])
+    with pytest.raises(CheckpointError, match="Swap or replace"):
+        require_experts([high, high])
+
+
+def test_one_expert_twice_is_found_by_its_bytes(expert):
+    with pytest.raises(CheckpointError, match="which are the same weights"):
+        require_experts([expert("a.safetensors"), expert("b.safetensors")])
+    require_experts([expert("a.safetensors"), expert("b.safetensors", seed=1)])
+
+
+def test_text_to_video_experts_are_named_alone_and_in_pairs(expert):
+    high, low = expert("t2v_high.safetensors", 16, 1), expert("t2v_low.safetensors", 16, 2)
+    for given in ([high, low], [high], [low]):
+        with pytest.raises(CheckpointError, match=r"Wan2.2-T2V-A14B. Expected a model that turbo_nb runs"):
+            require_experts(given)
+    require_experts([expert("a_high_quality_model.safetensors", 16)])

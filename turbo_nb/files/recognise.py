@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import catalog
 from ..errors import CheckpointError, first_line, warn
 from . import names, numbers
+from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor
 from .names import PROJ_L
 from .numbers import Encoded
@@ -25,6 +26,8 @@ PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
 LORA = re.compile(r"lora_(?:A|B|up|down|magnitude_vector)\b|\.diff(?:_b|_m)?$|\.(?:lokr|hada)_w")
+# "high" or "low" as a word before "noise", a resolution or the end of a name
+NOISE_LEVEL = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[-_](?:480p|720p)|$)")
 # A part of a name that only a model of another family has, and what that family is
 FAMILIES = {
     "vace_blocks.": "a VACE transformer, which edits and extends videos",
@@ -299,6 +302,44 @@ def attention_of(contents: Contents) -> str:
         stacklevel=2,
     )
     return "original"
+
+
+def require_experts(transformers: Sequence[Contents]) -> None:
+    """Check that transformers are one text-to-video model, or the two experts of image-to-video in their order.
+
+    The tensors of experts look alike, so the names of files and folders tell which is which.
+
+    Raises:
+        CheckpointError: the experts are of another model, in the wrong order, or one expert twice.
+    """
+    names = [str(part.path) for part in transformers]
+    noise = [_noise_level(part.path) for part in transformers]
+    if transformers[0].arch.task == "t2v" and (len(transformers) > 1 or noise[0]):
+        raise CheckpointError(
+            f"{' and '.join(map(repr, names))} {'are experts' if len(names) > 1 else 'is one of two experts'} of "
+            f"Wan2.2-T2V-A14B. Expected a model that turbo_nb runs: {', '.join(catalog.MODELS)}. "
+            "Rename a file whose name says high or low for another reason."
+        )
+    if len(transformers) != 2:
+        return
+    if noise in (["low", "high"], ["high", "high"], ["low", "low"]):
+        raise CheckpointError(
+            f"the experts are {names[0]!r} ({noise[0]} noise) and {names[1]!r} ({noise[1]} noise). Expected the "
+            "high-noise expert first, then the low-noise expert. Swap or replace the files."
+        )
+    if transformers[0].path.exists() and fingerprint(transformers[0].path) == fingerprint(transformers[1].path):
+        raise CheckpointError(
+            f"the experts are {names[0]!r} and {names[1]!r}, which are the same weights. Expected a high-noise and a "
+            "low-noise expert. Replace one of the files."
+        )
+
+
+def _noise_level(path: Path) -> str | None:
+    """ "high" or "low" where the name of a file, or else of its folder, says so; else None"""
+    for name in (path.stem if path.suffix else path.name, path.parent.name):
+        if len(found := {word.lower() for word in NOISE_LEVEL.findall(name)}) == 1:
+            return found.pop()
+    return None
 
 
 def require_fit(parts: Sequence[Contents]) -> None:

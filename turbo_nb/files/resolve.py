@@ -303,6 +303,7 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
     if paths:
         transformers = tuple(map(recognise.read, paths))
         recognise.require(transformers[0], "transformer", spec)
+        recognise.require_experts(transformers)
         spec = spec or _spec_of(transformers[0], paths[0])
     else:
         transformers = tuple(map(_here_or_hub, spec.quant_files if quantized else spec.files))
