@@ -335,7 +335,7 @@ def require_experts(transformers: Sequence[Contents]) -> None:
 
 
 def _noise_level(path: Path) -> str | None:
-    """ "high" or "low" where the name of a file, or else of its folder, says so; else None"""
+    """ "high" or "low" by the name of a file, or else of its folder; None where neither has the word"""
     for name in (path.stem if path.suffix else path.name, path.parent.name):
         if len(found := {word.lower() for word in NOISE_LEVEL.findall(name)}) == 1:
             return found.pop()
