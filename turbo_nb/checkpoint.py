@@ -262,7 +262,7 @@ def _matched(
     path, missing, unexpected = str(contents.path), wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing:
         raise CheckpointError(
-            f"{path!r} looks like {contents}, but {len(missing)} of {len(wanted)} tensors are missing: "
+            f"{path!r} looks like {contents}. Expected {len(wanted)} tensors, but {len(missing)} are missing: "
             f"{listed(missing)}. Download the file again."
         )
     if unexpected:
