@@ -18,10 +18,13 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
 from .errors import CheckpointError, InputError, first_line, listed, warn
+from .files import vocabulary
 from .files.names import PROJ_L
 from .files.numbers import Encoded
 from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, read, require
+from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
 from .linear import Int8Linear, empty_linears, frozen, quantize, row_quantize
+from .machine import environment
 from .sla import set_attention_type
 
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -179,14 +182,20 @@ def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load_text_encoder(
-    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    path: str | Path | Contents,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    layerwise: bool = True,
 ) -> UMT5EncoderModel:
-    """Load the encoder in upstream's `models_t5_umt5-xxl-enc-bf16.pth` or a transformers folder.
+    """Load umT5's encoder: upstream's `models_t5_umt5-xxl-enc-bf16.pth`, ComfyUI's files, GGUF, a transformers folder.
 
     Args:
         path: the file or folder, or what `recognise.read` returned for it.
         device: of the weights.
-        dtype: of the weights. None: the file's own.
+        dtype: of the weights. None: the file's own, and bfloat16 for weights in 8 bits or less.
+        layerwise: keep linears in fp8 and in int8 with per-row scales as the file stores them (`layerwise`). Not with
+            dtype float16 or None.
 
     Raises:
         CheckpointError: as `load_transformer`.
@@ -195,12 +204,28 @@ def load_text_encoder(
     require(contents, "text encoder")
     with fitting_shapes(contents.path), init_empty_weights():
         model = UMT5EncoderModel(_umt5_config(contents))
-    tensors = contents.tensors
-    embeddings = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-    tensors = tensors | {"shared.weight": embeddings, "encoder.embed_tokens.weight": embeddings}
-    _fill(model, replace(contents, tensors=tensors), device, dtype)
-    model.encoder.embed_tokens.weight = model.shared.weight
+    tensors, wanted = encoder_tensors(contents.tensors), encoder_tensors(model.state_dict())
+    tensors = _matched(tensors, wanted, contents)
+    stored = stored_weights(tensors, dtype if layerwise else None)
+    for key in list(tensors):
+        tensor = tensors.pop(key)
+        if key in stored:
+            _store(model, key, stored.pop(key), contents, device, dtype)
+        else:
+            whole = _finite(key, _decoded(tensor, device), contents)
+            _assign(model, key, whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype)))
+    model.encoder.embed_tokens = model.shared
     return model.requires_grad_(False).eval()
+
+
+def _store(
+    model: UMT5EncoderModel, key: str, stored: Stored, contents: Contents, device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Put a layer that keeps its weight as the file stores it in the place of a model's linear or embedding."""
+    data, scale = (None if part is None else _finite(key, part.to(device), contents) for part in stored)
+    module = StoredEmbedding(data, scale, dtype) if key == EMBEDDING else StoredLinear(data, scale)
+    model.set_submodule(key.removesuffix(".weight"), module)
 
 
 def _umt5_config(contents: Contents) -> UMT5Config:
@@ -223,12 +248,22 @@ def _umt5_config(contents: Contents) -> UMT5Config:
     )
 
 
-def load_tokenizer(path: str | Path):
-    """Load the tokenizer in folder `path`, or of a Hub repository that is in the cache.
+def load_tokenizer(path: str | Path | Contents):
+    """Load a tokenizer.
+
+    Args:
+        path: a folder, a Hub repository that is in the cache, a file `spiece.model`, or a text encoder that has its
+            tokenizer in its file.
 
     Raises:
-        CheckpointError: the folder holds no tokenizer, or one that brings code of its own. That code never runs.
+        CheckpointError: the tokenizer is missing or damaged, or brings code of its own. That code never runs.
     """
+    if not isinstance(path, Contents) and environment.is_file(path) and Path(path).suffix != ".model":
+        path = read(path)
+    if isinstance(path, Contents):
+        return vocabulary.from_text_encoder(path)
+    if spiece := vocabulary.spiece_file(Path(path)):
+        return vocabulary.from_spiece(spiece)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # because tokenizers raises many kinds of errors for a file that is not a tokenizer
@@ -283,7 +318,7 @@ def _matched(
 
 def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
     """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
-    if tensor.is_floating_point() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{key} in {str(contents.path)!r} holds NaN or Inf. Expected finite numbers. Download the file again."
         )

@@ -1,0 +1,151 @@
+"""Tokenizers: where they lie, how many words they have, and those that are SentencePiece models.
+
+ComfyUI stores umT5's tokenizer, a SentencePiece model, among the tensors of its text encoder.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, first_line
+from ..machine import environment
+from . import spiece
+from .recognise import Contents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TENSOR = "spiece_model"  # the name of ComfyUI's tensor
+SPIECE = "spiece.model"
+FILES = ("tokenizer.json", SPIECE, "tokenizer_config.json")  # one of them makes a tokenizer
+EXTRA_IDS = 300  # words <extra_id_0>, … of umT5, which follow the pieces
+
+
+def from_text_encoder(contents: Contents) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer in a text encoder's file.
+
+    Raises:
+        CheckpointError: the file has none, or a damaged one.
+    """
+    name = _name(contents)
+    model = spiece.parse(_embedded(contents), name)
+    return spiece.tokenizer(model, max(0, min(EXTRA_IDS, _rows(contents) - len(model.pieces))))
+
+
+def from_spiece(path: Path) -> "PreTrainedTokenizerFast":
+    """Load a SentencePiece model. Raises CheckpointError for a damaged one."""
+    model = spiece.parse(_bytes(path), repr(str(path)))
+    return spiece.tokenizer(model, max(0, (size(path.parent) or 0) - len(model.pieces)))
+
+
+def spiece_file(path: Path) -> Path | None:
+    """Return the SentencePiece model that `path` is, or that a folder without tokenizer.json has; else None."""
+    if environment.is_file(path):
+        return path
+    found = path / SPIECE
+    return found if environment.is_file(found) and not environment.is_file(path / "tokenizer.json") else None
+
+
+def has_tokenizer(contents: object) -> bool:
+    """Return whether this is a text encoder that has its tokenizer in its file."""
+    return isinstance(contents, Contents) and TENSOR in contents.tensors
+
+
+def size(tokenizer: Path | Contents) -> int | None:
+    """Return the rows that an embedding needs for a tokenizer, which is its largest id plus 1. Loads no tokenizer.
+
+    Args:
+        tokenizer: a folder, a SentencePiece model, or a text encoder that has its tokenizer in its file.
+
+    Returns:
+        The number. None where the files do not tell it.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if isinstance(tokenizer, Contents):
+        return spiece.count_pieces(_embedded(tokenizer), _name(tokenizer))
+    if environment.is_file(tokenizer):
+        return _count_pieces(tokenizer)
+    try:
+        return _size(tokenizer)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {str(tokenizer)!r} cannot be read ({first_line(error)}). Expected the files of one "
+            "tokenizer. Download the folder again."
+        ) from error
+
+
+def _size(folder: Path) -> int | None:
+    whole, config, added = (
+        _json(folder / f"{name}.json") for name in ("tokenizer", "tokenizer_config", "added_tokens")
+    )
+    ids = [one["id"] for one in whole.get("added_tokens") or ()]
+    ids += [*added.values(), *map(int, config.get("added_tokens_decoder") or ())]
+    counts = [0, *(1 + number for number in ids)]
+    if whole:
+        counts.append(len(whole["model"]["vocab"]))
+    elif environment.is_file(folder / SPIECE):
+        counts.append(_count_pieces(folder / SPIECE) + int(config.get("extra_ids") or 0))
+    return max(counts) or None
+
+
+def require_fit(tokenizer: object, text_encoder: object) -> None:
+    """Check that the embedding of a text encoder has a row for each word of a tokenizer.
+
+    Args:
+        tokenizer: as in `size`. Anything else, such as a file that is not here yet, passes.
+        text_encoder: its contents. Anything else passes.
+
+    Raises:
+        CheckpointError: it has too few rows.
+    """
+    if not isinstance(tokenizer, Path | Contents) or not isinstance(text_encoder, Contents):
+        return
+    words, rows = size(tokenizer) or 0, _rows(text_encoder)
+    if words > rows:
+        name = _name(tokenizer) if isinstance(tokenizer, Contents) else repr(str(tokenizer))
+        raise CheckpointError(
+            f"tokenizer is {name} with {words:,} words. Expected at most {rows:,}, the embeddings in "
+            f"{str(text_encoder.path)!r}. Give the tokenizer of this text encoder, or another text encoder."
+        )
+
+
+def _rows(text_encoder: Contents) -> int:
+    tensors = text_encoder.tensors
+    return tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight")).shape[0]
+
+
+def _name(contents: Contents) -> str:
+    return f"{TENSOR} in {str(contents.path)!r}"
+
+
+def _embedded(contents: Contents) -> bytes:
+    """Raises CheckpointError for a file without a SentencePiece model."""
+    tensor = contents.tensors.get(TENSOR)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype is not torch.uint8 or tensor.ndim != 1:
+        got = "missing" if tensor is None else f"not a row of bytes, but of shape {tuple(tensor.shape)}"
+        raise CheckpointError(
+            f"{_name(contents)} is {got}. Expected the bytes of a SentencePiece model. "
+            "Give --tokenizer_path a folder with a tokenizer, for example that of google/umt5-xxl."
+        )
+    return tensor.numpy().tobytes()
+
+
+def _count_pieces(path: Path) -> int:
+    return spiece.count_pieces(_bytes(path), repr(str(path)))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({first_line(error)}). Expected a SentencePiece model. Check the file."
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if environment.is_file(path) else {}
