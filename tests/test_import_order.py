@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 # Each row may import the rows above it. A name with a dot is one module of a room whose modules stand in several rows.
 ORDER = [
     ("errors",), ("catalog",), ("settings", "records"), ("machine",), ("ops",), ("backends",), ("rope", "scheduler"),
-    ("linear",), ("sla",), ("fused",), ("files",), ("layerwise",), ("checkpoint",), ("files.convert",), ("text", "video"),
+    ("linear",), ("sla",), ("fused",), ("files",), ("layerwise",), ("checkpoint",), ("files.convert",),
+    ("text", "video"),
     ("runtime",), ("files.hub",), ("files.resolve",), ("pipeline",), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip

@@ -229,10 +229,11 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tup
         pipeline = WanPipeline(**parts, transformer=experts[0])
     pipeline.set_progress_bar_config(disable=True)
     cached = embedding_cache.uses_cache(resolved.options.text_cache)
+    tokenizer = getattr(resolved.tokenizer, "path", resolved.tokenizer)
     encoder = PromptEncoder(
         pipeline,
         lambda where: checkpoint.load_text_encoder(resolved.text_encoder, device=where, dtype=dtype),
-        embedding_cache.open_cache(resolved.text_encoder.path, resolved.tokenizer, dtype) if cached else None,
+        embedding_cache.open_cache(resolved.text_encoder.path, tokenizer, dtype) if cached else None,
         prompts,
     )
     return pipeline, encoder

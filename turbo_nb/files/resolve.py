@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from .. import backends, catalog
+import torch
+
+from .. import backends, catalog, layerwise
 from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError, warn
 from ..machine import environment, probe
 from ..runtime import plan
 from ..settings import LoadOptions, Weights
-from . import hub, recognise
+from . import hub, recognise, vocabulary
 from .fingerprint import fingerprint
 from .recognise import Contents
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")  # one of them makes a tokenizer
 OFFLOADS = ("none", "model", "group")  # from fast to slow
 
 
@@ -31,7 +32,7 @@ class ResolvedModel:
     Args:
         spec: the model and its defaults.
         transformers: one, or (high-noise, low-noise). A HubFile is not downloaded yet.
-        vae, text_encoder, tokenizer: the other parts.
+        vae, text_encoder, tokenizer: the other parts. A text encoder can have its tokenizer in its file.
         device: where the model runs, such as "cpu" or "cuda:0".
         memory: bytes of the device that a plan may use. host_memory: bytes of main memory.
         attention_type, attention_backend, sla_topk: the attention that the transformers get.
@@ -44,7 +45,7 @@ class ResolvedModel:
     transformers: tuple[Contents | HubFile, ...]
     vae: Contents | HubFile
     text_encoder: Contents | HubFile
-    tokenizer: Path | HubFile
+    tokenizer: Path | Contents | HubFile
     device: str
     memory: float
     host_memory: float
@@ -103,6 +104,7 @@ class ResolvedModel:
                 recognise.require(part, kind, self.spec if kind == "transformer" else None)
         recognise.require_fit([part for part in (*self.transformers, self.vae, self.text_encoder)
                                if isinstance(part, Contents)])  # fmt: skip
+        vocabulary.require_fit(self.tokenizer, self.text_encoder)
 
     @cached_property
     def sizes(self) -> plan.Sizes:
@@ -114,6 +116,9 @@ class ResolvedModel:
             for name, part in parts.items()
             if isinstance(part, Contents)
         }
+        if "text_encoder" in counts:
+            dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+            counts["text_encoder"] = layerwise.size(self.text_encoder.tensors, dtype)
         if "transformer" in counts and self.quant_linear:
             counts["transformer"] *= 1.03 / item  # a byte for each weight, and the scales
         sizes = plan.sizes(self.spec, quantised=self.quant_linear)
@@ -314,12 +319,13 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
             f"file{'s (high-noise, low-noise)' if experts > 1 else ''} for {spec.name}."
         )
     near = paths[0].parent if paths else None
+    text_encoder = _part(options.text_encoder, "text_encoder", catalog.TEXT_ENCODER, near, spec)
     found = ResolvedModel(
         spec=spec,
         transformers=transformers,
         vae=_part(options.vae, "vae", catalog.VAE, near, spec),
-        text_encoder=_part(options.text_encoder, "text_encoder", catalog.TEXT_ENCODER, near, spec),
-        tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near, spec),
+        text_encoder=text_encoder,
+        tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near, spec, inside=text_encoder),
         device=decision.device,
         memory=decision.memory,
         host_memory=decision.host_memory,
@@ -427,8 +433,13 @@ def _transformers(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     return paths
 
 
-def _part(given: str | Path | None, folder: str, file: HubFile, near: Path | None, spec: ModelSpec):
-    """Return a part that was given, lies beside the transformer, ships with the model, or is on the Hub"""
+def _part(
+    given: str | Path | None, folder: str, file: HubFile, near: Path | None, spec: ModelSpec,
+    inside: Contents | HubFile | None = None,
+):  # fmt: skip
+    """Return a part that was given, lies beside the transformer, ships with the model, is inside another part, or is
+    on the Hub
+    """
     own = [near / folder] if near else []  # a diffusers folder, or where upstream's README puts its files
     if spec.folder:
         own.append(spec.folder / folder)
@@ -436,15 +447,8 @@ def _part(given: str | Path | None, folder: str, file: HubFile, near: Path | Non
         own.append(near / file.path)
     path = Path(given) if given is not None else next((path for path in own if environment.exists(path)), None)
     if path is None:
-        return _here_or_hub(file)
-    if folder != "tokenizer":
-        return recognise.read(path)
-    if not any(environment.is_file(path / name) for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"tokenizer is {str(path)!r}. Expected a folder with {' or '.join(TOKENIZER_FILES)}, such as that of "
-            "google/umt5-xxl."
-        )
-    return path
+        return inside if vocabulary.has_tokenizer(inside) else _here_or_hub(file)
+    return vocabulary.find(path) if folder == "tokenizer" else recognise.read(path)
 
 
 def _here_or_hub(file: HubFile) -> Contents | Path | HubFile:

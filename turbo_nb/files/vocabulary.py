@@ -12,14 +12,14 @@ import torch
 from ..errors import CheckpointError, first_line
 from ..machine import environment
 from . import spiece
-from .recognise import Contents
+from .recognise import Contents, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TENSOR = "spiece_model"  # the name of ComfyUI's tensor
 SPIECE = "spiece.model"
-FILES = ("tokenizer.json", SPIECE, "tokenizer_config.json")  # one of them makes a tokenizer
+FILES = ("tokenizer.json", SPIECE, "tokenizer_config.json")  # one of them makes a folder a tokenizer's
 EXTRA_IDS = 300  # words <extra_id_0>, … of umT5, which follow the pieces
 
 
@@ -27,7 +27,7 @@ def from_text_encoder(contents: Contents) -> "PreTrainedTokenizerFast":
     """Load the tokenizer in a text encoder's file.
 
     Raises:
-        CheckpointError: the file has none, or a damaged one.
+        CheckpointError: the tokenizer is missing or damaged.
     """
     name = _name(contents)
     model = spiece.parse(_embedded(contents), name)
@@ -51,6 +51,25 @@ def spiece_file(path: Path) -> Path | None:
 def has_tokenizer(contents: object) -> bool:
     """Return whether this is a text encoder that has its tokenizer in its file."""
     return isinstance(contents, Contents) and TENSOR in contents.tensors
+
+
+def find(path: Path) -> Path | Contents:
+    """Return the tokenizer at a path: a folder, a SentencePiece model, or a text encoder that has one in its file.
+
+    Raises:
+        CheckpointError: the path holds something else.
+    """
+    if any(environment.is_file(path / name) for name in FILES):
+        return path
+    if environment.is_file(path):
+        if path.suffix == ".model":
+            return path
+        if has_tokenizer(contents := read(path)):
+            return contents
+    raise CheckpointError(
+        f"tokenizer is {str(path)!r}. Expected a folder with {' or '.join(FILES)}, such as that of google/umt5-xxl, a "
+        f"file {SPIECE}, or a text encoder with {TENSOR}."
+    )
 
 
 def size(tokenizer: Path | Contents) -> int | None:
