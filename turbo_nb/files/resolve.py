@@ -437,9 +437,12 @@ def _part(
     given: str | Path | None, folder: str, file: HubFile, near: Path | None, spec: ModelSpec,
     inside: Contents | HubFile | None = None,
 ):  # fmt: skip
-    """Return a part that was given, lies beside the transformer, ships with the model, is inside another part, or is
+    """Return a part that was given, lies beside the transformer, is inside another part, ships with the model, or is
     on the Hub
     """
+    beside = near is not None and near != spec.folder and environment.exists(near / folder)
+    if given is None and not beside and vocabulary.has_tokenizer(inside):
+        return inside
     own = [near / folder] if near else []  # a diffusers folder, or where upstream's README puts its files
     if spec.folder:
         own.append(spec.folder / folder)
@@ -447,7 +450,7 @@ def _part(
         own.append(near / file.path)
     path = Path(given) if given is not None else next((path for path in own if environment.exists(path)), None)
     if path is None:
-        return inside if vocabulary.has_tokenizer(inside) else _here_or_hub(file)
+        return _here_or_hub(file)
     return vocabulary.find(path) if folder == "tokenizer" else recognise.read(path)
 
 
