@@ -53,7 +53,7 @@ class StoredLinear(StoredWeight):
     """A linear without bias: x (…, columns) to (…, rows) in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.stored.view(self.stored_dtype).to(x.dtype))
+        y = F.linear(x, cast(self.stored.view(self.stored_dtype), x.dtype))
         return y if self.scale is None else (y * self.scale).to(x.dtype)
 
 
@@ -123,6 +123,15 @@ def is_finite(data: Tensor) -> bool:
         return all(bool(extreme.isfinite()) for extreme in data.aminmax())
     first = 0x7C if data.dtype is torch.float8_e5m2 else 0x7F  # the first number that is not finite, without its sign
     return bool(data.view(torch.int8).amax() < first) and bool(data.view(torch.uint8).amax() < first + 0x80)
+
+
+def cast(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `data.to(dtype)`; on a CPU in a third of the time for e4m3, because torch casts number by number."""
+    if data.dtype is not torch.float8_e4m3fn or data.device.type != "cpu" or dtype.itemsize < 2:
+        return data.to(dtype)
+    # Put the sign, 4 bits of exponent and 3 of mantissa where bf16 has them. The exponents start at -7 and at -127.
+    bits = data.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-0x7810)
+    return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
 
 
 def _in_8_bits(tensor: Tensor | Encoded) -> Stored | None:

@@ -213,6 +213,14 @@ def test_every_fp8_number_is_judged_as_torch_judges_it(dtype):
         assert layerwise.is_finite(data) == bool(data.float().isfinite().all()), byte
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [E4M3, E5M2, torch.int8])
+def test_a_cast_is_exact(stored, dtype):
+    data = torch.arange(256).byte().view(stored)
+    data = data[data.float().isfinite()]
+    assert torch.equal(layerwise.cast(data, dtype), data.to(dtype))
+
+
 def test_gguf(state, tmp_path):
     gguf = pytest.importorskip("gguf")
     names = {
