@@ -230,14 +230,14 @@ def _store(
 
 def _umt5_config(contents: Contents) -> UMT5Config:
     """The configuration of a text encoder: the folder's own, else from the shapes"""
-    tensors, path, first = contents.tensors, contents.path, "encoder.block.0.layer."
+    tensors, path, first = encoder_tensors(contents.tensors), contents.path, "encoder.block.0.layer."
     num_layers = count_blocks(tensors, "encoder.block", path)
     if path.is_dir():
         return UMT5Config(**_folder_config(path, num_layers=num_layers))
     buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
-    vocabulary, width = tensors["shared.weight"].shape
+    words, width = tensors[EMBEDDING].shape
     return UMT5Config(
-        vocab_size=vocabulary,
+        vocab_size=words,
         d_model=width,
         d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
         d_ff=tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],

@@ -265,10 +265,18 @@ class LoadOptions(_Checked):
         None, PathLike(), "Wan2.1_VAE.pth, or a folder in diffusers layout.", "model", flag="--vae-path"
     )
     text_encoder: str | Path | None = _option(
-        None, PathLike(), "models_t5_umt5-xxl-enc-bf16.pth, or a folder.", "model", flag="--text-encoder-path"
+        None,
+        PathLike(),
+        "umT5: models_t5_umt5-xxl-enc-bf16.pth, an fp8, int8 or GGUF file, or a folder.",
+        "model",
+        flag="--text-encoder-path",
     )
     tokenizer: str | Path | None = _option(
-        None, PathLike(), "The folder of umT5's tokenizer.", "model", flag="--tokenizer-path"
+        None,
+        PathLike(),
+        "umT5's tokenizer: a folder, spiece.model, or a text encoder with a tokenizer in its file.",
+        "model",
+        flag="--tokenizer-path",
     )
     device: str = _option(
         "auto",

@@ -9,13 +9,16 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 UNIGRAM = 1
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)
@@ -75,13 +78,15 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
         raise _damaged(name, error) from error
 
 
-def tokenizer(model: SentencePieceModel, extra_ids: int = 0) -> PreTrainedTokenizerFast:
+def tokenizer(model: SentencePieceModel, extra_ids: int = 0) -> "PreTrainedTokenizerFast":
     """Return the tokenizer that encodes as the model's own program does, and ends a text with the token eos.
 
     Args:
         model: from `parse`.
         extra_ids: how many words `<extra_id_0>`, … follow the pieces, the last word first, as in seqio.
     """
+    from transformers import PreTrainedTokenizerFast
+
     pieces = [piece for piece, _ in model.pieces]
     encoder = Tokenizer(Unigram(model.pieces, unk_id=model.unk, byte_fallback=model.byte_fallback))
     encoder.normalizer = normalizers.Sequence(_normalizers(model))

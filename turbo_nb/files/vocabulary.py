@@ -134,7 +134,8 @@ def require_fit(tokenizer: object, text_encoder: object) -> None:
 
 def _rows(text_encoder: Contents) -> int:
     tensors = text_encoder.tensors
-    return tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight")).shape[0]
+    table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
+    return table.shape[0] if table is not None and table.ndim else 0
 
 
 def _name(contents: Contents) -> str:
