@@ -1,6 +1,7 @@
 """Every naming convention with every number format: what loads, what it computes, and what is refused."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,3 +247,31 @@ def test_saved_int8_model_is_read_again(tmp_path, state, inputs):
     model.save_pretrained(tmp_path / "folder")
     assert "int8_weight" in "".join(load_file(next((tmp_path / "folder").glob("*.safetensors"))))
     assert torch.equal(run(load(tmp_path / "folder"), inputs), run(model, inputs))
+
+
+# --- The table of the docs ---
+
+# The beginning of a row → the formats of the tests above that it stands for
+DOCS = {
+    "bf16, fp16, fp32": ["bf16", "fp16", "fp32"],
+    "TurboDiffusion int8": ["TurboDiffusion int8"],
+    "SGLang int8": ["SGLang int8"],
+    "LightX2V int8": ["LightX2V int8"],
+    "LightX2V fp8": ["LightX2V fp8"],
+    "quanto int8": ["quanto int8"],
+    "ComfyUI int8": ["ComfyUI int8"],
+    "ComfyUI fp8, `scale_weight`": ["ComfyUI fp8, scale_weight", "ComfyUI fp8 e5m2, scale_weight"],
+    "ComfyUI fp8, `comfy_quant`": ["ComfyUI fp8, comfy_quant"],
+    "fp8 without scales": ["fp8 e4m3", "fp8 e5m2"],
+}
+
+
+def test_the_table_of_the_docs_has_what_these_tests_load_and_refuse():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    table = [line for line in text.split("names × numbers")[1].split("\n- ")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert all(any(convention in cell for cell in head[2:]) for convention in CONVENTIONS)
+    loads = {name for name, *_ in rows if "error" not in _ and not name.startswith("GGUF")}
+    assert all(any(name.startswith(start) for start in DOCS) for name in loads) and len(loads) == len(DOCS)
+    assert sorted(sum(DOCS.values(), [])) == sorted(FORMATS)
+    assert [cells[2:] for cells in rows if "NVFP4" in cells[0]] == [["error"] * len(CONVENTIONS)]
