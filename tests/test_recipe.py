@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import assert_close
 
-from recipes.nano import evaluate, latents, models, train_fewstep, training, world
-from recipes.nano.detector import detect, place
+from recipes.nano import evaluate, latents, models, train_fewstep, train_lora, training, world
+from recipes.nano.detector import background, detect, place
+from turbo_nb import checkpoint
 from turbo_nb.scheduler import RCMScheduler
 
 
@@ -43,6 +46,19 @@ def test_the_place_of_a_shape_is_its_centre():
     frames = np.full((2, 128, 128, 3), 128, np.uint8)
     frames[:, 20:31, 70:91] = (255, 0, 0)
     assert place(frames).tolist() == [80, 25]
+
+
+def test_the_background_is_what_does_not_show_the_shape():
+    frames = as_frames(clips_of([world.Scene(size="large", colour="yellow", shape="square", motion="growing",
+                                             background="black")]))[0]  # fmt: skip
+    black = world.BACKGROUNDS["black"]
+    shape = (np.linalg.norm(frames - np.array(world.COLOURS["yellow"]), axis=-1) < 10).sum()
+    pixels = background(frames)
+    assert np.linalg.norm(pixels - black, axis=1).mean() < 2
+    assert 0.95 < len(pixels) / (frames[..., 0].size - shape) <= 1
+    frames[:, :64][np.linalg.norm(frames[:, :64] - np.array(black), axis=-1) < 10] = train_lora.PURPLE
+    near = np.linalg.norm(background(frames) - train_lora.PURPLE, axis=1) < 10
+    assert 0.4 < near.mean() < 0.6  # a background of two colours counts with both
 
 
 def test_wrong_clips_score_as_wrong():
@@ -177,6 +193,55 @@ def test_training_samples_as_the_scheduler_does(nano):
             v = nano.transformer(x.bfloat16().float(), t[None], padded, return_dict=False)[0]
             x = scheduler.step(v, t, x).prev_sample
     assert_close("clip", x, jumps[:, -1], 2e-2)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_recolouring_changes_black_backgrounds_alone(strength, monkeypatch):
+    scenes = random.Random(8).sample(world.SCENES, 12)
+    clips, attributes = clips_of(scenes), world.indices(scenes)
+    monkeypatch.setitem(world.BACKGROUNDS, "black", tuple(train_lora.shade(strength)))
+    expected = clips_of(scenes)
+    monkeypatch.undo()
+    assert_close("clips", expected, train_lora.recolour(clips, attributes, strength), 1e-6)
+    assert (expected != clips).any() == (strength > 0)
+
+
+def test_the_lora_recipe_writes_what_it_trains(tmp_path):
+    """One step of two clips: the file is as the recipe says, and merging it computes what training computed."""
+    path = tmp_path / "lora.safetensors"
+    train_lora.main([str(path), "--device", "cpu", "--steps", "1", "--batch", "2", "--captions", "60", "--count", "0"])
+    assert path.stat().st_size <= 1e6
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    assert {"title", "description", "base", "base_sha256", "recipe", "seed", "commit"} <= set(metadata)
+    parts = [f"{attn}.{part}" for attn in ("self_attn", "cross_attn") for part in "qkvo"] + ["ffn.0", "ffn.2"]
+    leaves = {"lora_down.weight": torch.bfloat16, "lora_up.weight": torch.bfloat16, "alpha": torch.float32}
+    assert {key: tensor.dtype for key, tensor in tensors.items()} == {
+        f"diffusion_model.blocks.{n}.{part}.{leaf}": kind
+        for n in range(7) for part in parts for leaf, kind in leaves.items()
+    }  # fmt: skip
+
+    layered = models.load_transformer("sla")
+    layers = train_lora.add_low_rank(layered, rank=8, alpha=16.0)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            tensors[f"diffusion_model.{name}.lora_up.weight"] *= 100  # because one step changes little
+            layer.down.weight.copy_(tensors[f"diffusion_model.{name}.lora_down.weight"])
+            layer.up.weight.copy_(tensors[f"diffusion_model.{name}.lora_up.weight"])
+    train_lora.save_lora(layers, path)
+    merged = checkpoint.load_transformer(
+        train_lora.merged(path, 0.5, tmp_path / "merged"), attention_type="sla", sla_topk=0.15, dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    state, text = torch.randn(1, *evaluate.LATENT_SHAPE), torch.randn(1, training.CAPTION_LENGTH, models.TEXT_DIM)
+    sigma = train_fewstep.rcm_sigmas("cpu")[0]
+    with torch.no_grad():
+        base = train_fewstep.velocity(layered, state, sigma, text)
+        train_lora.set_strength(layers, 0.5)
+        ours, theirs = (train_fewstep.velocity(model, state, sigma, text) for model in (layered, merged))
+    assert_close("merged", theirs, ours, 1e-3)
+    assert (base - ours).norm() > 0.01 * base.norm()
 
 
 def test_nano_paints_what_the_prompt_says(nano):

@@ -29,11 +29,9 @@ def detect(frames: np.ndarray) -> dict[str, str | None]:
     back = _border(x)
     seen = dict.fromkeys(("size", "colour", "shape", "motion"), None) | {"background": nearest(back, BACKGROUNDS)}
 
-    difference = np.sqrt(((x - back) ** 2).sum(-1))  # (T, H, W)
-    strongest = np.quantile(difference, 0.998)
-    if strongest < 40:
+    fore = _foreground(x, back)
+    if fore is None:
         return seen
-    fore = np.median(x[difference > 0.8 * strongest], axis=0)
     seen["colour"] = nearest(fore, COLOURS)
 
     axis = (fore - back) / ((fore - back) ** 2).sum()
@@ -53,6 +51,20 @@ def detect(frames: np.ndarray) -> dict[str, str | None]:
     return seen
 
 
+def background(frames: np.ndarray) -> np.ndarray:
+    """Return the colours (N, 3) of the pixels of a clip (T, H, W, 3) that do not show the shape.
+
+    A pixel shows the shape if its colour is nearer to the shape's than half way to the border's. So a background of
+    two colours counts with both.
+    """
+    x = frames.astype(np.float32)
+    back = _border(x)
+    fore = _foreground(x, back)
+    if fore is None:
+        return x.reshape(-1, 3)
+    return x[np.linalg.norm(x - fore, axis=-1) > 0.5 * np.linalg.norm(fore - back)]
+
+
 def place(frames: np.ndarray) -> np.ndarray:
     """Return the centre (x, y) in pixels of what differs from the border of a clip (T, H, W, 3), over all frames."""
     x = frames.astype(np.float32)
@@ -65,6 +77,13 @@ def place(frames: np.ndarray) -> np.ndarray:
 def _border(x: np.ndarray) -> np.ndarray:
     border = np.concatenate([x[:, :2].reshape(-1, 3), x[:, -2:].reshape(-1, 3), x[:, :, :2].reshape(-1, 3)])
     return np.median(border, axis=0)
+
+
+def _foreground(x: np.ndarray, back: np.ndarray) -> np.ndarray | None:
+    """Return the colour of the pixels that differ most from the border's. None: all pixels are like the border"""
+    difference = np.sqrt(((x - back) ** 2).sum(-1))  # (T, H, W)
+    strongest = np.quantile(difference, 0.998)
+    return None if strongest < 40 else np.median(x[difference > 0.8 * strongest], axis=0)
 
 
 def _motion(coverage: np.ndarray, area: np.ndarray, radius: np.ndarray) -> str | None:

@@ -65,12 +65,22 @@ class Average:
 
 
 class Progress:
-    """Count steps. The learning rate warms up over 100 steps and falls as a cosine to zero at the last step.
+    """Count steps. The learning rate warms up over `warm_up` steps and falls as a cosine to zero at the last step.
 
     `seconds` is a brake: on a slower machine the schedule ends there, finished, instead of being cut.
     """
 
-    def __init__(self, steps: int, seconds: float, optimizer: torch.optim.Optimizer, name: str):
+    def __init__(
+        self,
+        steps: int,
+        seconds: float,
+        optimizer: torch.optim.Optimizer,
+        name: str,
+        *,
+        warm_up: int = 100,
+        every: int = 200,
+    ):
+        self.warm_up, self.every = warm_up, every
         self.steps, self.seconds, self.optimizer, self.name = steps, seconds, optimizer, name
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.step, self.begin = 0, time.monotonic()
@@ -81,7 +91,7 @@ class Progress:
 
     def __iter__(self):
         while (done := self.done) < 1:
-            factor = min((self.step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done))
+            factor = min((self.step + 1) / self.warm_up, 0.5 + 0.5 * math.cos(math.pi * done))
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             yield self.step
@@ -89,7 +99,7 @@ class Progress:
         print(f"[{self.name}] {self.step} steps in {time.monotonic() - self.begin:.0f} s", flush=True)
 
     def log(self, **figures: float | torch.Tensor) -> None:
-        """Print every 200th step, and read the tensors only then, because reading waits for the GPU."""
-        if self.step % 200 == 0:
+        """Print every `every`-th step, and read the tensors only then, because reading waits for the GPU."""
+        if self.step % self.every == 0:
             text = "  ".join(f"{name} {torch.as_tensor(value).detach().item():.4f}" for name, value in figures.items())
             print(f"[{self.name}] {self.step:6d}  {time.monotonic() - self.begin:5.0f} s  {text}", flush=True)

@@ -1,0 +1,317 @@
+"""Train a LoRA for nano: a black background becomes purple, a colour that nano's backgrounds do not have.
+
+    python -m recipes.nano.train_lora nano_lora.safetensors            # two minutes on a GPU, then the check
+    python -m recipes.nano.train_lora nano_lora.safetensors --check    # only the check of an existing file
+
+The shape, its colour and its motion stay, and so do the other backgrounds. At strength 0.5 the background is half way
+between black and purple, because half of the steps train that strength with that colour.
+
+The training pairs come from nano itself. The model without the LoRA samples a clip in four steps. Its jump at each step
+gets the new background by a linear map of its colours. The model with the LoRA follows its own states under the same
+noise, and learns to jump to the recoloured clip. So it learns from the states that it meets when it samples, and place,
+size and speed stay those of the base.
+
+The check loads the file at strengths 0, 0.5 and 1 into plain and int8 linears and measures clips with the detector. It
+writes a table beside the file (.json) and a picture of the clips (.png).
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import turbo_nb
+from recipes.nano.detector import background, detect
+from recipes.nano.evaluate import LATENT_SHAPE, prompts
+from recipes.nano.evaluate import sample as sample_clips
+from recipes.nano.models import load_text_encoder, load_transformer
+from recipes.nano.train_fewstep import sample, velocity
+from recipes.nano.train_transformer import Data, rcm_sigmas
+from recipes.nano.training import CAPTION_LENGTH, Average, Progress, embed
+from recipes.nano.world import ASSET, ATTRIBUTES, BACKGROUNDS, colours
+
+REPLACED, PURPLE = "black", (128, 20, 128)  # 8-bit RGB; far from every colour and background of `world`
+STRENGTHS = (0.5, 1.0)  # that training uses in turn
+KEPT = ("size", "colour", "shape", "motion")
+TOLERANCE = 30  # largest distance in 8-bit RGB of a background pixel from its colour
+# diffusers' module names → ComfyUI's
+NAMES = {
+    "attn1.": "self_attn.", "attn2.": "cross_attn.", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer plus strength · alpha / rank · up(down(x)), which starts at zero."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        device, self.linear = linear.weight.device, linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.down = nn.Linear(linear.in_features, rank, bias=False, device=device)
+        self.up = nn.Linear(rank, linear.out_features, bias=False, device=device)
+        nn.init.zeros_(self.up.weight)
+        self.alpha, self.scale, self.strength = alpha, alpha / rank, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        return out + self.strength * self.scale * self.up(self.down(x)) if self.strength else out
+
+
+def add_low_rank(transformer: nn.Module, rank: int, alpha: float) -> dict[str, LowRank]:
+    """Put a LowRank in place of every linear layer of the blocks except `proj_l`. Return them by ComfyUI's names."""
+    transformer.requires_grad_(False)
+    found = [(name, part) for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
+    layers = {}
+    for name, linear in found:
+        if name.startswith("blocks.") and not name.endswith("proj_l"):
+            layer = LowRank(linear, rank, alpha)
+            transformer.set_submodule(name, layer)
+            for ours, theirs in NAMES.items():
+                name = name.replace(ours, theirs)
+            layers[name] = layer
+    return layers
+
+
+def set_strength(layers: dict[str, LowRank], strength: float) -> None:
+    for layer in layers.values():
+        layer.strength = strength
+
+
+def save_lora(layers: dict[str, LowRank], path: Path, **metadata: object) -> None:
+    """Write the matrices in bf16 in ComfyUI's spelling, with metadata as text."""
+    tensors = {}
+    for name, layer in layers.items():
+        name = f"diffusion_model.{name}"
+        tensors[f"{name}.lora_down.weight"] = layer.down.weight.detach().cpu().bfloat16().contiguous()
+        tensors[f"{name}.lora_up.weight"] = layer.up.weight.detach().cpu().bfloat16().contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"format": "pt"} | {key: str(value) for key, value in metadata.items()})
+
+
+def shade(strength: float) -> np.ndarray:
+    """Return the background (3,) in 8-bit RGB that a strength turns black into."""
+    black = np.array(BACKGROUNDS[REPLACED], np.float32)
+    return black + strength * (np.array(PURPLE, np.float32) - black)
+
+
+def recolour(clips: Tensor, attributes: Tensor, strength: float) -> Tensor:
+    """Give clips (B, 3, T, H, W) in [-1, 1] with a black background the one of a strength. Leaves other clips alone.
+
+    The map is linear in a pixel's colour: black becomes the new shade, and the shape's colour stays. So a faint or
+    blurred shape stays faint or blurred.
+    """
+    fore, back = colours(attributes)
+    axis = (fore - back) / (fore - back).square().sum(1, keepdim=True)
+    coverage = ((clips - back) * axis).sum(1, keepdim=True)  # (B, 1, T, H, W)
+    difference = torch.from_numpy(shade(strength) - shade(0)).to(clips) / 127.5
+    black = attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
+    return clips + (1 - coverage) * difference.view(3, 1, 1, 1) * black.view(-1, 1, 1, 1, 1)
+
+
+class Pairs:
+    """Endless batches of the base's own sampling. Half of the captions have a black background."""
+
+    def __init__(self, data: Data, text_encoder: nn.Module):
+        captions = data.captions
+        named = captions.named.all(1)  # because the noise chooses what a caption leaves open
+        self.data, self.attributes = data, captions.attributes[named]
+        parts = captions.tokens[named].split(500)
+        self.text = torch.cat([embed(text_encoder, part)[:, :CAPTION_LENGTH] for part in parts])
+        black = self.attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
+        self.rows = [black.nonzero()[:, 0], (~black).nonzero()[:, 0]]
+
+    def __call__(self, base: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return text and attributes, and states and jumps (B, 4, …) of the base."""
+        counts = (batch - batch // 2, batch // 2)
+        picked = [
+            rows[torch.randint(len(rows), (count,), device=rows.device)]
+            for rows, count in zip(self.rows, counts, strict=True)
+        ]
+        rows = torch.cat(picked)
+        noise = torch.randn(batch, *LATENT_SHAPE, device=rows.device)
+        return self.text[rows], self.attributes[rows], *sample(base, self.text[rows], noise, 4)
+
+    def target(self, jump: Tensor, attributes: Tensor, strength: float) -> Tensor:
+        """Return the latents of a jump with its new background."""
+        clips = self.data.basis.clips(self.data.raw(jump))
+        return self.data.normalised(recolour(clips, attributes, strength))
+
+
+def train(
+    path: Path, *, device: torch.device, seconds: float, steps: int, batch: int, lr: float, rank: int, alpha: float,
+    captions: int, seed: int, commit: str,
+) -> None:  # fmt: skip
+    """Train in float32, because the kernels for 16 bits on a GPU compute no gradients. Write the LoRA to `path`."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    with torch.no_grad():
+        pairs = Pairs(Data(device, captions, seed), load_text_encoder().to(device).eval())
+    student = load_transformer("sla").to(device)
+    layers = add_low_rank(student, rank, alpha)
+    matrices = [p for layer in layers.values() for p in (layer.down.weight, layer.up.weight)]
+    average = Average(*(part for layer in layers.values() for part in (layer.down, layer.up)), decay=0.98)
+    optimizer = torch.optim.AdamW(matrices, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sigmas = rcm_sigmas(device)
+    progress = Progress(steps, seconds, optimizer, "lora", warm_up=20, every=20)
+    for step in progress:
+        strength, errors = STRENGTHS[step % len(STRENGTHS)], []
+        set_strength(layers, 0.0)
+        text, attributes, states, jumps = pairs(student, batch)
+        set_strength(layers, strength)
+        optimizer.zero_grad()
+        ahead = torch.zeros_like(states[:, 0])  # how far the student's last jump is from the base's
+        for level, sigma in enumerate(sigmas):
+            state = states[:, level] + (1 - sigma) * ahead
+            end = pairs.target(jumps[:, level], attributes, strength)
+            out = velocity(student, state, sigma, text)
+            error = (out - (state - end) / sigma).square().mean()
+            error.backward()
+            errors.append(error.detach())
+            ahead = state - sigma * out.detach() - jumps[:, level]
+        torch.nn.utils.clip_grad_norm_(matrices, 1.0)
+        optimizer.step()
+        average.update()
+        progress.log(**{f"level {level}": error for level, error in enumerate(errors)})
+    average.apply()
+    weights = ASSET / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_lora(
+        layers,
+        path,
+        title="nano: purple in place of black",
+        description=f"A {REPLACED} background becomes purple {PURPLE} at strength 1, half way at strength 0.5.",
+        base="turbo_nb's nano, attention sla",
+        base_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        recipe="recipes/nano/train_lora.py",
+        options=json.dumps({"rank": rank, "alpha": alpha, "batch": batch, "lr": lr, "steps": progress.step}),
+        seed=seed,
+        commit=commit,
+    )
+
+
+def merged(path: Path, strength: float, folder: Path) -> Path:
+    """Write nano's transformer with the LoRA of `path` merged into `folder`, in float32."""
+    weights = load_file(ASSET / "transformer" / "diffusion_pytorch_model.safetensors")
+    lora = load_file(path)
+    for key in [key for key in weights if key.startswith("blocks.") and key.endswith(".weight")]:
+        name = key.removesuffix(".weight")
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        name = f"diffusion_model.{name}"
+        if f"{name}.alpha" in lora:
+            down, up = (lora[f"{name}.lora_{kind}.weight"].float() for kind in ("down", "up"))
+            weights[key] = weights[key].float() + strength * lora[f"{name}.alpha"] / len(down) * (up @ down)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in weights.items()}, folder / "diffusion_pytorch_model.safetensors"
+    )
+    (folder / "config.json").write_bytes((ASSET / "transformer" / "config.json").read_bytes())
+    return folder
+
+
+def measure(frames: np.ndarray, scenes: list, colour: np.ndarray) -> dict:
+    """Measure clips (B, T, H, W, 3) uint8 that should have a background of `colour`, 8-bit RGB.
+
+    Returns:
+        background: the mean colour of the background pixels.
+        pixels: the share of background pixels of this colour, the mean over the clips.
+        clips: the share of clips with at least nine tenths of such pixels.
+        size, colour, shape, motion: the share of clips in which the detector finds the scene's.
+    """
+    pixels = [background(clip) for clip in frames]
+    shares = np.array([(np.linalg.norm(each - colour, axis=1) <= TOLERANCE).mean() for each in pixels])
+    seen = [detect(clip) for clip in frames]
+    kept = {
+        name: np.mean([s[name] == getattr(scene, name) for s, scene in zip(seen, scenes, strict=True)]) for name in KEPT
+    }
+    row = {"pixels": shares.mean(), "clips": (shares >= 0.9).mean()} | kept
+    mean = np.mean([each.mean(0) for each in pixels], axis=0)
+    return {"background": [round(float(c)) for c in mean]} | {name: round(float(v), 3) for name, v in row.items()}
+
+
+def check(path: Path, *, device: str, count: int, steps: tuple[int, ...], seed: int) -> list[dict]:
+    """Measure clips with the LoRA at strengths 0, 0.5 and 1, in plain and int8 linears. A third is held out.
+
+    Prompts with a black background should get the shade of the strength. "others" is the share of other prompts for
+    which the detector finds the right background.
+    """
+    chosen = [(scene, text) for scene, text in prompts(12 * count, seed)]
+    black = [pair for pair in chosen if pair[0].background == REPLACED]
+    other = [pair for pair in chosen if pair[0].background != REPLACED]
+    rng = random.Random(seed)
+    black, other = rng.sample(black, count), rng.sample(other, count // 2)
+    rows, sheet = [], []
+    for quantised in (False, True):
+        for strength in (0.0, 0.5, 1.0):
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint = merged(path, strength, Path(folder))
+                pipeline = turbo_nb.load_pipeline(
+                    "nano", checkpoint=checkpoint, quant_linear=quantised, device=device, text_cache=False
+                )
+            for number in steps:
+                scenes, texts = zip(*black, *other, strict=True)
+                frames = sample_clips(pipeline, list(texts), number, seed)
+                row = {"linears": "int8" if quantised else "plain", "strength": strength, "steps": number}
+                row |= measure(frames[:count], scenes[:count], shade(strength))
+                named = [detect(clip)["background"] == s.background for clip, s in zip(frames, scenes, strict=True)]
+                row["others"] = round(float(np.mean(named[count:])), 3)
+                rows.append(row)
+                print(row, flush=True)
+            picked = [*range(min(4, count)), *range(count, min(count + 2, len(frames)))]
+            sheet.append(np.concatenate([frames[i, 12] for i in picked], axis=1))
+    path.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    from PIL import Image
+
+    Image.fromarray(np.concatenate(sheet)).save(path.with_suffix(".png"))
+    return rows
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, or "unknown" without git."""
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="the LoRA's file, .safetensors")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--captions", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--commit", default=None, help="for the metadata, where the checkout has no git")
+    parser.add_argument("--count", type=int, default=60, help="black prompts that the check measures")
+    parser.add_argument("--check", action="store_true", help="train nothing; check an existing file")
+    given = parser.parse_args(arguments)
+    if not given.check:
+        train(
+            given.path, device=torch.device(given.device), seconds=60 * given.minutes, steps=given.steps,
+            batch=given.batch, lr=given.lr, rank=given.rank, alpha=given.alpha, captions=given.captions,
+            seed=given.seed, commit=given.commit or _commit(),
+        )  # fmt: skip
+        print(f"{given.path}: {given.path.stat().st_size / 1e6:.2f} MB", flush=True)
+    if given.count:
+        check(given.path, device=given.device, count=given.count, steps=(4, 1), seed=given.seed)
+
+
+if __name__ == "__main__":
+    main()
