@@ -209,7 +209,7 @@ def test_recolouring_changes_black_backgrounds_alone(strength, monkeypatch):
 def test_the_lora_recipe_writes_what_it_trains(tmp_path):
     """One step of two clips: the file is as the recipe says, and merging it computes what training computed."""
     path = tmp_path / "lora.safetensors"
-    train_lora.main([str(path), "--device", "cpu", "--steps", "1", "--batch", "2", "--captions", "60", "--count", "0"])
+    train_lora.main([str(path), "--device", "cpu", "--steps", "1", "--batch", "2", "--clips", "4", "--count", "0"])
     assert path.stat().st_size <= 1e6
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -224,16 +224,16 @@ def test_the_lora_recipe_writes_what_it_trains(tmp_path):
 
     layered = models.load_transformer("sla")
     layers = train_lora.add_low_rank(layered, rank=8, alpha=16.0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, layer in layers.items():
-            tensors[f"diffusion_model.{name}.lora_up.weight"] *= 100  # because one step changes little
-            layer.down.weight.copy_(tensors[f"diffusion_model.{name}.lora_down.weight"])
-            layer.up.weight.copy_(tensors[f"diffusion_model.{name}.lora_up.weight"])
+            assert tensors[f"diffusion_model.{name}.lora_up.weight"].any(), name
+            for matrix in (layer.down.weight, layer.up.weight):
+                matrix.copy_(torch.randn_like(matrix).mul(0.05).bfloat16())  # because one step changes little
     train_lora.save_lora(layers, path)
     merged = checkpoint.load_transformer(
         train_lora.merged(path, 0.5, tmp_path / "merged"), attention_type="sla", sla_topk=0.15, dtype=torch.float32
     )
-    torch.manual_seed(0)
     state, text = torch.randn(1, *evaluate.LATENT_SHAPE), torch.randn(1, training.CAPTION_LENGTH, models.TEXT_DIM)
     sigma = train_fewstep.rcm_sigmas("cpu")[0]
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_the_lora_recipe_writes_what_it_trains(tmp_path):
         train_lora.set_strength(layers, 0.5)
         ours, theirs = (train_fewstep.velocity(model, state, sigma, text) for model in (layered, merged))
     assert_close("merged", theirs, ours, 1e-3)
-    assert (base - ours).norm() > 0.01 * base.norm()
+    assert (base - ours).norm() > 0.02 * base.norm()
 
 
 def test_nano_paints_what_the_prompt_says(nano):

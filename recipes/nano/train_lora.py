@@ -6,10 +6,9 @@
 The shape, its colour and its motion stay, and so do the other backgrounds. At strength 0.5 the background is half way
 between black and purple, because half of the steps train that strength with that colour.
 
-The training pairs come from nano itself. The model without the LoRA samples a clip in four steps. Its jump at each step
-gets the new background by a linear map of its colours. The model with the LoRA follows its own states under the same
-noise, and learns to jump to the recoloured clip. So it learns from the states that it meets when it samples, and place,
-size and speed stay those of the base.
+The training pairs come from nano itself. The model without the LoRA samples clips in four steps. Its jump at each step
+gets the new background by a linear map of its colours. The LoRA learns the same jumps between recoloured clips, under
+the same noise. So place, size and speed stay those of the base.
 
 The check loads the file at strengths 0, 0.5 and 1 into plain and int8 linears and measures clips with the detector. It
 writes a table beside the file (.json) and a picture of the clips (.png).
@@ -119,71 +118,70 @@ def recolour(clips: Tensor, attributes: Tensor, strength: float) -> Tensor:
 
 
 class Pairs:
-    """Endless batches of the base's own sampling. Half of the captions have a black background."""
+    """Jumps of the base's own sampling, half of them to clips with a black background."""
 
-    def __init__(self, data: Data, text_encoder: nn.Module):
+    def __init__(self, data: Data, text_encoder: nn.Module, base: nn.Module, clips: int, chunk: int = 50):
         captions = data.captions
         named = captions.named.all(1)  # because the noise chooses what a caption leaves open
-        self.data, self.attributes = data, captions.attributes[named]
-        parts = captions.tokens[named].split(500)
-        self.text = torch.cat([embed(text_encoder, part)[:, :CAPTION_LENGTH] for part in parts])
-        black = self.attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
-        self.rows = [black.nonzero()[:, 0], (~black).nonzero()[:, 0]]
+        tokens, attributes = captions.tokens[named], captions.attributes[named]
+        black = attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
+        rows = torch.cat([kind.nonzero()[: clips // 2, 0] for kind in (black, ~black)])
+        self.sigmas = rcm_sigmas(rows.device)
+        parts = [self._sample(data, text_encoder, base, tokens[r], attributes[r]) for r in rows.split(chunk)]
+        self.text, self.states, self.jumps, self.shifts = (torch.cat(part) for part in zip(*parts, strict=True))
 
-    def __call__(self, base: nn.Module, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return text and attributes, and states and jumps (B, 4, …) of the base."""
-        counts = (batch - batch // 2, batch // 2)
-        picked = [
-            rows[torch.randint(len(rows), (count,), device=rows.device)]
-            for rows, count in zip(self.rows, counts, strict=True)
-        ]
-        rows = torch.cat(picked)
-        noise = torch.randn(batch, *LATENT_SHAPE, device=rows.device)
-        return self.text[rows], self.attributes[rows], *sample(base, self.text[rows], noise, 4)
+    def _sample(self, data, text_encoder, base, tokens: Tensor, attributes: Tensor) -> tuple[Tensor, ...]:
+        """Return the text, and states, jumps and what strength 1 adds to the jumps: latents (B, 4, …)"""
+        text = embed(text_encoder, tokens)[:, :CAPTION_LENGTH]
+        noise = torch.randn(len(text), *LATENT_SHAPE, device=text.device)
+        states, jumps = sample(base, text, noise, len(self.sigmas))
+        shifts = []
+        for jump in jumps.unbind(1):
+            clips = data.basis.clips(data.raw(jump))
+            shifts.append(data.normalised(recolour(clips, attributes, 1.0)) - data.normalised(clips))
+        return text, states, jumps, torch.stack(shifts, 1)
 
-    def target(self, jump: Tensor, attributes: Tensor, strength: float) -> Tensor:
-        """Return the latents of a jump with its new background."""
-        clips = self.data.basis.clips(self.data.raw(jump))
-        return self.data.normalised(recolour(clips, attributes, strength))
+    def __call__(self, batch: int, strength: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return text, noise level, and a state and the clip to jump to from there at a strength."""
+        row = torch.randint(len(self.text), (batch,), device=self.text.device)
+        level = torch.randint(len(self.sigmas), (batch,), device=row.device)
+        sigma = self.sigmas[level]
+        before = self.shifts[row, (level - 1).clamp(min=0)] * (level > 0).view(-1, 1, 1, 1, 1)
+        state = self.states[row, level] + (1 - sigma).view(-1, 1, 1, 1, 1) * strength * before
+        return self.text[row], sigma, state, self.jumps[row, level] + strength * self.shifts[row, level]
 
 
 def train(
     path: Path, *, device: torch.device, seconds: float, steps: int, batch: int, lr: float, rank: int, alpha: float,
-    captions: int, seed: int, commit: str,
+    clips: int, seed: int, commit: str,
 ) -> None:  # fmt: skip
     """Train in float32, because the kernels for 16 bits on a GPU compute no gradients. Write the LoRA to `path`."""
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    with torch.no_grad():
-        pairs = Pairs(Data(device, captions, seed), load_text_encoder().to(device).eval())
     student = load_transformer("sla").to(device)
+    with torch.no_grad():
+        data, text_encoder = Data(device, 4 * clips, seed), load_text_encoder().to(device).eval()
+        pairs = Pairs(data, text_encoder, student, clips)
     layers = add_low_rank(student, rank, alpha)
     matrices = [p for layer in layers.values() for p in (layer.down.weight, layer.up.weight)]
     average = Average(*(part for layer in layers.values() for part in (layer.down, layer.up)), decay=0.98)
     optimizer = torch.optim.AdamW(matrices, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    sigmas = rcm_sigmas(device)
-    progress = Progress(steps, seconds, optimizer, "lora", warm_up=20, every=20)
+    progress = Progress(steps, seconds, optimizer, "lora", warm_up=20, every=25)
     for step in progress:
-        strength, errors = STRENGTHS[step % len(STRENGTHS)], []
-        set_strength(layers, 0.0)
-        text, attributes, states, jumps = pairs(student, batch)
+        strength = STRENGTHS[step % len(STRENGTHS)]
         set_strength(layers, strength)
+        text, sigma, state, end = pairs(batch, strength)
+        exact = (state - end) / sigma.view(-1, 1, 1, 1, 1)
+        error = (velocity(student, state, sigma, text) - exact).square().mean()
         optimizer.zero_grad()
-        ahead = torch.zeros_like(states[:, 0])  # how far the student's last jump is from the base's
-        for level, sigma in enumerate(sigmas):
-            state = states[:, level] + (1 - sigma) * ahead
-            end = pairs.target(jumps[:, level], attributes, strength)
-            out = velocity(student, state, sigma, text)
-            error = (out - (state - end) / sigma).square().mean()
-            error.backward()
-            errors.append(error.detach())
-            ahead = state - sigma * out.detach() - jumps[:, level]
+        error.backward()
         torch.nn.utils.clip_grad_norm_(matrices, 1.0)
         optimizer.step()
         average.update()
-        progress.log(**{f"level {level}": error for level, error in enumerate(errors)})
+        progress.log(**{f"strength {strength:g}": error})
     average.apply()
     weights = ASSET / "transformer" / "diffusion_pytorch_model.safetensors"
+    options = {"rank": rank, "alpha": alpha, "batch": batch, "lr": lr, "clips": clips, "steps": progress.step}
     save_lora(
         layers,
         path,
@@ -192,7 +190,7 @@ def train(
         base="turbo_nb's nano, attention sla",
         base_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         recipe="recipes/nano/train_lora.py",
-        options=json.dumps({"rank": rank, "alpha": alpha, "batch": batch, "lr": lr, "steps": progress.step}),
+        options=json.dumps(options),
         seed=seed,
         commit=commit,
     )
@@ -292,11 +290,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--captions", type=int, default=8000)
+    parser.add_argument("--clips", type=int, default=2000, help="clips that training learns from")
     parser.add_argument("--seed", type=int, default=8)
     parser.add_argument("--commit", default=None, help="for the metadata, where the checkout has no git")
     parser.add_argument("--count", type=int, default=60, help="black prompts that the check measures")
@@ -305,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not given.check:
         train(
             given.path, device=torch.device(given.device), seconds=60 * given.minutes, steps=given.steps,
-            batch=given.batch, lr=given.lr, rank=given.rank, alpha=given.alpha, captions=given.captions,
+            batch=given.batch, lr=given.lr, rank=given.rank, alpha=given.alpha, clips=given.clips,
             seed=given.seed, commit=given.commit or _commit(),
         )  # fmt: skip
         print(f"{given.path}: {given.path.stat().st_size / 1e6:.2f} MB", flush=True)
