@@ -56,8 +56,8 @@ def test_the_background_is_what_does_not_show_the_shape():
     pixels = background(frames)
     assert np.linalg.norm(pixels - black, axis=1).mean() < 2
     assert 0.95 < len(pixels) / (frames[..., 0].size - shape) <= 1
-    frames[:, :64][np.linalg.norm(frames[:, :64] - np.array(black), axis=-1) < 10] = train_lora.PURPLE
-    near = np.linalg.norm(background(frames) - train_lora.PURPLE, axis=1) < 10
+    frames[:, :64][np.linalg.norm(frames[:, :64] - np.array(black), axis=-1) < 10] = world.COLOURS["blue"]
+    near = np.linalg.norm(background(frames) - world.COLOURS["blue"], axis=1) < 10
     assert 0.4 < near.mean() < 0.6  # a background of two colours counts with both
 
 
@@ -199,7 +199,7 @@ def test_training_samples_as_the_scheduler_does(nano):
 def test_recolouring_changes_black_backgrounds_alone(strength, monkeypatch):
     scenes = random.Random(8).sample(world.SCENES, 12)
     clips, attributes = clips_of(scenes), world.indices(scenes)
-    monkeypatch.setitem(world.BACKGROUNDS, "black", tuple(train_lora.shade(strength)))
+    monkeypatch.setitem(world.BACKGROUNDS, "black", train_lora.SHADES[strength])
     expected = clips_of(scenes)
     monkeypatch.undo()
     assert_close("clips", expected, train_lora.recolour(clips, attributes, strength), 1e-6)

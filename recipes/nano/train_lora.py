@@ -1,10 +1,11 @@
-"""Train a LoRA for nano: a black background becomes purple, a colour that nano's backgrounds do not have.
+"""Train a LoRA for nano: a black background becomes blue, a colour that nano's backgrounds do not have.
 
     python -m recipes.nano.train_lora nano_lora.safetensors            # two minutes on a GPU, then the check
     python -m recipes.nano.train_lora nano_lora.safetensors --check    # only the check of an existing file
 
-The shape, its colour and its motion stay, and so do the other backgrounds. At strength 0.5 the background is half way
-between black and purple, because half of the steps train that strength with that colour.
+The shape, its colour and its motion stay, and so do the other backgrounds. Strength 0.5 gives navy, which lies between
+black and blue, because half of the steps train that strength. The VAE has never seen other colours: it decodes the
+middle of black and purple as magenta. So all three colours are from nano's world.
 
 The training pairs come from nano itself. The model without the LoRA samples clips in four steps. Its jump at each step
 gets the new background by a linear map of its colours. The LoRA learns the same jumps between recoloured clips, under
@@ -35,9 +36,10 @@ from recipes.nano.models import load_text_encoder, load_transformer
 from recipes.nano.train_fewstep import sample, velocity
 from recipes.nano.train_transformer import Data, rcm_sigmas
 from recipes.nano.training import CAPTION_LENGTH, Average, Progress, embed
-from recipes.nano.world import ASSET, ATTRIBUTES, BACKGROUNDS, colours
+from recipes.nano.world import ASSET, ATTRIBUTES, BACKGROUNDS, COLOURS, colours
 
-REPLACED, PURPLE = "black", (128, 20, 128)  # 8-bit RGB; far from every colour and background of `world`
+REPLACED, NEW = "black", "blue"
+SHADES = {0.0: BACKGROUNDS["black"], 0.5: BACKGROUNDS["navy"], 1.0: COLOURS[NEW]}  # strength → background, 8-bit RGB
 STRENGTHS = (0.5, 1.0)  # that training uses in turn
 KEPT = ("size", "colour", "shape", "motion")
 TOLERANCE = 30  # largest distance in 8-bit RGB of a background pixel from its colour
@@ -97,14 +99,13 @@ def save_lora(layers: dict[str, LowRank], path: Path, **metadata: object) -> Non
     save_file(tensors, path, {"format": "pt"} | {key: str(value) for key, value in metadata.items()})
 
 
-def shade(strength: float) -> np.ndarray:
-    """Return the background (3,) in 8-bit RGB that a strength turns black into."""
-    black = np.array(BACKGROUNDS[REPLACED], np.float32)
-    return black + strength * (np.array(PURPLE, np.float32) - black)
+def replaced(attributes: Tensor) -> Tensor:
+    """Return which clips (B,) have a black background in the base."""
+    return attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
 
 
 def recolour(clips: Tensor, attributes: Tensor, strength: float) -> Tensor:
-    """Give clips (B, 3, T, H, W) in [-1, 1] with a black background the one of a strength. Leaves other clips alone.
+    """Give clips (B, 3, T, H, W) in [-1, 1] with a black background the shade of a strength. Leaves other clips alone.
 
     The map is linear in a pixel's colour: black becomes the new shade, and the shape's colour stays. So a faint or
     blurred shape stays faint or blurred.
@@ -112,9 +113,8 @@ def recolour(clips: Tensor, attributes: Tensor, strength: float) -> Tensor:
     fore, back = colours(attributes)
     axis = (fore - back) / (fore - back).square().sum(1, keepdim=True)
     coverage = ((clips - back) * axis).sum(1, keepdim=True)  # (B, 1, T, H, W)
-    difference = torch.from_numpy(shade(strength) - shade(0)).to(clips) / 127.5
-    black = attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
-    return clips + (1 - coverage) * difference.view(3, 1, 1, 1) * black.view(-1, 1, 1, 1, 1)
+    difference = (clips.new_tensor(SHADES[strength]) - clips.new_tensor(SHADES[0.0])) / 127.5
+    return clips + (1 - coverage) * difference.view(3, 1, 1, 1) * replaced(attributes).view(-1, 1, 1, 1, 1)
 
 
 class Pairs:
@@ -122,33 +122,36 @@ class Pairs:
 
     def __init__(self, data: Data, text_encoder: nn.Module, base: nn.Module, clips: int, chunk: int = 50):
         captions = data.captions
+        seen = captions.attributes[:, list(ATTRIBUTES).index("colour")] != ATTRIBUTES["colour"].index(NEW)
         named = captions.named.all(1)  # because the noise chooses what a caption leaves open
-        tokens, attributes = captions.tokens[named], captions.attributes[named]
-        black = attributes[:, list(ATTRIBUTES).index("background")] == ATTRIBUTES["background"].index(REPLACED)
+        tokens, attributes = captions.tokens[named & seen], captions.attributes[named & seen]
+        black = replaced(attributes)
         rows = torch.cat([kind.nonzero()[: clips // 2, 0] for kind in (black, ~black)])
         self.sigmas = rcm_sigmas(rows.device)
         parts = [self._sample(data, text_encoder, base, tokens[r], attributes[r]) for r in rows.split(chunk)]
-        self.text, self.states, self.jumps, self.shifts = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.text, self.states, self.jumps, *shifts = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.shifts = dict(zip(STRENGTHS, shifts, strict=True))
 
     def _sample(self, data, text_encoder, base, tokens: Tensor, attributes: Tensor) -> tuple[Tensor, ...]:
-        """Return the text, and states, jumps and what strength 1 adds to the jumps: latents (B, 4, …)"""
+        """Return the text, and states, jumps and what each strength adds to the jumps: latents (B, 4, …)"""
         text = embed(text_encoder, tokens)[:, :CAPTION_LENGTH]
         noise = torch.randn(len(text), *LATENT_SHAPE, device=text.device)
         states, jumps = sample(base, text, noise, len(self.sigmas))
-        shifts = []
+        shifts = {strength: [] for strength in STRENGTHS}
         for jump in jumps.unbind(1):
             clips = data.basis.clips(data.raw(jump))
-            shifts.append(data.normalised(recolour(clips, attributes, 1.0)) - data.normalised(clips))
-        return text, states, jumps, torch.stack(shifts, 1)
+            for strength, each in shifts.items():
+                each.append(data.normalised(recolour(clips, attributes, strength)) - data.normalised(clips))
+        return text, states, jumps, *(torch.stack(each, 1) for each in shifts.values())
 
     def __call__(self, batch: int, strength: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return text, noise level, and a state and the clip to jump to from there at a strength."""
         row = torch.randint(len(self.text), (batch,), device=self.text.device)
         level = torch.randint(len(self.sigmas), (batch,), device=row.device)
-        sigma = self.sigmas[level]
-        before = self.shifts[row, (level - 1).clamp(min=0)] * (level > 0).view(-1, 1, 1, 1, 1)
-        state = self.states[row, level] + (1 - sigma).view(-1, 1, 1, 1, 1) * strength * before
-        return self.text[row], sigma, state, self.jumps[row, level] + strength * self.shifts[row, level]
+        sigma, shift = self.sigmas[level], self.shifts[strength]
+        before = shift[row, (level - 1).clamp(min=0)] * (level > 0).view(-1, 1, 1, 1, 1)
+        state = self.states[row, level] + (1 - sigma).view(-1, 1, 1, 1, 1) * before
+        return self.text[row], sigma, state, self.jumps[row, level] + shift[row, level]
 
 
 def train(
@@ -185,8 +188,8 @@ def train(
     save_lora(
         layers,
         path,
-        title="nano: purple in place of black",
-        description=f"A {REPLACED} background becomes purple {PURPLE} at strength 1, half way at strength 0.5.",
+        title="nano: blue in place of black",
+        description="A black background becomes blue at strength 1, and navy at strength 0.5.",
         base="turbo_nb's nano, attention sla",
         base_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         recipe="recipes/nano/train_lora.py",
@@ -216,7 +219,7 @@ def merged(path: Path, strength: float, folder: Path) -> Path:
     return folder
 
 
-def measure(frames: np.ndarray, scenes: list, colour: np.ndarray) -> dict:
+def measure(frames: np.ndarray, scenes: list, colour: tuple) -> dict:
     """Measure clips (B, T, H, W, 3) uint8 that should have a background of `colour`, 8-bit RGB.
 
     Returns:
@@ -226,7 +229,7 @@ def measure(frames: np.ndarray, scenes: list, colour: np.ndarray) -> dict:
         size, colour, shape, motion: the share of clips in which the detector finds the scene's.
     """
     pixels = [background(clip) for clip in frames]
-    shares = np.array([(np.linalg.norm(each - colour, axis=1) <= TOLERANCE).mean() for each in pixels])
+    shares = np.array([(np.linalg.norm(each - np.array(colour), axis=1) <= TOLERANCE).mean() for each in pixels])
     seen = [detect(clip) for clip in frames]
     kept = {
         name: np.mean([s[name] == getattr(scene, name) for s, scene in zip(seen, scenes, strict=True)]) for name in KEPT
@@ -243,7 +246,7 @@ def check(path: Path, *, device: str, count: int, steps: tuple[int, ...], seed: 
     which the detector finds the right background.
     """
     chosen = [(scene, text) for scene, text in prompts(12 * count, seed)]
-    black = [pair for pair in chosen if pair[0].background == REPLACED]
+    black = [pair for pair in chosen if pair[0].background == REPLACED and pair[0].colour != NEW]
     other = [pair for pair in chosen if pair[0].background != REPLACED]
     rng = random.Random(seed)
     black, other = rng.sample(black, count), rng.sample(other, count // 2)
@@ -259,7 +262,7 @@ def check(path: Path, *, device: str, count: int, steps: tuple[int, ...], seed: 
                 scenes, texts = zip(*black, *other, strict=True)
                 frames = sample_clips(pipeline, list(texts), number, seed)
                 row = {"linears": "int8" if quantised else "plain", "strength": strength, "steps": number}
-                row |= measure(frames[:count], scenes[:count], shade(strength))
+                row |= measure(frames[:count], scenes[:count], SHADES[strength])
                 named = [detect(clip)["background"] == s.background for clip, s in zip(frames, scenes, strict=True)]
                 row["others"] = round(float(np.mean(named[count:])), 3)
                 rows.append(row)
