@@ -18,7 +18,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from turbo_nb import catalog, checkpoint
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
-from turbo_nb.files.recognise import describe, read, recognise
+from turbo_nb.files.layouts import describe
+from turbo_nb.files.recognise import read, recognise
 from turbo_nb.linear import is_quantized, to_per_row_scales
 from turbo_nb.scheduler import RCMScheduler
 from turbo_nb.sla import attention_type
@@ -426,18 +427,14 @@ def test_transformer_is_refused_as_vae_or_text_encoder(files):
         (lambda state: state.pop("encoder.block.1.layer.1.DenseReluDense.wi_0.weight"), "missing: .*wi_0"),
         (lambda state: state["shared.weight"].view(-1)[7].fill_(torch.nan), "holds NaN or Inf"),
         (lambda state: state.update({"encoder.final_layer_norm.weight": torch.zeros(3)}), "has shape"),
-        (None, "no config.json"),
     ],
-    ids=["missing", "NaN", "shape", "no config"],
+    ids=["missing", "NaN", "shape"],
 )
 def test_a_text_encoders_folder_is_checked_as_files_are(tmp_path, fault, words):
     folder = shutil.copytree(catalog.NANO.folder / "text_encoder", tmp_path / "text_encoder")
-    if fault:
-        state = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
-        fault(state)
-        save_file(state, folder / "model.safetensors")
-    else:
-        (folder / "config.json").unlink()
+    state = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
+    fault(state)
+    save_file(state, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=words):
         load_text_encoder(folder)
 
@@ -480,13 +477,29 @@ def umt5_state():
     return {key: tensor for key, tensor in state.items() if key != "encoder.embed_tokens.weight"}
 
 
-@pytest.mark.parametrize("config", ["[]", '{"num_layers": 999999}', "{}", "{"])
-@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder}
+WRITERS = {"transformer": {"_class_name": "WanTransformer3DModel"}, "text_encoder": {"model_type": "umt5"}}
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "own"])
+@pytest.mark.parametrize("part", LOADERS)
 def test_config_that_does_not_belong_to_the_weights_raises_checkpoint_error(tmp_path, part, config):
     folder = shutil.copytree(catalog.NANO.folder / part, tmp_path / part)
-    (folder / "config.json").write_text(config)
+    own = json.dumps(WRITERS[part] | {"num_layers": 999999})
+    (folder / "config.json").write_text(own if config == "own" else config)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        (load_transformer if part == "transformer" else load_text_encoder)(folder)
+        LOADERS[part](folder)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"num_layers": 999999}, {"_class_name": "WanModel", "num_layers": 40}])
+@pytest.mark.parametrize("part", LOADERS)
+def test_shapes_decide_where_another_class_wrote_the_config(tmp_path, part, config):
+    folder = shutil.copytree(catalog.NANO.folder / part, tmp_path / part)
+    (folder / "config.json").unlink()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    ref, found = (LOADERS[part](one).state_dict() for one in (catalog.NANO.folder / part, folder))
+    assert found.keys() == ref.keys() and all(torch.equal(found[key], ref[key]) for key in ref)
 
 
 def test_unreadable_paths_raise_checkpoint_error():
@@ -497,7 +510,7 @@ def test_unreadable_paths_raise_checkpoint_error():
 
 def test_diffusers_folder_is_described_part_by_part(tmp_path):
     told = describe(catalog.NANO.folder).splitlines()
-    assert [line.split()[0] for line in told[1:]] == ["transformer", "vae", "text_encoder"]
+    assert [line.split()[0] for line in told[1:]] == ["transformer", "vae", "text_encoder", "tokenizer"]
     assert "a Wan text-to-video transformer of nano's shape" in told[1] and "a vae" in told[2]
     assert describe(catalog.NANO.folder / "vae") == str(read(catalog.NANO.folder / "vae"))
     with pytest.raises(CheckpointError, match="in its folders text_encoder, transformer, vae"):

@@ -4,7 +4,6 @@
 gives its tensors to a model without storage, so nothing is held twice.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
-from .errors import CheckpointError, InputError, first_line, listed, warn
+from .errors import CheckpointError, InputError, listed, warn
 from .files import vocabulary
 from .files.names import PROJ_L
 from .files.numbers import Encoded
+from .files.reading import trusted_config
 from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, read, require
 from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
 from .linear import Int8Linear, empty_linears, frozen, quantize, row_quantize
@@ -97,9 +97,7 @@ def _is_int8(tensor: Tensor | Encoded) -> bool:
 def _transformer_config(contents: Contents) -> dict[str, Any]:
     """diffusers' configuration of a transformer: the folder's own, else from the shapes"""
     arch = contents.arch
-    if contents.path.is_dir():
-        return _folder_config(contents.path, num_layers=arch.num_layers)
-    return {
+    return _folder_config(contents, "WanTransformer3DModel", arch.num_layers) or {
         "attention_head_dim": contents.head_dim,
         "num_attention_heads": arch.num_heads,
         "num_layers": arch.num_layers,
@@ -168,7 +166,7 @@ def load_vae(
     contents = path if isinstance(path, Contents) else read(path)
     require(contents, "vae")
     with fitting_shapes(contents.path), init_empty_weights():
-        config = _folder_config(contents.path) if contents.path.is_dir() else _vae_config(contents.tensors)
+        config = _folder_config(contents, "AutoencoderKLWan") or _vae_config(contents.tensors)
         model = AutoencoderKLWan.from_config(config)
     _fill(model, contents, device, dtype)
     return model.requires_grad_(False).eval()
@@ -232,8 +230,8 @@ def _umt5_config(contents: Contents) -> UMT5Config:
     """The configuration of a text encoder: the folder's own, else from the shapes"""
     tensors, path, first = encoder_tensors(contents.tensors), contents.path, "encoder.block.0.layer."
     num_layers = count_blocks(tensors, "encoder.block", path)
-    if path.is_dir():
-        return UMT5Config(**_folder_config(path, num_layers=num_layers))
+    if config := _folder_config(contents, "umt5", num_layers):
+        return UMT5Config(**config)
     buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
     words, width = tensors[EMBEDDING].shape
     return UMT5Config(
@@ -273,18 +271,12 @@ def load_tokenizer(path: str | Path | Contents):
         ) from error
 
 
-def _folder_config(folder: Path, num_layers: int | None = None) -> dict[str, Any]:
-    """config.json of a folder. Raises CheckpointError where it cannot be read, or has another number of layers."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+def _folder_config(contents: Contents, written_by: str, num_layers: int | None = None) -> dict[str, Any] | None:
+    """config.json of a folder if this class wrote it. Raises CheckpointError for another number of layers."""
+    config = trusted_config(contents.path, [written_by])
+    if config and config.get("num_layers") != num_layers:
         raise CheckpointError(
-            f"no config.json that can be read in {str(folder)!r} ({first_line(error)}). Expected a diffusers folder. "
-            "Download the folder again."
-        ) from error
-    if not isinstance(config, dict) or config.get("num_layers") != num_layers:
-        raise CheckpointError(
-            f"config.json in {str(folder)!r} does not belong to the weights beside it. "
+            f"config.json in {str(contents.path)!r} does not belong to the weights beside it. "
             f"Expected settings{f' with num_layers {num_layers}' if num_layers else ''}. Download the folder again."
         )
     return config

@@ -292,9 +292,9 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, o
                 value = ", ".join(map(str, value))
             print(mp4.printable(f"{name:15} {value}"))
         return
-    from .files import recognise
+    from .files import layouts
 
-    print(recognise.describe(file))
+    print(layouts.describe(file))
 
 
 @app.command()

@@ -237,7 +237,7 @@ class LoadOptions(_Checked):
     model: Weights = _option(
         "auto",
         PathLike(pair=True, type=str),
-        "A model's name, auto, a checkpoint, or a folder in diffusers layout.",
+        "A model's name, auto, a checkpoint, or a folder of diffusers, Wan-AI or ComfyUI.",
         "model",
     )
     checkpoint: Weights | None = _option(
@@ -261,9 +261,7 @@ class LoadOptions(_Checked):
         "What runs SageSLA; the fastest that works here if left out.",
         "advanced",
     )
-    vae: str | Path | None = _option(
-        None, PathLike(), "Wan2.1_VAE.pth, or a folder in diffusers layout.", "model", flag="--vae-path"
-    )
+    vae: str | Path | None = _option(None, PathLike(), "Wan2.1_VAE.pth, or a folder.", "model", flag="--vae-path")
     text_encoder: str | Path | None = _option(
         None,
         PathLike(),

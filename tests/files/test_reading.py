@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from turbo_nb import catalog
 from turbo_nb.errors import CheckpointError
-from turbo_nb.files.reading import GGUFTensor, read_raw, trusted_config
+from turbo_nb.files.gguf_file import GGUFTensor
+from turbo_nb.files.reading import read_raw, trusted_config
 
 gguf = pytest.importorskip("gguf")
 
@@ -295,6 +296,7 @@ REFUSED = {
         written(gguf_of(tensors=1, rest=record("a", (32,), 999, 0) + bytes(99))),
         "number format 999.*pip install -U gguf",
     ),
+    "GGUF, zeros": (written(gguf_of(tensors=1, values=1, rest=bytes(4000))), DAMAGED),
     "GGUF, alignment 0": (
         written(gguf_of(values=1, rest=key("general.alignment") + struct.pack("<II", 4, 0))),
         DAMAGED,
@@ -369,8 +371,8 @@ def test_gguf_file_gives_plain_tensors_and_raw_quantised_ones(tmp_path):
     same(plain, expected)
     for name, ref in (("q8", weight), ("odd8", odd)):
         found = raw.tensors[name]
-        assert isinstance(found, GGUFTensor) and (found.quant_type, found.type_name) == (kinds.Q8_0, "Q8_0")
-        decoded = gguf.dequantize(found.data.numpy(), kinds(found.quant_type)).reshape(found.shape)
+        assert isinstance(found, GGUFTensor) and found.type_name == "Q8_0"
+        decoded = gguf.dequantize(found.data.numpy(), kinds[found.type_name]).reshape(found.shape)
         assert found.shape == ref.shape and abs(decoded - ref.numpy()).max() < 0.02
 
 
@@ -514,8 +516,9 @@ def test_unreadable_folder_is_a_typed_error(tmp_path):
     folder = shards(tmp_path / "m", state())
     folder.chmod(0)
     try:
-        with pytest.raises(CheckpointError):
-            read_raw(folder)
+        for path in (folder, folder / "diffusion_pytorch_model-00001-of-00003.safetensors"):
+            with pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied"):
+                read_raw(path)
     finally:
         folder.chmod(0o700)
 

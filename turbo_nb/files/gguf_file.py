@@ -116,6 +116,8 @@ def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], list[tuple[str
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
 
     def unique(found: dict, key: str) -> str:
+        if not key:
+            raise ValueError("a name is empty")
         if key in found:
             raise ValueError(f"{key!r} is there twice")
         return key

@@ -18,11 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line, listed
+from ..errors import CheckpointError, first_line, listed, warn
 from ..machine import environment
 from .gguf_file import MAGIC as GGUF
 from .gguf_file import GGUFTensor, read_gguf
-from .weight_set import weight_files
+from .weight_set import weight_files, weight_sets
 
 WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
@@ -60,6 +60,8 @@ def read_raw(path: str | Path) -> Raw:
     metadata: dict[str, str] = {}
     try:
         files = weight_files(path)
+        if others := set(weight_sets(path).get(files[0].name, ())) - {files[0].name}:  # shards of an older save
+            warn(f"{str(files[0])!r} is taken; left out: {listed(others)}, which lie beside it", stacklevel=2)
         for file in files:
             found, more = _read_file(file)
             if twice := tensors.keys() & found.keys():

@@ -20,11 +20,9 @@ from .gguf_file import GGUFTensor
 from .names import PROJ_L
 from .numbers import Encoded
 from .reading import read_raw
-from .weight_set import holds_weights
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
-PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # folders of weights in a diffusers folder
 LORA = re.compile(r"lora_(?:A|B|up|down|magnitude_vector)\b|\.diff(?:_b|_m)?$|\.(?:lokr|hada)_w")
 # "high" or "low" as a word before "noise", a resolution or the end of a name
 NOISE_LEVEL = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[-_](?:480p|720p)|$)")
@@ -127,20 +125,6 @@ def read(path: str | Path) -> Contents:
     path, raw = Path(path), read_raw(path)
     with fitting_shapes(path):
         return recognise(raw.tensors, path, raw.metadata, raw.config)
-
-
-def describe(path: str | Path) -> str:
-    """Describe a weight file, a folder of shards, or each part of a diffusers folder, one a line.
-
-    Raises:
-        CheckpointError: as `read`.
-    """
-    path = Path(path)
-    parts = [] if holds_weights(path) else [name for name in PARTS if holds_weights(path / name)]
-    if not parts:
-        return str(read(path))
-    lines = [f"{name:{max(map(len, parts))}} {read(path / name)}" for name in parts]
-    return "\n".join([f"{str(path)!r} is a diffusers folder:", *lines])
 
 
 @contextmanager

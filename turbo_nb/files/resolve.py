@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InputError, warn
 from ..machine import environment, probe
 from ..runtime import plan
 from ..settings import LoadOptions, Weights
-from . import hub, recognise, vocabulary
+from . import hub, layouts, recognise, vocabulary
 from .fingerprint import fingerprint
 from .recognise import Contents
 
@@ -318,14 +318,16 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
             f"checkpoint is {', '.join(str(path) for path in paths)}. Expected {experts} "
             f"file{'s (high-noise, low-noise)' if experts > 1 else ''} for {spec.name}."
         )
-    near = paths[0].parent if paths else None
+    near = paths[:1]
     text_encoder = _part(options.text_encoder, "text_encoder", catalog.TEXT_ENCODER, near, spec)
+    own_encoder = isinstance(text_encoder, Contents) and text_encoder.path != hub.find(catalog.TEXT_ENCODER)
+    near_tokenizer = (*near, text_encoder.path) if own_encoder else near
     found = ResolvedModel(
         spec=spec,
         transformers=transformers,
         vae=_part(options.vae, "vae", catalog.VAE, near, spec),
         text_encoder=text_encoder,
-        tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near, spec, inside=text_encoder),
+        tokenizer=_part(options.tokenizer, "tokenizer", catalog.TOKENIZER, near_tokenizer, spec, text_encoder),
         device=decision.device,
         memory=decision.memory,
         host_memory=decision.host_memory,
@@ -426,32 +428,28 @@ def _name_or_paths(options: LoadOptions) -> tuple[str | None, tuple[Path, ...]]:
 
 
 def _transformers(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    """The paths, or the transformer folders in one that is the root of a diffusers folder"""
-    if len(paths) == 1 and environment.is_dir(paths[0]):
-        folders = [paths[0] / name for name in ("transformer", "transformer_2") if environment.is_dir(paths[0] / name)]
-        return tuple(folders or paths)
-    return paths
+    """The paths, or the transformers in one folder"""
+    return layouts.transformers(paths[0]) if len(paths) == 1 and environment.is_dir(paths[0]) else paths
 
 
 def _part(
-    given: str | Path | None, folder: str, file: HubFile, near: Path | None, spec: ModelSpec,
+    given: str | Path | None, name: str, file: HubFile, near: tuple[Path, ...], spec: ModelSpec,
     inside: Contents | HubFile | None = None,
 ):  # fmt: skip
-    """Return a part that was given, lies beside the transformer, is inside another part, ships with the model, or is
-    on the Hub
+    """Return a part that was given, lies near the transformer, is inside another part, ships with the model, or is on
+    the Hub
     """
-    beside = near is not None and near != spec.folder and environment.exists(near / folder)
-    if given is None and not beside and vocabulary.has_tokenizer(inside):
-        return inside
-    own = [near / folder] if near else []  # a diffusers folder, or where upstream's README puts its files
-    if spec.folder:
-        own.append(spec.folder / folder)
-    elif near and file.path != "/":
-        own.append(near / file.path)
-    path = Path(given) if given is not None else next((path for path in own if environment.exists(path)), None)
+    if given is not None:
+        path = layouts.part(Path(given), name)
+    else:
+        places = (layouts.near(one, name, own_layout=bool(spec.folder)) for one in near)
+        path, shipped = next((place for place in places if place), None), spec.folder and spec.folder / name
+        if path in (None, shipped) and vocabulary.has_tokenizer(inside):
+            return inside
+        path = path or shipped
     if path is None:
         return _here_or_hub(file)
-    return vocabulary.find(path) if folder == "tokenizer" else recognise.read(path)
+    return vocabulary.find(path) if name == "tokenizer" else recognise.read(path)
 
 
 def _here_or_hub(file: HubFile) -> Contents | Path | HubFile:
@@ -470,5 +468,4 @@ def _spec_of(contents: Contents, path: Path) -> ModelSpec:
         raise CheckpointError(
             f"{str(path)!r} is {contents}. Expected 16 input channels (text-to-video) or 36 (image-to-video)."
         )
-    name = path.parent.name if path.name == "transformer" else path.stem
-    return catalog.unnamed(name, contents.arch, contents.arch.task)
+    return catalog.unnamed(layouts.name_of(path), contents.arch, contents.arch.task)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, first_line, listed, warn
+from ..errors import CheckpointError, first_line, listed
 from ..machine import environment
 
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
@@ -30,6 +30,12 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if environment.is_dir(path):
         return _of_folder(path)
     if not environment.is_file(path):
+        try:
+            os.stat(path)
+        except PermissionError:  # the file may well be there
+            raise
+        except (OSError, ValueError):
+            pass
         raise CheckpointError(
             f"no file {str(path)!r}. Expected a .safetensors, .pth or .gguf file, or a folder. Check the name."
         )
@@ -45,18 +51,17 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     return _numbered(path.parent, match)
 
 
-def holds_weights(folder: Path) -> bool:
-    """Return whether weight files, or the index of some, lie in a folder. False where it cannot be listed."""
-    try:
-        return bool(_sets(folder))
-    except OSError:
-        return False
+def weight_sets(folder: Path) -> dict[str, list[str]]:
+    """Return the names of weight files and indexes in a folder, by the name that their set would have as one file.
 
-
-def _sets(folder: Path) -> dict[str, list[str]]:
-    """The names of weight files in a folder, by the name that their set would have as one file"""
+    Of a folder that is missing or cannot be listed: an empty dictionary.
+    """
     sets: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)):
+    try:
+        names = sorted(os.listdir(folder))
+    except (OSError, ValueError):  # ValueError for a name with a null byte
+        return sets
+    for name in names:
         if name.startswith(".") or environment.is_dir(folder / name):  # "._model.safetensors" is a note of macOS
             continue
         if match := SHARD.fullmatch(name):
@@ -69,7 +74,7 @@ def _sets(folder: Path) -> dict[str, list[str]]:
 
 
 def _of_folder(folder: Path) -> tuple[Path, ...]:
-    sets = _sets(folder)
+    sets = weight_sets(folder)
     if not sets:
         raise _without_weights(folder)
     one = next((name for name in USUAL if name in sets), None)
@@ -80,8 +85,6 @@ def _of_folder(folder: Path) -> tuple[Path, ...]:
         )
     one = one or next(iter(sets))
     if one in sets[one]:
-        if more := [name for name in sets[one] if name != one]:
-            warn(f"{str(folder / one)!r} is taken; left out: {listed(more)}, which lie beside it", stacklevel=3)
         return (folder / one,)
     if one + INDEX in sets[one]:
         return _indexed(folder / (one + INDEX))
@@ -134,7 +137,7 @@ def _without_weights(folder: Path) -> CheckpointError:
     names = sorted(os.listdir(folder))
     if any(name.endswith(".distcp") for name in names):
         return _distributed(folder)
-    if inner := [name for name in names if environment.is_dir(folder / name) and holds_weights(folder / name)]:
+    if inner := [name for name in names if environment.is_dir(folder / name) and weight_sets(folder / name)]:
         return CheckpointError(
             f"no weights in {str(folder)!r} itself, but in its folders {listed(inner, 6)}. Expected one of these. "
             f"Give {str(folder / inner[0])!r}, for example."
