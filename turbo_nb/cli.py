@@ -55,6 +55,8 @@ def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
         kind, default, flags = bool, None, ["--quant-linear/--no-quant-linear"]
     made = typer.Option(*flags, help=option.help, rich_help_panel=PANELS[option.group])
     required = default is MISSING
+    if default == ():  # a list, which typer leaves out as None
+        default = None
     if default is None:
         kind = kind | None
     return inspect.Parameter(

@@ -13,6 +13,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -137,6 +138,73 @@ class PathLike:
         if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fspath(value):
             raise _wrong(name, value, "a path" + (", or a pair of paths (high-noise, low-noise)" if self.pair else ""))
         return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFile:
+    """A LoRA as it was asked for. Its text is FILE:STRENGTH, with high= or low= in front for one expert.
+
+    Args:
+        file: a path, or a name in the folder of LoRAs.
+        strength: the factor of what it changes. 0 changes nothing.
+        expert: "high" or "low": only the expert for high or for low noise. None: every expert.
+    """
+
+    file: str
+    strength: float = 1.0
+    expert: Literal["high", "low"] | None = None
+
+    def __str__(self) -> str:
+        return f"{f'{self.expert}=' if self.expert else ''}{self.file}:{self.strength:g}"
+
+
+@dataclass(frozen=True)
+class LoRAFiles:
+    """LoRAs, each as "FILE", "FILE:STRENGTH", a path, or (FILE, STRENGTH). A single one needs no list."""
+
+    type: type = list[str]
+
+    def __call__(self, name: str, value: Any) -> tuple[LoRAFile, ...]:
+        if isinstance(value, str | os.PathLike | LoRAFile) or self._is_pair(value):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise self._wrong(name, value)
+        return tuple(self._one(name, one) for one in value)
+
+    def _one(self, name: str, value: Any) -> LoRAFile:
+        given = value
+        if isinstance(value, LoRAFile):
+            file, strength, expert = value.file, value.strength, value.expert
+        else:
+            value, strength = value if self._is_pair(value) else (value, None)
+            file = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+            expert, file = (file[: file.index("=")], file[file.index("=") + 1 :]) if _EXPERT.match(file) else (None, file)
+            if strength is None:
+                file, strength = _with_strength(file)
+        if not isinstance(file, str) or not file.strip() or "\0" in file or expert not in (None, "high", "low"):
+            raise self._wrong(name, given)
+        strength = Number(lambda x: True, "that is finite, such as 0.8")(f"strength of {file!r} in {name}", strength)
+        return LoRAFile(file=file, strength=strength, expert=expert)
+
+    def _is_pair(self, value: Any) -> bool:
+        """Return whether a value is (FILE, STRENGTH), and not two LoRAs"""
+        return isinstance(value, list | tuple) and len(value) == 2 and not isinstance(value[1], _LORA_TYPES)
+
+    def _wrong(self, name: str, value: Any) -> InputError:
+        return _wrong(name, value, "FILE, FILE:STRENGTH or (FILE, STRENGTH), with high= or low= for one of two experts")
+
+
+_EXPERT = re.compile(r"(high|low)=.")
+_LORA_TYPES = (str, os.PathLike, LoRAFile, list, tuple)
+
+
+def _with_strength(text: str) -> tuple[str, float]:
+    """Split FILE:STRENGTH. What follows the last colon is a part of the name unless it is a number"""
+    file, colon, strength = text.rpartition(":")
+    if colon and file and not os.path.isfile(text):
+        with suppress(ValueError):
+            return file, float(strength)
+    return text, 1.0
 
 
 @dataclass(frozen=True)
@@ -275,6 +343,13 @@ class LoadOptions(_Checked):
         "umT5's tokenizer: a folder, spiece.model, or a text encoder with a tokenizer in its file.",
         "model",
         flag="--tokenizer-path",
+    )
+    loras: tuple[LoRAFile, ...] = _option(
+        (),
+        LoRAFiles(),
+        "A LoRA as FILE or FILE:STRENGTH, such as style.safetensors:0.8; high=FILE or low=FILE for one of two experts.",
+        "model",
+        flag="--lora",
     )
     device: str = _option(
         "auto",
