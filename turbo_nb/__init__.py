@@ -5,6 +5,7 @@ from importlib import import_module
 _HOMES = {
     "generate": "generation",
     "load_pipeline": "pipeline",
+    "set_loras": "pipeline",
     "Video": "generation",
     "contact_sheet": "video.sheet",
     "download_model": "files.resolve",

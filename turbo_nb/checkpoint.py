@@ -4,6 +4,7 @@
 gives its tensors to a model without storage, so nothing is held twice.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
 from .errors import CheckpointError, InputError, listed, warn
-from .files import vocabulary
+from .files import lora, vocabulary
 from .files.names import PROJ_L
 from .files.numbers import Encoded
 from .files.reading import trusted_config
 from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, read, require
 from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
-from .linear import Int8Linear, empty_linears, frozen, quantize, row_quantize
+from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
 from .sla import set_attention_type
 
+TEXT_DIM = 4096  # of umT5-xxl, which all released models read
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
 
@@ -41,6 +43,7 @@ def load_transformer(
     attention_backend: str | None = None,
     expected: catalog.ModelSpec | None = None,
     run_device: str | torch.device | None = None,
+    loras: Sequence[lora.Applied] = (),
 ) -> WanTransformer3DModel:
     """Load the transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
 
@@ -59,9 +62,11 @@ def load_transformer(
         attention_backend: the implementation of SageSLA, as in `sla.SageSparseLinearAttention`.
         expected: the model that the file must be; None: any.
         run_device: where the model will run, if offload moves it there later. None: `device`.
+        loras: merged into the weights while they load, on `run_device`. Warns of keys that match no tensor.
 
     Raises:
         CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
+            Or a LoRA does not fit.
         InputError: an argument cannot be used.
         BackendError: the attention cannot run here.
     """
@@ -78,13 +83,18 @@ def load_transformer(
     with init_empty_weights(include_buffers=True):
         set_attention_type(model, attention_type, sla_topk, backend=attention_backend, device=gpu)
     tensors = _matched(_fit_projections(contents, model, attention_type), model.state_dict(), contents)
+    for each in loras:
+        lora.fit(each.lora, {key: tensor.shape for key, tensor in tensors.items()})
     as_stored = quant_linear in ("auto", contents.quantized)
     count = empty_linears(model, lambda name: _is_int8(tensors[name]) if as_stored else quant_linear, dtype)
     if not as_stored:
         change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
         warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
     for key in list(tensors):
-        _load_tensor(model, key, tensors.pop(key), contents, device, run_device, dtype)
+        for name, value in _load_tensor(
+            model, key, tensors.pop(key), contents, device, run_device, dtype, loras
+        ).items():
+            _assign(model, name, value)
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
@@ -94,17 +104,31 @@ def _is_int8(tensor: Tensor | Encoded) -> bool:
     return isinstance(tensor, Encoded) and tensor.is_int8
 
 
+def shapes_of(arch: catalog.Arch, text_dim: int = TEXT_DIM) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a released transformer, by diffusers' names, without its file."""
+    with init_empty_weights(include_buffers=True):
+        model = WanTransformer3DModel.from_config(_config_of(arch, arch.dim // arch.num_heads, text_dim))
+        set_attention_type(model, "sla", 0.1)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def _transformer_config(contents: Contents) -> dict[str, Any]:
     """diffusers' configuration of a transformer: the folder's own, else from the shapes"""
     arch = contents.arch
-    return _folder_config(contents, "WanTransformer3DModel", arch.num_layers) or {
-        "attention_head_dim": contents.head_dim,
+    return _folder_config(contents, "WanTransformer3DModel", arch.num_layers) or _config_of(
+        arch, contents.head_dim, contents.text_dim
+    )
+
+
+def _config_of(arch: catalog.Arch, head_dim: int, text_dim: int) -> dict[str, Any]:
+    return {
+        "attention_head_dim": head_dim,
         "num_attention_heads": arch.num_heads,
         "num_layers": arch.num_layers,
         "ffn_dim": arch.ffn_dim,
         "in_channels": arch.in_channels,
         "out_channels": 16,
-        "text_dim": contents.text_dim,
+        "text_dim": text_dim,
     }
 
 
@@ -129,21 +153,77 @@ def _load_tensor(
     device: str | torch.device,
     run_device: str | torch.device,
     dtype: torch.dtype,
-) -> None:
-    """Move one tensor to the device and give it to the model, in the number format of the model's linear."""
+    loras: Sequence[lora.Applied] = (),
+) -> dict[str, Tensor]:
+    """One tensor on the device, in the number format of the model's linear, by the names of the model's parameters"""
     name, _, leaf = key.rpartition(".")
-    module = model.get_submodule(name)
-    if leaf == "weight" and isinstance(module, Int8Linear):
-        if _is_int8(stored):
-            q, scale = (part.to(device) for part in stored.int8())
-        else:
-            weight = _finite(key, _decoded(stored, device), contents)
-            # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
-            q, scale = row_quantize(weight)[:2] if isinstance(stored, Encoded) else quantize(weight, run_device)
-        module.int8_weight, module.scale = frozen(q), frozen(_finite(key, scale, contents))
+    in_8_bits = leaf == "weight" and isinstance(model.get_submodule(name), Int8Linear)
+    touched = bool(lora.touching(key, loras))
+    if in_8_bits and _is_int8(stored) and not touched:
+        q, scale = (part.to(device) for part in stored.int8())
+        return {f"{name}.int8_weight": q, f"{name}.scale": _finite(key, scale, contents)}
+    weight = _finite(key, _decoded(stored, run_device if touched else device), contents)
+    if touched:
+        weight = lora.apply(key, weight.float(), loras)
+    if not in_8_bits:
+        return {key: weight.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype).to(device)}
+    # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
+    q, scale = row_quantize(weight)[:2] if isinstance(stored, Encoded) else quantize(weight, run_device)
+    return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _finite(key, scale.to(device), contents)}
+
+
+@torch.no_grad()
+def reload_tensors(
+    model: WanTransformer3DModel,
+    contents: Contents,
+    names: Iterable[str],
+    loras: Sequence[lora.Applied],
+    *,
+    device: str | torch.device,
+    run_device: str | torch.device,
+) -> None:
+    """Read some tensors of a loaded transformer again, with other LoRAs. Those without a LoRA get the file's bits.
+
+    Values are written into the parameters that exist, because offload and fused modules hold on to them.
+
+    Args:
+        model: changed in place. It may be fused; its weights are where they are now.
+        contents: what it was loaded from.
+        names: of the tensors, as in `contents`. Others than the model's are left out.
+        loras: merged into these tensors.
+        device, run_device: as for `load_transformer`, so that the numbers are rounded in the same way.
+
+    Raises:
+        CheckpointError: a tensor is not finite.
+    """
+    parameters = dict(model.named_parameters())
+    for key in names:
+        in_8_bits = key.removesuffix("weight") + "int8_weight"
+        existing = parameters.get(key, parameters.get(in_8_bits))
+        if existing is None:  # a projection that dense attention does not use
+            continue
+        stored = contents.tensors.get(key)
+        if stored is None:  # a projection that the file does not have
+            stored = torch.zeros(existing.shape)
+        values = _load_tensor(model, key, stored, contents, device, run_device, existing.dtype, loras)
+        scale = values.get(key.removesuffix("weight") + "scale")
+        if in_8_bits in values and scale.ndim == 2 and takes_rows(run_device):  # as `fuse` has done
+            q, scale, _ = row_quantize(int8_dequantize(*(part.to(run_device) for part in (values[in_8_bits], scale))))
+            values = dict(zip(values, (q, scale), strict=True))
+        for name, value in values.items():
+            _overwrite(model, name, parameters[name], value, stored)
+
+
+def _overwrite(model: nn.Module, key: str, existing: nn.Parameter, value: Tensor, stored: Tensor | Encoded) -> None:
+    """Write a value into a parameter, but not into the file's memory, which the parameter may still be"""
+    if existing.shape != value.shape:  # the scales of rows in place of those of tiles, or the other way around
+        _assign(model, key, value.to(existing.device))
         return
-    tensor = _finite(key, _decoded(stored, device), contents)
-    _assign(model, key, tensor.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype))
+    of_file = (stored.data, stored.scale) if isinstance(stored, Encoded) else (stored,)
+    memory = existing.untyped_storage().data_ptr()
+    if any(part is not None and part.untyped_storage().data_ptr() == memory for part in of_file):
+        existing.data = torch.empty_like(existing)
+    existing.copy_(value)  # which tells `TensorCache` that the weights have changed
 
 
 def _decoded(stored: Tensor | Encoded, device: str | torch.device) -> Tensor:

@@ -282,33 +282,40 @@ def batch(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, or a checkpoint.")]) -> None:
-    """Print how a video was made, or what a checkpoint is."""
+def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, a checkpoint or a LoRA.")]) -> None:
+    """Print how a video was made, or what a checkpoint or a LoRA is."""
     if file.suffix.lower() == ".mp4":
         from .video import mp4
 
         for name, value in mp4.read_metadata(file).items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{key} {item}" for key, item in value.items())
-            elif isinstance(value, list):
-                value = ", ".join(map(str, value))
-            print(mp4.printable(f"{name:15} {value}"))
+            print(mp4.printable(f"{name:15} {_as_text(value)}"))
         return
-    from .files import layouts
+    from .files import lora
 
-    print(layouts.describe(file))
+    print(lora.describe(file))
+
+
+def _as_text(value: Any) -> str:
+    """Return a value of a record in one line"""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(_as_text, value))
+    return str(value)
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint: transformer, VAE or text encoder.")],
     folder: Annotated[Path, typer.Argument(help="The diffusers folder to write it into.")],
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE to merge first; may be repeated.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:STRENGTH to merge first; may be repeated.")
+    ] = None,
     low_noise: Annotated[
         bool, typer.Option("--low-noise", help="The transformer is an image-to-video model's low-noise expert.")
     ] = False,
 ) -> None:
-    """Write a checkpoint as a part of a diffusers folder (safetensors). LoRAs can be merged into a bf16 transformer."""
+    """Write a checkpoint as a part of a diffusers folder (safetensors). LoRAs can be merged into a transformer."""
     from .files.convert import convert
 
     print(convert(source, folder, loras=lora or (), low_noise=low_noise))

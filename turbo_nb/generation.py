@@ -340,6 +340,7 @@ def _record(
     return VideoRecord(
         **asdict(clip),
         **model.attention,
+        loras=[one.record for one in model.resolved.loras],
         fps=model.spec.fps,
         memory_plan=model.plan.name,
         device=model.device,

@@ -127,12 +127,17 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def takes_rows(device: torch.device | str) -> bool:
+    """Return whether the 8-bit linears of a device take per-row scales: where the kernels run."""
+    return torch.device(device).type == "cuda" and backends.choose("row_quantize", device).uses_triton
+
+
 def quantize(weight: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Quantise a weight (N, K) for a device: per-row scales where the kernels run, else tile scales.
 
     The weight itself may be on another device, because offload loads it on the CPU.
     """
-    if torch.device(device).type == "cuda" and backends.choose("row_quantize", device).uses_triton:
+    if takes_rows(device):
         return row_quantize(weight)[:2]
     return int8_quantize(weight)
 

@@ -12,23 +12,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .catalog import ModelSpec
 from .errors import InputError
 from .files import hub
 from .files.resolve import ResolvedModel, resolve
 from .machine import probe
-from .runtime.place import place, transformers
+from .runtime.place import held_still, place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
-from .settings import LoadOptions, accepts
+from .settings import LoadOptions, accepts, options
 from .text import embedding_cache
 from .text.prompt_encoder import PromptEncoder
 
 if TYPE_CHECKING:
     import torch
     from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    from .files.lora import Applied
 
 WARM_UP_LOGGED = 2.0  # seconds of warm-up from which on it is logged, because kernels were compiled in them
 SAMPLES = 32  # elements of each tensor that a fingerprint of the weights reads
@@ -55,6 +57,7 @@ class LoadedModel:
     plan: Plan
     load_seconds: float | None = None
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    _loaded_on: str = "cpu"
     _weights_at_load: str = field(default="", repr=False)
 
     @classmethod
@@ -92,7 +95,7 @@ class LoadedModel:
 
     @property
     def identity(self) -> dict:
-        """What a clip of this model depends on now, with changes since it was loaded (top-k, a fused LoRA)."""
+        """What a clip of this model depends on now, with changes since it was loaded (top-k, fused weights)."""
         from .sla import attention_type, topk_of
 
         weights = self._fingerprint()
@@ -110,6 +113,39 @@ class LoadedModel:
         self.plan = plan
         self.prompt_encoder.place(plan.text_encoder, plan.device)
         place(self.pipeline, plan)
+
+    def merge(self, resolved: ResolvedModel) -> None:
+        """Merge the LoRAs of `resolved`, the same model with other LoRAs; errors as those of `set_loras`."""
+        from .files import lora
+
+        with self.lock:
+            before, was_changed = self.resolved, self._fingerprint() != self._weights_at_load
+            try:
+                self._reload(before.loras, resolved.loras)
+                lora.require_changed(resolved.loras)
+            except BaseException:
+                self._reload(resolved.loras, before.loras)
+                raise
+            self.resolved = resolved
+            if not was_changed:
+                self._weights_at_load = self._fingerprint()
+
+    def _reload(self, before: Sequence["Applied"], after: Sequence["Applied"]) -> None:
+        """Read the tensors again that a LoRA of `before` or `after` touches, unless the same LoRAs touch them alike"""
+        from . import checkpoint
+        from .files import lora
+
+        with held_still(self.pipeline, self.plan):
+            for number, model in enumerate(transformers(self.pipeline)):
+                old, new = ([one for one in loras if one.applies_to(number)] for loras in (before, after))
+                checkpoint.reload_tensors(
+                    model,
+                    self.resolved.transformers[number],
+                    lora.differing(old, new),
+                    new,
+                    device=self._loaded_on,
+                    run_device=self.device,
+                )
 
     def _fingerprint(self) -> str:
         """Hash evenly spaced elements of every tensor of the transformers and the VAE"""
@@ -160,6 +196,26 @@ def load_pipeline(
     return load(resolve(options), clip=clip, prompts=prompts, on_plan=on_plan, on_progress=on_progress)
 
 
+def set_loras(pipeline: "WanPipeline | WanImageToVideoPipeline", loras: Any = ()) -> None:
+    """Give a loaded model other LoRAs, or other strengths, without loading it again.
+
+    The weights that a LoRA touches are read again from the model's file. All other weights stay. If this raises, the
+    model has the LoRAs that it had before.
+
+    Args:
+        pipeline: what `load_pipeline` returned.
+        loras: all LoRAs that the model is to have, as `loras` of `load_pipeline`. An empty list and strengths of 0 give
+            the weights of the file back, bit by bit.
+
+    Raises:
+        InputError: a LoRA or a strength cannot be used.
+        CheckpointError: a file is missing, is not a LoRA, does not fit the model, or changes nothing.
+    """
+    model = LoadedModel.of(pipeline)
+    with model.lock:
+        model.merge(model.resolved.with_loras(options(LoadOptions)["loras"].check("loras", loras)))
+
+
 def load(
     resolved: ResolvedModel,
     *,
@@ -175,8 +231,11 @@ def load(
     (on_plan or (lambda plan: log.info("%s", plan)))(plan)
 
     begin = time.perf_counter()
-    pipeline, encoder = _modules(resolved, plan, prompts)
-    model = pipeline.turbo_nb = LoadedModel(resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan)
+    device = plan.device if plan.offload == "none" else "cpu"
+    pipeline, encoder = _modules(resolved, plan, prompts, device)
+    model = pipeline.turbo_nb = LoadedModel(
+        resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
+    )
     encoder.place(plan.text_encoder, plan.device)
     place(pipeline, plan)
     if plan.device != "cpu" and plan.offload == "none":
@@ -186,18 +245,18 @@ def load(
     return pipeline
 
 
-def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tuple:
+def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device: str) -> tuple:
     """Load and fuse the modules; return the pipeline and its prompt encoder"""
     import torch
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     from . import checkpoint
+    from .files import lora
     from .fused import transformer as fused_transformer
     from .fused import vae as fused_vae
     from .scheduler import RCMScheduler
 
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
-    device = plan.device if plan.offload == "none" else "cpu"
     parts = {
         "tokenizer": checkpoint.load_tokenizer(resolved.tokenizer),  # first, because it is the quickest to fail
         "text_encoder": None,
@@ -213,9 +272,11 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str]) -> tup
             device=device,
             dtype=dtype,
             run_device=plan.device,
+            loras=[one for one in resolved.loras if one.applies_to(number)],
         )
-        for contents in resolved.transformers
+        for number, contents in enumerate(resolved.transformers)
     ]
+    lora.require_changed(resolved.loras)
     parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
     if plan.device != "cpu":
         for expert in experts:

@@ -15,6 +15,19 @@ MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields that diffe
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRARecord:
+    """A LoRA that a clip was made with: its file's name, the hash of its content, and its strength.
+
+    expert: "high" or "low"; None: every expert.
+    """
+
+    name: str
+    hash: str
+    strength: float
+    expert: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoRecord:
     """How a clip was made, as an mp4 carries it.
 
@@ -22,6 +35,7 @@ class VideoRecord:
         seed: of the clip; of a grid the seeds, one a clip.
         width, height: in pixels, of the clip. A grid's picture is wider.
         quant_linear: whether the linears were 8-bit.
+        loras: those that were merged into the model.
         memory_plan, device: where the parts of the model were.
         timings: seconds by stage. steps: seconds of each denoising step. peaks: most bytes of GPU memory by stage.
         machine: what made the clip. cost: in dollars, None where no price was set.
@@ -47,6 +61,7 @@ class VideoRecord:
     attention_type: str | None = None
     sla_topk: float | None = None
     quant_linear: bool | None = None
+    loras: list[LoRARecord] = field(default_factory=list)
     memory_plan: str | None = None
     device: str | None = None
     timings: dict[str, float] = field(default_factory=dict)

@@ -178,7 +178,7 @@ class LoRAFiles:
         else:
             value, strength = value if self._is_pair(value) else (value, None)
             file = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
-            expert, file = (file[: file.index("=")], file[file.index("=") + 1 :]) if _EXPERT.match(file) else (None, file)
+            expert, file = file.split("=", 1) if _EXPERT.match(file) else (None, file)
             if strength is None:
                 file, strength = _with_strength(file)
         if not isinstance(file, str) or not file.strip() or "\0" in file or expert not in (None, "high", "low"):

@@ -133,7 +133,7 @@ def _check_adapters(model: LoadedModel) -> None:
             if not layers or not all(layer.merged for layer in layers):
                 raise InputError(
                     "pipeline is one with a LoRA that is not fused. Expected none, or a fused one. Call its "
-                    "fuse_lora(), or merge the LoRA first: turbo-nb convert IN OUT --lora FILE"
+                    "fuse_lora(), or merge the LoRA first: turbo_nb.set_loras(pipeline, [FILE])"
                 )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
-from ..errors import CheckpointError, OutputError, first_line
+from ..errors import CheckpointError, InputError, OutputError, first_line
+from ..settings import LoadOptions, options
 from . import lora
 from .recognise import Contents, read, require
 
@@ -19,32 +20,32 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     Args:
         source: a transformer, a VAE or a text encoder, in any layout that `recognise.read` knows.
         folder: the diffusers folder; it is made.
-        loras: FILE or FILE:SCALE of LoRAs that are merged into the transformer first.
+        loras: merged into the transformer, each as in `LoadOptions.loras`.
         low_noise: whether the transformer is the second of two experts.
 
     Returns:
         A line that names the folder written and its contents.
 
     Raises:
-        CheckpointError: the source or a LoRA cannot be used, or a LoRA is to be merged into int8 linears.
+        CheckpointError: the source or a LoRA cannot be used, or a LoRA changes nothing.
+        InputError: a strength cannot be used.
         OutputError: the folder cannot be written.
     """
-    merged, contents, folder = [lora.parse(each) for each in loras], read(source), Path(folder)
+    asked = options(LoadOptions)["loras"].check("lora", loras)
+    if zero := [each.file for each in asked if not each.strength]:
+        raise InputError(f"strength of {zero[0]!r} in lora is 0. Expected another number, because 0 changes nothing.")
+    merged, contents, folder = lora.choose(asked, 1), read(source), Path(folder)
     if contents.kind not in FOLDERS:
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer, a VAE or a text encoder.")
     require(contents, contents.kind)
-    if merged and (contents.kind != "transformer" or contents.quantized):
-        raise CheckpointError(
-            f"{str(source)!r} is {contents}. Expected a transformer with plain linears to merge a LoRA into. "
-            "Take the bf16 file."
-        )
+    if merged and contents.kind != "transformer":
+        raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer to merge a LoRA into.")
     place = folder / ("transformer_2" if low_noise else FOLDERS[contents.kind])
     for path in (place, *place.parents):
         if path.exists() and not path.is_dir():
             raise OutputError(f"{str(path)!r} is a file. Expected a folder. Remove the file or choose another folder.")
-    module = _load(contents)
-    for each in merged:
-        lora.merge(module, each)
+    module = _load(contents, merged)
+    changed = lora.require_changed(merged)
     try:
         module.save_pretrained(place)
         if not any(place.glob("*.safetensors")):
@@ -55,12 +56,12 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
             f"{sum(t.numel() * t.element_size() for t in contents.tensors.values()) / 1e9:.1f} GB. "
             "Free some space or choose another folder."
         ) from error
-    note = f", with {len(loras)} LoRA{'s' if len(loras) > 1 else ''} merged" if loras else ""
-    return f"{place}: {contents}{note}"
+    note = f", with {len(merged)} LoRA{'s' if len(merged) > 1 else ''} merged: {changed} tensors changed"
+    return f"{place}: {contents}{note if merged else ''}"
 
 
-def _load(contents: Contents):
+def _load(contents: Contents, loras: Sequence[lora.Applied]):
     """The module that a file holds, in the file's own dtypes"""
     if contents.kind == "transformer":
-        return load_transformer(contents, attention_type="sla" if contents.sla else "original", dtype=None)
+        return load_transformer(contents, attention_type="sla" if contents.sla else "original", dtype=None, loras=loras)
     return (load_vae if contents.kind == "vae" else load_text_encoder)(contents, dtype=None)

@@ -23,7 +23,11 @@ from .reading import read_raw
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
-LORA = re.compile(r"lora_(?:A|B|up|down|magnitude_vector)\b|\.diff(?:_b|_m)?$|\.(?:lokr|hada)_w")
+# Parts of names that only LoRAs and their kin have
+LORA = re.compile(
+    r"lora(?:_linear_layer)?[._](?:A|B|up|down|mid|magnitude_vector)\b"
+    r"|\.(?:dora_scale|diff|diff_b|diff_m|w_norm|b_norm)$|\.(?:lokr|hada|b?oft|vera|ia3)_"
+)
 # "high" or "low" as a word before "noise", a resolution or the end of a name
 NOISE_LEVEL = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[-_](?:480p|720p)|$)")
 # A part of a name that only a model of another family has, and what that family is
@@ -159,9 +163,7 @@ def recognise(
         CheckpointError: the tensors cannot be those of a model, or have a number format that cannot be loaded.
     """
     metadata = metadata or {}
-    if any(
-        re.search(r"lora_(A|B|up|down)\b|lora_magnitude_vector|\.diff(_b|_m)?$|\.(lokr|hada)_w", key) for key in tensors
-    ):
+    if any(LORA.search(key) for key in tensors):
         return Contents(path=path, kind="LoRA", names="LoRA", tensors=dict(tensors), metadata=metadata)
     found = names.sort_out(tensors, path)
     decoded = numbers.encode(found.tensors, path, metadata)
@@ -257,7 +259,7 @@ def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = 
     if contents.kind == "LoRA":
         raise CheckpointError(
             f"{path!r} is a LoRA, which changes a model. Expected a {kind}. Load the model and add the LoRA with "
-            "load_lora_weights, or merge it with turbo-nb convert --lora."
+            "--lora (load_pipeline(loras=[…]) in Python), or merge it with turbo-nb convert --lora."
         )
     if contents.kind != kind:
         raise CheckpointError(f"{path!r} is {contents}. Expected a {kind}.")

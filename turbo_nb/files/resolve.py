@@ -17,8 +17,8 @@ from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError, warn
 from ..machine import environment, probe
 from ..runtime import plan
-from ..settings import LoadOptions, Weights
-from . import hub, layouts, recognise, vocabulary
+from ..settings import LoadOptions, LoRAFile, Weights
+from . import hub, layouts, lora, recognise, vocabulary
 from .fingerprint import fingerprint
 from .recognise import Contents
 
@@ -39,6 +39,7 @@ class ResolvedModel:
         quant_linear: whether their linears are 8-bit.
         reason: why this model was taken.
         options: what was asked for.
+        loras: those that are merged into the transformers.
     """
 
     spec: ModelSpec
@@ -55,6 +56,7 @@ class ResolvedModel:
     quant_linear: bool
     reason: str
     options: LoadOptions = field(repr=False)
+    loras: tuple[lora.Applied, ...] = ()
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -153,15 +155,36 @@ class ResolvedModel:
         """
         named = _name_or_paths(self.options) == (str(self.options.model), ())
         parts = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer")}
-        return {
-            "model": self.spec.name if named else [_content(part) for part in self.transformers],
-            "attention_type": self.attention_type,
-            "sla_topk": None if self.attention_type == "original" else self.sla_topk,
-            "quant_linear": self.quant_linear,
-        } | {
-            name: None if named and getattr(self.options, name) is None else _content(part)
-            for name, part in parts.items()
-        }
+        return (
+            {
+                "model": self.spec.name if named else [_content(part) for part in self.transformers],
+                "attention_type": self.attention_type,
+                "sla_topk": None if self.attention_type == "original" else self.sla_topk,
+                "quant_linear": self.quant_linear,
+            }
+            | {
+                name: None if named and getattr(self.options, name) is None else _content(part)
+                for name, part in parts.items()
+            }
+            | lora.identity(self.loras)
+        )
+
+    def with_loras(self, asked: tuple[LoRAFile, ...], *, quiet: bool = False) -> "ResolvedModel":
+        """Return the same model with other LoRAs. A LoRA that the model already has is not read again.
+
+        Args:
+            asked: as in `LoadOptions.loras`.
+            quiet: do not warn of keys that match no tensor, because loading will.
+
+        Raises:
+            InputError: a LoRA is for one of two experts, and the model has one.
+            CheckpointError: a file is missing, is not a LoRA, or does not fit the model.
+        """
+        loras = lora.choose(asked, len(self.transformers), self.loras)
+        for one in loras:
+            part = next(part for number, part in enumerate(self.transformers) if one.applies_to(number))
+            lora.fit(one.lora, _shapes(part, self.spec), quiet=quiet)
+        return replace(self, loras=loras, options=replace(self.options, loras=asked))
 
 
 def _content(part: Contents | Path | HubFile) -> str:
@@ -169,6 +192,14 @@ def _content(part: Contents | Path | HubFile) -> str:
     if isinstance(part, HubFile):
         return f"{part.repo}/{part.path}"
     return fingerprint(part.path if isinstance(part, Contents) else part)
+
+
+def _shapes(part: Contents | HubFile, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of a transformer's tensors by name; of one that is not here yet those of the released model"""
+    from ..checkpoint import shapes_of
+
+    tensors = part.tensors if isinstance(part, Contents) else None
+    return shapes_of(spec.arch) if tensors is None else {name: tuple(one.shape) for name, one in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +370,7 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
         options=options,
     )
     found.check()
-    return found
+    return found.with_loras(options.loras, quiet=True) if options.loras else found
 
 
 def download_model(

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..linear import Int8Linear
 
+PLAIN = (nn.Linear, Int8Linear, nn.RMSNorm)  # modules whose result depends only on the input and their parameters
+
 
 class TensorCache:
     """The last result that was computed from a tensor, valid while that tensor lives and is not written to."""
@@ -22,10 +24,10 @@ class TensorCache:
         Args:
             source: what the result is computed from.
             compute: called unless the cache is valid, and always with gradients.
-            linears: modules that `compute` uses. Writing to their parameters makes the cache invalid. With a LoRA
-                nothing is cached.
+            linears: modules that `compute` uses, linears and norms. Writing to their parameters makes the cache
+                invalid. With a module of another kind, such as PEFT's, nothing is cached.
         """
-        if torch.is_grad_enabled() or not all(type(linear) in (nn.Linear, Int8Linear) for linear in linears):
+        if torch.is_grad_enabled() or not all(type(linear) in PLAIN for linear in linears):
             return compute()
         parameters = (x for linear in linears for x in linear._parameters.values() if x is not None)
         version = [(id(x), None if x.is_inference() else x._version) for x in (source, *parameters)]

@@ -152,7 +152,7 @@ class FusedCrossAttention(WanAttnProcessor):
             k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_k, attn.to_v), text))
             return [triton_cross.without_repeats(x, repeats) for x in (rope.norm_rope(k, attn.norm_k), v)]
 
-        k, v = self.keys.get(text, keys_and_values, (attn.to_k, attn.to_v))
+        k, v = self.keys.get(text, keys_and_values, (attn.to_k, attn.to_v, attn.norm_k))
         (q,) = project((attn.to_q,), hidden_states)
         q = rope.norm_rope(q.unflatten(2, (attn.heads, -1)), attn.norm_q)
         return attn.to_out[1](attn.to_out[0](attend(q, k, v, repeats).flatten(2)))

@@ -1,5 +1,7 @@
 """Carry out a memory plan: put a pipeline's transformers and VAE where it says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .plan import Plan
@@ -9,9 +11,40 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")  # diffusers' names
+
+
 def transformers(pipeline: "DiffusionPipeline") -> "list[nn.Module]":
     """Return the pipeline's transformer, or its two experts (high-noise, low-noise)."""
     return [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
+
+
+@contextmanager
+def held_still(pipeline: "DiffusionPipeline", plan: Plan) -> Iterator[None]:
+    """Keep the weights where they can be written inside this context: on the GPU, or in main memory under offload."""
+    import torch
+
+    pipeline.maybe_free_model_hooks()
+    if plan.offload != "group":
+        yield
+        return
+    torch.cuda.synchronize(plan.device)  # because blocks may still be prefetched
+    for transformer in transformers(pipeline):
+        remove_group_offload(transformer)
+    try:
+        yield
+    finally:
+        place(pipeline, plan)
+
+
+def remove_group_offload(transformer: "nn.Module") -> None:
+    """Undo diffusers' `enable_group_offload`. All weights are in main memory afterwards."""
+    from diffusers.hooks import HookRegistry
+
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    for name in GROUP_HOOKS:
+        registry.remove_hook(name, recurse=True)
+    transformer.to("cpu")
 
 
 def place(pipeline: "DiffusionPipeline", plan: Plan) -> None:
