@@ -177,7 +177,8 @@ def test_dora_gives_rows_or_columns_their_trained_length(kind, strength, tmp_pat
 def test_differences_are_added_to_weights_biases_norms_and_modulations(tmp_path):
     shapes = {
         "blocks.0.attn1.to_q.weight": (48, 48), "blocks.0.attn1.to_q.bias": (48,),
-        "blocks.0.attn1.norm_q.weight": (48,), "blocks.0.norm2.weight": (48,), "blocks.0.norm2.bias": (48,), "blocks.0.scale_shift_table": (1, 6, 48),
+        "blocks.0.attn1.norm_q.weight": (48,), "blocks.0.norm2.weight": (48,), "blocks.0.norm2.bias": (48,),
+        "blocks.0.scale_shift_table": (1, 6, 48),
         "scale_shift_table": (1, 2, 48), "proj_out.weight": (64, 48), "patch_embedding.weight": (48, 16, 1, 2, 2),
     }  # fmt: skip
     keys = {
