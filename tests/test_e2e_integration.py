@@ -377,7 +377,7 @@ def test_a_lora_is_merged_by_its_scale(folder, tmp_path):
     assert "with 1 LoRA merged" in told
     with pytest.raises(CheckpointError, match="no LoRA"):
         convert(folder / "tiny.pth", tmp_path / "no", loras=["nothing.safetensors"])
-    with pytest.raises(InputError, match="strength .* is nan"):
+    with pytest.raises(InputError, match=r"strength .* is nan"):
         convert(folder / "tiny.pth", tmp_path / "no", loras=[f"{tmp_path / 'lora.safetensors'}:nan"])
 
 

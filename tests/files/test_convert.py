@@ -79,5 +79,5 @@ def test_half_a_lora_raises_checkpoint_error(source, tmp_path):
     save_file(
         {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.ones(4, 256)}, tmp_path / "lora.safetensors"
     )
-    with pytest.raises(CheckpointError, match="lora_down.weight in .* is without lora_up"):
+    with pytest.raises(CheckpointError, match=r"lora_down.weight in .* is without lora_up"):
         convert(source, tmp_path / "out", loras=[str(tmp_path / "lora.safetensors")])
