@@ -131,6 +131,40 @@ def switch(
 
 
 @app.command()
+def lora(
+    model: Annotated[str, typer.Option(help="1.3B, 14B, nano or tiny.")] = "1.3B",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of layers, from the first on. Default: all.")
+    ] = None,
+    size: Size = "832x480x81",
+    topk: Annotated[float, typer.Option(help="Share of key blocks that SLA attends to.")] = 0.1,
+    linears: Annotated[str, typer.Option(help="bf16 or int8.")] = "bf16",
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 32,
+    mode: Modes = "base,merge,branch",
+    check_layers: Annotated[int, typer.Option(min=1, help="Layers of the correctness check.")] = 2,
+    check_size: CheckSize = "832x480x5",
+    runs: Runs = 5,
+    warmup: Warmup = 2,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Measure a step with a LoRA, and a change of its strength. Modes: base (without one), merge, branch."""
+    from turbo_nb.machine.probe import device_of
+
+    from . import harness, step
+    from . import lora as benchmark
+
+    device = device_of(device)
+    setup = step.Setup(
+        model=model, layers=layers, size=clip(size), attention="sla", topk=topk, linears=linears, device=device
+    )
+    jobs = benchmark.jobs(
+        setup, rank, mode.split(","), check_layers=check_layers, check_size=clip(check_size), runs=runs, warmup=warmup
+    )
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
+@app.command()
 def e2e(
     model: Annotated[str, typer.Option(help="A model's name, a checkpoint or a diffusers folder.")] = "nano",
     random: Annotated[

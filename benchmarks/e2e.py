@@ -187,8 +187,8 @@ def random_model(name: str, options: LoadOptions) -> resolve.ResolvedModel:
     return resolve.ResolvedModel(
         spec=spec,
         transformers=(transformer,),
-        vae=Contents(path=transformer.path, kind="vae", layout="diffusers", tensors=vae.to(home).state_dict()),
-        text_encoder=Contents(path=transformer.path, kind="text encoder", layout="diffusers", tensors=tensors),
+        vae=Contents(path=transformer.path, kind="vae", names="diffusers", tensors=vae.to(home).state_dict()),
+        text_encoder=Contents(path=transformer.path, kind="text encoder", names="diffusers", tensors=tensors),
         tokenizer=catalog.NANO.folder / "tokenizer",
         device=device,
         memory=options.memory or probe.free_memory(device),

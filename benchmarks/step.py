@@ -145,7 +145,7 @@ def random_contents(
     return Contents(
         path=Path("random weights"),
         kind="transformer",
-        layout="diffusers",
+        names="diffusers",
         tensors={name: _draw(name, t.shape, generator).to(home or device) for name, t in meta.state_dict().items()},
         arch=arch,
         head_dim=arch.dim // arch.num_heads,

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, harness, kernels, step, switch, vae
+from benchmarks import e2e, harness, kernels, lora, step, switch, vae
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError
 from turbo_nb.ops.attention import reference as attention_reference
@@ -192,6 +192,20 @@ def test_a_switch_of_experts_is_a_row_a_mode(bench, monkeypatch):
     assert bench(*options) == (1, rows)
 
 
+LORA = ("lora", "--model", "tiny", "--size", "128x128x9", "--check-size", "128x128x9", "--rank", "4", *QUICK)
+
+
+@pytest.mark.parametrize("linears", ["bf16", "int8"])
+def test_a_lora_is_a_row_for_its_step_and_for_a_change_of_its_strength(bench, monkeypatch, linears):
+    code, rows = bench(*LORA, "--linears", linears)
+    assert code == 0 and [row["mode"] for row in rows] == ["base", "merge", "merge", "branch", "branch"]
+    assert [row["work"].startswith("change of strength") for row in rows] == [False, False, True, False, True]
+    assert {row["work"].rpartition(", ")[2] for row in rows} == {"LoRA of rank 4"}
+    monkeypatch.setattr(lora.LoadedLoRA, "set_strength", lambda self, strength: None)  # a change that changes nothing
+    code, more = bench(*LORA, "--linears", linears, "--mode", "merge")
+    assert code == 1 and [row["work"] for row in more[len(rows) :]] == [rows[1]["work"]]
+
+
 E2E = ("e2e", "--size", "64x64x5", "--steps", 2, "--device", "cpu", "--runs", 3, "--warmup", 0)
 
 
@@ -272,6 +286,8 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         (("e2e", "--linears", "int4"), "linears is 'int4'"),
         (("switch", "--mode", "eager"), "mode is 'eager'. Expected one of accelerate, turns, ahead"),
         (("switch", "--gb", "0"), "gb is 0. Expected the size of an expert in GB, above 0"),
+        (("lora", "--mode", "eager"), "mode is 'eager'. Expected one of base, merge, branch"),
+        (("lora", "--model", "2B"), "model is '2B'"),
         (("e2e", "--memory", "-1"), "memory is -1. Expected GB, above 0"),
         (("e2e", "--random", "2B"), "random is '2B'. Expected one of 1.3B, 14B, nano, tiny"),
     ],

@@ -144,8 +144,10 @@ def test_changing_strengths_there_and_back_gives_identical_bits(linears_, state,
     assert not same(pipeline.transformer, base) and at_half != identity
     fresh = turbo_nb.load_pipeline(path, **PARTS, loras=f"{style[0]}:0.5")
     assert same(fresh.transformer, half) and fresh.turbo_nb.identity == at_half
-    turbo_nb.set_loras(pipeline, str(style[0]))
+    with torch.inference_mode():
+        turbo_nb.set_loras(pipeline, str(style[0]))
     assert not same(pipeline.transformer, half)
+    assert not any(parameter.is_inference() for parameter in pipeline.transformer.parameters())
     turbo_nb.set_loras(pipeline, [(style[0], 0.5)])
     assert same(pipeline.transformer, half) and pipeline.turbo_nb.identity == at_half
     turbo_nb.set_loras(pipeline, [(style[0], 0)])

@@ -172,6 +172,7 @@ def _load_tensor(
     return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _finite(key, scale.to(device), contents)}
 
 
+@torch.inference_mode(False)  # because parameters of inference mode have no version, which caches ask for
 @torch.no_grad()
 def reload_tensors(
     model: WanTransformer3DModel,
