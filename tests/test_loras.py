@@ -271,6 +271,35 @@ def test_group_offload_is_undone_while_weights_are_written_and_put_back(monkeypa
     assert same(model, base) and torch.equal(forward(model), before) and not torch.equal(after, before)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("linears_", ["bf16", "quantised", "int8 tiles"])
+@pytest.mark.parametrize("memory_plan", ["resident", "offload", "group"])
+def test_every_plan_of_a_gpu_gives_the_bits_back(memory_plan, linears_, state, style, tmp_path):
+    path = NANO
+    if linears_ == "int8 tiles":
+        path = tmp_path / "int8.safetensors"
+        save_file(tile_int8(state), path)
+    options = PARTS | {"device": "cuda", "memory_plan": memory_plan, "quant_linear": linears_ != "bf16"}
+    load = lambda *loras: turbo_nb.load_pipeline(path, **options, loras=loras)  # noqa: E731
+    clip = lambda pipeline: turbo_nb.generate(pipeline, PROMPT, num_frames=5, num_steps=2).frames  # noqa: E731
+
+    def weights(pipeline):
+        with place.held_still(pipeline, pipeline.turbo_nb.plan):
+            return {name: tensor.cpu().clone() for name, tensor in pipeline.transformer.state_dict().items()}
+
+    def equal(ours, theirs):
+        return all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+    pipeline, merged = load(), load((style[0], 0.5))
+    base, base_clip, merged_clip = weights(pipeline), clip(pipeline), clip(merged)
+    turbo_nb.set_loras(pipeline, [(style[0], 0.5)])
+    assert equal(weights(pipeline), weights(merged)) and not equal(weights(pipeline), base)
+    assert np.array_equal(clip(pipeline), merged_clip) and not np.array_equal(merged_clip, base_clip)
+    for each in (pipeline, merged):
+        turbo_nb.set_loras(each, [])
+        assert equal(weights(each), base) and np.array_equal(clip(each), base_clip)
+
+
 def test_fused_modules_see_other_weights_for_the_same_prompt(state, tmp_path, monkeypatch):
     path = tmp_path / "norm.safetensors"
     save_file({"transformer.blocks.3.attn2.norm_k.diff": torch.ones(256)}, path)

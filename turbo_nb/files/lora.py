@@ -225,7 +225,7 @@ def find(file: str) -> Path:
             TURBO_NB_LORAS, or `loras` in the current directory.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: the file does not exist.
     """
     path = Path(os.path.expanduser(file))
     folder = Path(os.path.expanduser(os.environ.get(FOLDER) or "loras"))
