@@ -155,7 +155,7 @@ class LoRAFile:
     expert: Literal["high", "low"] | None = None
 
     def __str__(self) -> str:
-        return f"{f'{self.expert}=' if self.expert else ''}{self.file}:{self.strength:g}"
+        return f"{f'{self.expert}=' if self.expert else ''}{self.file}:{self.strength}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """LoRAs: every spelling of their keys changes a weight by the same sum; other kinds and misfits are refused by name."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -271,6 +272,11 @@ MISFITS = {
         r"made for a tensor of shape \(80, 80\). Expected \(48, 48\)",
     ),
     "transposed difference": ({"blocks.0.ffn.0.diff": torch.ones(48, 96)}, r"\(48, 96\). Expected \(96, 48\)"),
+    "lengths of a kernel": (PAIR | {f"{Q}dora_scale": torch.ones(48, 1, 3)}, r"shape \(48, 1, 3\)"),
+    "lengths for a vector": (
+        {"blocks.0.norm3.lora_A.weight": torch.ones(RANK, 1), "blocks.0.norm3.lora_B.weight": torch.ones(48, RANK),
+         "blocks.0.norm3.dora_scale": torch.ones(1, 48)}, r"shape \(1, 48\)"),
+    "difference of one number": (PAIR | {f"{Q}diff": torch.ones(())}, r"shape \(\). Expected \(48, 48\)"),
     "lengths of another width": (PAIR | {f"{Q}dora_scale": torch.ones(80, 1)}, r"shape \(80, 1\)"),
     "zeros": (PAIR | {f"{Q}lora_up.weight": torch.zeros(48, RANK)}, "is zero in all 1 tensors"),
     "blocks of another model": (
@@ -294,8 +300,56 @@ def test_file_that_cannot_be_merged_raises_checkpoint_error(case, tmp_path):
     tensors, words = MISFITS[case]
     path = save(tmp_path / "lora.safetensors", tensors)
     with pytest.raises(CheckpointError, match=words) as error:
-        merged(path, base(UPSTREAM.values()))
+        merged(path, base(UPSTREAM.values()) | {"blocks.0.norm2.weight": torch.ones(48)})
     assert "Expected" in str(error.value) and "lora.safetensors" in str(error.value)
+
+
+def mutate(tensors, chance):
+    """Rename, drop, add or replace one tensor"""
+    key = chance.choice(sorted(tensors))
+    tensor, shape = tensors[key], chance.choice([(), (0,), (1,), (5, 0), (2, 3, 4), (48, 1, 3), (1, 1, 1, 1, 1, 1)])
+    dtype = chance.choice([torch.int8, torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2])
+    match chance.randrange(8):
+        case 0:
+            del tensors[key]
+        case 1:
+            tensors[key] = tensor.to(dtype)
+        case 2:
+            tensors[key] = torch.ones(shape)
+        case 3:
+            tensors[key] = tensor.float() * chance.choice([float("nan"), 1e30])
+        case 4:
+            tensors[chance.choice(["x.", "..", "lora_", "_"]) + key] = tensors.pop(key)
+        case 5:
+            tensors[key.replace("blocks.0", "blocks.999999")] = tensors.pop(key)
+        case 6:
+            tensors[key + chance.choice([".weight", "_scale", ".lora_A", ".alpha", ".diff"])] = torch.ones(shape)
+        case 7:
+            tensors[chance.choice([".lora_A.weight", "alpha", "head.diff_m", "blocks..lora_A.weight"])] = torch.ones(
+                shape
+            )
+
+
+def test_mutated_file_is_merged_or_raises_checkpoint_error(tmp_path):
+    weights, outcomes = base(UPSTREAM.values()), set()
+    for seed in range(500):
+        chance = random.Random(seed)
+        tensors = keys_of(*FORMS[chance.choice(sorted(FORMS))])
+        if chance.random() < 0.5:
+            part = chance.choice(["dora_scale", "diff", "diff_b", "diff_m", "w_norm", "alpha"])
+            extra = torch.ones(chance.choice([(48, 1), (1, 48), (48,), (48, 48), (1, 6, 48), (), (0,)]))
+            tensors |= {f"{chance.choice(sorted(tensors)).partition('.lora_')[0]}.{part}": extra}
+        for _ in range(chance.randint(0, 2)):
+            mutate(tensors, chance)
+        path = save(tmp_path / chance.choice(["lora.pt", "lora.safetensors"]), tensors)
+        try:
+            with collect_warnings():
+                results, applied = merged(path, weights, chance.choice([1, -3, 1e20]))
+            assert all(result.isfinite().all() for result in results.values()) and str(applied.lora)
+            outcomes.add("merged")
+        except CheckpointError as error:
+            outcomes.add(str(error).partition("Expected")[2])
+    assert "merged" in outcomes and len(outcomes) > 6
 
 
 @pytest.mark.parametrize("kind", ["web page", "cut short", "pickle", "empty"])

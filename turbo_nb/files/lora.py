@@ -106,8 +106,11 @@ class Change:
         rest = math.prod(shape[1:])
         if self.down is not None and (self.up.numel() != shape[0] * self.rank or self.down[0].numel() != rest):
             return self.up.shape[0], *self.down.shape[1:]
-        if self.magnitude is not None and tuple(self.magnitude.shape[:2]) not in ((shape[0], 1), (1, shape[1])):
-            return tuple(self.magnitude.shape)
+        if self.magnitude is not None:
+            lengths = self.magnitude.shape
+            allowed = {(side, *pair) for side, pair in zip(shape, ((shape[0], 1), (1, *shape[1:2])), strict=False)}
+            if (lengths.numel(), *lengths[:2]) not in allowed:
+                return tuple(lengths)
         if self.diff is not None and not _same(self.diff.shape, shape):
             return tuple(self.diff.shape)
         return None
@@ -182,8 +185,8 @@ class LoRA:
             parts.append(f"{differences} differences")
         parts += [f"{len(self.foreign)} keys of other models"] if self.foreign else []
         kind = "DoRA" if any(change.magnitude is not None for change in self.changes.values()) else "LoRA"
-        key = next((change.keys[0] for change in self.changes.values()), *self.foreign[:1])
-        return f"a {kind}, {', '.join(parts)}, keys such as {key}"
+        keys = [key for change in self.changes.values() for key in change.keys if not key.endswith(".alpha")]
+        return f"a {kind}, {', '.join(parts)}, keys such as {(keys or self.foreign)[0]}"
 
 
 def _span(values: Iterable[float]) -> str:
@@ -344,7 +347,7 @@ def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
     """Raise CheckpointError for integers, and for numbers that are not finite"""
     if not isinstance(tensor, Tensor):
         raise CheckpointError(f"{key} in {str(path)!r} is a tensor of GGUF. Expected a LoRA as safetensors.")
-    if not tensor.is_floating_point() and tensor.numel() > 1:
+    if tensor.is_complex() or (not tensor.is_floating_point() and tensor.numel() > 1):
         raise CheckpointError(
             f"{key} in {str(path)!r} is {str(tensor.dtype).removeprefix('torch.')}. Expected floating point numbers. "
             "Take a bf16 or float32 file."
@@ -453,7 +456,7 @@ def fit(lora: LoRA, shapes: Mapping[str, Sequence[int]], *, quiet: bool = False)
             "of a Wan transformer. Take one that was trained for this model."
         )
     for name, change in matched.items():
-        if made_for := change.misfit(shapes[name]):
+        if (made_for := change.misfit(shapes[name])) is not None:
             raise CheckpointError(
                 f"{change.keys[0]} in {path!r} is made for a tensor of shape {made_for}. Expected "
                 f"{tuple(shapes[name])}, the shape of {name} in this model. Take a LoRA of a model of this size."
