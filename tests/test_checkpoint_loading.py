@@ -4,6 +4,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 from io import StringIO
@@ -14,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from helpers import assert_close, golden, tiny_transformer, upstream_names, write_upstream
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
+from weight_files import FORMATS, gguf_file
 
 from turbo_nb import catalog, checkpoint
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
@@ -179,7 +182,7 @@ def test_unexpected_tensors_are_counted_and_named(tmp_path):
 
 def test_missing_tensors_are_an_error_that_says_what_the_file_is(tmp_path):
     path = write_upstream(tmp_path / "x.pth", drop=["blocks.1.ffn.2.bias"])
-    with pytest.raises(CheckpointError, match=r"looks like a Wan text-to-video.*1 are missing: blocks.1.ffn.net.2.bias"):
+    with pytest.raises(CheckpointError, match=r"looks like a Wan.*1 are missing: blocks.1.ffn.net.2.bias"):
         load_transformer(path)
 
 
@@ -533,3 +536,26 @@ def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load_tokenizer(folder)
     assert not ran.exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+@pytest.mark.parametrize("number_format", ["ComfyUI fp8, scale_weight", "GGUF"])
+def test_a_file_is_quantised_one_tensor_at_a_time(tmp_path, number_format):
+    """Peak main memory is at most 1.15 times the file plus one tensor in float32."""
+    arch = catalog.Arch(dim=1024, num_heads=8, num_layers=8, ffn_dim=4096)
+    state, path = upstream_names(arch, sla=True, int8=False, text_dim=256), tmp_path / "model"
+    if number_format == "GGUF":
+        pytest.importorskip("gguf")
+        gguf_file(path, state, "Q8_0")
+    else:
+        save_file(FORMATS[number_format](state), path)
+    code = (
+        "import sys, warnings, resource, torch; from turbo_nb.checkpoint import load_transformer as load\n"
+        "warnings.simplefilter('ignore'); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "load(sys.argv[2], quant_linear=True); before = peak()\n"
+        "load(sys.argv[1], quant_linear=True); print(peak() - before)"
+    )
+    tiny, small = catalog.Arch(dim=128, num_heads=1, num_layers=1, ffn_dim=64), tmp_path / "small.safetensors"
+    save_file(FORMATS["fp8 e4m3"](upstream_names(tiny, sla=True, int8=False)), small)  # to import what loading needs
+    run = subprocess.run([sys.executable, "-c", code, path, small], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 1.15 * path.stat().st_size + 4 * arch.dim * arch.ffn_dim

@@ -26,8 +26,10 @@ from .files.recognise import Contents, attention_of, check_dtypes, count_blocks,
 from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
+from .machine.mapped import Reader
 from .sla import set_attention_type
 
+ROWS = 1024  # of a weight that are quantised at once
 TEXT_DIM = 4096  # of umT5-xxl, which all released models read
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
@@ -90,11 +92,13 @@ def load_transformer(
     if not as_stored:
         change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
         warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
-    for key in list(tensors):
-        for name, value in _load_tensor(
-            model, key, tensors.pop(key), contents, device, run_device, dtype, loras
-        ).items():
+    reader = Reader()
+    for key, stored in tensors.items():
+        values = _load_tensor(model, key, stored, contents, device, run_device, dtype, loras)
+        for name, value in values.items():
             _assign(model, name, value)
+        _release(stored, values.values(), reader)
+    reader.release()
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
@@ -168,7 +172,7 @@ def _load_tensor(
     if not in_8_bits:
         return {key: weight.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype).to(device)}
     # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
-    q, scale = row_quantize(weight)[:2] if isinstance(stored, Encoded) else quantize(weight, run_device)
+    q, scale = _quantized_rows(weight) if isinstance(stored, Encoded) else quantize(weight, run_device)
     return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _finite(key, scale.to(device), contents)}
 
 
@@ -231,6 +235,21 @@ def _decoded(stored: Tensor | Encoded, device: str | torch.device) -> Tensor:
     return stored.decode(device) if isinstance(stored, Encoded) else stored.to(device)
 
 
+def _quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight (N, K) with one scale per row, some rows at a time, because there are several temporaries"""
+    parts = [row_quantize(rows)[:2] for rows in weight.split(ROWS)]
+    q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q, scale
+
+
+def _release(stored: Tensor | Encoded, taken: Iterable[Tensor], reader: Reader) -> None:
+    """Let the reader drop the bytes of a tensor, unless the model took these bytes themselves."""
+    data = stored.data if isinstance(stored, Encoded) else stored
+    memory = data.untyped_storage().data_ptr()
+    if data.device.type == "cpu" and all(one.untyped_storage().data_ptr() != memory for one in taken):
+        reader.done(data.data_ptr(), data.nbytes)
+
+
 def load_vae(
     path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> AutoencoderKLWan:
@@ -286,13 +305,16 @@ def load_text_encoder(
     tensors, wanted = encoder_tensors(contents.tensors), encoder_tensors(model.state_dict())
     tensors = _matched(tensors, wanted, contents)
     stored = stored_weights(tensors, dtype if layerwise else None)
-    for key in list(tensors):
-        tensor = tensors.pop(key)
+    reader = Reader()
+    for key, tensor in tensors.items():
         if key in stored:
             _store(model, key, stored.pop(key), contents, device, dtype)
         else:
             whole = _finite(key, _decoded(tensor, device), contents)
-            _assign(model, key, whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype)))
+            whole = whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype))
+            _assign(model, key, whole)
+            _release(tensor, [whole], reader)
+    reader.release()
     model.encoder.embed_tokens = model.shared
     return model.requires_grad_(False).eval()
 
@@ -410,6 +432,10 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Give a model without storage the tensors of a file."""
+    reader = Reader()
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
         whole = _finite(key, _decoded(tensor, device), contents)
-        _assign(model, key, whole.to(dtype or whole.dtype))
+        whole = whole.to(dtype or whole.dtype)
+        _assign(model, key, whole)
+        _release(tensor, [whole], reader)
+    reader.release()

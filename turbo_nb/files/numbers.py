@@ -71,6 +71,7 @@ REFUSED = {
     "wscales": "SVDQuant",
 }
 COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # the formats of `comfy_quant` that can be decoded
+BLOCKS = 1 << 16  # of a GGUF tensor that are decoded at once
 MARKER = "scaled_fp8"  # an empty tensor that says that fp8 weights have scales
 DATA_AND_SCALES = {end for one in FORMATS for end in (one.data, one.scale) if end}
 ENDS = sorted({*REFUSED, *ACTIVATIONS, "comfy_quant", *DATA_AND_SCALES}, key=len, reverse=True)
@@ -130,7 +131,7 @@ class Encoded:
         scale = self.scale.to(data.device, torch.float32)
         if scale.ndim == 2:
             return int8_dequantize(data.float(), scale)
-        return data.float() * scale.reshape(-1, *[1] * (self.ndim - 1))
+        return data.float().mul_(scale.reshape(-1, *[1] * (self.ndim - 1)))
 
     def int8(self) -> tuple[Tensor, Tensor] | None:
         """Return the file's bytes as 8-bit linears take them; None for other formats.
@@ -328,4 +329,9 @@ def _decode_gguf(data: Tensor, type_name: str) -> Tensor:
     if (decode := dequantize_functions.get(kind)) is None:
         return torch.from_numpy(gguf.quants.dequantize(data.cpu().numpy(), kind)).to(data.device)
     block, width = gguf.GGML_QUANT_SIZES[kind]
-    return decode(data.reshape(-1, width), block, width, dtype=torch.float32)
+    blocks = data.reshape(-1, width)
+    out = torch.empty(len(blocks), block, device=data.device)
+    for begin in range(0, len(blocks), BLOCKS):  # some at a time, because there are several temporaries
+        part = slice(begin, begin + BLOCKS)
+        out[part] = decode(blocks[part], block, width, dtype=torch.float32)
+    return out

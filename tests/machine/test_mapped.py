@@ -1,0 +1,39 @@
+"""Memory goes back to the system while a file is read, and no byte is lost."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from turbo_nb.machine.mapped import BATCH, Reader
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process that are in memory: "RssFile" or "RssAnon"."""
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith(kind))
+
+
+def test_pages_of_a_file_are_dropped_and_read_again(tmp_path):
+    values = torch.arange(1 << 24, dtype=torch.float32)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    mapped = load_file(tmp_path / "a.safetensors")["a"]
+    total = mapped.sum()
+    before, reader = resident("RssFile"), Reader()
+    reader.done(mapped.data_ptr(), mapped.nbytes)  # as large as a batch
+    assert mapped.nbytes >= BATCH and before - resident("RssFile") > 0.9 * mapped.nbytes
+    assert mapped.sum() == total
+
+
+def test_other_memory_keeps_its_bytes():
+    values, reader = torch.arange(1 << 22, dtype=torch.float32), Reader()
+    reader.done(values.data_ptr(), values.nbytes)
+    reader.release()
+    assert torch.equal(values, torch.arange(1 << 22, dtype=torch.float32))
+
+
+def test_nothing_to_release_is_fine():
+    Reader().release()
