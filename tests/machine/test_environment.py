@@ -105,6 +105,26 @@ def test_caches_and_their_sizes(monkeypatch, tmp_path):
     assert not (tmp_path / ".triton").exists() and not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {}, {"HF_HOME": "~/hf"}, {"HF_HOME": "$ELSEWHERE/hf"}, {"XDG_CACHE_HOME": "/x"},
+        {"HF_HUB_CACHE": "$ELSEWHERE/hub"}, {"HF_HOME": ""}, {"XDG_CACHE_HOME": "~/x$UNSET"},
+        {"HUGGINGFACE_HUB_CACHE": "/old/hub"}, {"HUGGINGFACE_HUB_CACHE": "~/$ELSEWHERE", "HF_HOME": "/no"},
+        {"HUGGINGFACE_HUB_CACHE": "/old/hub", "HF_HUB_CACHE": "~/new"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_hubs_cache_is_where_huggingface_hub_has_it(monkeypatch, variables):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables | {"ELSEWHERE": "/elsewhere"}).items():
+        monkeypatch.setenv(name, value)
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert environment.hub_cache() == environment.Path(result.stdout.strip())
+
+
 def test_a_user_without_a_home_gets_a_temporary_cache(tmp_path):
     code = (
         "import os, pwd, tempfile\nos.environ.pop('HOME', None)\npwd.getpwuid = lambda uid: {}['no such user']\n"

@@ -143,11 +143,14 @@ def dollars(cost: float | None, before: str = ", ") -> str:
 
 
 def hub_cache() -> Path:
-    """Return huggingface_hub's folder of files: $HF_HUB_CACHE, else `hub` in $HF_HOME or in its default."""
-    if path := os.environ.get("HF_HUB_CACHE"):
-        return _expanded(path)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return _expanded(Path(os.environ.get("HF_HOME") or default) / "hub")
+    """Return huggingface_hub's folder of files, as its `constants` compute it.
+
+    It is $HF_HUB_CACHE, else $HUGGINGFACE_HUB_CACHE, else `hub` in $HF_HOME or in its default. Variables such as $HOME
+    within them are expanded.
+    """
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    path = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(os.path.expandvars(_expanded(home)), "hub"))
+    return Path(os.path.expandvars(_expanded(os.environ.get("HF_HUB_CACHE", path))))
 
 
 def volume() -> Path | None:
