@@ -55,11 +55,3 @@ def test_a_model_is_known_by_its_shape():
 )
 def test_nano_understands_prompts_with_a_shape_and_a_colour(prompt, understood):
     assert catalog.NANO.understands(prompt) is understood
-
-
-def test_a_known_name_is_a_name_whatever_lies_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("nano", "auto", "mine"):
-        (tmp_path / name).mkdir()
-    assert catalog.is_name("nano") and catalog.is_name("auto") and catalog.is_name("typo")
-    assert not catalog.is_name("mine") and not catalog.is_name(tmp_path) and not catalog.is_name(("a", "b"))

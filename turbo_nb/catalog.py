@@ -1,7 +1,6 @@
 """The released models: their files, their shapes and their defaults."""
 
 import json
-import os
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -30,22 +29,35 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a Hub repository.
+    """A file of a Hub repository, or a folder of it. Its text is a reference.
 
     Attributes:
         repo: owner and name.
-        path: within the repository; "/" is its folder.
+        path: within the repository; a folder ends with "/", and "/" is the repository's own.
         revision: a branch, tag or commit; None: main.
+        kind: "weights" or "tokenizer", which tells what a folder's files are.
+        commit: what the revision is, where that was looked up; None: whatever it is when it is fetched.
     """
 
     repo: str
     path: str
     revision: str | None = None
+    kind: str = "weights"
+    commit: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Repository and path."""
+        return f"{self.repo}/{self.path}".rstrip("/")
+
+    def __str__(self) -> str:
+        revision = self.commit or self.revision
+        return f"{self.name}@{revision}" if revision else self.name
 
 
 VAE = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")
 TEXT_ENCODER = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "models_t5_umt5-xxl-enc-bf16.pth")
-TOKENIZER = HubFile("google/umt5-xxl", "/")
+TOKENIZER = HubFile("google/umt5-xxl", "/", kind="tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +107,11 @@ class ModelSpec:
     folder: Path | None = None
     files: tuple[HubFile, ...] = ()
     quant_files: tuple[HubFile, ...] = ()
+
+    def needs(self, quantized: bool = False) -> tuple[HubFile, ...]:
+        """Return the files on the Hub that the model is made of; with 8-bit linears if `quantized`."""
+        weights = self.quant_files if quantized else self.files
+        return (*weights, VAE, TEXT_ENCODER, TOKENIZER) if weights else ()
 
     @property
     def example(self) -> str:
@@ -201,15 +218,20 @@ def find(model: str) -> ModelSpec:
         return MODELS[name]
     known = ", ".join(["auto", *MODELS, *UPSTREAM_NAMES])
     close = get_close_matches(model, [*MODELS, *UPSTREAM_NAMES], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ", or the path of a checkpoint or of a diffusers folder."
+    paths = ", the path of a checkpoint or of a diffusers folder, or a Hub id such as owner/repo/file.safetensors."
+    hint = f"; did you mean {close[0]!r}?" if close else paths
     raise UnknownModelError(f"unknown model {model!r}. Expected one of {known}{hint}")
 
 
-def is_name(model) -> bool:
-    """Return whether `model` is a name and not a path. A known name is a name even where a file is called so."""
-    if isinstance(model, str | Path) and str(model) in ("auto", *MODELS, *UPSTREAM_NAMES):
-        return True
-    return isinstance(model, str) and not os.path.exists(model)
+def of_repo(repo: str) -> ModelSpec | None:
+    """Return the model whose files a Hub repository has; None for another repository."""
+    return next((spec for spec in MODELS.values() if spec.files and spec.files[0].repo == repo), None)
+
+
+def of_file(file: HubFile) -> ModelSpec | None:
+    """Return the model that a file of the Hub belongs to; None for another file."""
+    spec = of_repo(file.repo)
+    return spec if spec and file.path in {one.path for one in (*spec.files, *spec.quant_files)} else None
 
 
 def of_arch(arch: Arch) -> ModelSpec | None:
