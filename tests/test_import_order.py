@@ -14,7 +14,7 @@ ORDER = [
     ("errors",), ("catalog",), ("settings", "records"), ("machine",), ("ops",), ("backends",), ("rope", "scheduler"),
     ("linear",), ("sla",), ("fused",), ("files",), ("layerwise",), ("checkpoint",), ("files.convert",),
     ("text", "video"),
-    ("runtime",), ("files.hub",), ("files.resolve",), ("pipeline",), ("generation",),
+    ("runtime",), ("files.hub",), ("files.remote",), ("files.resolve",), ("pipeline",), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

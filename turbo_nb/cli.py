@@ -336,7 +336,10 @@ def doctor(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(help="A model's name, or auto: the best that fits this GPU.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A model's name, auto (the best that fits), or a Hub id: owner/repo[/file][@revision]."),
+    ],
     quant: Annotated[
         bool | None,
         typer.Option("--quant/--no-quant", help="The int8 files or the bf16 ones; else those that suit this GPU."),
@@ -345,7 +348,7 @@ def download(
     """Download a model's files into the Hub cache ($HF_HOME): print the plan, the transfer, and the paths."""
     from .files.resolve import download_model
 
-    files = download_model(model, quantised=quant, on_plan=lambda plan: print(plan, flush=True))
+    files = download_model(model, quantized=quant, on_plan=lambda plan: print(plan, flush=True))
     if files:
         print(files)
 

@@ -232,8 +232,8 @@ def test_without_a_gpu_only_nano_fits(report):
 
 
 def test_what_is_here_is_not_fetched_again_and_the_rest_must_fit_the_disk(monkeypatch):
-    missing = [*LARGE.files, catalog.VAE, catalog.TEXT_ENCODER, *download.TOKENIZER_FILES]
-    monkeypatch.setattr(download, "missing", lambda spec, quantised: tuple(missing))
+    missing = [*LARGE.needs()]
+    monkeypatch.setattr(download, "missing", lambda files: tuple(missing))
     whole = fit(LARGE, False, H100, 10**12)
     assert whole.fits and not whole.downloaded and whole.to_fetch == pytest.approx(40.2 * GB, rel=0.02)
     assert fit(LARGE, False, H100, whole.to_fetch).fits

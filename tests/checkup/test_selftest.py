@@ -187,7 +187,7 @@ def test_a_file_that_is_gone_or_new_turns_it_red(bent):
 def test_a_released_model_that_is_not_here_is_not_fetched(monkeypatch):
     from turbo_nb.files import hub
 
-    monkeypatch.setattr(hub, "cached", lambda spec, quantised: None)
+    monkeypatch.setattr(hub, "cached", lambda files: None)
     check = selftest.run("files", selftest.files, catalog.find("Wan2.1-1.3B"), True)
     assert not check.passed and check.detail.endswith("turbo-nb download TurboWan2.1-T2V-1.3B-480P --quant")
 
@@ -196,13 +196,11 @@ def test_a_released_models_files_are_recognised(monkeypatch):
     from turbo_nb.files import hub
 
     folder = catalog.NANO.folder
-    here = hub.Files(
-        transformers=(folder / "vae",), vae=folder / "vae", text_encoder=folder / "text_encoder", tokenizer=folder
-    )
+    here = [folder / name for name in ("vae", "vae", "text_encoder", "tokenizer")]
     spec = replace(catalog.find("Wan2.1-1.3B"), arch=catalog.NANO.arch)
-    monkeypatch.setattr(hub, "cached", lambda spec, quantised: here)
+    monkeypatch.setattr(hub, "cached", lambda files: here)
     assert "Expected a transformer" in selftest.run("files", selftest.files, spec, False).detail
-    here = replace(here, transformers=(folder / "transformer",))
+    here[0] = folder / "transformer"
     assert selftest.run("files", selftest.files, spec, False).passed
 
 

@@ -2,204 +2,44 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections import namedtuple
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import close_session
+from loopback_hub import MODEL, T5, TURBO, UMT5, WAN, Hub, some_bytes
 
 from turbo_nb import catalog
 from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.files import endpoint
 from turbo_nb.files import hub as download
+from turbo_nb.files.reference import TOKENIZER_FILES
 from turbo_nb.machine import environment
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
-MODEL = "TurboWan2.1-T2V-1.3B-480P"
 SPEC = catalog.find(MODEL)
-TURBO, WAN, UMT5 = f"TurboDiffusion/{MODEL}", "Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl"
-T5 = catalog.TEXT_ENCODER.path
-IN_GIT = ("tokenizer_config.json", "special_tokens_map.json")  # the other files are in LFS
 
 
-def some_bytes(name: str, size: int = 200_000) -> bytes:
-    return hashlib.shake_256(name.encode()).digest(size)
+def fetch(spec=SPEC, quantized=False, **more) -> download.Files:
+    """The files of a model of the catalogue, fetched."""
+    needed = spec.needs(quantized)
+    planned = download.plan(spec.name, needed)
+    return download.Files.of(download.fetch(planned, **more)[file] for file in needed)
 
 
-class Hub(ThreadingHTTPServer):
-    """Three repositories; faults by the end of a file's or repository's name; a log of what was asked."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.repos = {
-            TURBO: {name: some_bytes(name) for name in (f"{MODEL}.pth", f"{MODEL}-quant.pth")},
-            WAN: {name: some_bytes(name) for name in (catalog.VAE.path, T5)} | {"README.md": b"not for us"},
-            UMT5: {name: some_bytes(name, 3000) for name in download.TOKENIZER_FILES},
-        }
-        self.commits = {repo: hashlib.sha1(repo.encode()).hexdigest() for repo in self.repos}
-        self.faults: dict[str, tuple] = {}
-        self.log: list[tuple[str, str]] = []
-        self.tokens: set[str | None] = set()
-        self.stuck, self.release = threading.Event(), threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.cdn = f"http://localhost:{self.server_port}"  # another host to the client: its token stays behind
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def fetched(self) -> list[str]:
-        """Names of the files whose bytes were asked for, in order, once."""
-        return list(dict.fromkeys(path.rsplit("/", 1)[-1] for method, path in self.log if method == "GET-FILE"))
-
-    def handle_error(self, request, client_address):
-        """A client that goes away is part of the tests."""
-
-
-class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: Hub
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, status: int, body: bytes = b"", **headers: str):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def fault(self, *names: str) -> bool:
-        """Whether a status was asked for instead of an answer; a fault with a count ends with it."""
-        for name in names:
-            kind, *rest = self.server.faults.get(name, (None,))
-            if kind == "status":
-                status, headers, *times = rest
-                if times:
-                    self.server.faults[name] = (kind, status, headers, times[0] - 1)
-                    if times[0] <= 1:
-                        del self.server.faults[name]
-                self.reply(status, b"", **headers)
-                return True
-        return False
-
-    def do_GET(self):
-        self.answer()
-
-    def do_HEAD(self):
-        self.answer()
-
-    def answer(self):
-        hub, path = self.server, self.path.split("?")[0]
-        self.server.tokens.add(self.headers.get("authorization"))
-        if path.startswith("/api/models/"):
-            owner, name, *rest = path.removeprefix("/api/models/").split("/")
-            hub.log.append(("API", path))
-            return self.about(f"{owner}/{name}")
-        owner, name, resolve, revision, *rest = path.strip("/").split("/")
-        repo, file = f"{owner}/{name}", "/".join(rest)
-        if resolve == "cdn":
-            return self.content(file, hub.repos[repo][file])
-        if revision not in (hub.commits[repo], "main") or file not in hub.repos[repo]:
-            return self.reply(404, X_Error_Code="EntryNotFound")
-        hub.log.append((self.command, path))
-        if self.fault(file):
-            return None
-        body, commit = hub.repos[repo][file], {"X_Repo_Commit": hub.commits[repo]}
-        if file in IN_GIT:
-            if self.command == "GET":
-                return self.content(file, body)
-            return self.reply(200, body, ETag=f'"{git_hash(body)}"', **commit)
-        sha256 = hashlib.sha256(body).hexdigest()
-        return self.reply(
-            302, Location=f"{hub.cdn}/{repo}/cdn/{revision}/{file}", X_Linked_Etag=f'"{sha256}"',
-            X_Linked_Size=str(len(body)), **commit,
-        )  # fmt: skip
-
-    def about(self, repo: str):
-        if self.fault(repo):
-            return
-        siblings = []
-        for name, body in self.server.repos[repo].items():
-            sibling = {"rfilename": name, "size": len(body), "blobId": git_hash(body)}
-            if name not in IN_GIT:
-                sibling["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-            siblings.append(sibling)
-        self.reply(200, json.dumps({"id": repo, "sha": self.server.commits[repo], "siblings": siblings}).encode())
-
-    def content(self, file: str, body: bytes):
-        self.server.log.append(("GET-FILE", file))
-        kind, *_ = self.server.faults.get(file, (None,))
-        if kind == "wrong":
-            body = bytes(len(body) - 1) + b"!"
-        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        if kind not in ("cut", "stuck"):
-            return self.reply(206 if start else 200, body[start:], **headers)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body[start : len(body) // 2])  # after a first cut nothing more comes
-        self.wfile.flush()
-        if kind == "stuck":
-            self.server.stuck.set()
-            self.server.release.wait(20)
-        self.close_connection = True
-        return None
-
-
-def git_hash(body: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-
-
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def cache(hub, tmp_path, monkeypatch):
-    """The Hub's cache in an empty folder, with this process online at `hub`; sleeps are skipped and noted."""
-    folder = tmp_path / "home" / "hub"
-    settings = {
-        "HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder), "HF_HUB_DISABLE_TELEMETRY": True,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(time, "sleep", slept.append)
-    slept.clear()
-    close_session()
-    yield folder
-    close_session()
-
-
-slept: list[float] = []
+def cached(spec=SPEC) -> download.Files | None:
+    paths = download.cached(spec.needs())
+    return paths and download.Files.of(paths)
 
 
 def turbo_nb(*arguments, hub: Hub, home: Path, **environment) -> subprocess.Popen:
@@ -217,7 +57,7 @@ def assert_whole(hub: Hub, files: download.Files, stem: str = MODEL) -> None:
     assert files.transformers[0].read_bytes() == hub.repos[TURBO][f"{stem}.pth"]
     assert files.vae.read_bytes() == hub.repos[WAN][catalog.VAE.path]
     assert files.text_encoder.read_bytes() == hub.repos[WAN][T5]
-    for name in download.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         assert (files.tokenizer / name).read_bytes() == hub.repos[UMT5][name]
 
 
@@ -228,18 +68,18 @@ def leftovers(cache: Path) -> list[Path]:
 def fails(**settings) -> str:
     """The one line of the DownloadError that fetching raises; nothing is then taken for whole."""
     with pytest.raises(DownloadError) as caught:
-        download.fetch(SPEC, **settings)
+        fetch(SPEC, **settings)
     assert "\n" not in str(caught.value)
-    assert download.cached(SPEC) is None
+    assert cached(SPEC) is None
     return str(caught.value)
 
 
 def test_plan_lists_the_needed_files_and_writes_nothing(hub, cache):
-    plan = download.plan(SPEC)
-    assert [f.file.path for f in plan.files] == [f"{MODEL}.pth", catalog.VAE.path, T5, *download.TOKENIZER_FILES]
+    plan = download.plan(MODEL, SPEC.needs())
+    assert [f.file.path for f in plan.files] == [f"{MODEL}.pth", catalog.VAE.path, T5, *TOKENIZER_FILES]
     assert plan.to_fetch == 3 * 200_000 + 4 * 3000 == sum(f.size for f in plan.files)
     assert plan.files[0].sha256 == hashlib.sha256(hub.repos[TURBO][f"{MODEL}.pth"]).hexdigest()
-    assert [f.file.path for f in plan.files if f.sha256 is None] == list(IN_GIT)
+    assert [f.file.path for f in plan.files if f.sha256 is None] == ["tokenizer_config.json", "special_tokens_map.json"]
     assert {f.commit for f in plan.files} == set(hub.commits.values())
     assert plan.free == shutil.disk_usage(cache.parents[1]).free and plan.cache == cache
     text = str(plan).splitlines()
@@ -249,32 +89,32 @@ def test_plan_lists_the_needed_files_and_writes_nothing(hub, cache):
 
 
 def test_a_second_run_fetches_nothing_and_hashes_nothing(hub, cache):
-    assert download.cached(SPEC) is None
+    assert cached(SPEC) is None
     steps = []
-    files = download.fetch(SPEC, on_progress=steps.append)
+    files = fetch(SPEC, on_progress=steps.append)
     assert_whole(hub, files)
     assert not leftovers(cache) and not list(cache.rglob("checkpoints"))
     fetched = [step for step in steps if step.stage == "fetch"]
     assert [s.done for s in fetched] == sorted(s.done for s in fetched) and {s.total for s in steps} == {612_000}
     assert fetched[-1].done == 612_000 and steps[-1].stage == "check"
     assert {s.file.file.path for s in steps if s.stage == "check" and s.file_done == s.file.size} == {
-        f.file.path for f in download.plan(SPEC).files
+        f.file.path for f in download.plan(MODEL, SPEC.needs()).files
     }
-    assert download.cached(SPEC) == files and download.cached(SPEC, quantised=True) is None
+    assert cached(SPEC) == files and download.cached(SPEC.needs(True)) is None
 
     hub.log.clear()
-    plan = download.plan(SPEC)
+    plan = download.plan(MODEL, SPEC.needs())
     assert plan.to_fetch == 0 and "7 files, 612.0 kB; nothing to fetch" in str(plan)
     again = []
-    assert download.fetch(SPEC, on_progress=again.append) == files
+    assert fetch(SPEC, on_progress=again.append) == files
     assert hub.fetched() == [] and again == []
 
 
 def test_quantised_weights_share_the_other_files(hub, cache):
-    download.fetch(SPEC)
+    fetch(SPEC)
     hub.log.clear()
-    assert download.plan(SPEC, quantised=True).to_fetch == 200_000
-    assert_whole(hub, download.fetch(SPEC, quantised=True), stem=f"{MODEL}-quant")
+    assert download.plan(MODEL, SPEC.needs(True)).to_fetch == 200_000
+    assert_whole(hub, fetch(SPEC, quantized=True), stem=f"{MODEL}-quant")
     assert hub.fetched() == [f"{MODEL}-quant.pth"]
 
 
@@ -283,52 +123,48 @@ def test_two_experts_are_fetched_as_two_files(hub, cache):
     repo = spec.files[0].repo
     hub.repos[repo] = {file.path: some_bytes(file.path) for file in spec.files}
     hub.commits[repo] = "c" * 40
-    files = download.fetch(spec)
+    files = fetch(spec)
     assert [path.read_bytes() for path in files.transformers] == list(hub.repos[repo].values())
 
 
 def test_nano_needs_no_download(hub, cache):
-    plan = download.plan(catalog.NANO)
+    plan = download.plan("nano", catalog.NANO.needs())
     assert (plan.files, plan.to_fetch, str(plan)) == ((), 0, "nano comes with the package: nothing to download")
-    with pytest.raises(InputError, match="nano comes with the package"):
-        download.fetch(catalog.NANO)
-    assert download.cached(catalog.NANO) is None and hub.log == []
+    assert download.cached(catalog.NANO.needs()) is None and hub.log == []
 
 
-def test_a_pinned_commit_is_asked_for_once(hub, cache, monkeypatch):
-    pin = {name: getattr(download, name) for name in ("VAE", "TEXT_ENCODER", "TOKENIZER")}
-    for name, file in pin.items():
-        monkeypatch.setattr(download, name, replace(file, revision=hub.commits[file.repo]))
-    spec = replace(SPEC, files=(replace(SPEC.files[0], revision=hub.commits[TURBO]),))
-    assert_whole(hub, download.fetch(spec))
+def test_a_pinned_commit_is_asked_for_once(hub, cache):
+    pinned = [replace(file, revision=hub.commits[file.repo]) for file in SPEC.needs()]
+    paths = download.fetch(download.plan(MODEL, pinned))
+    assert_whole(hub, download.Files.of(paths.values()))
     hub.log.clear()
-    plan = download.plan(spec)
+    plan = download.plan(MODEL, pinned)
     assert plan.to_fetch == 0 and hub.log == [] and "(" not in str(plan) and hub.commits[TURBO][:7] in str(plan)
 
 
 def test_branch_moves_in_the_cache_after_its_files_are_there(hub, cache):
-    before = download.fetch(SPEC)
+    before = fetch(SPEC)
     old = hub.repos[TURBO][f"{MODEL}.pth"]
     hub.repos[TURBO][f"{MODEL}.pth"] = some_bytes("newer")
     hub.commits[TURBO] = "d" * 40
     hub.faults[f"{MODEL}.pth"] = ("cut",)
     with pytest.raises(DownloadError, match="broke off"):
-        download.fetch(SPEC)
-    assert download.cached(SPEC) == before and before.transformers[0].read_bytes() == old
+        fetch(SPEC)
+    assert cached(SPEC) == before and before.transformers[0].read_bytes() == old
     hub.faults.clear()
-    after = download.fetch(SPEC)
+    after = fetch(SPEC)
     assert_whole(hub, after)
-    assert download.cached(SPEC) == after != before
+    assert cached(SPEC) == after != before
 
 
 def test_a_new_commit_with_the_same_files_fetches_nothing(hub, cache):
-    download.fetch(SPEC)
+    fetch(SPEC)
     hub.commits[WAN] = "e" * 40
     hub.log.clear()
-    assert download.plan(SPEC).to_fetch == 0
-    files = download.fetch(SPEC)
+    assert download.plan(MODEL, SPEC.needs()).to_fetch == 0
+    files = fetch(SPEC)
     assert_whole(hub, files)
-    assert hub.fetched() == [] and files.vae.parent.name == "e" * 40 and download.cached(SPEC) == files
+    assert hub.fetched() == [] and files.vae.parent.name == "e" * 40 and cached(SPEC) == files
 
 
 def test_cache_without_links_is_checked_and_found_again(hub, cache, monkeypatch):
@@ -336,24 +172,24 @@ def test_cache_without_links_is_checked_and_found_again(hub, cache, monkeypatch)
     hub.faults[T5] = ("wrong",)
     assert "wrong bytes" in fails()
     hub.faults.clear()
-    files = download.fetch(SPEC)
+    files = fetch(SPEC)
     assert_whole(hub, files)
-    assert not files.vae.is_symlink() and download.cached(SPEC) == files
+    assert not files.vae.is_symlink() and cached(SPEC) == files
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert download.fetch(SPEC) == files
+    assert fetch(SPEC) == files
     files.vae.write_bytes(b"half")
-    assert download.cached(SPEC) is None
+    assert cached(SPEC) is None
 
 
 def test_files_that_another_program_fetched_are_only_checked(hub, cache):
-    for file in download.plan(SPEC).files:
+    for file in download.plan(MODEL, SPEC.needs()).files:
         hf_hub_download(file.file.repo, file.file.path)
-    assert download.cached(SPEC) is None  # nobody has looked at the bytes
+    assert cached(SPEC) is None  # nobody has looked at the bytes
     hub.log.clear()
-    assert download.plan(SPEC).to_fetch == 0
-    files = download.fetch(SPEC)
+    assert download.plan(MODEL, SPEC.needs()).to_fetch == 0
+    files = fetch(SPEC)
     assert_whole(hub, files)
-    assert hub.fetched() == [] and download.cached(SPEC) == files
+    assert hub.fetched() == [] and cached(SPEC) == files
 
 
 @pytest.mark.parametrize("name", [f"{MODEL}.pth", "tokenizer_config.json"])
@@ -365,19 +201,20 @@ def test_wrong_bytes_are_removed_and_the_rest_stays(hub, cache, name):
     hub.faults.clear()
     fetched = hub.fetched()
     hub.log.clear()
-    assert_whole(hub, download.fetch(SPEC))
-    assert hub.fetched() == [name, *(f for f in (f.file.path for f in download.plan(SPEC).files) if f not in fetched)]
+    assert_whole(hub, fetch(SPEC))
+    every = [file.file.path for file in download.plan(MODEL, SPEC.needs()).files]
+    assert hub.fetched() == [name, *(file for file in every if file not in fetched)]
 
 
 def test_bytes_that_rot_later_are_found(hub, cache):
-    files = download.fetch(SPEC)
+    files = fetch(SPEC)
     blob = files.vae.resolve()
     blob.write_bytes(bytes(200_000))
-    assert download.cached(SPEC) is None
+    assert cached(SPEC) is None
     assert "wrong bytes" in fails()
     assert not blob.exists() and not files.vae.is_symlink()
     hub.log.clear()
-    assert_whole(hub, download.fetch(SPEC))
+    assert_whole(hub, fetch(SPEC))
     assert hub.fetched() == [catalog.VAE.path]
 
 
@@ -385,7 +222,7 @@ def test_a_cut_goes_on_by_itself_if_the_hub_answers_again(hub, cache, monkeypatc
     hub.faults[T5] = ("cut",)
     monkeypatch.setattr(time, "sleep", lambda seconds: hub.faults.clear())
     steps = []
-    assert_whole(hub, download.fetch(SPEC, on_progress=steps.append))
+    assert_whole(hub, fetch(SPEC, on_progress=steps.append))
     assert [method for method, path in hub.log if path == T5].count("GET-FILE") == 2
     assert max(step.done for step in steps) == 612_000
 
@@ -393,12 +230,12 @@ def test_a_cut_goes_on_by_itself_if_the_hub_answers_again(hub, cache, monkeypatc
 def test_a_cut_that_lasts_is_an_error_and_the_finished_files_stay(hub, cache):
     hub.faults[T5] = ("cut",)
     assert f"{WAN}/{T5}: the transfer broke off" in fails()
-    assert len(slept) <= 10 and not leftovers(cache)
+    assert len(hub.slept) <= 10 and not leftovers(cache)
     hub.faults.clear()
     hub.log.clear()
-    assert download.plan(SPEC).to_fetch == 200_000 + 4 * 3000
-    assert_whole(hub, download.fetch(SPEC))
-    assert hub.fetched() == [T5, *download.TOKENIZER_FILES]
+    assert download.plan(MODEL, SPEC.needs()).to_fetch == 200_000 + 4 * 3000
+    assert_whole(hub, fetch(SPEC))
+    assert hub.fetched() == [T5, *TOKENIZER_FILES]
 
 
 @pytest.mark.parametrize(
@@ -418,30 +255,30 @@ def test_http_status_raises_one_line_with_a_fix(hub, cache, where, status, heade
     hub.faults[where] = ("status", status, headers)
     text = fails()
     assert words in text and where in text and hub.url in text
-    assert len(slept) <= 6 and not leftovers(cache)
+    assert len(hub.slept) <= 6 and not leftovers(cache)
     hub.faults.clear()
-    assert_whole(hub, download.fetch(SPEC))
+    assert_whole(hub, fetch(SPEC))
 
 
 @pytest.mark.parametrize("headers", [{"Retry_After": "7"}, {"RateLimit": '"api";r=0;t=7'}], ids=lambda h: next(iter(h)))
 def test_too_many_requests_waits_as_asked(hub, cache, headers):
     hub.faults[TURBO] = ("status", 429, headers, 2)
     with pytest.warns(UserWarning, match="asking again in 7 s"):
-        assert_whole(hub, download.fetch(SPEC))
-    assert slept == [7, 7]
+        assert_whole(hub, fetch(SPEC))
+    assert hub.slept == [7, 7]
 
 
 def test_too_many_requests_for_long_is_an_error(hub, cache):
     hub.faults[WAN] = ("status", 429, {"Retry_After": "2"})
     with pytest.warns(UserWarning, match="asking again in 2 s"):
         assert f"{WAN}: {hub.url} is asked too often (429). Wait 2 s" in fails()
-    assert slept == [2, 2]
+    assert hub.slept == [2, 2]
 
 
 def test_a_very_long_wait_is_left_to_the_user(hub, cache):
     hub.faults[TURBO] = ("status", 429, {"Retry_After": "3600"})
     assert "Wait 3600 s" in fails()
-    assert slept == []
+    assert hub.slept == []
 
 
 def test_missing_file_on_the_hub_names_the_files_there(hub, cache):
@@ -455,26 +292,26 @@ def test_refused_connection_raises_at_once_and_writes_nothing(hub, cache):
     hub.shutdown()
     hub.server_close()
     text = fails()
-    assert f"cannot reach {hub.url}" in text and slept == [] and not cache.exists()
+    assert f"cannot reach {hub.url}" in text and hub.slept == [] and not cache.exists()
 
 
 def test_refused_with_everything_in_the_cache_goes_on_with_a_warning(hub, cache):
-    files = download.fetch(SPEC)
+    files = fetch(SPEC)
     hub.shutdown()
     hub.server_close()
     close_session()
     with pytest.warns(UserWarning, match="files in the cache, because .* cannot reach"):
-        assert download.fetch(SPEC) == files
+        assert fetch(SPEC) == files
 
 
 def test_offline_uses_the_cache_alone(hub, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set and it is not in" in fails()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    files = download.fetch(SPEC)
+    files = fetch(SPEC)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.log.clear()
-    assert download.fetch(SPEC) == download.cached(SPEC) == files and hub.log == []
+    assert fetch(SPEC) == cached(SPEC) == files and hub.log == []
     files.vae.resolve().write_bytes(b"half")  # the cache alone is enough to tell
     assert "wrong bytes" in fails() and hub.log == []
 
@@ -487,12 +324,12 @@ def test_foreign_page_raises_download_error(hub, cache):
 def test_small_disk_raises_before_the_first_byte(hub, cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 611_999, 611_999))
-    assert download.plan(SPEC).free == 611_999
+    assert download.plan(MODEL, SPEC.needs()).free == 611_999
     text = fails()
     assert "needs 612.0 kB more" in text and "has 612.0 kB free" in text and "HF_HOME" in text
     assert hub.fetched() == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 10**6 - 612_000, 612_000))
-    assert_whole(hub, download.fetch(SPEC))
+    assert_whole(hub, fetch(SPEC))
 
 
 def test_disk_that_fills_up_raises_download_error(hub, cache, monkeypatch):
@@ -511,18 +348,18 @@ def test_stale_partial_files_are_removed_and_fresh_ones_stay(hub, cache):
     for path, days in ((old, 1.1), (fresh, 0.9)):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - days * 24 * 3600,) * 2)
-    download.plan(SPEC)
+    download.plan(MODEL, SPEC.needs())
     assert old.exists()
-    download.fetch(SPEC)
+    fetch(SPEC)
     assert leftovers(cache) == [fresh]
 
 
 def test_token_for_a_foreign_endpoint_warns(hub, cache, monkeypatch):
-    download.plan(SPEC)  # no token, no warning
+    download.plan(MODEL, SPEC.needs())  # no token, no warning
     assert hub.tokens == {None}
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with pytest.warns(UserWarning, match=f"token goes to {hub.url}, which is not the Hub") as warned:
-        download.plan(SPEC)
+        download.plan(MODEL, SPEC.needs())
     assert "hf_secret" not in str(warned[0].message) and "Bearer hf_secret" in hub.tokens
 
 
@@ -549,7 +386,7 @@ def test_password_and_query_of_the_endpoint_are_never_shown(hub, cache, monkeypa
     monkeypatch.setattr(log := logging.getLogger("huggingface_hub"), "handlers", [*log.handlers, records])
     hub.faults[where] = ("status", status, {})
     with pytest.warns(UserWarning, match="token goes to http://127"), pytest.raises(DownloadError) as caught:
-        download.fetch(SPEC)
+        fetch(SPEC)
     shown = "".join([*traceback.format_exception(caught.value), *records.lines])
     assert bool(records.lines) == (status == 429)
     assert "hunter2" not in shown and "hf_secret" not in shown and host in shown, shown
@@ -561,7 +398,7 @@ def test_password_and_query_of_the_endpoint_are_never_shown(hub, cache, monkeypa
 def test_malformed_endpoint_raises_input_error_that_names_the_variable(cache, monkeypatch, text):
     monkeypatch.setattr(constants, "ENDPOINT", text)
     with pytest.raises(InputError, match=r"HF_ENDPOINT is .* Expected an http") as caught:
-        download.fetch(SPEC)
+        fetch(SPEC)
     assert "hunter2" not in str(caught.value)
 
 
@@ -592,23 +429,24 @@ def test_exception_of_on_progress_ends_the_run(hub, cache):
             raise Cancel
 
     with pytest.raises(Cancel):
-        download.fetch(SPEC, on_progress=cancel)
-    assert not leftovers(cache) and download.cached(SPEC) is None
-    assert_whole(hub, download.fetch(SPEC))
+        fetch(SPEC, on_progress=cancel)
+    assert not leftovers(cache) and cached(SPEC) is None
+    assert_whole(hub, fetch(SPEC))
 
 
 def test_progress_in_a_log_is_a_line_a_file(hub, cache, capsys):
     with download.progress_bars() as show:
-        download.fetch(SPEC, on_progress=show)
+        fetch(SPEC, on_progress=show)
     assert capsys.readouterr().err.splitlines() == [
-        f"{f.file.path}: {'200.0' if f.size == 200_000 else '3.0'} kB, checked" for f in download.plan(SPEC).files
+        f"{f.file.path}: {'200.0' if f.size == 200_000 else '3.0'} kB, checked"
+        for f in download.plan(MODEL, SPEC.needs()).files
     ]
 
 
 def test_progress_in_a_notebook_is_tqdm(hub, cache, monkeypatch, capsys):
     monkeypatch.setattr(environment, "in_notebook", lambda: True)
     with download.progress_bars() as show:
-        download.fetch(SPEC, on_progress=show)
+        fetch(SPEC, on_progress=show)
     text = capsys.readouterr().err
     assert "all files: 100%" in text and "check spiece.model: 100%" in text
 
@@ -643,12 +481,12 @@ def test_run_after_a_kill_fetches_the_rest(hub, cache):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=20)
     hub.release.set()
-    assert download.cached(SPEC) is None
+    assert cached(SPEC) is None
     half = leftovers(cache)
     assert len(half) == 1 and half[0].suffix == ".incomplete"
     with contextlib.suppress(FileNotFoundError):
         os.utime(half[0], (time.time() - 2 * 24 * 3600,) * 2)
     hub.faults.clear()
     hub.log.clear()
-    assert_whole(hub, download.fetch(SPEC))
-    assert hub.fetched() == [T5, *download.TOKENIZER_FILES] and not leftovers(cache)
+    assert_whole(hub, fetch(SPEC))
+    assert hub.fetched() == [T5, *TOKENIZER_FILES] and not leftovers(cache)

@@ -186,12 +186,11 @@ def gpu(monkeypatch):
     """
 
     def make(gigabytes, *downloaded):
-        known, free = {(catalog.find(name), quantised) for name, quantised in downloaded}, {"cuda": gigabytes * GB}
-        here = hub.Files(transformers=(), vae=None, text_encoder=None, tokenizer=None)
+        known, free = {catalog.find(name).needs(quantised) for name, quantised in downloaded}, {"cuda": gigabytes * GB}
         monkeypatch.setattr(probe, "device_of", lambda device: "cuda" if device == "auto" else device)
         monkeypatch.setattr(probe, "free_memory", lambda device: free.get(device, 500 * GB))
         monkeypatch.setattr(plan, "fused_on", lambda device: True)
-        monkeypatch.setattr(hub, "cached", lambda spec, quantised=False: here if (spec, quantised) in known else None)
+        monkeypatch.setattr(hub, "cached", lambda files: ["here"] if files in known else None)
         return free
 
     return make

@@ -85,8 +85,8 @@ def _missing(spec: catalog.ModelSpec, quantised: bool) -> tuple[catalog.HubFile,
     try:
         from ..files import hub
 
-        return hub.missing(spec, quantised=quantised)
+        return hub.missing(spec.needs(quantised))
     # A missing package, a malformed HF_ENDPOINT (huggingface_hub raises ValueError on import), an unreadable folder.
     # The doctor reports each of these as a problem of its own.
     except (ImportError, ValueError, OSError):
-        return (*(spec.quant_files if quantised else spec.files), catalog.VAE, catalog.TEXT_ENCODER)
+        return spec.needs(quantised)

@@ -137,11 +137,11 @@ def files(spec: catalog.ModelSpec, quantised: bool) -> tuple[bool, str]:
         parts = {"transformer": [spec.folder / "transformer"], "vae": [spec.folder / "vae"]}
         parts["text encoder"] = [spec.folder / "text_encoder"]
     else:
-        here = hub.cached(spec, quantised=quantised)
-        if here is None:
+        if (here := hub.cached(spec.needs(quantised))) is None:
             command = f"turbo-nb download {spec.name}{' --quant' if quantised else ''}"
             raise DownloadError(f"the files are not downloaded, or were changed later. Run: {command}")
-        parts = {"transformer": here.transformers, "vae": [here.vae], "text encoder": [here.text_encoder]}
+        *transformers, vae, text_encoder, _ = here
+        parts = {"transformer": transformers, "vae": [vae], "text encoder": [text_encoder]}
     for kind, paths in parts.items():
         for path in paths:
             recognise.require(recognise.read(path), kind, spec if kind == "transformer" else None)

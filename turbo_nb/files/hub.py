@@ -1,44 +1,65 @@
-"""A model's files from the Hub: planned, fetched, checked, and found again.
+"""Files of the Hub: planned, fetched, checked, and found again.
 
+Models of the catalogue, and repositories, folders and files that a reference names, are all lists of `HubFile`s here.
 huggingface_hub owns the transfer and the cache ($HF_HOME), and waits where the Hub asks a transfer to. Three things
 are done here. A plan takes one request per repository and returns hashes; the client's dry run takes one request per
 file and returns none. Every file is hashed once, because the client accepts wrong bytes of the right size. The client's
 own verification needs the network and hashes whole repositories. A branch in the cache moves after its files are
 there, and not before. A broken transfer starts again at the file that it broke in.
+
+The cache keeps the names of a repository's files beside the files that were fetched. All names
+of a folder decide which of its files are taken, and the cache alone shows only those that were fetched.
 """
 
 import errno
 import hashlib
+import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 from rich.filesize import decimal
 from tqdm import tqdm
 from tqdm.auto import tqdm as bar
 
-from ..catalog import TEXT_ENCODER, TOKENIZER, VAE, HubFile, ModelSpec
-from ..errors import DownloadError, InputError, first_line, warn
+from ..catalog import HubFile
+from ..errors import CheckpointError, DownloadError, first_line, listed, warn
 from ..machine import atomic, environment
+from . import reference
 from .endpoint import HUB, address, without_secrets
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 TRUSTED = (HUB, "https://hf.co")  # endpoints that a token may go to without a warning
 TRIES = 3  # of a request that the Hub answers with 429
 LONGEST_WAIT = 300  # seconds between them: the window of the Hub's rate limit
 STALE = 24 * 3600  # seconds after which a partial file belongs to a dead process
 CHUNK = 16 << 20  # bytes hashed between two calls of on_progress
+INDEX = 32 << 20  # bytes that an index of shards may have
 AGAIN = "Files that are whole stay, so run it again to go on."
+DOWNLOAD_FIRST = "Download it first, with turbo-nb download."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The files of a repository at a commit: size in bytes and blob (see `PlannedFile`) by name.
+
+    partial: these are the files in the cache, and the repository may have more.
+    """
+
+    repo: str
+    commit: str
+    files: dict[str, tuple[int, str | None]]
+    partial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +84,7 @@ class PlannedFile:
     @property
     def name(self) -> str:
         """Repository and path."""
-        return f"{self.file.repo}/{self.file.path}"
+        return self.file.name
 
     def __str__(self) -> str:
         revision = self.commit[:7] if self.file.revision == self.commit else f"{_branch(self.file)} ({self.commit[:7]})"
@@ -72,12 +93,18 @@ class PlannedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadPlan:
-    """The files that a model needs, and the `free` bytes at `cache`. Its text is a table."""
+    """The files of each part that a model needs, and the `free` bytes at `cache`. Its text is a table."""
 
     model: str
-    files: tuple[PlannedFile, ...]
+    parts: tuple[tuple[HubFile, tuple[PlannedFile, ...]], ...]
     cache: Path
     free: int
+    listings: tuple[Listing, ...] = field(default=(), repr=False)
+
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The files of all parts, each once."""
+        return tuple(dict.fromkeys(file for _, files in self.parts for file in files))
 
     @property
     def to_fetch(self) -> int:
@@ -102,6 +129,12 @@ class Files:
     text_encoder: Path
     tokenizer: Path
 
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> "Files":
+        """Arrange paths in the order of `ModelSpec.needs`."""
+        *transformers, vae, text_encoder, tokenizer = paths
+        return cls(transformers=tuple(transformers), vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+
     def __str__(self) -> str:
         parts = [*(("transformer", path) for path in self.transformers), ("vae", self.vae)]
         parts += [("text encoder", self.text_encoder), ("tokenizer", self.tokenizer)]
@@ -123,76 +156,172 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+_asked: dict[tuple[str, str, str], Listing] = {}  # what the Hub answered for commits, which do not change
 
 
-def plan(spec: ModelSpec, *, quantised: bool = False) -> DownloadPlan:
+def plan(model: str, needed: Sequence[HubFile]) -> DownloadPlan:
     """Plan a download with one request per repository, and fetch and write nothing.
 
     Offline (HF_HUB_OFFLINE), or with a warning when the Hub does not answer, the plan is what the cache holds. Warns
     when a token would go to an HF_ENDPOINT that is not the Hub.
 
+    Args:
+        model: the name that the plan and its errors have.
+        needed: files and folders. A folder stands for its weights and config.json, or for its tokenizer.
+
     Raises:
         DownloadError: neither the Hub nor the cache knows a file.
+        CheckpointError: a folder does not have what it stands for.
         InputError: HF_ENDPOINT is not an address.
     """
-    return _plan(spec.name, _needed(spec, quantised))
+    if needed:
+        _check_endpoint()
+    found, listings = {}, []
+    for place in dict.fromkeys((file.repo, file.revision, file.commit) for file in needed):
+        files = [file for file in needed if (file.repo, file.revision, file.commit) == place]
+        there = {file: _in_cache(file) for file in files}
+        complete = None not in there.values()
+        if not complete or any(one.commit != (place[2] or place[1]) for every in there.values() for one in every):
+            missing = next((_missing(file) for file in files if not there[file]), "")
+            if names := _listing_or_cache(files[0], complete, missing):
+                listings.append(names)
+                there = {file: _planned(file, names) for file in files}
+        found |= there
+    return DownloadPlan(
+        model=model,
+        parts=tuple((file, tuple(found[file])) for file in needed),
+        cache=Path(constants.HF_HUB_CACHE),
+        free=_free(),
+        listings=tuple(listings),
+    )
 
 
 def fetch(
-    spec: ModelSpec,
+    planned: DownloadPlan,
     *,
-    quantised: bool = False,
-    planned: DownloadPlan | None = None,
     on_progress: OnProgress | None = None,
-) -> Files:
-    """Fetch the missing files of a model and check them.
+    on_part: Callable[[HubFile, Path], None] | None = None,
+) -> dict[HubFile, Path]:
+    """Fetch the missing files of a plan and check all of them.
 
     Args:
-        spec: the model.
-        quantised: whether to fetch the files with int8 linears.
-        planned: what `plan` returned; None: plan first.
+        planned: what `plan` returned.
         on_progress: called as bytes arrive or are checked. An exception of its own ends the run.
+        on_part: called with each part of the plan, in its order, as soon as all its files are checked. An exception
+            of its own ends the run before the next part is fetched.
 
     Returns:
-        The paths of the files.
+        The path of each part; that of a folder is a folder in the cache.
 
     Raises:
-        InputError: the model comes with the package.
         DownloadError: the disk is too small (before the first byte), or a transfer or a check failed.
     """
-    if not _needed(spec, quantised):
-        raise InputError(f"{spec.name} comes with the package and needs no download. Load it by its name.")
-    return _arranged(_fetch(planned or plan(spec, quantised=quantised), on_progress))
-
-
-def part(file: HubFile, *, on_progress: OnProgress | None = None) -> Path:
-    """Return the path of one file, or of a tokenizer's folder. Fetches it, as `fetch` does, unless it was checked."""
-    if path := find(file):
-        return path
-    first = _fetch(_plan(file.repo, _expanded(file)), on_progress)[0]
-    return first.parent if file.path == "/" else first
+    for repo in {file.file.repo for file in planned.files}:
+        _remove_stale(repo)
+    if planned.to_fetch > (free := _free()):
+        raise DownloadError(
+            f"{planned.model} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} "
+            "free. Free some space, or set HF_HOME to a folder on a larger disk."
+        )
+    done, paths, fetched = 0, {}, set()
+    for part, files in planned.parts:
+        for file in files:
+            if file in fetched:
+                continue
+            with translated(file.name):
+                _fetch_file(file, done, planned.to_fetch, on_progress or (lambda progress: None))
+            done += 0 if file.cached else file.size
+            fetched.add(file)
+        paths[part] = _path(part, files)
+        if on_part:
+            on_part(part, paths[part])
+    for listing in planned.listings:
+        _remember(listing)
+    for file in planned.files:
+        with translated(file.name):
+            _move_branch(file)
+    return paths
 
 
 def find(file: HubFile) -> Path | None:
-    """Return the path of a file, or of a tokenizer's folder, if it is in the cache and was checked; else None."""
-    found = [_in_cache(one) for one in _expanded(file)]
-    if not all(one and _is_checked(one) for one in found):
-        return None
-    return _pointer(found[0]).parent if file.path == "/" else _pointer(found[0])
-
-
-def cached(spec: ModelSpec, *, quantised: bool = False) -> Files | None:
-    """Return the paths of a model's files without the network, or None unless all are in the cache and checked.
+    """Return the path of a file or a folder if all of it is in the cache and was checked; else None. Asks no network.
 
     `fetch` only has to check files that another program fetched.
     """
-    found = [find(file) for file in _needed(spec, quantised)]
-    return _arranged(found) if found and None not in found else None
+    found = _in_cache(file)
+    return _path(file, found) if found and all(map(_is_checked, found)) else None
 
 
-def missing(spec: ModelSpec, *, quantised: bool = False) -> tuple[HubFile, ...]:
-    """Return the files of a model that are not in the cache, or were not checked."""
-    return tuple(file for file in _needed(spec, quantised) if not find(file))
+def path_in_cache(part: HubFile, files: Sequence[PlannedFile]) -> Path | None:
+    """Return the path of a planned part if all its files are in the cache, checked or not; else None."""
+    return _path(part, files) if all(_pointer(file).is_file() for file in files) else None
+
+
+def cached(files: Iterable[HubFile]) -> list[Path] | None:
+    """Return the paths of files and folders. None unless `find` finds all of them; None for an empty list, too."""
+    paths = [find(file) for file in files]
+    return paths if paths and None not in paths else None
+
+
+def missing(files: Iterable[HubFile]) -> tuple[HubFile, ...]:
+    """Return the files and folders that are not in the cache, or were not checked."""
+    return tuple(file for file in files if not find(file))
+
+
+def listing(file: HubFile) -> Listing:
+    """Return the names in a file's repository as the Hub has them, or as the cache has where the Hub does not answer.
+
+    Raises:
+        DownloadError: neither the Hub nor the cache knows the repository.
+    """
+    _check_endpoint()
+    here = known_names(file, complete=False)
+    return _listing_or_cache(file, bool(here and here.files), file.name) or here
+
+
+def known_names(file: HubFile, *, complete: bool = True) -> Listing | None:
+    """Return the names in a file's repository without the network: as they were when one of its files was fetched.
+
+    Args:
+        file: of the repository and the revision.
+        complete: None instead of the names of the files in the cache, where nothing else is known.
+    """
+    folder, commit = _repo_folder(file.repo), _commit(file)
+    if commit is None:
+        return None
+    with suppress(OSError, ValueError, TypeError):
+        known = json.loads((folder / "turbo_nb" / "listings" / f"{commit}.json").read_text(encoding="utf-8"))
+        return Listing(
+            repo=file.repo, commit=commit, files={name: (size, blob) for name, (size, blob) in known.items()}
+        )
+    snapshot = folder / "snapshots" / commit
+    if complete or not snapshot.is_dir():
+        return None
+    names = (path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*")) if path.is_file())
+    return Listing(repo=file.repo, commit=commit, files=dict.fromkeys(names, (0, None)), partial=True)
+
+
+def read_bytes(file: PlannedFile, begin: int, end: int) -> bytes:
+    """Return some bytes of a file on the Hub without writing them anywhere. Fewer where the file is shorter.
+
+    Raises:
+        DownloadError: the Hub does not answer with these bytes.
+    """
+    url = hf_hub_url(file.file.repo, file.file.path, revision=file.commit)
+    headers = build_hf_headers() | {"range": f"bytes={begin}-{end - 1}"}
+    found = bytearray()
+    with (
+        translated(file.name),
+        get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
+    ):
+        hf_raise_for_status(response)
+        if begin and response.status_code != 206:
+            raise DownloadError(f"{file.name}: {constants.ENDPOINT} cannot send a part of it. {DOWNLOAD_FIRST}")
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) >= end - begin:  # because a server may send more than it was asked for
+                break
+    return bytes(found[: end - begin])
 
 
 @contextmanager
@@ -217,39 +346,19 @@ def progress_bars() -> Iterator[OnProgress]:
         yield show
 
 
-def _needed(spec: ModelSpec, quantised: bool) -> list[HubFile]:
-    weights = spec.quant_files if quantised else spec.files
-    return [*weights, VAE, TEXT_ENCODER, *_expanded(TOKENIZER)] if weights else []
-
-
-def _expanded(file: HubFile) -> list[HubFile]:
-    """The file, or those of the tokenizer whose folder it is"""
-    return [replace(file, path=name) for name in TOKENIZER_FILES] if file.path == "/" else [file]
-
-
-def _arranged(paths: list[Path]) -> Files:
-    """Files from paths in the order of `_needed`"""
-    *transformers, vae, text_encoder = paths[: -len(TOKENIZER_FILES)]
-    return Files(transformers=tuple(transformers), vae=vae, text_encoder=text_encoder, tokenizer=paths[-1].parent)
-
-
-def _plan(model: str, needed: list[HubFile]) -> DownloadPlan:
-    if needed and not constants.HF_HUB_OFFLINE:
-        endpoint = address(constants.ENDPOINT)
-        for handler in logging.getLogger("huggingface_hub").handlers:
-            handler.addFilter(_hide_secrets)
-        if endpoint not in TRUSTED and "authorization" in build_hf_headers():
-            warn(
-                f"your Hub token goes to {endpoint}, which is not the Hub; unset HF_ENDPOINT, or set "
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send no token",
-                stacklevel=2,
-            )
-    found = {}
-    for repo, revision in dict.fromkeys((file.repo, file.revision) for file in needed):
-        found |= _look_up(repo, revision, [file for file in needed if (file.repo, file.revision) == (repo, revision)])
-    return DownloadPlan(
-        model=model, files=tuple(found[file] for file in needed), cache=Path(constants.HF_HUB_CACHE), free=_free()
-    )
+def _check_endpoint() -> None:
+    """Check HF_ENDPOINT, keep its secrets out of the client's log, and warn where a token goes to a foreign place"""
+    if constants.HF_HUB_OFFLINE:
+        return
+    endpoint = address(constants.ENDPOINT)
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_hide_secrets)
+    if endpoint not in TRUSTED and "authorization" in build_hf_headers():
+        warn(
+            f"your Hub token goes to {endpoint}, which is not the Hub; unset HF_ENDPOINT, or set "
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send no token",
+            stacklevel=2,
+        )
 
 
 def _hide_secrets(record: logging.LogRecord) -> bool:
@@ -258,37 +367,84 @@ def _hide_secrets(record: logging.LogRecord) -> bool:
     return True
 
 
-def _look_up(repo: str, revision: str | None, files: list[HubFile]) -> dict[HubFile, PlannedFile]:
-    """The files as the Hub has them, or as the cache has all of them where the Hub does not answer"""
-    local = {file: _in_cache(file) for file in files}
-    complete = None not in local.values()
-    if complete and all(file.commit == revision for file in local.values()):
-        return local  # because a commit does not change
+def _listing_or_cache(file: HubFile, complete: bool, missing: str) -> Listing | None:
+    """The names as the Hub has them; None, with a warning, where it does not answer and the cache is enough"""
+    if file.commit and (known := _asked.get((constants.ENDPOINT, file.repo, file.commit))):
+        return known
     try:
-        return _on_hub(repo, revision, files)
+        with translated(missing if constants.HF_HUB_OFFLINE and missing else file.repo):
+            info = _ask(file.repo, file.commit or file.revision)
     except DownloadError as error:
         if not complete:
             raise
         if not constants.HF_HUB_OFFLINE:
             warn(f"going on with the files in the cache, because {error}", stacklevel=3)
-        return local
-
-
-def _on_hub(repo: str, revision: str | None, files: list[HubFile]) -> dict[HubFile, PlannedFile]:
-    with _translated(repo):
-        info = _ask(repo, revision)
-    listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    found = {}
-    for file in files:
-        if (entry := listed.get(file.path)) is None:
-            raise DownloadError(
-                f"{repo} has no {file.path!r} at {_branch(file)} ({info.sha[:7]}). It has "
-                f"{', '.join(sorted(listed)) or 'no files'}. A newer turbo_nb may know the new name."
-            )
-        blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
-        there = PlannedFile(file=file, commit=info.sha, size=entry.size, blob=blob, cached=False)
-        found[file] = replace(there, cached=_pointer(there).is_file() or _blob(there).is_file())
+        return None
+    files = {
+        one.rfilename: (one.size, one.lfs.sha256 if one.lfs else one.blob_id)
+        for one in info.siblings or ()
+        if not {"..", ""} & {*one.rfilename.split("/")}  # because a name becomes a path in the cache
+    }
+    found = _asked[constants.ENDPOINT, file.repo, info.sha] = Listing(repo=file.repo, commit=info.sha, files=files)
     return found
+
+
+def _planned(file: HubFile, there: Listing) -> list[PlannedFile]:
+    """The files that `file` stands for, as the Hub has them"""
+    found = []
+    for path in _expanded(file, there):
+        if path not in there.files:
+            raise DownloadError(
+                f"{file.repo} has no {path!r} at {_branch(file)} ({there.commit[:7]}). It has "
+                f"{listed(there.files, 12) or 'no files'}. Check the name; a newer turbo_nb may know a new name."
+            )
+        size, blob = there.files[path]
+        one = replace(file, path=path, kind="weights")
+        plan = PlannedFile(file=one, commit=there.commit, size=size, blob=blob, cached=False)
+        found.append(replace(plan, cached=_pointer(plan).is_file() or bool(blob and _blob(plan).is_file())))
+    return found
+
+
+def _expanded(file: HubFile, there: Listing) -> list[str]:
+    """The names of the files that a file or folder stands for. Raises CheckpointError where nothing is there."""
+    if not file.path.endswith("/"):
+        return [file.path]
+    folder = file.path.lstrip("/")
+    if file.kind == "tokenizer":
+        found, what = reference.tokenizer(there.files, folder), " or ".join(reference.VOCABULARIES)
+    else:
+        index, found = reference.weights(there.files, folder)
+        found, what = [*_shards(file, there, index, found), *([index] if index else [])], "weight files"
+        found += [name for name in (f"{folder}config.json",) if found and name in there.files]
+    if not found:
+        raise CheckpointError(
+            f"{file} has no {what}. Its repository has {listed(there.files, 12) or 'no files'}. Give {reference.FORMS}."
+        )
+    return found
+
+
+def _shards(file: HubFile, there: Listing, index: str | None, otherwise: list[str]) -> list[str]:
+    """The shards that a folder's index names; without an index those that are there, if none is left out"""
+    if index is None:
+        counts = {int(match[1]) for name in otherwise if (match := re.search(r"-\d+-of-(\d+)\.\w+$", name))}
+        if counts and counts != {len(otherwise)}:
+            raise CheckpointError(f"{file} has {len(otherwise)} of {max(counts)} shards. Expected all of them.")
+        return otherwise
+    size, blob = there.files[index]
+    one = replace(file, path=index)
+    plan = PlannedFile(file=one, commit=there.commit, size=size, blob=blob, cached=False)
+    local = _pointer(plan)
+    try:
+        text = local.read_bytes() if local.is_file() else read_bytes(plan, 0, INDEX)
+        names = {f"{file.path.lstrip('/')}{name}" for name in json.loads(text)["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{one} is not an index of shards ({first_line(error)}). Expected JSON with a weight_map."
+        ) from error
+    known = names if there.partial else there.files
+    if wrong := [name for name in names if name not in known or not name.lower().endswith(reference.FORMATS)]:
+        raise CheckpointError(f"{one} names {listed(wrong)}. Expected weight files of {file.repo}.")
+    return sorted(names)
 
 
 def _ask(repo: str, revision: str | None, tries: int = TRIES):
@@ -311,27 +467,7 @@ def _wait(error: HfHubHTTPError) -> int:
     return limit.reset_in_seconds if limit else int(after) if after.isdigit() else 5
 
 
-def _fetch(planned: DownloadPlan, on_progress: OnProgress | None) -> list[Path]:
-    """Fetch and check the files of a plan, then move the branches, and return the paths"""
-    for repo in {file.file.repo for file in planned.files}:
-        _remove_stale(repo)
-    if planned.to_fetch > (free := _free()):
-        raise DownloadError(
-            f"{planned.model} needs {decimal(planned.to_fetch)} more in {planned.cache}, which has {decimal(free)} "
-            "free. Free some space, or set HF_HOME to a folder on a larger disk."
-        )
-    done, paths = 0, []
-    for file in planned.files:
-        with _translated(file.name):
-            paths.append(_fetch_file(file, done, planned.to_fetch, on_progress or (lambda progress: None)))
-        done += 0 if file.cached else file.size
-    for file in planned.files:
-        with _translated(file.name):
-            _move_branch(file)
-    return paths
-
-
-def _fetch_file(file: PlannedFile, done: int, total: int, on_progress: OnProgress) -> Path:
+def _fetch_file(file: PlannedFile, done: int, total: int, on_progress: OnProgress) -> None:
     fetched = 0
 
     class Meter(tqdm):
@@ -351,11 +487,10 @@ def _fetch_file(file: PlannedFile, done: int, total: int, on_progress: OnProgres
         def set_transfer_postfix_str(self, text: str, refresh: bool = True) -> None:
             """Ignore their speed."""
 
-    path = Path(hf_hub_download(file.file.repo, file.file.path, revision=file.commit, tqdm_class=Meter))
+    hf_hub_download(file.file.repo, file.file.path, revision=file.commit, tqdm_class=Meter)
     if not _is_checked(file):
         for checked in _check(file):
             on_progress(Progress(file=file, stage="check", file_done=checked, done=done + fetched, total=total))
-    return path
 
 
 def _check(file: PlannedFile) -> Iterator[int]:
@@ -385,7 +520,7 @@ def _is_checked(file: PlannedFile) -> bool:
     if not (path := _pointer(file)).is_file():
         return False
     stamp = _stamp(path.stat())
-    return any(marker.read_text() == stamp for marker in _markers(file).glob(file.blob or "*"))
+    return any(marker.read_text() == stamp for marker in _markers(file).glob(file.blob or "[0-9a-f]*"))
 
 
 def _stamp(status: os.stat_result) -> str:
@@ -407,9 +542,53 @@ def _remove_stale(repo: str) -> None:
                 path.unlink()
 
 
-def _in_cache(file: HubFile) -> PlannedFile | None:
+def _commit(file: HubFile) -> str | None:
+    """The commit of a file's revision as the cache knows it"""
+    if file.commit or re.fullmatch(r"[0-9a-f]{40}", file.revision or ""):
+        return file.commit or file.revision
+    with suppress(OSError):
+        return (_repo_folder(file.repo) / "refs" / _branch(file)).read_text().strip()
+    return None
+
+
+def _in_cache(file: HubFile) -> list[PlannedFile] | None:
+    """What `plan` gives for a file or folder, from the cache alone; None where it is not whole.
+
+    A tokenizer is whole with one vocabulary, because other programs fetch one of two.
+    """
+    names = _names_in_cache(file)
+    found = [one for name in names if (one := _one_in_cache(replace(file, path=name, kind="weights")))]
+    if file.kind == "tokenizer" and reference.makes_tokenizer(Path(one.file.path).name for one in found):
+        return found
+    return found if found and len(found) == len(names) else None
+
+
+def _missing(file: HubFile) -> str:
+    """The name of the first file that is not in the cache and has to be"""
+    names = (replace(file, path=name) for name in _names_in_cache(file))
+    return next((one.name for one in names if not _one_in_cache(one)), file.name)
+
+
+def _names_in_cache(file: HubFile) -> list[str]:
+    """The names of the files that a file or folder stands for, as far as the cache tells them"""
+    if not file.path.endswith("/"):
+        return [file.path]
+    known, folder = known_names(file, complete=False), file.path.lstrip("/")
+    if file.kind == "tokenizer" and (known is None or known.partial):
+        here = reference.tokenizer(known.files, folder) if known else []
+        needed = ("tokenizer_config.json", reference.VOCABULARIES[0])
+        return list(dict.fromkeys([*here, *(f"{folder}{name}" for name in needed)]))
+    index = reference.weights(known.files, folder)[0] if known else None
+    if known is None or (index and file.kind != "tokenizer" and not _one_in_cache(replace(file, path=index))):
+        return []
+    with suppress(CheckpointError):
+        return _expanded(file, known)
+    return []
+
+
+def _one_in_cache(file: HubFile) -> PlannedFile | None:
     """A file as the cache has it, by the branch as it was when last fetched"""
-    found = try_to_load_from_cache(file.repo, file.path, revision=file.revision)
+    found = try_to_load_from_cache(file.repo, file.path, revision=file.commit or file.revision)
     if not isinstance(found, str):
         return None
     path = Path(found)
@@ -420,6 +599,13 @@ def _in_cache(file: HubFile) -> PlannedFile | None:
         blob=Path(os.readlink(path)).name if path.is_symlink() else None,  # because some file systems have no links
         cached=True,
     )
+
+
+def _remember(names: Listing) -> None:
+    """Keep the names of a repository's files in the cache"""
+    with suppress(OSError):  # a cache that cannot be written is asked for every time
+        path = _repo_folder(names.repo) / "turbo_nb" / "listings" / f"{names.commit}.json"
+        atomic.write(path, json.dumps(names.files))
 
 
 def _repo_folder(repo: str) -> Path:
@@ -433,6 +619,22 @@ def _blob(file: PlannedFile) -> Path:
 def _pointer(file: PlannedFile) -> Path:
     """Where the cache shows the file under its own name"""
     return _repo_folder(file.file.repo) / "snapshots" / file.commit / file.file.path
+
+
+def origin(path: Path) -> HubFile | None:
+    """Return the file or folder of the Hub that a path in the cache shows, with its commit; None for another path."""
+    with suppress(ValueError):
+        inside = Path(path).absolute().relative_to(Path(constants.HF_HUB_CACHE).absolute())
+        repo, snapshots, commit, *names = inside.parts
+        kind, *name = repo.split("--")
+        if kind == "models" and snapshots == "snapshots":
+            return HubFile("/".join(name), "/".join(names) or "/", commit=commit)
+    return None
+
+
+def _path(part: HubFile, files: Sequence[PlannedFile]) -> Path:
+    """Where the cache shows a file or folder"""
+    return _repo_folder(part.repo) / "snapshots" / files[0].commit / part.path.strip("/")
 
 
 def _markers(file: PlannedFile) -> Path:
@@ -451,7 +653,7 @@ def _free() -> int:
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Turn what huggingface_hub, httpx, hf_xet or the system raises over `what` into one line with a fix"""
     try:
         yield

@@ -120,6 +120,8 @@ def _file(repo: str, segments: list[str], revision: str | None) -> HubFile | Non
     if ".." in repo or "--" in repo or repo.endswith(".git"):
         return None
     path = "/".join(segments)
+    if path.lower().endswith(".model"):  # SentencePiece's
+        return HubFile(repo, path, revision, kind="tokenizer")
     return HubFile(repo, path if path.lower().endswith(FORMATS) else f"{path}/", revision)
 
 
