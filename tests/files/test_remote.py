@@ -610,3 +610,18 @@ def test_a_batch_has_the_same_ids_before_and_after_the_download(hub, cache, repo
     first = batch.run([PROMPT], load, tmp_path / "out", **run)
     second = batch.run([PROMPT], load, tmp_path / "out", **run)
     assert (first.made, second.made) == (1, 0) and not first.failed
+
+
+def test_a_lora_by_reference_is_the_lora_of_its_file(hub, cache, tmp_path):
+    torch.manual_seed(0)
+    key = "blocks.0.attn1.to_q"
+    style = {f"{key}.lora_A.weight": torch.randn(4, 256), f"{key}.lora_B.weight": torch.randn(256, 4)}
+    hub.add("o/lora", {"style.safetensors": save(style)})
+    save_file(style, tmp_path / "style.safetensors")
+    one, other = (
+        found("nano", loras=[(file, 0.5), (file, 0.25)]) for file in ("o/lora@main", tmp_path / "style.safetensors")
+    )
+    assert one.identity == other.identity and len(one.loras) == 2
+    assert one.with_loras(one.options.loras).loras == one.loras and hub.fetched() == ["style.safetensors"]
+    with pytest.raises(DownloadError, match="No file or folder here is called 'o/nothing'"):
+        found("nano", loras="o/nothing:0.5")

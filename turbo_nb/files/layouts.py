@@ -14,9 +14,9 @@ from pathlib import Path
 from ..errors import CheckpointError, listed, warn
 from ..machine import environment
 from . import recognise, vocabulary
+from .reference import EXPERTS
 from .weight_set import USUAL, weight_sets
 
-EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # high noise first
 COMFY = ("models/diffusion_models", "diffusion_models", "models/unet", "unet")
 SHARED = {"transformer", "transformer_2", "high_noise_model", "low_noise_model", "diffusion_models", "unet", "model"}
 PARENTS = 2  # folders above the transformer that are searched

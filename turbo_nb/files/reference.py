@@ -15,15 +15,15 @@ from .. import catalog
 from ..catalog import HubFile
 from ..errors import CheckpointError, InputError, listed
 from .endpoint import HUB, without_secrets
+from .weight_set import SUFFIXES as FORMATS
 
-FORMATS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".gguf")  # of weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 VOCABULARIES = ("tokenizer.json", "spiece.model")  # each makes a tokenizer with tokenizer_config.json
 FORMS = "owner/repo, owner/repo/path/file.safetensors, each with or without @revision, or their address"
 HOSTS = {urlsplit(HUB).netloc, "www.huggingface.co", "hf.co"}
 REFERENCE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[^/\\@]+)*)/?(?:@([^\s\\@]+))?", re.ASCII)
 # Where the parts of a model lie, first in diffusers' layout, then in that of Wan-AI's repositories
-EXPERTS = (("transformer/", "transformer_2/"), ("high_noise_model/", "low_noise_model/"))
+EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # high noise first
 PARTS = {
     "vae": ("vae/", catalog.VAE.path),
     "text_encoder": ("text_encoder/", catalog.TEXT_ENCODER.path),
@@ -146,8 +146,9 @@ def find(whole: HubFile, names: Collection[str], part: str = "transformer") -> t
     folder = whole.path.lstrip("/")
     if part == "transformer":
         for pair in EXPERTS:
-            if _has_weights(names, folder + pair[0]):
-                return tuple(replace(whole, path=folder + one) for one in pair if _has_weights(names, folder + one))
+            paths = [f"{folder}{name}/" for name in pair]
+            if _has_weights(names, paths[0]):
+                return tuple(replace(whole, path=path) for path in paths if _has_weights(names, path))
     elif found := beside(whole, names, part):
         return (found,)
     if part == "tokenizer":

@@ -204,8 +204,9 @@ class ResolvedModel:
             CheckpointError: a file is missing, is not a LoRA, or does not fit the model.
             DownloadError: a file cannot be fetched.
         """
-        paths = {one: local(one.file) for one in asked}
-        here = [one if path == Path(one.file) else replace(one, file=str(path)) for one, path in paths.items()]
+        paths = [local(one.file) for one in asked]
+        here = [one if path == Path(one.file) else replace(one, file=str(path))
+                for one, path in zip(asked, paths, strict=True)]  # fmt: skip
         loras = lora.choose(here, len(self.transformers), self.loras)
         for one in loras:
             part = next(part for number, part in enumerate(self.transformers) if one.applies_to(number))
