@@ -18,6 +18,7 @@ from helpers import assert_close
 from recipes.nano import evaluate, latents, models, train_fewstep, train_lora, training, world
 from recipes.nano.detector import background, detect, place
 from turbo_nb import checkpoint
+from turbo_nb.files import lora
 from turbo_nb.scheduler import RCMScheduler
 
 
@@ -231,8 +232,9 @@ def test_the_lora_recipe_writes_what_it_trains(tmp_path):
             for matrix in (layer.down.weight, layer.up.weight):
                 matrix.copy_(torch.randn_like(matrix).mul(0.05).bfloat16())  # because one step changes little
     train_lora.save_lora(layers, path)
+    applied = lora.Applied(lora=lora.read(path), strength=0.5)
     merged = checkpoint.load_transformer(
-        train_lora.merged(path, 0.5, tmp_path / "merged"), attention_type="sla", sla_topk=0.15, dtype=torch.float32
+        world.ASSET / "transformer", attention_type="sla", sla_topk=0.15, dtype=torch.float32, loras=[applied]
     )
     state, text = torch.randn(1, *evaluate.LATENT_SHAPE), torch.randn(1, training.CAPTION_LENGTH, models.TEXT_DIM)
     sigma = train_fewstep.rcm_sigmas("cpu")[0]

@@ -20,12 +20,12 @@ import hashlib
 import json
 import random
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import turbo_nb
@@ -199,26 +199,6 @@ def train(
     )
 
 
-def merged(path: Path, strength: float, folder: Path) -> Path:
-    """Write nano's transformer with the LoRA of `path` merged into `folder`, in float32."""
-    weights = load_file(ASSET / "transformer" / "diffusion_pytorch_model.safetensors")
-    lora = load_file(path)
-    for key in [key for key in weights if key.startswith("blocks.") and key.endswith(".weight")]:
-        name = key.removesuffix(".weight")
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        name = f"diffusion_model.{name}"
-        if f"{name}.alpha" in lora:
-            down, up = (lora[f"{name}.lora_{kind}.weight"].float() for kind in ("down", "up"))
-            weights[key] = weights[key].float() + strength * lora[f"{name}.alpha"] / len(down) * (up @ down)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: tensor.contiguous() for key, tensor in weights.items()}, folder / "diffusion_pytorch_model.safetensors"
-    )
-    (folder / "config.json").write_bytes((ASSET / "transformer" / "config.json").read_bytes())
-    return folder
-
-
 def measure(frames: np.ndarray, scenes: list, colour: tuple) -> dict:
     """Measure clips (B, T, H, W, 3) uint8 that should have a background of `colour`, 8-bit RGB.
 
@@ -252,17 +232,14 @@ def check(path: Path, *, device: str, count: int, steps: tuple[int, ...], seed: 
     black, other = rng.sample(black, count), rng.sample(other, count // 2)
     rows, sheet = [], []
     for quantised in (False, True):
-        for strength in (0.0, 0.5, 1.0):
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint = merged(path, strength, Path(folder))
-                pipeline = turbo_nb.load_pipeline(
-                    "nano", checkpoint=checkpoint, quant_linear=quantised, device=device, text_cache=False
-                )
+        pipeline = turbo_nb.load_pipeline("nano", quant_linear=quantised, device=device, text_cache=False)
+        for strength, shade in SHADES.items():
+            turbo_nb.set_loras(pipeline, [(path, strength)])
             for number in steps:
                 scenes, texts = zip(*black, *other, strict=True)
                 frames = sample_clips(pipeline, list(texts), number, seed)
                 row = {"linears": "int8" if quantised else "plain", "strength": strength, "steps": number}
-                row |= measure(frames[:count], scenes[:count], SHADES[strength])
+                row |= measure(frames[:count], scenes[:count], shade)
                 named = [detect(clip)["background"] == s.background for clip, s in zip(frames, scenes, strict=True)]
                 row["others"] = round(float(np.mean(named[count:])), 3)
                 rows.append(row)
@@ -270,8 +247,6 @@ def check(path: Path, *, device: str, count: int, steps: tuple[int, ...], seed: 
             picked = [*range(min(4, count)), *range(count, min(count + 2, len(frames)))]
             sheet.append(np.concatenate([frames[i, 12] for i in picked], axis=1))
     path.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-    from PIL import Image
-
     Image.fromarray(np.concatenate(sheet)).save(path.with_suffix(".png"))
     return rows
 
