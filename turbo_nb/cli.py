@@ -363,7 +363,7 @@ def verify(
     """Test this machine and a model: operations, files, a step, a short clip. Exit code 2 where something is wrong."""
     from .checkup.selftest import verify
 
-    result = verify(model, quantised=quant, device=device)
+    result = verify(model, quantized=quant, device=device)
     _show(result, as_json)
     raise typer.Exit(result.exit_code)
 

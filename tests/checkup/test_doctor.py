@@ -191,7 +191,7 @@ SMALL, LARGE = catalog.find("Wan2.1-1.3B"), catalog.find("TurboWan2.1-T2V-14B-72
 
 
 @pytest.mark.parametrize(
-    ("spec", "quantised", "gigabytes", "fits", "plan"),
+    ("spec", "quantized", "gigabytes", "fits", "plan"),
     [
         (SMALL, False, 24, True, "resident"),
         (SMALL, True, 12, True, "cpu-text"),
@@ -200,10 +200,10 @@ SMALL, LARGE = catalog.find("Wan2.1-1.3B"), catalog.find("TurboWan2.1-T2V-14B-72
         (LARGE, False, 8, False, "group"),
     ],
 )
-def test_a_model_is_told_with_the_plan_it_would_get(spec, quantised, gigabytes, fits, plan):
+def test_a_model_is_told_with_the_plan_it_would_get(spec, quantized, gigabytes, fits, plan):
     machine = replace(H100, free_memory=gigabytes * GB)
-    found = fit(spec, quantised, machine, 10**12)
-    assert (found.model, found.int8, found.fits, found.plan) == (spec.name, quantised, fits, plan)
+    found = fit(spec, quantized, machine, 10**12)
+    assert (found.model, found.int8, found.fits, found.plan) == (spec.name, quantized, fits, plan)
     assert found.text.startswith(f"plan {plan}: needs ") and f" of {gigabytes:.1f} GB: " in found.text
     assert ("may run out of memory" in found.text) is not fits
 

@@ -221,7 +221,7 @@ def test_the_command_ends_with_2_when_something_is_wrong(tmp_path, monkeypatch):
 
 
 def test_the_attentions_of_a_cpu_do_not_depend_on_the_gpu_of_the_machine(monkeypatch, nano):
-    monkeypatch.setattr(selftest, "load", lambda spec, quantised, device, into: (into.append(nano) or True, ""))
+    monkeypatch.setattr(selftest, "load", lambda spec, quantized, device, into: (into.append(nano) or True, ""))
     monkeypatch.setattr(selftest, "clip", lambda pipeline: (True, ""))
     monkeypatch.setattr(selftest, "step", lambda *arguments: (True, ""))
     monkeypatch.setattr(backends, "choose", lambda operation, device=None: backends.Choice(operation, "triton"))

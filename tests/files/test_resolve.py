@@ -25,7 +25,7 @@ def machine(monkeypatch):
     downloaded"""
 
     def make(gigabytes, *downloaded, host=500):
-        known = {catalog.find(name).needs(quantised) for name, quantised in downloaded}
+        known = {catalog.find(name).needs(quantized) for name, quantized in downloaded}
         monkeypatch.setattr(
             probe, "device_of", lambda device: device if device != "auto" else "cuda" if gigabytes else "cpu"
         )
@@ -198,7 +198,7 @@ def planned(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "model", "quantised", "wanted"),
+    ("gigabytes", "model", "quantized", "wanted"),
     [
         (80, "auto", None, (LARGE, False)),
         (20, "auto", None, (MIDDLE, True)),
@@ -212,19 +212,19 @@ def planned(machine, monkeypatch):
         (None, "auto", None, ("nano", False)),
     ],
 )
-def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned, gigabytes, model, quantised, wanted):
+def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned, gigabytes, model, quantized, wanted):
     machine(gigabytes)
     with pytest.raises(DownloadError):
-        resolve.download_model(model, quantized=quantised)
+        resolve.download_model(model, quantized=quantized)
     assert planned == [wanted]
 
 
-@pytest.mark.parametrize(("flags", "quantised"), [([], None), (["--quant"], True), (["--no-quant"], False)])
-def test_on_the_command_line_too(monkeypatch, flags, quantised):
+@pytest.mark.parametrize(("flags", "quantized"), [([], None), (["--quant"], True), (["--no-quant"], False)])
+def test_on_the_command_line_too(monkeypatch, flags, quantized):
     calls = []
     monkeypatch.setattr(resolve, "download_model", lambda model, quantized, on_plan: calls.append((model, quantized)))
     assert CliRunner().invoke(cli.app, ["download", LARGE, *flags]).exit_code == 0
-    assert calls == [(LARGE, quantised)]
+    assert calls == [(LARGE, quantized)]
 
 
 def test_what_comes_with_the_package_is_not_fetched(capsys):

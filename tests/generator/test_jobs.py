@@ -186,7 +186,7 @@ def gpu(monkeypatch):
     """
 
     def make(gigabytes, *downloaded):
-        known, free = {catalog.find(name).needs(quantised) for name, quantised in downloaded}, {"cuda": gigabytes * GB}
+        known, free = {catalog.find(name).needs(quantized) for name, quantized in downloaded}, {"cuda": gigabytes * GB}
         monkeypatch.setattr(probe, "device_of", lambda device: "cuda" if device == "auto" else device)
         monkeypatch.setattr(probe, "free_memory", lambda device: free.get(device, 500 * GB))
         monkeypatch.setattr(plan, "fused_on", lambda device: True)

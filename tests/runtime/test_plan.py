@@ -17,22 +17,22 @@ SMALL, LARGE, I2V = (
 )
 
 
-def plan_for(spec, gigabytes, quantised=False, **kwargs):
+def plan_for(spec, gigabytes, quantized=False, **kwargs):
     width, height = spec.size
-    weights = sizes(spec, quantised=quantised)
+    weights = sizes(spec, quantized=quantized)
     return choose(weights, spec.arch, width, height, spec.num_frames, budget=gigabytes * GB, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("spec", "quantised", "gigabytes"),
+    ("spec", "quantized", "gigabytes"),
     [(SMALL, False, 2.8), (SMALL, True, 1.4), (LARGE, False, 28.6), (LARGE, True, 14.5)],
 )
-def test_weights_are_as_large_as_the_released_files(spec, quantised, gigabytes):
-    assert sizes(spec, quantised=quantised).transformer / GB == pytest.approx(gigabytes, rel=0.06)
+def test_weights_are_as_large_as_the_released_files(spec, quantized, gigabytes):
+    assert sizes(spec, quantized=quantized).transformer / GB == pytest.approx(gigabytes, rel=0.06)
 
 
 @pytest.mark.parametrize(
-    ("spec", "quantised", "gigabytes", "name"),
+    ("spec", "quantized", "gigabytes", "name"),
     [
         (SMALL, False, 80, "resident"),
         (SMALL, False, 24, "resident"),
@@ -51,8 +51,8 @@ def test_weights_are_as_large_as_the_released_files(spec, quantised, gigabytes):
         (LARGE, False, 4, "group"),
     ],
 )
-def test_the_first_plan_that_fits(spec, quantised, gigabytes, name):
-    plan = plan_for(spec, gigabytes, quantised)
+def test_the_first_plan_that_fits(spec, quantized, gigabytes, name):
+    plan = plan_for(spec, gigabytes, quantized)
     assert plan.name == name, str(plan)
     assert plan.fits or plan.name == PLANS[-1].name
 
@@ -61,18 +61,18 @@ def test_the_first_plan_that_fits(spec, quantised, gigabytes, name):
     ("spec", "gigabytes", "name"), [(LARGE, 24, "group"), (I2V, 24, "group"), (I2V, 32, "offload")]
 )
 def test_without_the_fused_kernels_more_is_needed(spec, gigabytes, name):
-    assert plan_for(spec, gigabytes, quantised=True, fused=False).name == name
-    assert plan_for(spec, gigabytes, quantised=True).name != "group"
+    assert plan_for(spec, gigabytes, quantized=True, fused=False).name == name
+    assert plan_for(spec, gigabytes, quantized=True).name != "group"
 
 
 def test_less_memory_never_gets_a_hungrier_plan():
-    needs = [plan_for(I2V, gigabytes, quantised=True).needs for gigabytes in (100, 60, 40, 30, 20, 10)]
+    needs = [plan_for(I2V, gigabytes, quantized=True).needs for gigabytes in (100, 60, 40, 30, 20, 10)]
     assert needs == sorted(needs, reverse=True)
 
 
 def test_a_plan_says_what_it_does():
-    assert str(plan_for(SMALL, 12, quantised=True)).startswith("plan cpu-text: needs ")
-    assert "of 12.0 GB: text encoder on the CPU" in str(plan_for(SMALL, 12, quantised=True))
+    assert str(plan_for(SMALL, 12, quantized=True)).startswith("plan cpu-text: needs ")
+    assert "of 12.0 GB: text encoder on the CPU" in str(plan_for(SMALL, 12, quantized=True))
     assert "may run out of memory" in str(plan_for(LARGE, 4))
     assert "everything stays loaded" in str(plan_for(SMALL, 80))
 
@@ -90,7 +90,7 @@ def test_on_a_cpu_only_the_text_encoder_can_go():
 
 
 @pytest.mark.parametrize(
-    ("spec", "quantised", "gigabytes", "host", "name", "doubt"),
+    ("spec", "quantized", "gigabytes", "host", "name", "doubt"),
     [
         (SMALL, True, 12, 16, "cpu-text", None),
         (SMALL, True, 12, 8, "offload", None),  # the text encoder is too large for this machine, the expert is not
@@ -110,8 +110,8 @@ def test_on_a_cpu_only_the_text_encoder_can_go():
         (LARGE, False, 8, 64, "group", "may run out of memory"),
     ],
 )
-def test_what_a_plan_keeps_in_main_memory_must_fit_there(spec, quantised, gigabytes, host, name, doubt):
-    plan = plan_for(spec, gigabytes, quantised, host_budget=host * GB)
+def test_what_a_plan_keeps_in_main_memory_must_fit_there(spec, quantized, gigabytes, host, name, doubt):
+    plan = plan_for(spec, gigabytes, quantized, host_budget=host * GB)
     assert (plan.name, plan.fits) == (name, doubt is None), str(plan)
     assert "\n" not in str(plan) and (doubt in str(plan) if doubt else "; " not in str(plan))
 
@@ -164,5 +164,5 @@ def test_a_plan_is_carried_out(name, done, monkeypatch):
         f"turns of {', '.join(module._name for module in modules)} on {device}"
     )
     monkeypatch.setattr(expert_swap, "enable", turns)
-    place(Recorder(told), plan_for(I2V, 40, quantised=True, name=name))
+    place(Recorder(told), plan_for(I2V, 40, quantized=True, name=name))
     assert told[0] == " remove_all_hooks" and done <= set(told)

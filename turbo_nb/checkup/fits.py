@@ -42,51 +42,51 @@ def every_fit(machine: Machine, free: int, host: int | None) -> Iterator[Fit]:
             takes = _time(spec, False, "resident", machine)
             yield Fit(model=spec.name, fits=True, plan="resident", text=text, time=takes)
         else:
-            yield from (fit(spec, quantised, machine, free, host) for quantised in (False, True))
+            yield from (fit(spec, quantized, machine, free, host) for quantized in (False, True))
 
 
-def fit(spec: catalog.ModelSpec, quantised: bool, machine: Machine, free: int, host: int | None = None) -> Fit:
+def fit(spec: catalog.ModelSpec, quantized: bool, machine: Machine, free: int, host: int | None = None) -> Fit:
     """Check a released model against a machine.
 
     Args:
         spec: the model.
-        quantised: with int8 linears.
+        quantized: with int8 linears.
         machine: the GPU, with its free memory.
         free: free bytes on the disk of the Hub's cache, for the files that are missing.
         host: free bytes of main memory. None: not known, so not checked.
     """
-    sizes = plan.sizes(spec, quantised=quantised)
-    missing = _missing(spec, quantised)
+    sizes = plan.sizes(spec, quantized=quantized)
+    missing = _missing(spec, quantized)
     shared = {catalog.VAE: sizes.vae, catalog.TEXT_ENCODER: sizes.text_encoder}
-    weights = dict.fromkeys(spec.quant_files if quantised else spec.files, sizes.transformer)
+    weights = dict.fromkeys(spec.quant_files if quantized else spec.files, sizes.transformer)
     to_fetch = int(sum((shared | weights).get(file, 0) for file in missing))
-    common = {"model": spec.name, "int8": quantised, "downloaded": not missing, "to_fetch": to_fetch}
+    common = {"model": spec.name, "int8": quantized, "downloaded": not missing, "to_fetch": to_fetch}
     if not machine.arch:
         return Fit(fits=False, text="needs a CUDA GPU", **common)
     given = {"budget": machine.free_memory, "host_budget": host, "fused": plan.fused_on(machine=machine)}
-    chosen = plan.for_model(spec, quantised=quantised, **given)
+    chosen = plan.for_model(spec, quantized=quantized, **given)
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **common)
-    takes = _time(spec, quantised, chosen.name, machine) if chosen.fits else ""
+    takes = _time(spec, quantized, chosen.name, machine) if chosen.fits else ""
     return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), time=takes, **common)
 
 
-def _time(spec: catalog.ModelSpec, quantised: bool, memory_plan: str, machine: Machine) -> str:
+def _time(spec: catalog.ModelSpec, quantized: bool, memory_plan: str, machine: Machine) -> str:
     """Return what a clip of the model's own size takes here, in words"""
     (width, height), sla = spec.size, {"attention_type": "sla", "sla_topk": spec.sla_topk}
     clip = {"width": width, "height": height, "num_frames": spec.num_frames, "num_steps": 4}
-    how = {"model": spec.name, "quant_linear": quantised, "memory_plan": memory_plan}
+    how = {"model": spec.name, "quant_linear": quantized, "memory_plan": memory_plan}
     return str(estimate.estimate(clip | sla | how, spec.arch, device="cuda" if machine.arch else "cpu") or "")
 
 
-def _missing(spec: catalog.ModelSpec, quantised: bool) -> tuple[catalog.HubFile, ...]:
+def _missing(spec: catalog.ModelSpec, quantized: bool) -> tuple[catalog.HubFile, ...]:
     """Return the model's files that are not in the cache, all of them where the cache cannot be read"""
     try:
         from ..files import hub
 
-        return hub.missing(spec.needs(quantised))
+        return hub.missing(spec.needs(quantized))
     # A missing package, a malformed HF_ENDPOINT (huggingface_hub raises ValueError on import), an unreadable folder.
     # The doctor reports each of these as a problem of its own.
     except (ImportError, ValueError, OSError):
-        return spec.needs(quantised)
+        return spec.needs(quantized)

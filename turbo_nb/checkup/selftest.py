@@ -71,12 +71,12 @@ class Result(tables.Tables):
         yield f"Checks of {self.model}", ("", "check", "seconds", "result"), rows
 
 
-def verify(model: str = "nano", *, quantised: bool = False, device: str = "auto") -> Result:
+def verify(model: str = "nano", *, quantized: bool = False, device: str = "auto") -> Result:
     """Check this machine and a model of the catalogue. It downloads nothing.
 
     Args:
         model: its name. A released model must have been downloaded.
-        quantised: use the released files with int8 linears.
+        quantized: use the released files with int8 linears.
         device: "auto", "cpu", "cuda", or one GPU such as "cuda:1".
 
     Returns:
@@ -88,9 +88,9 @@ def verify(model: str = "nano", *, quantised: bool = False, device: str = "auto"
     """
     spec, device = catalog.find(model), probe.device_of(device)
     report = doctor.doctor()
-    checks = [*check_operations(report.backends, device), run("files", files, spec, quantised)]
+    checks = [*check_operations(report.backends, device), run("files", files, spec, quantized)]
     if checks[-1].passed:
-        checks += check_model(spec, quantised, device)
+        checks += check_model(spec, quantized, device)
     return Result(model=spec.name, report=report, checks=tuple(checks))
 
 
@@ -125,7 +125,7 @@ def sums(folder: Path) -> str:
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}\n" for p in paths)
 
 
-def files(spec: catalog.ModelSpec, quantised: bool) -> tuple[bool, str]:
+def files(spec: catalog.ModelSpec, quantized: bool) -> tuple[bool, str]:
     """Check that the model's files have the right bytes and contents."""
     from ..files import hub, recognise
 
@@ -137,8 +137,8 @@ def files(spec: catalog.ModelSpec, quantised: bool) -> tuple[bool, str]:
         parts = {"transformer": [spec.folder / "transformer"], "vae": [spec.folder / "vae"]}
         parts["text encoder"] = [spec.folder / "text_encoder"]
     else:
-        if (here := hub.cached(spec.needs(quantised))) is None:
-            command = f"turbo-nb download {spec.name}{' --quant' if quantised else ''}"
+        if (here := hub.cached(spec.needs(quantized))) is None:
+            command = f"turbo-nb download {spec.name}{' --quant' if quantized else ''}"
             raise DownloadError(f"the files are not downloaded, or were changed later. Run: {command}")
         *transformers, vae, text_encoder, _ = here
         parts = {"transformer": transformers, "vae": [vae], "text encoder": [text_encoder]}
@@ -148,10 +148,10 @@ def files(spec: catalog.ModelSpec, quantised: bool) -> tuple[bool, str]:
     return True, "the right bytes of a transformer, a VAE and a text encoder"
 
 
-def check_model(spec: catalog.ModelSpec, quantised: bool, device: str) -> Iterator[Check]:
+def check_model(spec: catalog.ModelSpec, quantized: bool, device: str) -> Iterator[Check]:
     """Yield checks of loading, of a short clip, and of a step with each attention."""
     loaded = []
-    yield run("load", load, spec, quantised, device, loaded)
+    yield run("load", load, spec, quantized, device, loaded)
     if not loaded:
         return
     (pipeline,) = loaded
@@ -172,11 +172,11 @@ def _model(pipeline):
     return LoadedModel.of(pipeline)
 
 
-def load(spec: catalog.ModelSpec, quantised: bool, device: str, into: list) -> tuple[bool, str]:
+def load(spec: catalog.ModelSpec, quantized: bool, device: str, into: list) -> tuple[bool, str]:
     """Load the model's pipeline, and append it to `into`."""
     from ..pipeline import load_pipeline
 
-    quant_linear = quantised if spec.files else "auto"
+    quant_linear = quantized if spec.files else "auto"
     pipeline = load_pipeline(spec.name, device=device, quant_linear=quant_linear, text_cache=False)
     into.append(pipeline)
     return True, str(_model(pipeline).plan)

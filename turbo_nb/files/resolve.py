@@ -144,7 +144,7 @@ class ResolvedModel:
             counts["text_encoder"] = layerwise.size(self._known(self.text_encoder).tensors, dtype)
         if "transformer" in counts and self.quant_linear:
             counts["transformer"] *= 1.03 / item  # a byte for each weight, and the scales
-        sizes = plan.sizes(self.spec, quantised=self.quant_linear)
+        sizes = plan.sizes(self.spec, quantized=self.quant_linear)
         return replace(sizes, **counts, experts=len(self.transformers))
 
     def plan(self, size: tuple[int, int, int] | None = None) -> plan.Plan:
@@ -269,7 +269,7 @@ def candidates(
     given = {"budget": memory, "host_budget": host_memory, "fused": plan.fused_on(device), "device": device}
     return sorted(
         (
-            Candidate(spec=spec, quantized=quantized, plan=plan.for_model(spec, quantised=quantized, **given))
+            Candidate(spec=spec, quantized=quantized, plan=plan.for_model(spec, quantized=quantized, **given))
             for quantized in ((False, True) if quant_linear == "auto" else (quant_linear,))
         ),
         key=lambda one: one.rank,

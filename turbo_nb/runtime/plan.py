@@ -104,7 +104,7 @@ PLANS = tuple(
 )
 
 
-def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
+def sizes(spec: catalog.ModelSpec, *, quantized: bool = False) -> Sizes:
     """Estimate the sizes of a model from its shape; of one that ships with the package, read them from its files.
 
     Raises:
@@ -122,16 +122,16 @@ def sizes(spec: catalog.ModelSpec, *, quantised: bool = False) -> Sizes:
     linears = spec.arch.num_layers * (8 * dim * dim + 2 * dim * ffn)
     rest = 8 * dim * dim + 4096 * dim + spec.arch.in_channels * 4 * dim
     return Sizes(
-        transformer=linears * (1 if quantised else 2) + 2 * rest,
+        transformer=linears * (1 if quantized else 2) + 2 * rest,
         experts=2 if spec.task == "i2v" else 1,
         text_encoder=2 * TEXT_PARAMETERS,
         vae=2 * VAE_PARAMETERS,
     )
 
 
-def for_model(spec: catalog.ModelSpec, *, quantised: bool = False, **given) -> Plan:
+def for_model(spec: catalog.ModelSpec, *, quantized: bool = False, **given) -> Plan:
     """Choose the plan of a model of the catalogue for a clip of its own size; the rest is given as to `choose`."""
-    return choose(sizes(spec, quantised=quantised), spec.arch, *spec.size, spec.num_frames, **given)
+    return choose(sizes(spec, quantized=quantized), spec.arch, *spec.size, spec.num_frames, **given)
 
 
 def fused_on(device=None, machine=None) -> bool:
