@@ -5,17 +5,14 @@ ComfyUI stores umT5's tokenizer, a SentencePiece model, among the tensors of its
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, first_line
 from ..machine import environment
-from . import spiece
 from .recognise import Contents, read
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from .spiece import SentencePieceProcessor, SentencePieceTokenizer, load_spiece
 
 TENSOR = "spiece_model"  # the name of ComfyUI's tensor
 SPIECE = "spiece.model"
@@ -23,21 +20,20 @@ FILES = ("tokenizer.json", SPIECE, "tokenizer_config.json")  # one of them makes
 EXTRA_IDS = 300  # words <extra_id_0>, … of umT5, which follow the pieces
 
 
-def from_text_encoder(contents: Contents) -> "PreTrainedTokenizerFast":
+def from_text_encoder(contents: Contents) -> SentencePieceTokenizer:
     """Load the tokenizer in a text encoder's file.
 
     Raises:
         CheckpointError: the tokenizer is missing or damaged.
     """
-    name = _name(contents)
-    model = spiece.parse(_embedded(contents), name)
-    return spiece.tokenizer(model, max(0, min(EXTRA_IDS, _rows(contents) - len(model.pieces))))
+    model = _model(contents)
+    return SentencePieceTokenizer(model, max(0, min(EXTRA_IDS, _rows(contents) - len(model))))
 
 
-def from_spiece(path: Path) -> "PreTrainedTokenizerFast":
+def from_spiece(path: Path) -> SentencePieceTokenizer:
     """Load a SentencePiece model. Raises CheckpointError for a damaged one."""
-    model = spiece.parse(_bytes(path), repr(str(path)))
-    return spiece.tokenizer(model, max(0, (size(path.parent) or 0) - len(model.pieces)))
+    model = _model(path)
+    return SentencePieceTokenizer(model, max(0, (size(path.parent) or 0) - len(model)))
 
 
 def spiece_file(path: Path) -> Path | None:
@@ -84,10 +80,8 @@ def size(tokenizer: Path | Contents) -> int | None:
     Raises:
         CheckpointError: a file is damaged.
     """
-    if isinstance(tokenizer, Contents):
-        return spiece.count_pieces(_embedded(tokenizer), _name(tokenizer))
-    if environment.is_file(tokenizer):
-        return _count_pieces(tokenizer)
+    if isinstance(tokenizer, Contents) or environment.is_file(tokenizer):
+        return len(_model(tokenizer))
     try:
         return _size(tokenizer)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -107,7 +101,7 @@ def _size(folder: Path) -> int | None:
     if whole:
         counts.append(len(whole["model"]["vocab"]))
     elif environment.is_file(folder / SPIECE):
-        counts.append(_count_pieces(folder / SPIECE) + int(config.get("extra_ids") or 0))
+        counts.append(len(_model(folder / SPIECE)) + int(config.get("extra_ids") or 0))
     return max(counts) or None
 
 
@@ -154,8 +148,11 @@ def _embedded(contents: Contents) -> bytes:
     return tensor.numpy().tobytes()
 
 
-def _count_pieces(path: Path) -> int:
-    return spiece.count_pieces(_bytes(path), repr(str(path)))
+def _model(tokenizer: Path | Contents) -> SentencePieceProcessor:
+    """The SentencePiece model in a file of its own, or in a text encoder's file"""
+    if isinstance(tokenizer, Contents):
+        return load_spiece(_embedded(tokenizer), _name(tokenizer))
+    return load_spiece(_bytes(tokenizer), repr(str(tokenizer)))
 
 
 def _bytes(path: Path) -> bytes:
