@@ -14,8 +14,8 @@ ORDER = [
     ("errors",), ("catalog",), ("settings", "records"), ("machine",), ("ops",), ("backends",), ("rope", "scheduler"),
     ("linear",), ("sla",), ("fused",), ("files",), ("layerwise",), ("checkpoint",), ("files.convert",),
     ("text", "video"),
-    ("runtime",), ("files.hub",), ("files.remote",), ("files.resolve",), ("pipeline",), ("generation",),
-    ("batch", "checkup", "study"), ("generator",), ("cli",),
+    ("runtime",), ("files.hub",), ("files.remote",), ("files.decide", "files.locate"), ("files.resolve",),
+    ("files.download",), ("pipeline",), ("generation",), ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 

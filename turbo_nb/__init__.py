@@ -8,7 +8,7 @@ _HOMES = {
     "set_loras": "pipeline",
     "Video": "generation",
     "contact_sheet": "video.sheet",
-    "download_model": "files.resolve",
+    "download_model": "files.download",
     "doctor": "checkup.doctor",
     "read_metadata": "video.mp4",
     "TurboNbError": "errors",

@@ -208,7 +208,7 @@ def tokens_of(width: int, height: int, num_frames: int) -> int:
 
 
 def find(model: str) -> ModelSpec:
-    """Return the model of a name, ours or upstream's. `files.resolve` decides what "auto" is on a machine.
+    """Return the model of a name, ours or upstream's. `files.decide` decides what "auto" is on a machine.
 
     Raises:
         UnknownModelError: the name is unknown.

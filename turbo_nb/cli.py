@@ -346,7 +346,7 @@ def download(
     ] = None,
 ) -> None:
     """Download a model's files into the Hub cache ($HF_HOME): print the plan, the transfer, and the paths."""
-    from .files.resolve import download_model
+    from .files.download import download_model
 
     files = download_model(model, quantized=quant, on_plan=lambda plan: print(plan, flush=True))
     if files:

@@ -22,8 +22,8 @@ from turbo_nb import batch, catalog, generation, pipeline, records, settings, sl
 from turbo_nb.batch import engines, jobs, manifest, notebook, prompts, runner
 from turbo_nb.batch.summary import SHEET
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning
-from turbo_nb.files import fingerprint, resolve
-from turbo_nb.machine import atomic
+from turbo_nb.files import fingerprint, hub, resolve
+from turbo_nb.machine import atomic, probe
 from turbo_nb.pipeline import LoadedModel
 from turbo_nb.video import images, mp4, sheet
 
@@ -203,9 +203,9 @@ def ids(prompts, load="nano", **options):
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that seems to have a GPU with 80 GB, and all released models"""
-    monkeypatch.setattr(resolve.probe, "device_of", lambda device: "cuda" if device == "auto" else device)
-    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
-    monkeypatch.setattr(resolve.hub, "cached", lambda *args, **kwargs: "here")
+    monkeypatch.setattr(probe, "device_of", lambda device: "cuda" if device == "auto" else device)
+    monkeypatch.setattr(probe, "free_memory", lambda device: 80e9)
+    monkeypatch.setattr(hub, "cached", lambda *args, **kwargs: "here")
 
 
 def test_an_id_is_what_determines_the_video(nano, monkeypatch):
@@ -214,8 +214,8 @@ def test_an_id_is_what_determines_the_video(nano, monkeypatch):
     assert base == ids(["a red circle"], "auto") == ids(["a red circle"], {"model": Path("nano")})
     assert base == ids(["a red circle"], nano)
     with monkeypatch.context() as patch:
-        patch.setattr(resolve.probe, "device_of", lambda device: device)
-        patch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
+        patch.setattr(probe, "device_of", lambda device: device)
+        patch.setattr(probe, "free_memory", lambda device: 80e9)
         on_a_gpu = {"model": "nano", "device": "cuda", "memory_plan": "auto", "sla_topk": 0.15}
         assert base == ids(["a red circle"], on_a_gpu)
         patch.setattr("torch.cuda.is_available", lambda: True)
@@ -269,14 +269,14 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_is_resolved_once(nano, made, gpu, tmp
 
 
 def test_a_worker_cannot_decide_otherwise(gpu, monkeypatch):
-    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
+    monkeypatch.setattr(probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
     model = resolve.resolve(settings.LoadOptions())
     assert model.spec is not catalog.NANO and model.quant_linear
     order = engines.Order(options=engines.pinned(model, "cuda:1"), identity=model.identity, clip=(16, 16, 1),
                           prompts=(), folder=Path("out"), place=1, workers=2)  # fmt: skip
     order = pickle.loads(pickle.dumps(order))
     for memory in (1e9, 24e9, 180e9):  # on which "auto" stands for nano, 8-bit and bf16
-        monkeypatch.setattr(resolve.probe, "free_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)
         there = order.resolve()
         assert (there.spec, there.quant_linear, there.transformers) == (model.spec, True, model.transformers)
         assert (there.device, there.identity) == ("cuda:1", model.identity)
@@ -618,8 +618,8 @@ def test_workers_that_cannot_be(nano, made, tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(resolve.probe, "device_of", lambda device: "cuda")
-    monkeypatch.setattr(resolve.probe, "free_memory", lambda device: 80e9)
+    monkeypatch.setattr(probe, "device_of", lambda device: "cuda")
+    monkeypatch.setattr(probe, "free_memory", lambda device: 80e9)
     with pytest.raises(InputError, match=r"workers is 3\. Expected at most 2, the number of GPUs"):
         runner.run(PROMPTS, "nano", tmp_path, workers=3)
     assert not list(tmp_path.iterdir())

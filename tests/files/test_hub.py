@@ -23,6 +23,7 @@ from turbo_nb import catalog
 from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.files import endpoint
 from turbo_nb.files import hub as download
+from turbo_nb.files.download import Files, progress_bars
 from turbo_nb.files.reference import TOKENIZER_FILES
 from turbo_nb.machine import environment
 
@@ -30,16 +31,16 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 SPEC = catalog.find(MODEL)
 
 
-def fetch(spec=SPEC, quantized=False, **more) -> download.Files:
+def fetch(spec=SPEC, quantized=False, **more) -> Files:
     """The files of a model of the catalogue, fetched."""
     needed = spec.needs(quantized)
     planned = download.plan(spec.name, needed)
-    return download.Files.of(download.fetch(planned, **more)[file] for file in needed)
+    return Files.of(download.fetch(planned, **more)[file] for file in needed)
 
 
-def cached(spec=SPEC) -> download.Files | None:
+def cached(spec=SPEC) -> Files | None:
     paths = download.cached(spec.needs())
-    return paths and download.Files.of(paths)
+    return paths and Files.of(paths)
 
 
 def turbo_nb(*arguments, hub: Hub, home: Path, **environment) -> subprocess.Popen:
@@ -51,7 +52,7 @@ def turbo_nb(*arguments, hub: Hub, home: Path, **environment) -> subprocess.Pope
     )  # fmt: skip
 
 
-def assert_whole(hub: Hub, files: download.Files, stem: str = MODEL) -> None:
+def assert_whole(hub: Hub, files: Files, stem: str = MODEL) -> None:
     """Every file that is handed out has the Hub's bytes."""
     assert [path.name for path in files.transformers] == [f"{stem}.pth"]
     assert files.transformers[0].read_bytes() == hub.repos[TURBO][f"{stem}.pth"]
@@ -136,7 +137,7 @@ def test_nano_needs_no_download(hub, cache):
 def test_a_pinned_commit_is_asked_for_once(hub, cache):
     pinned = [replace(file, revision=hub.commits[file.repo]) for file in SPEC.needs()]
     paths = download.fetch(download.plan(MODEL, pinned))
-    assert_whole(hub, download.Files.of(paths.values()))
+    assert_whole(hub, Files.of(paths.values()))
     hub.log.clear()
     plan = download.plan(MODEL, pinned)
     assert plan.to_fetch == 0 and hub.log == [] and "(" not in str(plan) and hub.commits[TURBO][:7] in str(plan)
@@ -435,7 +436,7 @@ def test_exception_of_on_progress_ends_the_run(hub, cache):
 
 
 def test_progress_in_a_log_is_a_line_a_file(hub, cache, capsys):
-    with download.progress_bars() as show:
+    with progress_bars() as show:
         fetch(SPEC, on_progress=show)
     assert capsys.readouterr().err.splitlines() == [
         f"{f.file.path}: {'200.0' if f.size == 200_000 else '3.0'} kB, checked"
@@ -445,7 +446,7 @@ def test_progress_in_a_log_is_a_line_a_file(hub, cache, capsys):
 
 def test_progress_in_a_notebook_is_tqdm(hub, cache, monkeypatch, capsys):
     monkeypatch.setattr(environment, "in_notebook", lambda: True)
-    with download.progress_bars() as show:
+    with progress_bars() as show:
         fetch(SPEC, on_progress=show)
     text = capsys.readouterr().err
     assert "all files: 100%" in text and "check spiece.model: 100%" in text

@@ -21,7 +21,7 @@ from turbo_nb import batch, catalog, pipeline
 from turbo_nb.catalog import HubFile
 from turbo_nb.errors import CheckpointError, DownloadError, InputError
 from turbo_nb.files import hub as download
-from turbo_nb.files import reference, remote, resolve
+from turbo_nb.files import locate, recognise, reference, remote, resolve
 from turbo_nb.settings import LoadOptions
 
 NANO = catalog.NANO.folder
@@ -378,14 +378,14 @@ def test_a_transformer_is_judged_before_another_part_is_fetched(hub, cache, repo
     """What no head shows, such as a number format that the tensors' numbers name."""
     hub.add(SGLANG, repository)
     model = found(SGLANG)
-    read = resolve.recognise.read
+    read = recognise.read
 
     def refuse(path):
         if Path(path).name == "transformer":
             raise CheckpointError("not this one")
         return read(path)
 
-    monkeypatch.setattr(resolve.recognise, "read", refuse)
+    monkeypatch.setattr(recognise, "read", refuse)
     hub.log.clear()
     with pytest.raises(CheckpointError, match="not this one"):
         model.fetch()
@@ -524,19 +524,19 @@ def test_a_file_that_is_not_a_model_is_fetched_alone(hub, cache):
     path = turbo_nb.download_model("o/lora", on_progress=print)
     assert path.name == "style.safetensors" and hub.fetched() == ["style.safetensors"]
     hub.log.clear()
-    assert resolve.local("o/lora") == resolve.local("o/lora/style.safetensors@main") == path and hub.log == []
+    assert locate.local("o/lora") == locate.local("o/lora/style.safetensors@main") == path and hub.log == []
 
 
 def test_a_lora_is_a_path_or_is_fetched_and_checked(hub, cache, tmp_path):
     hub.add("o/lora", {"a/style.safetensors": b"x" * 5000})
-    assert resolve.local(tmp_path) == tmp_path and resolve.local("nothing.safetensors") == Path("nothing.safetensors")
+    assert locate.local(tmp_path) == tmp_path and locate.local("nothing.safetensors") == Path("nothing.safetensors")
     hub.faults["style.safetensors"] = ("wrong",)
     with pytest.raises(DownloadError, match="wrong bytes"):
-        resolve.local("o/lora/a/style.safetensors")
+        locate.local("o/lora/a/style.safetensors")
     hub.faults.clear()
-    assert resolve.local("o/lora/a/style.safetensors").read_bytes() == b"x" * 5000
+    assert locate.local("o/lora/a/style.safetensors").read_bytes() == b"x" * 5000
     with pytest.raises(InputError, match=r"lora is 'https://example\.org"):
-        resolve.local("https://example.org/a.safetensors")
+        locate.local("https://example.org/a.safetensors")
 
 
 # Case 26: caches that other programs made

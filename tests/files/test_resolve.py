@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import turbo_nb
 from turbo_nb import catalog, cli, pipeline
 from turbo_nb.errors import CheckpointError, DownloadError, InputError, TurboNbError, TurboNbWarning
-from turbo_nb.files import fingerprint, hub, resolve
+from turbo_nb.files import download, fingerprint, hub, resolve
 from turbo_nb.machine import probe
 from turbo_nb.runtime import plan
 from turbo_nb.runtime.plan import GB
@@ -215,14 +215,14 @@ def planned(machine, monkeypatch):
 def test_a_download_that_is_asked_for_is_of_the_files_that_fit(machine, planned, gigabytes, model, quantized, wanted):
     machine(gigabytes)
     with pytest.raises(DownloadError):
-        resolve.download_model(model, quantized=quantized)
+        download.download_model(model, quantized=quantized)
     assert planned == [wanted]
 
 
 @pytest.mark.parametrize(("flags", "quantized"), [([], None), (["--quant"], True), (["--no-quant"], False)])
 def test_on_the_command_line_too(monkeypatch, flags, quantized):
     calls = []
-    monkeypatch.setattr(resolve, "download_model", lambda model, quantized, on_plan: calls.append((model, quantized)))
+    monkeypatch.setattr(download, "download_model", lambda model, quantized, on_plan: calls.append((model, quantized)))
     assert CliRunner().invoke(cli.app, ["download", LARGE, *flags]).exit_code == 0
     assert calls == [(LARGE, quantized)]
 

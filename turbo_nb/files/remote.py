@@ -21,7 +21,8 @@ from torch import Tensor
 from ..catalog import HubFile
 from ..errors import CheckpointError, first_line
 from . import hub, recognise, reference
-from .hub import PlannedFile
+from .hub_cache import PlannedFile
+from .hub_requests import read_bytes, translated
 from .recognise import Contents
 
 HEAD = 4 << 20  # bytes from the front of a file: a GGUF file of 1,300 tensors describes them in 0.1 MB
@@ -62,7 +63,7 @@ def read(file: HubFile) -> Contents:
 def _config(file: PlannedFile) -> dict:
     """A folder's config.json"""
     try:
-        config = json.loads(hub.read_bytes(file, 0, HEAD))
+        config = json.loads(read_bytes(file.file, file.commit, 0, HEAD))
         if not isinstance(config, dict):
             raise ValueError(f"it holds {type(config).__name__}")
     except (ValueError, RecursionError) as error:
@@ -73,7 +74,7 @@ def _config(file: PlannedFile) -> dict:
 def _header(file: PlannedFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on no device, and its metadata"""
     try:
-        with hub.translated(file.name):
+        with translated(file.name):
             found = HfApi().parse_safetensors_file_metadata(file.file.repo, file.file.path, revision=file.commit)
         return {
             name: torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta") for name, one in found.tensors.items()
@@ -101,13 +102,13 @@ def _write_head(path: Path, file: PlannedFile) -> None:
     """Write a file that takes no room except for its head, and the end and the pickle of a torch file"""
     with path.open("wb") as out:
         out.truncate(file.size)
-        head = hub.read_bytes(file, 0, min(HEAD, file.size)) if file.size else b""
+        head = read_bytes(file.file, file.commit, 0, min(HEAD, file.size)) if file.size else b""
         out.write(head)
         if not head.startswith(b"PK") or len(head) == file.size:
             return
         begin = max(len(head), file.size - TAIL)
         out.seek(begin)
-        out.write(hub.read_bytes(file, begin, file.size))
+        out.write(read_bytes(file.file, file.commit, begin, file.size))
         out.flush()
         with suppress(zipfile.BadZipFile, StopIteration), zipfile.ZipFile(path) as archive:
             entry = next(one for one in archive.infolist() if os.path.basename(one.filename) == "data.pkl")
@@ -115,4 +116,4 @@ def _write_head(path: Path, file: PlannedFile) -> None:
             if end > len(head):
                 begin = max(len(head), entry.header_offset)
                 out.seek(begin)
-                out.write(hub.read_bytes(file, begin, end))
+                out.write(read_bytes(file.file, file.commit, begin, end))
