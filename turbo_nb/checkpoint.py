@@ -26,7 +26,7 @@ from .files.recognise import Contents, attention_of, check_dtypes, count_blocks,
 from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
-from .machine.mapped import Reader
+from .machine.mapped import PageReleaser
 from .sla import set_attention_type
 
 ROWS = 1024  # of a weight that are quantised at once
@@ -92,13 +92,13 @@ def load_transformer(
     if not as_stored:
         change = "quantised to int8" if quant_linear else f"dequantised to {dtype}"
         warn(f"{str(contents.path)!r} has other linears than asked for; {count} were {change}")
-    reader = Reader()
+    pages = PageReleaser()
     for key, stored in tensors.items():
         values = _load_tensor(model, key, stored, contents, device, run_device, dtype, loras)
         for name, value in values.items():
             _assign(model, name, value)
-        _release(stored, values.values(), reader)
-    reader.release()
+        _release(stored, values.values(), pages)
+    pages.release()
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
     return model.requires_grad_(False).eval()
@@ -242,12 +242,12 @@ def _quantized_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _release(stored: Tensor | Encoded, taken: Iterable[Tensor], reader: Reader) -> None:
-    """Let the reader drop the bytes of a tensor, unless the model took these bytes themselves."""
+def _release(stored: Tensor | Encoded, taken: Iterable[Tensor], pages: PageReleaser) -> None:
+    """Release the pages of a tensor in its file, unless the model took these bytes themselves."""
     data = stored.data if isinstance(stored, Encoded) else stored
     memory = data.untyped_storage().data_ptr()
     if data.device.type == "cpu" and all(one.untyped_storage().data_ptr() != memory for one in taken):
-        reader.done(data.data_ptr(), data.nbytes)
+        pages.done(data.data_ptr(), data.nbytes)
 
 
 def load_vae(
@@ -305,7 +305,7 @@ def load_text_encoder(
     tensors, wanted = encoder_tensors(contents.tensors), encoder_tensors(model.state_dict())
     tensors = _matched(tensors, wanted, contents)
     stored = stored_weights(tensors, dtype if layerwise else None)
-    reader = Reader()
+    pages = PageReleaser()
     for key, tensor in tensors.items():
         if key in stored:
             _store(model, key, stored.pop(key), contents, device, dtype)
@@ -313,8 +313,8 @@ def load_text_encoder(
             whole = _finite(key, _decoded(tensor, device), contents)
             whole = whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype))
             _assign(model, key, whole)
-            _release(tensor, [whole], reader)
-    reader.release()
+            _release(tensor, [whole], pages)
+    pages.release()
     model.encoder.embed_tokens = model.shared
     return model.requires_grad_(False).eval()
 
@@ -432,10 +432,10 @@ def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
 
 def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Give a model without storage the tensors of a file."""
-    reader = Reader()
+    pages = PageReleaser()
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
         whole = _finite(key, _decoded(tensor, device), contents)
         whole = whole.to(dtype or whole.dtype)
         _assign(model, key, whole)
-        _release(tensor, [whole], reader)
-    reader.release()
+        _release(tensor, [whole], pages)
+    pages.release()

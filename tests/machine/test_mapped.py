@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turbo_nb.machine.mapped import BATCH, Reader
+from turbo_nb.machine.mapped import BATCH, PageReleaser
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -22,18 +22,18 @@ def test_pages_of_a_file_are_dropped_and_read_again(tmp_path):
     save_file({"a": values}, tmp_path / "a.safetensors")
     mapped = load_file(tmp_path / "a.safetensors")["a"]
     total = mapped.sum()
-    before, reader = resident("RssFile"), Reader()
-    reader.done(mapped.data_ptr(), mapped.nbytes)  # as large as a batch
+    before, pages = resident("RssFile"), PageReleaser()
+    pages.done(mapped.data_ptr(), mapped.nbytes)  # as large as a batch
     assert mapped.nbytes >= BATCH and before - resident("RssFile") > 0.9 * mapped.nbytes
     assert mapped.sum() == total
 
 
 def test_other_memory_keeps_its_bytes():
-    values, reader = torch.arange(1 << 22, dtype=torch.float32), Reader()
-    reader.done(values.data_ptr(), values.nbytes)
-    reader.release()
+    values, pages = torch.arange(1 << 22, dtype=torch.float32), PageReleaser()
+    pages.done(values.data_ptr(), values.nbytes)
+    pages.release()
     assert torch.equal(values, torch.arange(1 << 22, dtype=torch.float32))
 
 
 def test_nothing_to_release_is_fine():
-    Reader().release()
+    PageReleaser().release()

@@ -1,7 +1,7 @@
 """Give memory back to the system while a large file is read.
 
 A file that is mapped counts as memory of the process, page by page as it is read, until it is unmapped. A weight that
-was decoded is not needed again, so `Reader` drops its pages. The file still has them, and reading them again works.
+was decoded is not needed again, so `PageReleaser` drops its pages. The file still has them, and they can be read again.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ BATCH = 64 << 20  # bytes that are collected before the mappings are looked up
 DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
-class Reader:
+class PageReleaser:
     """Collects spans of memory that have been read, and drops the pages of those that a file backs.
 
     Nothing happens on systems other than Linux.
