@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 from turbo_nb import catalog
-from turbo_nb.files.reference import TOKENIZER_FILES
+from turbo_nb.files.filenames import TOKENIZER_FILES
 
 MODEL = "TurboWan2.1-T2V-1.3B-480P"
 TURBO, WAN, UMT5 = f"TurboDiffusion/{MODEL}", "Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl"

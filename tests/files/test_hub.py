@@ -24,7 +24,7 @@ from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.files import endpoint
 from turbo_nb.files import hub as download
 from turbo_nb.files.download import Files, progress_bars
-from turbo_nb.files.reference import TOKENIZER_FILES
+from turbo_nb.files.filenames import TOKENIZER_FILES
 from turbo_nb.machine import environment
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")

@@ -21,7 +21,8 @@ from turbo_nb import batch, catalog, pipeline
 from turbo_nb.catalog import HubFile
 from turbo_nb.errors import CheckpointError, DownloadError, InputError
 from turbo_nb.files import hub as download
-from turbo_nb.files import locate, recognise, reference, remote, resolve
+from turbo_nb.files import locate, recognise, remote, resolve
+from turbo_nb.files.filenames import VOCABULARIES
 from turbo_nb.settings import LoadOptions
 
 NANO = catalog.NANO.folder
@@ -547,7 +548,7 @@ def cache_of_umt5(hub, cache, names) -> None:
         hf_hub_download(catalog.TOKENIZER.repo, name)
 
 
-@pytest.mark.parametrize("vocabulary", reference.VOCABULARIES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_a_tokenizer_in_the_cache_is_whole_with_one_vocabulary(hub, cache, monkeypatch, vocabulary):
     cache_of_umt5(hub, cache, ["tokenizer_config.json", "special_tokens_map.json", vocabulary])
     go_offline(hub, monkeypatch)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..machine.environment import is_dir, is_file
+from .filenames import CONFIG
 from .weight_set import weight_files
 
 WHOLE = 2**26  # bytes up to which a file is hashed as a whole
@@ -37,4 +38,4 @@ def _files(path: Path) -> list[Path]:
         files = weight_files(path)
     except (CheckpointError, OSError):  # a tokenizer, or a file that loading refuses
         return sorted(path.rglob("*")) if is_dir(path) else [path]
-    return sorted([*files, path / "config.json"] if is_dir(path) else files)
+    return sorted([*files, path / CONFIG] if is_dir(path) else files)

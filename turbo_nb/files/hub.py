@@ -8,8 +8,6 @@ verification needs the network and hashes whole repositories. A branch in the ca
 and not before. A broken transfer starts again at the file that it broke in.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,10 +18,12 @@ from rich.filesize import decimal
 from tqdm import tqdm
 
 from ..catalog import HubFile
-from ..errors import CheckpointError, DownloadError, first_line, listed
+from ..errors import CheckpointError, DownloadError, listed
 from . import hub_cache, hub_requests, reference
+from .filenames import CONFIG, SHARD, TOKENIZER_CONFIG, VOCABULARIES, WEIGHTS
 from .hub_cache import PlannedFile, branch, path_of
 from .hub_requests import Listing, translated
+from .weight_set import names_in_index
 
 INDEX = 32 << 20  # bytes that an index of shards may have
 
@@ -213,11 +213,11 @@ def _expanded(file: HubFile, there: Listing) -> list[str]:
         return [file.path]
     folder = file.path.lstrip("/")
     if file.kind == "tokenizer":
-        found, what = reference.tokenizer(there.files, folder), " or ".join(reference.VOCABULARIES)
+        found, what = reference.tokenizer(there.files, folder), " or ".join(VOCABULARIES)
     else:
         index, found = reference.weights(there.files, folder)
         found, what = [*_shards(file, there, index, found), *([index] if index else [])], "weight files"
-        found += [name for name in (f"{folder}config.json",) if found and name in there.files]
+        found += [name for name in (f"{folder}{CONFIG}",) if found and name in there.files]
     if not found:
         raise CheckpointError(
             f"{file} has no {what}. Its repository has {listed(there.files, 12) or 'no files'}. Give {reference.FORMS}."
@@ -228,23 +228,18 @@ def _expanded(file: HubFile, there: Listing) -> list[str]:
 def _shards(file: HubFile, there: Listing, index: str | None, otherwise: list[str]) -> list[str]:
     """The shards that a folder's index names; without an index those that are there, if none is left out"""
     if index is None:
-        counts = {int(match[1]) for name in otherwise if (match := re.search(r"-\d+-of-(\d+)\.\w+$", name))}
+        counts = {int(match["count"]) for name in otherwise if (match := SHARD.fullmatch(name))}
         if counts and counts != {len(otherwise)}:
             raise CheckpointError(f"{file} has {len(otherwise)} of {max(counts)} shards. Expected all of them.")
         return otherwise
     one = replace(file, path=index)
     local = hub_cache.planned_file(one, there).path
-    try:
-        text = local.read_bytes() if local.is_file() else hub_requests.read_bytes(one, there.commit, 0, INDEX)
-        names = {f"{file.path.lstrip('/')}{name}" for name in json.loads(text)["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{one} is not an index of shards ({first_line(error)}). Expected JSON with a weight_map."
-        ) from error
+    data = local.read_bytes() if local.is_file() else hub_requests.read_bytes(one, there.commit, 0, INDEX)
+    names = [f"{file.path.lstrip('/')}{name}" for name in names_in_index(data, str(one))]
     known = names if there.partial else there.files
-    if wrong := [name for name in names if name not in known or not name.lower().endswith(reference.FORMATS)]:
+    if wrong := [name for name in names if name not in known or not name.lower().endswith(WEIGHTS)]:
         raise CheckpointError(f"{one} names {listed(wrong)}. Expected weight files of {file.repo}.")
-    return sorted(names)
+    return names
 
 
 def _fetch_file(file: PlannedFile, done: int, total: int, on_progress: OnProgress) -> None:
@@ -298,7 +293,7 @@ def _names_in_cache(file: HubFile) -> list[str]:
     known, folder = hub_cache.known_names(file, complete=False), file.path.lstrip("/")
     if file.kind == "tokenizer" and (known is None or known.partial):
         here = reference.tokenizer(known.files, folder) if known else []
-        needed = ("tokenizer_config.json", reference.VOCABULARIES[0])
+        needed = (TOKENIZER_CONFIG, VOCABULARIES[0])
         return list(dict.fromkeys([*here, *(f"{folder}{name}" for name in needed)]))
     index = reference.weights(known.files, folder)[0] if known else None
     if known is None or (index and file.kind != "tokenizer" and not hub_cache.find_file(replace(file, path=index))):

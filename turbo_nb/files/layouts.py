@@ -14,8 +14,8 @@ from pathlib import Path
 from ..errors import CheckpointError, listed, warn
 from ..machine import environment
 from . import recognise, vocabulary
-from .reference import EXPERTS
-from .weight_set import USUAL, weight_sets
+from .filenames import EXPERTS, TOKENIZER_FOLDERS, USUAL
+from .weight_set import weight_sets
 
 COMFY = ("models/diffusion_models", "diffusion_models", "models/unet", "unet")
 SHARED = {"transformer", "transformer_2", "high_noise_model", "low_noise_model", "diffusion_models", "unet", "model"}
@@ -42,7 +42,7 @@ PLACES = {
         folders=("text_encoder", "text_encoders", "clip"), file=re.compile(r"(models_t5_)?umt5[-_]xxl.*", re.IGNORECASE)
     ),
 }
-TOKENIZERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl")
+TOKENIZERS = (*TOKENIZER_FOLDERS, "umt5-xxl")
 
 
 def transformers(path: Path) -> tuple[Path, ...]:

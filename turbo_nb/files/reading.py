@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, listed, warn
 from ..machine import environment
+from .filenames import CONFIG
 from .gguf_file import MAGIC as GGUF
 from .gguf_file import GGUFTensor, read_gguf
 from .weight_set import weight_files, weight_sets
@@ -30,7 +31,7 @@ MAX_DEPTH = 16  # dictionaries in one another
 
 
 @dataclass(frozen=True, kw_only=True)
-class Raw:
+class RawContents:
     """What a path holds, by the names that its files have.
 
     Attributes:
@@ -46,7 +47,7 @@ class Raw:
     files: tuple[Path, ...]
 
 
-def read_raw(path: str | Path) -> Raw:
+def read_raw(path: str | Path) -> RawContents:
     """Read a file, all shards of a set, or a folder with one set of weights.
 
     Args:
@@ -77,7 +78,7 @@ def read_raw(path: str | Path) -> Raw:
             f"{str(path)!r} cannot be read ({first_line(error)}). Expected a .safetensors, .pth or .gguf file, or a "
             "folder. Check the name and its permissions."
         ) from error
-    return Raw(tensors=tensors, metadata=metadata, config=config, files=files)
+    return RawContents(tensors=tensors, metadata=metadata, config=config, files=files)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -86,16 +87,26 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it cannot be read, or is not a JSON object.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not environment.exists(path):
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return parse_config(path.read_bytes(), repr(str(path)))
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read ({first_line(error)}). Expected a JSON object. Check its permissions."
+        ) from error
+
+
+def parse_config(data: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object in the bytes of a config.json. Raises CheckpointError, which calls them `name`."""
+    try:
+        config = json.loads(data)
         if not isinstance(config, dict):
             raise ValueError(f"it holds {type(config).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(path)!r} cannot be read ({first_line(error)}). Expected a JSON object. Download it again."
+            f"{name} cannot be read ({first_line(error)}). Expected a JSON object. Download it again."
         ) from error
     return config
 

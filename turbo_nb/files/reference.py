@@ -15,23 +15,27 @@ from .. import catalog
 from ..catalog import HubFile
 from ..errors import CheckpointError, InputError, listed
 from .endpoint import HUB, without_secrets
-from .weight_set import SUFFIXES as FORMATS
+from .filenames import (
+    EXPERTS,
+    INDEX,
+    STANDARD,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZER_FOLDERS,
+    VOCABULARIES,
+    WEIGHTS,
+    as_one_file,
+)  # fmt: skip
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
-VOCABULARIES = ("tokenizer.json", "spiece.model")  # each makes a tokenizer with tokenizer_config.json
 FORMS = "owner/repo, owner/repo/path/file.safetensors, each with or without @revision, or their address"
 HOSTS = {urlsplit(HUB).netloc, "www.huggingface.co", "hf.co"}
 REFERENCE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[^/\\@]+)*)/?(?:@([^\s\\@]+))?", re.ASCII)
-# Where the parts of a model lie, first in diffusers' layout, then in that of Wan-AI's repositories
-EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # high noise first
+# Where the other parts of a model lie, first in diffusers' layout, then in that of Wan-AI's repositories
 PARTS = {
     "vae": ("vae/", catalog.VAE.path),
     "text_encoder": ("text_encoder/", catalog.TEXT_ENCODER.path),
-    "tokenizer": ("tokenizer/", "google/umt5-xxl/"),
+    "tokenizer": tuple(f"{name}/" for name in TOKENIZER_FOLDERS),
 }
-# Names of weights in diffusers' and transformers' folders: stem, variant (such as .fp16), shard, format
-STANDARD = re.compile(r"(diffusion_pytorch_model|model|pytorch_model)(\.[\w-]+?)?(-\d+-of-\d+)?\.(safetensors|bin)")
-SHARD = re.compile(r"-\d+-of-\d+(?=\.\w+$)")
 OTHER_PARTS = re.compile(r"vae|t5|clip|lora", re.IGNORECASE)  # in the name of a file that is not a transformer
 
 
@@ -72,7 +76,7 @@ def parse(text: str, option: str = "model", endpoint: str = HUB) -> HubFile | No
     if not match or not text.isprintable():
         return None
     repo, path, revision = match.groups()
-    if not path and repo.lower().endswith(FORMATS):
+    if not path and repo.lower().endswith(WEIGHTS):
         return None  # the name of a file that does not exist
     return _file(repo, path.split("/")[1:], revision)
 
@@ -122,7 +126,7 @@ def _file(repo: str, segments: list[str], revision: str | None) -> HubFile | Non
     path = "/".join(segments)
     if path.lower().endswith(".model"):  # SentencePiece's
         return HubFile(repo, path, revision, kind="tokenizer")
-    return HubFile(repo, path if path.lower().endswith(FORMATS) else f"{path}/", revision)
+    return HubFile(repo, path if path.lower().endswith(WEIGHTS) else f"{path}/", revision)
 
 
 # What the names of a repository's files tell
@@ -141,7 +145,7 @@ def find(whole: HubFile, names: Collection[str], part: str = "transformer") -> t
     """
     if not whole.path.endswith("/"):
         folder = whole.path.rpartition("/")[0]
-        is_shard = SHARD.search(whole.path) and whole.path in weights(names, f"{folder}/".lstrip("/"))[1]
+        is_shard = as_one_file(whole.path) != whole.path and whole.path in weights(names, f"{folder}/".lstrip("/"))[1]
         return (replace(whole, path=f"{folder}/") if is_shard else whole,)
     folder = whole.path.lstrip("/")
     if part == "transformer":
@@ -158,10 +162,10 @@ def find(whole: HubFile, names: Collection[str], part: str = "transformer") -> t
     inside = _inside(names, folder)
     if any(STANDARD.fullmatch(name) for name in inside):
         return (whole,)
-    files = [name for name in inside if name.lower().endswith(FORMATS)]
+    files = [name for name in inside if name.lower().endswith(WEIGHTS)]
     wanted = [name for name in files if not OTHER_PARTS.search(name)] if part == "transformer" else files
     wanted = wanted or files
-    if len({SHARD.sub("", name) for name in wanted}) > 1:
+    if len({as_one_file(name) for name in wanted}) > 1:
         raise CheckpointError(
             f"{whole} has {len(wanted)} weight files: {listed(wanted, 8)}. Expected one of them. "
             f"Give {str(replace(whole, path=folder + sorted(wanted)[0]))!r}, for example."
@@ -196,15 +200,15 @@ def weights(names: Collection[str], folder: str) -> tuple[str | None, list[str]]
         if match := STANDARD.fullmatch(name):
             stem, variant, _, suffix = match.groups()
             groups.setdefault((suffix != "safetensors", variant or "", stem), []).append(name)
-        elif name.lower().endswith(FORMATS):
-            groups.setdefault((2, not name.lower().endswith(".safetensors"), SHARD.sub("", name)), []).append(name)
+        elif name.lower().endswith(WEIGHTS):
+            groups.setdefault((2, not name.lower().endswith(".safetensors"), as_one_file(name)), []).append(name)
     if not groups:
         return None, []
     key = min(groups)
     files = sorted(groups[key])
     variant = key[1] if key[0] < 2 else ""
-    whole = PurePosixPath(SHARD.sub("", files[0]).replace(variant, ""))  # what the file would be called in one piece
-    form = rf"{re.escape(whole.stem)}\..*{re.escape(variant)}.*\.json" if variant else re.escape(f"{whole}.index.json")
+    whole = PurePosixPath(as_one_file(files[0]).replace(variant, ""))  # what the file would be called in one piece
+    form = rf"{re.escape(whole.stem)}\..*{re.escape(variant)}.*\.json" if variant else re.escape(f"{whole}{INDEX}")
     index = next((name for name in sorted(inside) if re.fullmatch(form, name)), None)
     return index and folder + index, [folder + name for name in files]
 
@@ -217,7 +221,7 @@ def tokenizer(names: Collection[str], folder: str) -> list[str]:
 def makes_tokenizer(names: Iterable[str]) -> bool:
     """Return whether files of these names are enough for a tokenizer."""
     names = {*names}
-    return "tokenizer_config.json" in names and bool(names & {*VOCABULARIES})
+    return TOKENIZER_CONFIG in names and bool(names & {*VOCABULARIES})
 
 
 def _inside(names: Collection[str], folder: str) -> list[str]:

@@ -5,7 +5,6 @@ torch file also the end. They are written into an empty file of the same size, w
 file. Its tensors are mapped, and nothing looks at their numbers.
 """
 
-import json
 import os
 import tempfile
 import zipfile
@@ -20,9 +19,11 @@ from torch import Tensor
 
 from ..catalog import HubFile
 from ..errors import CheckpointError, first_line
-from . import hub, recognise, reference
+from . import hub, recognise
+from .filenames import CONFIG, WEIGHTS
 from .hub_cache import PlannedFile
 from .hub_requests import read_bytes, translated
+from .reading import parse_config
 from .recognise import Contents
 
 HEAD = 4 << 20  # bytes from the front of a file: a GGUF file of 1,300 tensors describes them in 0.1 MB
@@ -47,7 +48,7 @@ def read(file: HubFile) -> Contents:
     every = hub.plan(str(file), [file]).files
     if path := hub.path_in_cache(file, every):
         return recognise.read(path)
-    weights = [one for one in every if one.file.path.lower().endswith(reference.FORMATS)]
+    weights = [one for one in every if one.file.path.lower().endswith(WEIGHTS)]
     if not all(one.file.path.lower().endswith(".safetensors") for one in weights):
         return _read_heads(file, every)
     tensors, metadata = {}, {}
@@ -55,20 +56,10 @@ def read(file: HubFile) -> Contents:
         found, more = _header(one)
         tensors |= found
         metadata |= more
-    config = next((_config(one) for one in every if one.file.path.endswith("config.json")), None)
+    configs = (one for one in every if one.file.path.endswith(CONFIG))
+    config = next((parse_config(read_bytes(one.file, one.commit, 0, HEAD), one.name) for one in configs), None)
     with recognise.fitting_shapes(Path(str(file))):
         return recognise.recognise(tensors, Path(str(file)), metadata, config)
-
-
-def _config(file: PlannedFile) -> dict:
-    """A folder's config.json"""
-    try:
-        config = json.loads(read_bytes(file.file, file.commit, 0, HEAD))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {type(config).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} cannot be read ({first_line(error)}). Expected a JSON object.") from error
-    return config
 
 
 def _header(file: PlannedFile) -> tuple[dict[str, Tensor], dict[str, str]]:

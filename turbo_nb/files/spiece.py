@@ -10,8 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 
 from ..errors import CheckpointError, first_line
-
-FILE = "spiece.model"
+from .filenames import SPIECE
 
 
 def load_spiece(data: bytes, name: str) -> SentencePieceProcessor:
@@ -47,7 +46,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         extra_ids: how many words `<extra_id_0>`, … follow the pieces, the last word first, as in seqio.
     """
 
-    vocab_files_names = {"vocab_file": FILE}  # noqa: RUF012 because transformers reads it from the class
+    vocab_files_names = {"vocab_file": SPIECE}  # noqa: RUF012 because transformers reads it from the class
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, model: SentencePieceProcessor, extra_ids: int = 0):
@@ -76,7 +75,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write the model into a folder."""
-        path = Path(save_directory, f"{filename_prefix}-{FILE}" if filename_prefix else FILE)
+        path = Path(save_directory, f"{filename_prefix}-{SPIECE}" if filename_prefix else SPIECE)
         path.write_bytes(self._model.serialized_model_proto())
         return (str(path),)
 

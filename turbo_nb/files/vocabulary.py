@@ -11,12 +11,12 @@ import torch
 
 from ..errors import CheckpointError, first_line
 from ..machine import environment
+from .filenames import SPIECE, TOKENIZER_CONFIG, VOCABULARIES
 from .recognise import Contents, read
 from .spiece import SentencePieceProcessor, SentencePieceTokenizer, load_spiece
 
 TENSOR = "spiece_model"  # the name of ComfyUI's tensor
-SPIECE = "spiece.model"
-FILES = ("tokenizer.json", SPIECE, "tokenizer_config.json")  # one of them makes a folder a tokenizer's
+FILES = (*VOCABULARIES, TOKENIZER_CONFIG)  # one of them makes a folder a tokenizer's
 EXTRA_IDS = 300  # words <extra_id_0>, … of umT5, which follow the pieces
 
 

@@ -7,14 +7,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, first_line, listed
 from ..machine import environment
-
-SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
-INDEX = ".index.json"
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
-# Of several files in a folder, the first of these is what diffusers and transformers load
-USUAL = (
-    "diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin"
-)  # fmt: skip
+from .filenames import INDEX, SHARD, USUAL, WEIGHTS, as_one_file
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -64,13 +57,20 @@ def weight_sets(folder: Path) -> dict[str, list[str]]:
     for name in names:
         if name.startswith(".") or environment.is_dir(folder / name):  # "._model.safetensors" is a note of macOS
             continue
-        if match := SHARD.fullmatch(name):
-            sets.setdefault(match["stem"] + match["suffix"], []).append(name)
-        elif name.endswith(INDEX):
-            sets.setdefault(name.removesuffix(INDEX), []).append(name)
-        elif name.lower().endswith(SUFFIXES):
-            sets.setdefault(name, []).append(name)
+        if name.endswith(INDEX) or name.lower().endswith(WEIGHTS):
+            sets.setdefault(as_one_file(name.removesuffix(INDEX)), []).append(name)
     return sets
+
+
+def names_in_index(data: bytes, name: str) -> list[str]:
+    """Return the names of the shards in an index's bytes, sorted. Raises CheckpointError, which names the index."""
+    try:
+        return sorted({str(one) for one in json.loads(data)["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{name} is not an index of shards ({first_line(error)}). Expected JSON with a weight_map. "
+            "Download it again."
+        ) from error
 
 
 def _of_folder(folder: Path) -> tuple[Path, ...]:
@@ -99,15 +99,8 @@ def _of_folder(folder: Path) -> tuple[Path, ...]:
 
 def _indexed(index: Path) -> tuple[Path, ...]:
     """All shards that an index names"""
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted({str(name) for name in shards})
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(index)!r} is not an index of shards ({first_line(error)}). Expected JSON with a weight_map. "
-            "Download it again."
-        ) from error
-    if bad := [name for name in names if os.path.basename(name) != name or not name.endswith(SUFFIXES)]:
+    names = names_in_index(index.read_bytes(), repr(str(index)))
+    if bad := [name for name in names if os.path.basename(name) != name or not name.endswith(WEIGHTS)]:
         raise CheckpointError(
             f"{str(index)!r} names {listed(map(repr, bad))}. Expected names of weight files beside it. "
             "Download it again."
@@ -143,7 +136,7 @@ def _without_weights(folder: Path) -> CheckpointError:
             f"Give {str(folder / inner[0])!r}, for example."
         )
     return CheckpointError(
-        f"no weights in {str(folder)!r}. Expected a folder with one set of {', '.join(SUFFIXES)} files. "
+        f"no weights in {str(folder)!r}. Expected a folder with one set of {', '.join(WEIGHTS)} files. "
         "Give the path of a file instead."
     )
 
