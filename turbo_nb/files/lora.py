@@ -23,51 +23,13 @@ from ..errors import CheckpointError, InputError, listed, warn
 from ..machine import environment
 from ..records import LoRARecord
 from ..settings import LoRAFile
-from . import layouts, names, recognise
+from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
 from .recognise import Contents
 
 FOLDER = "TURBO_NB_LORAS"  # names the folder of LoRAs
 IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")  # PEFT, diffusers
 CONFIG = "adapter_config.json"  # of PEFT, beside its file
-# How a key ends: in a low-rank factor (with an adapter's name or without), or in another part
-ENDS = re.compile(
-    r"(?P<module>.+?)(?:"
-    r"[._]lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
-    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
-    r"|\.(?P<part>alpha|dora_scale|diff|diff_b|diff_m|w_norm|b_norm)"
-    r")"
-)
-PART = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # other words for the same
-# Kinds of files that are not merged, and how their keys look
-OTHER_KINDS = {
-    "a LoKr": r"\.lokr_",
-    "a LoHa": r"\.hada_",
-    "a LoCon with a core tensor": r"[._]lora[._]mid\b",
-    "an OFT or BOFT": r"\.b?oft_",
-    "a GLoRA": r"\.[ab][12]\.weight$",
-    "a VeRA": r"\.vera_",
-    "an (IA)³": r"\.(?:ia3_l\b|on_input$)",
-    "a LoRA that replaces weights": r"\.set_weight$",
-    "a LoRA that resizes weights": r"\.reshape_weight$",
-}
-# Words with an underscore in the names of modules, because kohya's keys have an underscore for each dot as well
-WORDS = {
-    "self_attn", "cross_attn", "k_img", "v_img", "norm_q", "norm_k", "norm_k_img", "img_emb", "patch_embedding",
-    "text_embedding", "time_embedding", "time_projection", "condition_embedder", "text_embedder", "time_embedder",
-    "image_embedder", "time_proj", "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj",
-    "norm_added_k", "proj_out", "proj_l", "attn_op", "local_attn", "attn_impl", "fc_in", "fc_out", "time_modulation",
-    "self_attn_residual_norm", "scale_shift_table",
-}  # fmt: skip
-TABLE = "scale_shift_table"  # a parameter without a module of its own
-# diffusers' names of the modules of Wan's transformers that have parameters
-MODULES = re.compile(
-    r"blocks\.\d+\.(?:attn[12]\.(?:to_[qkv]|to_out\.0|add_[kv]_proj|norm_[qk]|norm_added_k|processor\.sla\.proj_l)"
-    r"|ffn\.net\.(?:0\.proj|2)|norm2)"
-    rf"|(?:blocks\.\d+\.)?{TABLE}|patch_embedding|proj_out"
-    r"|condition_embedder\.(?:(?:text_embedder|time_embedder)\.linear_[12]|time_proj"
-    r"|image_embedder\.(?:norm[12]|ff\.net\.(?:0\.proj|2)))"
-)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -274,7 +236,7 @@ def describe(path: str | Path) -> str:
 def of_contents(contents: Contents) -> LoRA:
     """Return the LoRA that `recognise.read` has read; raises CheckpointError as `read`."""
     path = contents.path
-    for kind, pattern in OTHER_KINDS.items():
+    for kind, pattern in lora_keys.OTHER_KINDS.items():
         if key := next((key for key in contents.tensors if re.search(pattern, key)), None):
             raise CheckpointError(
                 f"{str(path)!r} is {kind} (it has {key}). Expected a LoRA or a DoRA. Merge it with its own tool, or "
@@ -285,17 +247,13 @@ def of_contents(contents: Contents) -> LoRA:
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
     foreign = []
     for key, tensor in contents.tensors.items():
-        match = ENDS.fullmatch(key)
-        module = match and _module(match["module"], match["part"])
-        if match is None:
+        found = lora_keys.parse(key)
+        if found:
+            _check_tensor(key, tensor, path)
+        if not found or found[0] is None:
             foreign.append(key)
             continue
-        _check_tensor(key, tensor, path)
-        if module is None:
-            foreign.append(key)
-            continue
-        part = match["factor"] or match["magnitude"] or match["part"]
-        part = "up_bias" if match["leaf"] == "bias" else PART.get(part, part)
+        module, part = found
         other, _ = modules.setdefault(module, {}).setdefault(part, (key, tensor))
         if other != key:
             raise CheckpointError(
@@ -321,26 +279,6 @@ def of_contents(contents: Contents) -> LoRA:
         alpha=tuple(sorted(alphas)),
         stamp=(stat.st_size, stat.st_mtime_ns),
     )
-
-
-def _module(name: str, part: str | None) -> str | None:
-    """Return diffusers' name of a module, whatever prefix and convention a key has; None for that of another model"""
-    if "." not in name:
-        name = _with_dots(name)
-    if part == "diff_m":
-        name += ".modulation"
-    return names.module_name(name, lambda name: MODULES.fullmatch(name) is not None)
-
-
-def _with_dots(name: str) -> str:
-    """Return blocks.0.self_attn.q for blocks_0_self_attn_q"""
-    words, result = name.split("_"), []
-    while words:
-        ends = (end for end in range(min(len(words), 4), 1, -1) if "_".join(words[:end]) in WORDS)
-        end = next(ends, 1)
-        result.append("_".join(words[:end]))
-        words = words[end:]
-    return ".".join(result)
 
 
 def _check_tensor(key: str, tensor: Tensor, path: Path) -> None:
@@ -399,7 +337,7 @@ def _changes(
                 f"{keys[part]} in {str(path)!r} is without {wanted} of the same module. Expected both. Download the "
                 "file again."
             )
-    target = module if module.endswith(TABLE) else f"{module}.weight"
+    target = module if module.endswith(lora_keys.TABLE) else f"{module}.weight"
     weight, scale, bias = {}, 1.0, tensors.get("diff_b")
     if "down" in tensors:
         down, up = tensors["down"], tensors["up"]

@@ -73,8 +73,8 @@ REFUSED = {
 COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # the formats of `comfy_quant` that can be decoded
 BLOCKS = 1 << 16  # of a GGUF tensor that are decoded at once
 MARKER = "scaled_fp8"  # an empty tensor that says that fp8 weights have scales
-DATA_AND_SCALES = {end for one in FORMATS for end in (one.data, one.scale) if end}
-ENDS = sorted({*REFUSED, *ACTIVATIONS, "comfy_quant", *DATA_AND_SCALES}, key=len, reverse=True)
+KNOWN = {end for one in FORMATS for end in (one.data, one.scale, *one.ignored) if end}
+ENDS = sorted({*REFUSED, *KNOWN}, key=len, reverse=True)
 SPLIT = re.compile(rf"(.+)\.({'|'.join(map(re.escape, ENDS))})")
 
 
@@ -220,7 +220,7 @@ def _encode_module(module: str, parts: dict[str, Any], path: object) -> dict[str
             weight = _scaled_weight(names[one.data], data, names.get(one.scale), scale, path)
             rest = parts.keys() - {one.data, one.scale, *one.ignored}
             return {f"{module}.weight": weight} | {names[end]: parts[end] for end in rest}
-    for end in ("weight", "int8_weight", "weight._data"):
+    for end in dict.fromkeys(one.data for one in FORMATS):
         if end not in parts or (end == "weight" and parts[end].dtype in FLOATS):
             continue
         dtype = str(parts[end].dtype).removeprefix("torch.")

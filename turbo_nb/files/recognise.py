@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, warn
-from . import names, numbers
+from . import lora_keys, names, numbers
 from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor
 from .names import PROJ_L
@@ -23,11 +23,6 @@ from .reading import read_raw
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
-# Parts of names that only LoRAs and their kin have
-LORA = re.compile(
-    r"lora(?:_linear_layer)?[._](?:A|B|up|down|mid|magnitude_vector)\b"
-    r"|\.(?:dora_scale|diff|diff_b|diff_m|w_norm|b_norm)$|\.(?:lokr|hada|b?oft|vera|ia3)_"
-)
 # "high" or "low" as a word before "noise", a resolution or the end of a name
 NOISE_LEVEL = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[-_](?:480p|720p)|$)")
 # A part of a name that only a model of another family has, and what that family is
@@ -163,7 +158,7 @@ def recognise(
         CheckpointError: the tensors cannot be those of a model, or have a number format that cannot be loaded.
     """
     metadata = metadata or {}
-    if any(LORA.search(key) for key in tensors):
+    if lora_keys.is_lora(tensors):
         return Contents(path=path, kind="LoRA", names="LoRA", tensors=dict(tensors), metadata=metadata)
     found = names.sort_out(tensors, path)
     decoded = numbers.encode(found.tensors, path, metadata)
