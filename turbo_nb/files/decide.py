@@ -161,7 +161,7 @@ def _auto(
 
 
 def asked(options: LoadOptions) -> tuple[str | None, tuple[Path | HubFile, ...]]:
-    """Return a name of the catalogue (or "auto", or None), and the paths and references of transformers"""
+    """Return a name of the catalogue (or "auto", or None), and the paths and references of transformers."""
     model, checkpoint = options.model, options.checkpoint
     if checkpoint is not None:
         return (None if str(model) == "auto" else str(model)), _places(checkpoint, "checkpoint")
