@@ -244,6 +244,7 @@ def test_alpha_of_peft_stands_beside_its_file_and_in_the_header_of_diffusers_fil
     for settings, factor in [
         ({"lora_alpha": 2}, 0.5), ({"lora_alpha": 2, "use_rslora": True}, 1.0),
         ({"lora_alpha": 2, "alpha_pattern": {"attn1.to_q": 12}}, 3.0), ({}, 1.0),
+        ({"lora_alpha": 10**400}, 1.0),
     ]:  # fmt: skip
         config.write_text(json.dumps({"r": RANK} | settings))
         assert torch.allclose(change(path), factor * up @ down, atol=1e-5), settings
@@ -265,6 +266,7 @@ MISFITS = {
     "NaN for another model": (PAIR | {"vace_blocks.0.x.diff": torch.tensor([float("nan")])}, "vace.* holds NaN"),
     "two ranks": (PAIR | {f"{Q}lora_up.weight": torch.ones(48, 3)}, r"has shape \(48, 3\)"),
     "vectors": ({f"{Q}lora_down.weight": torch.ones(RANK), f"{Q}lora_up.weight": torch.ones(RANK)}, "has shape"),
+    "no rank": ({f"{Q}lora_down.weight": torch.ones(0, 48), f"{Q}lora_up.weight": torch.ones(48, 0)}, "has shape"),
     "alpha of many numbers": (PAIR | {f"{Q}alpha": torch.ones(3)}, "Expected one number"),
     "integers": (PAIR | {f"{Q}lora_up.weight": torch.ones(48, RANK, dtype=torch.int8)}, "is int8"),
     "another width": (

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -323,7 +324,9 @@ def _alpha(module: str, keys: dict, tensors: dict, config: dict, path: Path) -> 
     patterns = config.get("alpha_pattern") if isinstance(config.get("alpha_pattern"), dict) else {}
     own = next((value for end, value in patterns.items() if f".{module}".endswith(f".{end}")), None)
     alpha = config.get("lora_alpha") if own is None else own
-    return float(alpha) if isinstance(alpha, int | float) and math.isfinite(alpha) else None
+    with suppress(OverflowError):  # JSON has integers of any length
+        return float(alpha) if isinstance(alpha, int | float) and math.isfinite(alpha) else None
+    return None
 
 
 def _changes(
@@ -341,12 +344,12 @@ def _changes(
     weight, scale, bias = {}, 1.0, tensors.get("diff_b")
     if "down" in tensors:
         down, up = tensors["down"], tensors["up"]
-        if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or up.numel() != up.shape[0] * up.shape[1]:
+        rank = down.shape[0] if down.ndim > 1 else 0
+        if not rank or up.ndim < 2 or up.shape[1] != rank or up.numel() != up.shape[0] * rank:
             raise CheckpointError(
                 f"{keys['up']} in {str(path)!r} has shape {tuple(up.shape)}, and {keys['down']} {tuple(down.shape)}. "
                 "Expected (out, rank) and (rank, in). Download the file again."
             )
-        rank = down.shape[0]
         root = math.sqrt(rank) if config.get("use_rslora") is True and "alpha" not in tensors else rank
         scale = 1.0 if alpha is None else alpha / root
         weight = {"down": down, "up": up, "scale": scale, "magnitude": _magnitude(tensors)}
