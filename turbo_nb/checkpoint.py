@@ -18,11 +18,20 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import catalog
 from .errors import CheckpointError, InputError, listed, warn
-from .files import lora, vocabulary
+from .files import lora, shapes, vocabulary
 from .files.names import PROJ_L
 from .files.numbers import Encoded
 from .files.reading import trusted_config
-from .files.recognise import Contents, attention_of, check_dtypes, count_blocks, fitting_shapes, read, require
+from .files.recognise import (
+    Contents,
+    attention_of,
+    check_dtypes,
+    count_blocks,
+    fitting_shapes,
+    read,
+    require,
+    require_tensors,
+)
 from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
@@ -108,12 +117,9 @@ def _is_int8(tensor: Tensor | Encoded) -> bool:
     return isinstance(tensor, Encoded) and tensor.is_int8
 
 
-def shapes_of(arch: catalog.Arch, text_dim: int = TEXT_DIM) -> dict[str, tuple[int, ...]]:
+def shapes_of(arch: catalog.Arch, text_dim: int = TEXT_DIM) -> shapes.Shapes:
     """Return the shapes of the tensors of a released transformer, by diffusers' names, without its file."""
-    with init_empty_weights(include_buffers=True):
-        model = WanTransformer3DModel.from_config(_config_of(arch, arch.dim // arch.num_heads, text_dim))
-        set_attention_type(model, "sla", 0.1)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes.of_transformer(arch, head_dim=arch.dim // arch.num_heads, text_dim=text_dim, sla=True)
 
 
 def _transformer_config(contents: Contents) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def _config_of(arch: catalog.Arch, head_dim: int, text_dim: int) -> dict[str, An
         "num_layers": arch.num_layers,
         "ffn_dim": arch.ffn_dim,
         "in_channels": arch.in_channels,
-        "out_channels": 16,
+        "out_channels": shapes.OUT_CHANNELS,
         "text_dim": text_dim,
     }
 
@@ -389,23 +395,13 @@ def _matched(
     tensors: dict[str, Tensor | Encoded], wanted: dict[str, Tensor], contents: Contents
 ) -> dict[str, Tensor | Encoded]:
     """The tensors that a module has. Warns of others. Raises CheckpointError where one is missing or does not fit."""
-    path, missing, unexpected = str(contents.path), wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    if missing:
-        raise CheckpointError(
-            f"{path!r} looks like {contents}. Expected {len(wanted)} tensors, but {len(missing)} are missing: "
-            f"{listed(missing)}. Download the file again."
-        )
-    if unexpected:
+    require_tensors(contents, tensors, {key: target.shape for key, target in wanted.items()})
+    if unexpected := tensors.keys() - wanted.keys():
         warn(
-            f"{path!r} has {len(unexpected)} tensors that no part of the model takes; left out: {listed(unexpected)}",
+            f"{str(contents.path)!r} has {len(unexpected)} tensors that no part of the model takes; left out: "
+            f"{listed(unexpected)}",
             stacklevel=2,
         )
-    for key, target in wanted.items():
-        if tensors[key].shape != target.shape:
-            raise CheckpointError(
-                f"{key} in {path!r} has shape {tuple(tensors[key].shape)}. Expected {tuple(target.shape)}, as in "
-                f"{contents}. Download the file again."
-            )
     tensors = {key: tensors[key] for key in wanted}
     check_dtypes(replace(contents, tensors=tensors), tensors)
     return tensors

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .files import vocabulary
 from .files.numbers import Encoded
+from .files.shapes import EMBEDDING, TIED
 from .linear import frozen
 
 LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_[01])?)\.weight$")
-EMBEDDING, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names of one table
 Stored = tuple[Tensor, Tensor | None]  # numbers, and their float32 scale: (), (rows,) or none
 
 
@@ -117,7 +117,7 @@ def size(tensors: Mapping[str, Tensor | Encoded], dtype: torch.dtype) -> int:
 
 def is_finite(data: Tensor) -> bool:
     """Return whether a tensor has neither NaN nor Inf. Takes no memory of the tensor's size."""
-    if not data.is_floating_point():
+    if not data.is_floating_point() or not data.numel():
         return True
     if data.itemsize > 1:
         return all(bool(extreme.isfinite()) for extreme in data.aminmax())

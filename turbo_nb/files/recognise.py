@@ -4,24 +4,24 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import catalog
-from ..errors import CheckpointError, first_line, warn
-from . import lora_keys, names, numbers
+from ..errors import CheckpointError, first_line, listed, warn
+from . import lora_keys, names, numbers, shapes
 from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor
 from .names import PROJ_L
 from .numbers import Encoded
 from .reading import read_raw
+from .shapes import PATCH
 
-PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 HEAD_DIM = 128  # of all of Wan's models
 # "high" or "low" as a word before "noise", a resolution or the end of a name
 NOISE_LEVEL = re.compile(r"(?i)(?<![a-z])(high|low)(?=[-_ ]?noise|[-_](?:480p|720p)|$)")
@@ -136,7 +136,7 @@ def fitting_shapes(path: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} has the tensor names of a known model, but the shapes do not fit ({first_line(error)}). "
-            "Download the file again."
+            "Expected the shapes of that model. Download the file again."
         ) from error
 
 
@@ -257,7 +257,7 @@ def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = 
             "--lora (load_pipeline(loras=[…]) in Python), or merge it with turbo-nb convert --lora."
         )
     if contents.kind != kind:
-        raise CheckpointError(f"{path!r} is {contents}. Expected a {kind}.")
+        raise CheckpointError(f"{path!r} is {contents}. Expected a {kind}. Give the path of a {kind}.")
     if contents.family:
         raise CheckpointError(
             f"{path!r} is {contents}. Expected a model that turbo_nb runs: {', '.join(catalog.MODELS)}. "
@@ -267,6 +267,52 @@ def require(contents: Contents, kind: str, expected: catalog.ModelSpec | None = 
         shape = ", ".join(f"{name} {value}" for name, value in asdict(expected.arch).items())
         raise CheckpointError(f"{path!r} is {contents}. Expected {expected.name}, which has {shape}.")
     check_dtypes(contents, (key for key in contents.tensors if key.endswith("weight")))
+    _require_whole(contents)
+
+
+def _require_whole(contents: Contents) -> None:
+    """Raise CheckpointError where a transformer or a text encoder lacks a tensor, or one does not fit"""
+    tensors = contents.tensors
+    if contents.kind == "transformer":
+        wanted = shapes.of_transformer(
+            contents.arch, head_dim=contents.head_dim, text_dim=contents.text_dim, sla=contents.sla
+        )
+    elif contents.kind == "text encoder":
+        if shapes.TIED in tensors:
+            tensors = {shapes.EMBEDDING: tensors[shapes.TIED]} | tensors
+        with fitting_shapes(contents.path):
+            wanted = shapes.of_text_encoder(tensors, count_blocks(tensors, "encoder.block", contents.path))
+    else:
+        return
+    require_tensors(contents, tensors, wanted)
+    check_dtypes(replace(contents, tensors=tensors), wanted)
+
+
+def require_tensors(
+    contents: Contents, tensors: Mapping[str, Tensor | Encoded], wanted: Mapping[str, Sequence[int]]
+) -> None:
+    """Check that tensors are those of a model.
+
+    Args:
+        contents: what the tensors are of, for errors.
+        tensors: by name. Others than the model's are not looked at.
+        wanted: the shapes of the model's tensors by name.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit.
+    """
+    path = str(contents.path)
+    if missing := wanted.keys() - tensors.keys():
+        raise CheckpointError(
+            f"{path!r} looks like {contents}. Expected {len(wanted)} tensors, but {len(missing)} are missing: "
+            f"{listed(missing)}. Download the file again."
+        )
+    for key, shape in wanted.items():
+        if tuple(tensors[key].shape) != tuple(shape):
+            raise CheckpointError(
+                f"{key} in {path!r} has shape {tuple(tensors[key].shape)}. Expected {tuple(shape)}, as in "
+                f"{contents}. Download the file again."
+            )
 
 
 def attention_of(contents: Contents) -> str:
@@ -337,16 +383,29 @@ def require_fit(parts: Sequence[Contents]) -> None:
         path, tensors = str(part.path), part.tensors
         if part.kind == "transformer":
             widths["text width"][path] = part.text_dim
-            widths["latent channels"][path] = tensors["proj_out.bias"].shape[0] // PATCH
+            widths["latent channels"][path] = _width(part, "proj_out.weight", axis=0) // PATCH
         elif part.kind == "text encoder":
-            table = tensors.get("shared.weight", tensors.get("encoder.embed_tokens.weight"))
-            widths["text width"][path] = table.shape[1]
+            table = shapes.EMBEDDING if shapes.EMBEDDING in tensors else shapes.TIED
+            widths["text width"][path] = _width(part, table)
         elif part.kind == "vae":
-            widths["latent channels"][path] = tensors["decoder.conv_in.weight"].shape[1]
+            widths["latent channels"][path] = _width(part, "decoder.conv_in.weight")
     for what, found in widths.items():
         if len(set(found.values())) > 1:
-            listed = ", ".join(f"{width} in {path!r}" for path, width in found.items())
-            raise CheckpointError(f"{what} is {listed}. Expected the same in all parts of a model.")
+            each = ", ".join(f"{width} in {path!r}" for path, width in found.items())
+            raise CheckpointError(
+                f"{what} is {each}. Expected the same in all parts of a model. Give parts that belong together."
+            )
+
+
+def _width(part: Contents, name: str, axis: int = 1) -> int:
+    """A side of a part's tensor. Raises CheckpointError where the tensor is missing or has fewer dimensions"""
+    tensor = part.tensors.get(name)
+    if tensor is None or tensor.ndim < 2:
+        got = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+        raise CheckpointError(
+            f"{name} in {str(part.path)!r} {got}. Expected a tensor of two or more dimensions. Download the file again."
+        )
+    return tensor.shape[axis]
 
 
 def check_dtypes(contents: Contents, names: Iterable[str]) -> None:
