@@ -186,10 +186,10 @@ def _recognise_transformer(common: dict, config: dict) -> Contents:
     layers = count_blocks(tensors, "blocks", path)
     projections = [tensor for key, tensor in tensors.items() if PROJ_L + "weight" in key]
     head_dim = projections[0].shape[0] if projections else _head_dim((dim, layers, ffn.shape[0], channels), config)
-    if head_dim < 1 or dim % head_dim:
+    if head_dim < 1 or head_dim % 2 or dim % head_dim:  # because RoPE turns pairs of channels
         raise CheckpointError(
-            f"{str(path)!r} has attention heads of {head_dim} channels for {dim} in all. Expected a divisor of {dim}. "
-            "Download the file again."
+            f"{str(path)!r} has attention heads of {head_dim} channels for {dim} in all. Expected an even divisor of "
+            f"{dim}. Download the file again."
         )
     arch = catalog.Arch(
         dim=dim, num_heads=dim // head_dim, num_layers=layers, ffn_dim=ffn.shape[0], in_channels=channels
