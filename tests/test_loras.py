@@ -227,6 +227,24 @@ def test_weights_that_were_changed_by_hand_stay_known(style):
     assert "weights" in changed and loaded.turbo_nb.identity == changed
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_lora_that_diffusers_has_attached_is_taken_off_first(style, tmp_path, fused):
+    loaded, part = turbo_nb.load_pipeline("nano", device="cpu"), tmp_path / "part.safetensors"
+    q = "transformer.blocks.0.attn1.to_q."
+    save_file({name: tensor for name, tensor in load_file(style[0]).items() if name.startswith(f"{q}lora")}, part)
+    loaded.load_lora_weights(str(part))
+    if fused:
+        loaded.fuse_lora()
+    with pytest.raises(InputError, match=r"a LoRA that diffusers has attached.*unload_lora_weights"):
+        turbo_nb.set_loras(loaded, style[0])  # its change of to_q would be lost
+    if fused:
+        loaded.unfuse_lora()
+    loaded.unload_lora_weights()
+    turbo_nb.set_loras(loaded, style[0])
+    expected = turbo_nb.load_pipeline("nano", device="cpu", loras=[style[0]])
+    assert same(loaded.transformer, bits(expected.transformer))
+
+
 # --- Plans and fused modules ---
 
 

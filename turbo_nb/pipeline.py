@@ -118,6 +118,11 @@ class LoadedModel:
         """Merge the LoRAs of `resolved`, the same model with other LoRAs; errors as those of `set_loras`."""
         from .files import lora
 
+        if any(getattr(one, "peft_config", None) for one in transformers(self.pipeline)):
+            raise InputError(
+                "pipeline is one with a LoRA that diffusers has attached. Expected none beside those of set_loras, "
+                "which reads weights from the model's file. Call its unload_lora_weights() first."
+            )
         with self.lock:
             before, was_changed = self.resolved, self._fingerprint() != self._weights_at_load
             try:
@@ -208,7 +213,7 @@ def set_loras(pipeline: "WanPipeline | WanImageToVideoPipeline", loras: Any = ()
             the weights of the file back, bit by bit.
 
     Raises:
-        InputError: a LoRA or a strength cannot be used.
+        InputError: a LoRA or a strength cannot be used, or diffusers has attached a LoRA to the pipeline.
         CheckpointError: a file is missing, is not a LoRA, does not fit the model, or changes nothing.
     """
     model = LoadedModel.of(pipeline)
