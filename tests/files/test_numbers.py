@@ -24,7 +24,7 @@ from weight_files import (
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError
 from turbo_nb.files import numbers
-from turbo_nb.files.recognise import read
+from turbo_nb.files.recognise import read, recognise
 from turbo_nb.linear import Int8Linear, is_quantized
 from turbo_nb.ops.compare import relative_error
 
@@ -130,6 +130,21 @@ def test_int8_outside_the_blocks_is_decoded(tmp_path, state, inputs):
     assert torch.equal(model.get_submodule(name).weight, q * 0.002) and not is_quantized(model)
 
 
+@pytest.mark.parametrize(
+    "number_format", ["TurboDiffusion int8", "LightX2V int8", "ComfyUI fp8, scale_weight", "fp8 e4m3"]
+)
+def test_patch_embedding_of_upstreams_shape_may_be_in_8_bits(tmp_path, state, number_format):
+    name = "patch_embedding.weight"
+    matrix = state[name].flatten(1)
+    as_linear = FORMATS[number_format]({f"blocks.0.{name}": matrix})  # because only linears of blocks are quantised
+    stored = {key.removeprefix("blocks.0."): tensor for key, tensor in as_linear.items()}
+    stored |= {key: tensor for key, tensor in state.items() if key != name}
+    contents = read(write(tmp_path / "model.safetensors", stored))
+    assert relative_error(load(contents).patch_embedding.weight, state[name]) < 0.04
+    on_no_device = {key: tensor.to("meta") for key, tensor in stored.items()}
+    assert recognise(on_no_device, tmp_path).arch == contents.arch
+
+
 def test_plain_linears_of_a_quantised_file_stay_plain(tmp_path, state):
     kept = "blocks.1.attn2.to_k.weight"
     stored = {name: one for name, one in row_int8(state).items() if not name.startswith("blocks.1.attn2.to_k.weight")}
@@ -194,6 +209,7 @@ INT8 = torch.ones(320, 256, dtype=torch.int8)
         ({"weight": INT8, "weight_scale": torch.ones(()),
           "comfy_quant": note({"format": "int8_tensorwise", "convrot": True})}, "rotated"),
         ({"weight": INT8, "weight_scale": torch.ones(()), "comfy_quant": note({"format": "svdq"})}, "'svdq'"),
+        ({"weight": INT8, "weight_scale": torch.ones(()), "comfy_quant": note({"format": ["svdq"]})}, r"\['svdq'\]"),
         ({"weight": INT8, "weight_scale": torch.ones(()), "comfy_quant": torch.ones(9, dtype=torch.uint8)}, "JSON"),
         ({"weight": torch.zeros(40960, 1, dtype=torch.uint8), "weight.absmax": torch.ones(9)}, "bitsandbytes"),
         ({"weight": torch.zeros(320, 128, dtype=torch.uint8)}, "uint8"),

@@ -124,6 +124,8 @@ class Encoded:
             device: where to decode. None: where the bytes are.
         """
         data = self.data.to(device or self.data.device)
+        if data.is_meta:  # a file of which only the head was read
+            return torch.empty(self.shape, device="meta")
         if self.format.startswith("GGUF"):
             return _decode_gguf(data, self.format.removeprefix("GGUF ")).reshape(self.shape)
         if self.scale is None:
@@ -307,7 +309,7 @@ def _check_comfy(name: str, tensor: Tensor | None, path: object) -> None:
 def _check_format(name: str, layer: Mapping[str, Any], path: object) -> None:
     kind = layer.get("format")
     if kind not in COMFY:
-        raise _refused(name, {"nvfp4": "NVFP4", "mxfp8": "MXFP8"}.get(kind, shown(kind)), path)
+        raise _refused(name, {"nvfp4": "NVFP4", "mxfp8": "MXFP8"}.get(str(kind), shown(kind)), path)
     if rotated := [key for key, value in layer.items() if "rot" in str(key) and value]:
         raise _refused(name, f"{kind} of rotated weights ({rotated[0]})", path)
 

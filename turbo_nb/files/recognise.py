@@ -173,8 +173,9 @@ def recognise(
 def _recognise_transformer(common: dict, config: dict) -> Contents:
     path, tensors = common["path"], common["tensors"]
     patch = tensors.get("patch_embedding.weight")
-    if isinstance(patch, Tensor) and patch.ndim == 2:  # upstream's layer is a linear
-        tensors["patch_embedding.weight"] = patch = patch.reshape(patch.shape[0], -1, 1, 2, 2)
+    if patch is not None and patch.ndim == 2:  # upstream's layer is a linear
+        weight = patch.decode() if isinstance(patch, Encoded) else patch
+        tensors["patch_embedding.weight"] = patch = weight.reshape(patch.shape[0], -1, 1, 2, 2)
     ffn = tensors.get("blocks.0.ffn.net.0.proj.weight")
     text = tensors.get("condition_embedder.text_embedder.linear_1.weight")
     if ffn is None or text is None or patch is None or patch.ndim < 2:
