@@ -83,7 +83,7 @@ def load_transformer(
     """
     if quant_linear is not True and quant_linear is not False and quant_linear != "auto":
         raise InputError(f"quant_linear is {quant_linear!r}. Expected True, False or 'auto' (the file's own linears).")
-    contents = path if isinstance(path, Contents) else read(path)
+    contents = path if isinstance(path, Contents) else read(path, "transformer")
     require(contents, "transformer", expected)
     attention_type = attention_type or attention_of(contents)
     dtype = dtype or contents.dtype or torch.bfloat16
@@ -269,7 +269,7 @@ def load_vae(
     Raises:
         CheckpointError: as `load_transformer`.
     """
-    contents = path if isinstance(path, Contents) else read(path)
+    contents = path if isinstance(path, Contents) else read(path, "vae")
     require(contents, "vae")
     with fitting_shapes(contents.path), init_empty_weights():
         config = _folder_config(contents, "AutoencoderKLWan") or _vae_config(contents.tensors)
@@ -304,7 +304,7 @@ def load_text_encoder(
     Raises:
         CheckpointError: as `load_transformer`.
     """
-    contents = path if isinstance(path, Contents) else read(path)
+    contents = path if isinstance(path, Contents) else read(path, "text encoder")
     require(contents, "text encoder")
     with fitting_shapes(contents.path), init_empty_weights():
         model = UMT5EncoderModel(_umt5_config(contents))
@@ -366,7 +366,7 @@ def load_tokenizer(path: str | Path | Contents):
         CheckpointError: the tokenizer is missing or damaged, or brings code of its own. That code never runs.
     """
     if not isinstance(path, Contents) and environment.is_file(path) and Path(path).suffix != ".model":
-        path = read(path)
+        path = read(path, "text encoder")
     if isinstance(path, Contents):
         return vocabulary.from_text_encoder(path)
     if spiece := vocabulary.spiece_file(Path(path)):

@@ -4,13 +4,15 @@ import re
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from helpers import golden, upstream_names
-from safetensors.torch import save_file
-from weight_files import CONVENTIONS, named
+from safetensors.torch import load_file, save_file
+from weight_files import CONVENTIONS, named, plain_fp8
 
 from turbo_nb import catalog
-from turbo_nb.errors import CheckpointError
+from turbo_nb.checkpoint import load_text_encoder, load_transformer, load_vae
+from turbo_nb.errors import CheckpointError, collect_warnings
 from turbo_nb.files import names
 from turbo_nb.files.recognise import read, recognise, require, require_experts
 
@@ -199,3 +201,41 @@ def test_text_to_video_experts_are_named_alone_and_in_pairs(expert):
         with pytest.raises(CheckpointError, match=r"Wan2.2-T2V-A14B. Expected a model that turbo_nb runs"):
             require_experts(given)
     require_experts([expert("a_high_quality_model.safetensors", 16)])
+
+
+# --- Several models in one file ---
+
+PREFIXES = {
+    "ComfyUI": ("model.diffusion_model.", "vae.", "text_encoders.umt5xxl.transformer."),
+    "older ComfyUI": ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."),
+    "nested": ("pipe.transformer.", "pipe.vae.", "pipe.text_encoder."),
+}
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("form", PREFIXES)
+def test_each_model_of_a_whole_checkpoint_is_loaded_from_it(tmp_path, form, fp8):
+    transformer, encoder = (load_file(next((catalog.NANO.folder / part).glob("*.safetensors")))
+                            for part in ("transformer", "text_encoder"))  # fmt: skip
+    parts = {"transformer": transformer, "vae": AutoencoderKLWan(base_dim=8).state_dict(), "text_encoder": encoder}
+    if fp8:  # the transformer without scales, the text encoder with them
+        parts["transformer"] = plain_fp8(parts["transformer"])
+        matrix = "encoder.block.0.layer.0.SelfAttention.q"
+        encoder |= {"scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn), f"{matrix}.scale_weight": torch.tensor(1.0),
+                    f"{matrix}.weight": encoder[f"{matrix}.weight"].to(torch.float8_e4m3fn)}  # fmt: skip
+    whole = {prefix + name: tensor.clone() for prefix, part in zip(PREFIXES[form], parts.values(), strict=True)
+             for name, tensor in part.items()}  # fmt: skip
+    whole["text_encoders.spiece_model"] = torch.ones(9, dtype=torch.uint8)
+    path = tmp_path / "whole.safetensors"
+    save_file(whole, path)
+    assert "beside a vae and a text encoder" in str(read(path)) and read(path).kind == "transformer"
+    for kind, load, part in zip(LOADS, LOADS.values(), parts, strict=True):
+        save_file(parts[part], tmp_path / "part.safetensors")
+        with collect_warnings() as warned:
+            expected, found = load(tmp_path / "part.safetensors").state_dict(), load(path).state_dict()
+        assert not [one for one in warned if "no part of the model takes" in one and "spiece" not in one], kind
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert "spiece_model" in read(path, "text encoder").tensors
+
+
+LOADS = {"transformer": load_transformer, "vae": load_vae, "text encoder": load_text_encoder}

@@ -156,7 +156,12 @@ CONVENTIONS = (
             (r"\.ffn_down\b", ".layer.1.DenseReluDense.wo"),
         ),
     ),
-    Convention(name="transformers", kind="text encoder", mark=r"^encoder\.block\.\d+\.layer\."),
+    Convention(
+        name="transformers",
+        kind="text encoder",
+        mark=r"^encoder\.block\.\d+\.layer\.",
+        renames=((r"^.*\.spiece_model$", "spiece_model"),),  # outside of the encoder in ComfyUI's checkpoints
+    ),
 )
 # A tensor that every model of a kind has. The text before it is the prefix of that copy of the model.
 ANCHORS = {
@@ -175,36 +180,56 @@ class Sorted:
         convention: the name of the convention.
         copy: the prefix of the copy that was taken; None for a file with one copy.
         tensors: by name.
+        others: kinds of the models that the file has beside this one, under prefixes of their own.
     """
 
     kind: str
     convention: str
     copy: str | None
     tensors: dict[str, Any]
+    others: tuple[str, ...] = ()
 
 
-def sort_out(tensors: Mapping[str, Any], path: object) -> Sorted:
+def sort_out(tensors: Mapping[str, Any], path: object, wanted: str | None = None) -> Sorted:
     """Find the model in a file's tensors, and rename its tensors.
 
     Args:
         tensors: by the file's own names.
         path: of the file, for errors.
+        wanted: the kind to take of a file with several, such as a checkpoint of ComfyUI. None: the transformer first.
 
     Raises:
         CheckpointError: the file has several models, and nothing tells which one to take.
     """
     tensors = without_wrappers(tensors)
-    for kind, anchor in ANCHORS.items():
-        found = (re.match(rf"((?:.*\.)?){anchor}", name) for name in tensors)
-        prefixes = sorted({match[1] for match in found if match})
-        for prefix in _by_preference(prefixes, path):
-            own = _of_copy(tensors, prefix, prefixes)
-            convention = next((one for one in CONVENTIONS if one.kind == kind and one.fits(own)), None)
-            if convention is None:
-                continue
-            copy = (prefix.rstrip(".") or "the names without a prefix") if len(prefixes) > 1 else None
-            return Sorted(kind=kind, convention=convention.name, copy=copy, tensors=_renamed(own, convention, path))
+    copies = {kind: prefixes for kind in ANCHORS if (prefixes := _prefixes(tensors, kind))}
+    for kind in sorted(copies, key=lambda kind: kind != wanted):
+        prefixes = copies[kind]
+        foreign = {one for other in copies if other != kind for one in copies[other]} - {"", *prefixes}
+        prefix = _by_preference(prefixes, path)[0]
+        own = _of_copy(tensors, prefix, [*prefixes, *foreign])
+        convention = next(one for one in CONVENTIONS if one.kind == kind and one.fits(own))
+        return Sorted(
+            kind=kind,
+            convention=convention.name,
+            copy=(prefix.rstrip(".") or "the names without a prefix") if len(prefixes) > 1 else None,
+            tensors=_renamed(own, convention, path),
+            others=tuple(other for other in copies if other != kind),
+        )
     return Sorted(kind="unknown", convention="unknown", copy=None, tensors=dict(tensors))
+
+
+def _prefixes(tensors: Mapping[str, Any], kind: str) -> list[str]:
+    """The prefixes of the copies of a model of this kind"""
+    found = (re.match(rf"((?:.*\.)?){ANCHORS[kind]}", name) for name in tensors)
+    return [
+        prefix
+        for prefix in sorted({match[1] for match in found if match})
+        if any(
+            one.kind == kind and one.fits(name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
+            for one in CONVENTIONS
+        )
+    ]
 
 
 def without_wrappers(tensors: Mapping[str, Any]) -> dict[str, Any]:

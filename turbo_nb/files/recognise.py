@@ -53,6 +53,7 @@ class Contents:
         text_dim: channels of the text embeddings that a transformer reads.
         sla: whether a transformer has SLA's projections.
         family: what a transformer is that only looks like one of Wan's text-to-video or image-to-video models.
+        others: kinds of the models that the file has beside this one. `read` takes one of them when asked for it.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Contents:
     text_dim: int | None = None
     sla: bool = False
     family: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -96,6 +98,8 @@ class Contents:
         stored = f"{self.names} names, {self.numbers}"
         if self.copy is not None:
             stored += f", of several copies {self.copy!r}"
+        if self.others:
+            stored += f", beside a {' and a '.join(self.others)}"
         if self.kind != "transformer":
             return f"a {self.kind}, {parameters}, {stored}"
         linears = f"{'int8' if self.quantized else self.numbers} linears"
@@ -112,18 +116,19 @@ class Contents:
         return f"a Wan {task} transformer {f'of {spec.name}' + chr(39) + 's shape' if spec else shape}"
 
 
-def read(path: str | Path) -> Contents:
+def read(path: str | Path, wanted: str | None = None) -> Contents:
     """Read a weight file, the shards of a set, or a folder with one set of weights.
 
     Args:
         path: a `.safetensors`, `.pth`, `.pt`, `.bin`, `.ckpt` or `.gguf` file, one shard, an index or a folder.
+        wanted: the kind to take of a file with several models. None: the transformer first.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
     path, raw = Path(path), read_raw(path)
     with fitting_shapes(path):
-        return recognise(raw.tensors, path, raw.metadata, raw.config)
+        return recognise(raw.tensors, path, raw.metadata, raw.config, wanted)
 
 
 @contextmanager
@@ -145,6 +150,7 @@ def recognise(
     path: Path,
     metadata: dict[str, str] | None = None,
     config: dict | None = None,
+    wanted: str | None = None,
 ) -> Contents:
     """Tell what tensors are by their names and shapes, and rename them as diffusers and transformers do.
 
@@ -153,6 +159,7 @@ def recognise(
         path: of the file.
         metadata: of the header of a safetensors file.
         config: of the folder, whoever wrote it. It tells the size of the heads where no tensor does.
+        wanted: as for `read`.
 
     Raises:
         CheckpointError: the tensors cannot be those of a model, or have a number format that cannot be loaded.
@@ -160,9 +167,10 @@ def recognise(
     metadata = metadata or {}
     if lora_keys.is_lora(tensors):
         return Contents(path=path, kind="LoRA", names="LoRA", tensors=dict(tensors), metadata=metadata)
-    found = names.sort_out(tensors, path)
+    found = names.sort_out(tensors, path, wanted)
     decoded = numbers.encode(found.tensors, path, metadata)
-    common = {"path": path, "names": found.convention, "copy": found.copy, "tensors": decoded, "metadata": metadata}
+    common = {"path": path, "names": found.convention, "copy": found.copy, "tensors": decoded, "metadata": metadata,
+              "others": found.others}  # fmt: skip
     if found.kind == "transformer":
         return _recognise_transformer(common, config or {})
     if found.kind == "unknown" and {"decoder.1.weight", "encoder.1.weight"} & tensors.keys():
