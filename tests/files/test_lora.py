@@ -1,6 +1,7 @@
 """LoRAs: every spelling of their keys changes a weight by the same sum; other kinds and misfits are refused by name."""
 
 import json
+import os
 import random
 
 import pytest
@@ -405,6 +406,65 @@ def test_name_is_looked_up_in_the_folder_of_loras(tmp_path, monkeypatch):
     for name in ("my style: v2", "other/style", "", "x" * 5000):
         with pytest.raises(CheckpointError, match="no LoRA"):
             lora.find(name)
+
+
+def test_folder_lists_its_loras_and_says_what_else_lies_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lora.available() == lora.Listing(folder=tmp_path / "loras")
+    place = tmp_path / "loras"
+    (place / "peft").mkdir(parents=True)
+    (place / "others").mkdir()
+    (place / "folder.safetensors").mkdir()
+    for name in ("b.safetensors", "A.safetensors", "c.PT", ".hidden.safetensors", "peft/adapter_model.safetensors"):
+        save(place / name, PAIR)
+    save(place / "model.safetensors", base(UPSTREAM))
+    save(place / "kron.safetensors", {"lora_unet_blocks_0_ffn_0.lokr_w1": torch.ones(2, 2)})
+    save(place / "image.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 2)})
+    (place / "page.safetensors").write_text("<!doctype html>")
+    (place / "empty.bin").touch()
+    (place / "notes.txt").write_text("x")
+    (place / "gone.safetensors").symlink_to("nowhere")
+    (place / os.fsdecode(b"caf\xe9.safetensors")).write_bytes((place / "b.safetensors").read_bytes())
+    found = lora.available()
+    assert list(found.files) == ["A.safetensors", "b.safetensors", "c.PT", "peft"] and found.error == ""
+    assert found.files["peft"] == place / "peft" / "adapter_model.safetensors"
+    assert found.left_out == {
+        "caf\ufffd.safetensors": "has a name that is not UTF-8",
+        "empty.bin": "is empty",
+        "image.safetensors": "is a LoRA of another kind of model",
+        "kron.safetensors": "is a LoKr",
+        "model.safetensors": "is not a LoRA",
+        "page.safetensors": "is a web page",
+    }
+    assert all(lora.find(name).samefile(path) for name, path in found.files.items())
+
+
+def test_file_is_examined_again_only_after_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_LORAS", str(tmp_path))
+    for number in range(300):
+        (tmp_path / f"{number:03}.safetensors").hardlink_to(save(tmp_path / "x.safetensors", PAIR))
+    assert len(lora.available().files) == 301
+    keys = lora._keys
+    monkeypatch.setattr(lora, "_keys", lambda path: read.append(path.name) or keys(path))
+    read = []
+    assert len(lora.available().files) == 301 and read == []
+    (tmp_path / "007.safetensors").unlink()
+    (tmp_path / "007.safetensors").write_text("<html>")
+    found = lora.available()
+    assert read == ["007.safetensors"] and found.left_out == {"007.safetensors": "is a web page"}
+
+
+def test_folder_that_cannot_be_listed_is_an_error_in_words(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place, words in (("file", "Not a directory"), ("x" * 300, "File name too long")):
+        monkeypatch.setenv("TURBO_NB_LORAS", str(tmp_path / place))
+        assert lora.available().error == words
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert lora.available().error == "Permission denied"
 
 
 def test_pickle_of_tensors_is_read(tmp_path):

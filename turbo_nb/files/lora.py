@@ -10,26 +10,28 @@ Merging reads each weight from the model's file, so another strength needs neith
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, InputError, listed, warn
+from ..errors import CheckpointError, InputError, TurboNbError, collect_warnings, listed, warn
 from ..machine import environment
 from ..records import LoRARecord
 from ..settings import LoRAFile
 from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
+from .reading import read_raw
 from .recognise import Contents
 
 FOLDER = "TURBO_NB_LORAS"  # names the folder of LoRAs
 IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")  # PEFT, diffusers
+LISTED = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 CONFIG = "adapter_config.json"  # of PEFT, beside its file
 
 
@@ -193,21 +195,108 @@ def find(file: str) -> Path:
     Raises:
         CheckpointError: the file does not exist.
     """
-    path = Path(os.path.expanduser(file))
-    folder = Path(os.path.expanduser(os.environ.get(FOLDER) or "loras"))
-    places = [path] if path.name != file else [path, folder / path, folder / f"{file}.safetensors"]
-    for place in places:
+    path, near = Path(os.path.expanduser(file)), folder()
+    for place in [path] if path.name != file else [path, near / path, near / f"{file}.safetensors"]:
         if environment.is_file(place):
             return place
-        if environment.is_dir(place):
-            own = [place / name for name in IN_FOLDER if environment.is_file(place / name)]
-            found = own or sorted(place.glob("*.safetensors"))
-            if len(found) == 1 or own:
-                return found[0]
+        if environment.is_dir(place) and (found := _file_in(place)):
+            return found
     raise CheckpointError(
         f"no LoRA {file!r}. Expected FILE or FILE:STRENGTH, such as style.safetensors:0.8. Give the path of a file, or "
-        f"the name of one in {str(folder)!r}."
+        f"the name of one in {str(near)!r}."
     )
+
+
+def folder() -> Path:
+    """Return the folder of LoRAs: TURBO_NB_LORAS, or `loras` in the current directory."""
+    return Path(os.path.expanduser(os.environ.get(FOLDER) or "loras"))
+
+
+def _file_in(place: Path) -> Path | None:
+    """Return the LoRA of a folder that PEFT or diffusers wrote, or the only one in it"""
+    own = [place / name for name in IN_FOLDER if environment.is_file(place / name)]
+    found = own or sorted(place.glob("*.safetensors"))
+    return found[0] if len(found) == 1 or own else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What the folder of LoRAs holds.
+
+    Args:
+        folder: its path.
+        files: paths of the LoRAs by their names in the folder, in alphabetical order.
+        left_out: what the other weight files are, by name, such as "is a LoKr".
+        error: why the folder cannot be read. Empty if it can be, or does not exist.
+    """
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+
+
+def available() -> Listing:
+    """List the folder of LoRAs. Reads the names of tensors of new files only, and raises nothing for any file."""
+    place = Path(os.path.abspath(folder()))
+    result = Listing(folder=place)
+    try:
+        with os.scandir(place) as entries:
+            names_here = sorted((entry.name for entry in entries), key=lambda name: (name.casefold(), name))
+    except FileNotFoundError:
+        return result
+    except (OSError, ValueError) as error:  # ValueError for a name with a null byte
+        return replace(result, error=getattr(error, "strerror", None) or str(error))
+    for name in names_here:
+        try:
+            if (path := _weights(place / name)) is None:
+                continue
+            stat = path.stat()
+            reason = _unsuitable(path, (stat.st_size, stat.st_mtime_ns))
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        shown = os.fsencode(name).decode(errors="replace")
+        if shown != name:  # because a page cannot show it
+            reason = "has a name that is not UTF-8"
+        if reason:
+            result.left_out[shown] = reason
+        else:
+            result.files[name] = path
+    return result
+
+
+def _weights(path: Path) -> Path | None:
+    """Return the file that an entry of the folder of LoRAs is; None for one that is not weights"""
+    if path.name.startswith("."):
+        return None
+    if environment.is_dir(path):
+        return _file_in(path)
+    return path if environment.is_file(path) and path.name.lower().endswith(LISTED) else None
+
+
+@lru_cache(maxsize=4096)
+def _unsuitable(path: Path, stamp: tuple[int, int]) -> str:
+    """Say what a file is instead of a LoRA that can be merged, by the names of its tensors; "" for such a LoRA"""
+    try:
+        keys = _keys(path)
+    except TurboNbError as error:
+        return str(error).removeprefix(repr(str(path))).strip().split(". ")[0]
+    if other := lora_keys.other_kind(keys):
+        return f"is {other[0]}"
+    modules = [found[0] for found in map(lora_keys.parse, keys) if found]
+    if not modules:
+        return "is not a LoRA"
+    return "" if any(modules) else "is a LoRA of another kind of model"
+
+
+def _keys(path: Path) -> list[str]:
+    """The names of a file's tensors; of a safetensors file without its tensors, because a folder has many files"""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        with collect_warnings():
+            return list(read_raw(path).tensors)
 
 
 def read(path: str | Path) -> LoRA:
@@ -237,12 +326,11 @@ def describe(path: str | Path) -> str:
 def of_contents(contents: Contents) -> LoRA:
     """Return the LoRA that `recognise.read` has read; raises CheckpointError as `read`."""
     path = contents.path
-    for kind, pattern in lora_keys.OTHER_KINDS.items():
-        if key := next((key for key in contents.tensors if re.search(pattern, key)), None):
-            raise CheckpointError(
-                f"{str(path)!r} is {kind} (it has {key}). Expected a LoRA or a DoRA. Merge it with its own tool, or "
-                "convert it to a LoRA."
-            )
+    if other := lora_keys.other_kind(contents.tensors):
+        raise CheckpointError(
+            f"{str(path)!r} is {other[0]} (it has {other[1]}). Expected a LoRA or a DoRA. Merge it with its own tool, or "
+            "convert it to a LoRA."
+        )
     if contents.kind != "LoRA":
         raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA.")
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}

@@ -65,6 +65,13 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(LORA.search(key) for key in keys)
 
 
+def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return the kind of a file that is not merged, and the first key that tells it; None for another file."""
+    keys = list(keys)
+    found = ((kind, key) for kind, pattern in OTHER_KINDS.items() for key in keys if re.search(pattern, key))
+    return next(found, None)
+
+
 def parse(key: str) -> tuple[str | None, str] | None:
     """Return the module and the part that a key is of; None for a key of another form.
 
