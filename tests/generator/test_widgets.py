@@ -442,7 +442,7 @@ def test_every_control_has_a_name(generator):
             assert one.description, one
             assert type(one) in (
                 w.Textarea, w.Text, w.BoundedIntText, w.FloatText, w.Dropdown, w.Checkbox, w.Button, w.FileUpload,
-                w.ToggleButton,
+                w.ToggleButton, w.FloatSlider, w.BoundedFloatText,
             )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..settings import ClipSettings, LoadOptions, Weights
 from ..video import images
 from .controls import COLUMNS, OWN, control, styled
 from .jobs import JobRunner, Request
+from .loras import LoRAList
 from .page import card, error_box, paragraph, thumbnail
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Form:
         ratios = CLIP["aspect_ratio"].check.words
         self.aspect = styled(w.Dropdown, "Aspect", options=ratios, value="16:9")
         self.random_seed = styled(w.Checkbox, "New seed each time", value=True, indent=False)
+        self.loras = LoRAList(self._changed, self.holding)
         self.controls = {name: control(LoadOptions, name) for name in LOAD}
         self.controls |= {name: control(ClipSettings, name) for name in FRONT + MORE}
         self.defaults = {name: control.value for name, control in self.controls.items()}
@@ -184,7 +186,7 @@ class Form:
         prompt = w.VBox([self.prompt, self.examples, self.hint], layout=w.Layout(width="100%"))
         self.cards = (
             card("What to show", self.image.tabs, prompt),
-            card("How", w.GridBox(how, layout=w.Layout(**COLUMNS)), self.more, self.folded),
+            card("How", w.GridBox(how, layout=w.Layout(**COLUMNS)), self.loras.box, self.more, self.folded),
         )
 
     def _models(self, model: Weights) -> tuple[list[tuple[str, Weights]], Weights]:
@@ -237,8 +239,8 @@ class Form:
             resolution={OWN: None, CUSTOM: self.custom.value.strip()}.get(size, size),
             aspect_ratio=self.aspect.value if size in catalog.RESOLUTIONS else None,
         )
-        load = settings.build(LoadOptions, {name: values[name] for name in LOAD}, model=self.model.value)
-        return Request(load=load, clip=clip, random_seed=self.random_seed.value)
+        load = {name: values[name] for name in LOAD} | {"model": self.model.value, "loras": self.loras.value}
+        return Request(load=settings.build(LoadOptions, load), clip=clip, random_seed=self.random_seed.value)
 
     # what the controls show
 
@@ -291,6 +293,7 @@ class Form:
         if not self.prompt.value:
             self.prompt.value = examples[0]
         self.image.show(spec)
+        self.loras.show(spec.boundary is not None)
 
     def _show_prompt(self) -> None:
         if self.spec is None:

@@ -10,13 +10,14 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .. import catalog, generation, pipeline, settings, sla
 from ..errors import InputError, TurboNbError, collect_warnings
+from ..files import lora
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import probe
 from ..pipeline import LoadedModel
@@ -148,6 +149,7 @@ class JobRunner:
         self.model: LoadedModel | None = None
         self._load, self._generate = load or pipeline.load, generate or generation.generate
         self._choices: dict[LoadOptions, tuple[ResolvedModel, tuple[str, ...]]] = {}  # and their warnings
+        self._loras: tuple[lora.Applied, ...] = ()  # of the latest choice
         self._loaded: LoadOptions | None = None  # what `model` is, as `_identity` describes it
         self._before: _Free | None = None
         self._learned: dict[tuple, list[list[float]]] = {}  # factors of previews, by the VAE's means
@@ -255,12 +257,17 @@ class JobRunner:
 
     def _choice(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
         """Return the resolved model, and the warnings of resolving it"""
-        base = replace(options, sla_topk=None)
+        base = _without_changeable(options)
         if base not in self._choices:
             self._choices[base] = self._resolve(base)
         found, notes = self._choices[base]
         topk = found.spec.sla_topk if options.sla_topk is None else options.sla_topk
-        return replace(found, sla_topk=topk, options=options), notes
+        found, model = replace(found, sla_topk=topk, options=options), self.model
+        if options.loras:  # those that were read before are not read again
+            merged = model.resolved.loras if model else ()
+            found = replace(found, loras=(*merged, *self._loras)).with_loras(options.loras, quiet=True)
+            self._loras = found.loras
+        return found, notes
 
     def _resolve(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
         before = self._before
@@ -275,8 +282,8 @@ class JobRunner:
 
     @staticmethod
     def _identity(resolved: ResolvedModel) -> LoadOptions:
-        """Return options that are equal for two choices of the same model; top-k can change without loading"""
-        options = resolved.options
+        """Return options that are equal for two choices of the same model"""
+        options = _without_changeable(resolved.options)
         named = options.checkpoint is None and str(options.model) in ("auto", *catalog.MODELS, *catalog.UPSTREAM_NAMES)
         return replace(
             options,
@@ -284,7 +291,6 @@ class JobRunner:
             attention_type=resolved.attention_type,
             quant_linear=resolved.quant_linear,
             device=_with_index(resolved.device),
-            sla_topk=None,
         )
 
     def _notify(self, job: Job) -> None:
@@ -321,6 +327,8 @@ class JobRunner:
             self._replace_model(job, resolved)
             timings["load"] = time.perf_counter() - begin
         model, denoised = self.model, None
+        if _effects(resolved.loras) != _effects(model.resolved.loras):
+            pipeline.set_loras(model.pipeline, request.load.loras)
         for transformer in transformers(model.pipeline):
             sla.set_topk(transformer, resolved.sla_topk)
 
@@ -355,7 +363,12 @@ class JobRunner:
         probe.release_memory()
         device = resolved.device
         free = self._before = _Free(_with_index(device), probe.free_memory(device), probe.free_memory("cpu"))
-        resolved = replace(resolved, memory=request.load.memory or free.memory, host_memory=free.host_memory)
+        resolved = replace(
+            resolved,
+            memory=request.load.memory or free.memory,
+            host_memory=free.host_memory,
+            loras=tuple(replace(one, changed=set()) for one in resolved.loras),  # nothing of this model yet
+        )
 
         def note(plan: Plan) -> None:
             if plan.name != "resident":
@@ -374,7 +387,8 @@ class JobRunner:
             self._choices.clear()  # because the person may replace the file that cannot be loaded
             raise
         self.model, self._loaded = LoadedModel.of(loaded), self._identity(resolved)
-        self._choices[replace(request.load, sla_topk=None)] = self.model.resolved, ()  # its parts are downloaded now
+        here = replace(self.model.resolved, loras=())  # its parts are downloaded now
+        self._choices[_without_changeable(request.load)] = here, ()
 
     def _factors(self) -> list[list[float]] | None:
         """Return the colours of the loaded model's latents: known ones, or those learned from its first clip"""
@@ -383,6 +397,16 @@ class JobRunner:
 
     def _vae_key(self) -> tuple:
         return tuple(self.model.pipeline.vae.config.latents_mean)
+
+
+def _without_changeable(options: LoadOptions) -> LoadOptions:
+    """Return options without those that can change while the model stays loaded"""
+    return replace(options, sla_topk=None, loras=())
+
+
+def _effects(loras: Iterable[lora.Applied]) -> list[tuple]:
+    """Return what LoRAs do, for comparison: the content of their files, strengths and experts"""
+    return [(one.lora.path, one.lora.stamp, one.strength, one.expert) for one in loras]
 
 
 def _with_index(device: str) -> str:

@@ -220,6 +220,7 @@ def _facts(clip: Clip) -> str:
         f"seed {' '.join(map(str, seeds))}",
         attention,
         record.model,
+        ", ".join(f"{one.name} {one.strength:g}" for one in record.loras),
         in_words(clip.seconds) + environment.dollars(record.cost),
     ]
     return ", ".join(filter(None, facts))

@@ -29,6 +29,7 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
     with form.holding():
         lost = _model(form, record.model)
         lost |= _size(form, record.width, record.height)
+        lost |= form.loras.restore(record.loras)
         form.prompt.value = record.prompt
         unset = [name for name in form.controls if not _set(form, name, values.get(name))]
         form.random_seed.value = False
