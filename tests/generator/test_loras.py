@@ -162,6 +162,15 @@ def test_moving_a_slider_reads_no_lora_again(generator, monkeypatch):
     assert read == [] and alerts(generator) == []
 
 
+def test_slider_and_number_show_one_strength(generator):
+    row = add(generator, 0.33)
+    assert row.slider.value == 0.33
+    row.slider.value = 0.95 + 2e-16
+    assert row.strength.value == generator.form.loras.value[0].strength == 0.95
+    row.strength.value = 5
+    assert row.slider.value == generator.form.loras.value[0].strength == 2.0
+
+
 def test_choice_of_model_and_estimate_know_no_lora(generator, tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
     resolved, resolve = [], jobs.resolve
@@ -204,6 +213,20 @@ def test_merge_that_overflows_fails_the_job_and_the_earlier_loras_stay(runner, l
         runner.make(**SMALL, loras=[(FILE, 1e300)])
     assert [one.strength for one in runner.model.resolved.loras] == [1.0]
     assert shows(runner.make(**SMALL, loras=[(FILE, 1.0)]), "blue") and loads == ["sla"]
+
+
+def test_each_load_finds_out_anew_what_a_lora_changes(folder):
+    changed = []
+
+    def load(resolved, **more):
+        changed.append([len(one.changed) for one in resolved.loras])
+        return pipeline.load(resolved, **more)
+
+    runner = JobRunner("clips", load=load)
+    for attention in ("sla", "original"):
+        runner.make(**SMALL, loras=[FILE], attention_type=attention)
+        assert runner.model.resolved.loras[0].changed
+    assert changed == [[0], [0]]
 
 
 def test_keys_that_match_nothing_are_a_note_of_the_job(generator, folder):

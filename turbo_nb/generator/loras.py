@@ -40,14 +40,15 @@ class Row:
         strength = {"value": 1.0, "min": LEAST, "max": MOST, "step": STEP}
         self.file = made(w.Dropdown, "3 1 280px")
         self.expert = made(w.Dropdown, "1 1 200px", options=EXPERTS)
-        self.slider = made(w.FloatSlider, "2 1 220px", readout=False, continuous_update=False, **strength)
+        self.slider = made(w.FloatSlider, "1 1 160px", readout=False, continuous_update=False, **strength)
         self.strength = made(w.BoundedFloatText, "0 0 88px", **strength)
-        self.strength.style.description_width = "0px"  # the slider's name is beside it
+        self.strength.style.description_width = "0px"  # because the slider's label is beside it
         self.remove = button("Remove")
-        w.link((self.slider, "value"), (self.strength, "value"))
-        self.box = w.Box(
-            [self.file, self.expert, self.slider, self.strength, self.remove], layout=w.Layout(flex_flow="row wrap")
-        )
+        # screen readers name the number field only, because ipywidgets gives a slider's handle no name
+        self.slider.observe(lambda change: setattr(self.strength, "value", round(change["new"], DIGITS)), "value")
+        self.strength.observe(lambda change: setattr(self.slider, "value", change["new"]), "value")
+        together = w.HBox([self.slider, self.strength, self.remove], layout=w.Layout(flex="2 1 340px", min_width="0"))
+        self.box = w.Box([self.file, self.expert, together], layout=w.Layout(flex_flow="row wrap"))
         for one in (self.file, self.expert, self.strength):
             one.observe(lambda _: changed(), "value")
 
