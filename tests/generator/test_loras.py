@@ -130,6 +130,7 @@ def test_same_loras_touch_no_weight_and_another_model_takes_them_along(runner, l
     assert (loads, merges) == (["sla"], []) and shows(clips[0], "navy")  # merged while the model was loaded
     assert runner.make(**SMALL, loras=asked, attention_type="original").record.loras == clips[0].record.loras
     assert loads == ["sla", "original"] and merges == []
+    assert shows(runner.make(**SMALL, attention_type="original"), "black") and merges == [()]  # loaded with it
 
 
 def test_strengths_of_two_loras_add_up(generator, folder, loads):
@@ -229,11 +230,13 @@ def test_each_load_finds_out_anew_what_a_lora_changes(folder):
     assert changed == [[0], [0]]
 
 
-def test_keys_that_match_nothing_are_a_note_of_the_job(generator, folder):
+@pytest.mark.parametrize("loaded", [False, True], ids=["loading", "loaded"])
+def test_keys_that_match_nothing_are_a_note_of_the_job(generator, folder, loaded):
     tensors = load_file(FILE) | {"diffusion_model.blocks.99.ffn.0.lora_down.weight": torch.ones(2, 2),
                                  "diffusion_model.blocks.99.ffn.0.lora_up.weight": torch.ones(2, 2)}  # fmt: skip
     save_file(tensors, folder / "blue.safetensors")
-    make(generator)
+    if loaded:
+        make(generator)
     add(generator)
     assert [f"2 of the {len(tensors)} keys" in note for note in make(generator).notes] == [True]
 
