@@ -328,8 +328,8 @@ def of_contents(contents: Contents) -> LoRA:
     path = contents.path
     if other := lora_keys.other_kind(contents.tensors):
         raise CheckpointError(
-            f"{str(path)!r} is {other[0]} (it has {other[1]}). Expected a LoRA or a DoRA. Merge it with its own tool, or "
-            "convert it to a LoRA."
+            f"{str(path)!r} is {other[0]} (it has {other[1]}). Expected a LoRA or a DoRA. Merge it with its own tool, "
+            "or convert it to a LoRA."
         )
     if contents.kind != "LoRA":
         raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA.")
