@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from helpers import command_line
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from turbo_nb import cli
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
 
@@ -109,3 +112,9 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch):
     monkeypatch.setattr("turbo_nb.pipeline.load", interrupt)
     result = command_line("t2v", "--model", "nano", "--device", "cpu", "--prompt", PROMPT, cwd=tmp_path)
     assert (result.returncode, result.stderr.strip()) == (130, "cancelled; only what was finished is there")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(get_command(cli.app).commands))], ids=str)
+def test_help_of_every_command_is_shown(command):
+    result = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output and result.exception is None

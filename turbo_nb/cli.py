@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from .errors import InputError, TurboNbError, TurboNbWarning
 from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
@@ -53,7 +54,7 @@ def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
     flags = [option.flag] if option.flag else [f"--{name.replace('_', '-')}"] if kind is bool else []
     if name == "quant_linear":  # "auto" is what leaving it out means
         kind, default, flags = bool, None, ["--quant-linear/--no-quant-linear"]
-    made = typer.Option(*flags, help=option.help, rich_help_panel=PANELS[option.group])
+    made = typer.Option(*flags, help=escape(option.help), rich_help_panel=PANELS[option.group])
     required = default is MISSING
     if default == ():  # a list, which typer leaves out as None
         default = None
@@ -338,7 +339,7 @@ def doctor(
 def download(
     model: Annotated[
         str,
-        typer.Argument(help="A model's name, auto (the best that fits), or a Hub id: owner/repo[/file][@revision]."),
+        typer.Argument(help="A model's name, auto (the best that fits), or a Hub id such as owner/repo/file@revision."),
     ],
     quant: Annotated[
         bool | None,

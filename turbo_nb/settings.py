@@ -305,7 +305,7 @@ class LoadOptions(_Checked):
     model: Weights = _option(
         "auto",
         PathLike(pair=True, type=str),
-        "A model's name, auto, a checkpoint, a folder, or a Hub id: owner/repo[/file][@revision].",
+        "A model's name, auto, a checkpoint, a folder, or a Hub id such as owner/repo/file@revision.",
         "model",
     )
     checkpoint: Weights | None = _option(
