@@ -317,9 +317,12 @@ def convert(
     ] = False,
 ) -> None:
     """Write a checkpoint as a part of a diffusers folder (safetensors). LoRAs can be merged into a transformer."""
+    from .files import locate
     from .files.convert import convert
 
-    print(convert(source, folder, loras=lora or (), low_noise=low_noise))
+    asked = options(LoadOptions)["loras"].check("lora", lora or ())
+
+    print(convert(source, folder, loras=locate.local_loras(asked), low_noise=low_noise))
 
 
 @app.command()

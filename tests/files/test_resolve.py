@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+from diffusers import AutoencoderKLWan
+from helpers import upstream_names
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -288,3 +290,22 @@ def test_a_backend_of_sagesla_without_sagesla_is_an_error():
 def test_a_name_that_no_file_can_have_is_an_error_of_ours(options):
     with pytest.raises(TurboNbError):
         resolve.resolve(LoadOptions(device="cpu", **options))
+
+
+def test_parts_in_the_transformers_own_file_are_taken(tmp_path):
+    """ComfyUI's files can hold the transformer, the VAE and umT5 together."""
+    arch = catalog.Arch(dim=128, num_heads=1, num_layers=1, ffn_dim=64)
+    encoder = load_file(catalog.NANO.folder / "text_encoder" / "model.safetensors")
+    parts = {
+        "model.diffusion_model.": upstream_names(arch, sla=True, int8=False, text_dim=128),
+        "first_stage_model.": AutoencoderKLWan(base_dim=8).state_dict(),
+        "text_encoders.umt5.": encoder,
+    }
+    path = tmp_path / "whole.safetensors"
+    save_file({prefix + name: tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()}, path)
+    tokenizer = catalog.NANO.folder / "tokenizer"
+    found = resolve.resolve(LoadOptions(model=path, tokenizer=tokenizer, device="cpu"))
+    assert (found.vae.kind, found.text_encoder.kind, found.downloads) == ("vae", "text encoder", ())
+    assert found.vae.path == found.text_encoder.path == path
+    given = resolve.resolve(LoadOptions(model=path, vae=path, text_encoder=path, tokenizer=tokenizer, device="cpu"))
+    assert (given.vae.kind, given.text_encoder.kind) == ("vae", "text encoder")

@@ -3,7 +3,7 @@
 `layouts` knows the folders that people have, and `reference` the same for the names in a repository.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, DownloadError
 from ..machine import environment
+from ..settings import LoRAFile
 from . import hub, hub_cache, layouts, reference
 from .hub_requests import Listing
 
@@ -92,3 +93,9 @@ def local(
         return place
     (file, *_), _, _ = located((place,), "LoRA")
     return hub.find(file) or hub.fetch(hub.plan(str(file), [file]), on_progress=on_progress)[file]
+
+
+def local_loras(asked: Iterable[LoRAFile]) -> list[LoRAFile]:
+    """Return LoRAs with paths in place of references; raises as `local`. Names and paths stay as they are."""
+    paths = [(one, local(one.file)) for one in asked]
+    return [one if path == Path(one.file) else replace(one, file=str(path)) for one, path in paths]

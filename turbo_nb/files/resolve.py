@@ -202,10 +202,7 @@ class ResolvedModel:
             CheckpointError: a file is missing, is not a LoRA, or does not fit the model.
             DownloadError: a file cannot be fetched.
         """
-        paths = [locate.local(one.file) for one in asked]
-        here = [one if path == Path(one.file) else replace(one, file=str(path))
-                for one, path in zip(asked, paths, strict=True)]  # fmt: skip
-        loras = lora.choose(here, len(self.transformers), self.loras)
+        loras = lora.choose(locate.local_loras(asked), len(self.transformers), self.loras)
         for one in loras:
             part = next(part for number, part in enumerate(self.transformers) if one.applies_to(number))
             lora.fit(one.lora, _shapes(self._known(part), self.spec), quiet=quiet)
@@ -263,9 +260,13 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
     if len(transformers) != experts:
         raise InputError(
             f"checkpoint is {', '.join(map(str, given))}. Expected {experts} "
-            f"file{'s (high-noise, low-noise)' if experts > 1 else ''} for {spec.name}."
+            f"file{'s (high-noise, low-noise)' if experts > 1 else ''} for {spec.name}. "
+            f"{'Give both experts' if experts > 1 else 'Give one of the files'}."
         )
-    parts = {name: _part(getattr(options, name), name, near, spec, heads) for name in ("vae", "text_encoder")}
+    parts = {
+        name: _part(getattr(options, name), name, near, spec, heads, whole=transformers[0])
+        for name in ("vae", "text_encoder")
+    }
     encoder = parts["text_encoder"]
     near_tokenizer = near
     if isinstance(encoder, Contents) and hub_cache.origin(encoder.path) is None:
@@ -292,15 +293,18 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
 
 def _part(
     given: str | Path | None, part: str, near: tuple[Path | locate.Beside, ...], spec: ModelSpec,
-    heads: dict[HubFile, Contents], inside: Contents | HubFile | None = None,
+    heads: dict[HubFile, Contents], inside: Contents | HubFile | None = None, whole: Contents | HubFile | None = None,
 ) -> Contents | Path | HubFile:  # fmt: skip
-    """Return a part that was given, lies near the transformer, is inside another part, ships with the model, or is on
-    the Hub
+    """Return a part that was given, or lies near the transformer, in its file (`whole`) or inside another part. Else it
+    ships with the model, or is on the Hub.
     """
+    kind = part.replace("_", " ")
     if given is None:
         place, shipped = locate.near(part, near, spec), spec.folder and spec.folder / part
         if place in (None, shipped) and _has_tokenizer(inside, heads):
             return inside
+        if place in (None, shipped) and isinstance(whole, Contents) and kind in whole.others:
+            return recognise.read(whole.path, kind)
         place = place or shipped
     else:
         place = reference.read(given, part, constants.ENDPOINT)
@@ -308,7 +312,7 @@ def _part(
     if place is None:
         return _here_or_hub(DEFAULTS[part])
     if isinstance(place, Path):
-        return vocabulary.find(place) if part == "tokenizer" else recognise.read(place)
+        return vocabulary.find(place) if part == "tokenizer" else recognise.read(place, kind)
     (file,) = (place,) if given is None else locate.of_reference(place, part, False)[0]
     found = _read_part(file, heads)
     if part == "tokenizer" and file.kind != "tokenizer" and not _has_tokenizer(found, heads):
