@@ -167,7 +167,9 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", page.locator(".tnb").aria_snapshot())
     shoot("lora")
     assert strength.input_value() == "0.33"
-    page.get_by_role("slider").press("ArrowRight")
+    slider = page.get_by_role("slider")  # which the kernel moves after the number
+    page.wait_for_function("s => s.getAttribute('aria-valuenow') < 0.5", arg=slider.element_handle())
+    slider.press("ArrowRight")
     page.wait_for_function("n => n.value == '0.4'", arg=strength.element_handle())
     page.get_by_role("button", name="Remove").press("Enter")
     strength.wait_for(state="detached")
