@@ -105,6 +105,15 @@ def test_rows_set_what_is_theirs(tmp_path):
         assert jobs[1].source == f"{tmp_path / name}:{second}"
 
 
+def test_a_rows_image_may_be_in_the_home_and_an_address_stays_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"prompt": "red", "image": "{image}"}}\n' for image in ("~/a.png", "https://b.org/c.png", "d.png"))
+    )
+    found = [job.settings["image"] for job in prompts.read_prompts(tmp_path / "p.jsonl")]
+    assert found == ["/home/me/a.png", "https://b.org/c.png", str(tmp_path / "d.png")]
+
+
 def test_rows_may_set_all_that_generate_takes():
     taken = signature(generation.generate).parameters.keys() - {"pipeline", "prompt"}
     assert {name for name in taken if not name.startswith("on_")} == prompts.ROW_OPTIONS.keys()

@@ -149,7 +149,8 @@ def _job(pairs: list[tuple[str, Any]], path: Path, number: int) -> Job | InputEr
     except InputError as error:
         return InputError(f"{path}:{number}: {error}")
     if "image" in settings:
-        settings["image"] = str(path.parent / settings["image"])
+        image = os.path.expanduser(settings["image"])
+        settings["image"] = image if "://" in image else str(path.parent / image)  # `load_image` names an address
     return Job(prompt=prompt, settings=settings, source=f"{path}:{number}")
 
 

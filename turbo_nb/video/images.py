@@ -2,48 +2,209 @@
 
 import io
 import os
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import url2pathname
 
-from ..errors import InputError
+from ..errors import InputError, first_line, warn
 from ..machine import environment
+from ..settings import shown
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+MOST_PIXELS = 64_000_000  # a picture of this size takes about 3 s and 0.6 GB to open
+# Pillow's names. Others are left out, because EPS and WMF run programs, and old formats' readers are little tested.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO")
+ALLOWED = "Expected a png, jpg or webp file."
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
+QUOTES = "'\"`“”‘’«»"
+ADDRESS = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
+
 
 def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> "Image":
-    """Open an image, upright and in RGB.
+    """Open an image, upright and in 8-bit RGB.
+
+    Values of uint16 are scaled from 0…65535. Wider integers and floats are scaled from the first range that has them
+    all: 0…1 and -1…1 (floats only), 0…255, 0…65535, 0…2³¹-1, else their own. A warning names the range. Transparent
+    parts are put on white, with a warning.
 
     Args:
-        image: a file or its bytes, a PIL image, or an array (H, W, 3) uint8.
+        image: a file or its bytes, a PIL image, or an array (H, W) or (H, W, C) of bool, integers or floats. C is 1
+            (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
 
     Raises:
-        InputError: it cannot be read as an image.
+        InputError: it cannot be read as an image, or has more than 64 million pixels.
     """
-    from PIL import Image, ImageOps
+    import numpy as np
+    from PIL import Image
 
+    if isinstance(image, np.ndarray):
+        return _on_white(_from_array(image))
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
-    if not isinstance(image, str | os.PathLike | io.BytesIO):
-        shape = getattr(image, "shape", ())
-        if shape[2:] != (3,) or 0 in shape or str(image.dtype) != "uint8":
-            got = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
-            raise InputError(
-                f"image is {got}. Expected a file, a PIL image, or an array (height, width, 3) of uint8. Convert it."
-            )
-        return Image.fromarray(image)
-    name = "an upload" if isinstance(image, io.BytesIO) else repr(str(image))
-    allowed = "Expected a png, jpg or webp file."
-    if not isinstance(image, io.BytesIO) and not environment.is_file(image):
-        raise InputError(f"image is {name}, which is not a file. {allowed} Check the path.")
-    try:
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # decoders raise errors of many types on bytes that are not an image
+        return _opened(image, f"a PIL image of mode {image.mode}")
+    if isinstance(image, io.BytesIO):
+        return _read(image, "an upload")
+    if not isinstance(image, str | os.PathLike):
         raise InputError(
-            f"image is {name}, which cannot be read as an image ({error}). {allowed} Save it as one of these."
+            f"image is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
+            "(height, width, 3). Convert it."
+        )
+    return _read(_file(image), shown(str(image)))
+
+
+def _file(image: str | os.PathLike) -> Path:
+    """Return the path of a file. Raises InputError with a hint where it is one in another form"""
+    path = Path(os.path.expanduser(image))
+    if str(image) and environment.is_file(path):
+        return path
+    text = str(image)
+    bare = text.strip().strip(QUOTES).strip()
+    if bare.lower().startswith("file:"):
+        bare = url2pathname(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", bare))
+    bare = os.path.expanduser(bare)
+    if bare != text and environment.is_file(bare):
+        raise InputError(f"image is {shown(text)}. Expected the path alone. Take {bare!r}.")
+    if ADDRESS.match(text) and not text.strip().lower().startswith("file:"):
+        raise InputError(
+            f"image is {shown(text)}, which is an address. Expected a file on this machine. Download it first."
+        )
+    raise InputError(f"image is {shown(text)}, which is not a file. {ALLOWED} Check the path.")
+
+
+def _read(source: "Path | io.BytesIO", name: str) -> "Image":
+    """Open a file"""
+    from PIL import Image
+
+    try:
+        is_heic = _is_heic(source)
+        if is_heic:
+            with suppress(ImportError):
+                import pillow_heif
+
+                pillow_heif.register_heif_opener()
+        Image.init()  # fills Image.ID
+        with Image.open(source, formats=[one for one in FORMATS if one in Image.ID]) as opened:
+            return _opened(opened, name)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, about three times ours
+        raise _too_large(name, "which has too many pixels") from error
+    except Exception as error:  # decoders raise errors of many types on bytes that are not an image
+        if is_heic and "HEIF" not in Image.ID:
+            raise InputError(
+                f"image is {name}, a HEIC picture, and pillow-heif is not installed. {ALLOWED} Run: pip install "
+                "pillow-heif, or save the picture as jpg."
+            ) from error
+        raise InputError(
+            f"image is {name}, which cannot be read as an image ({first_line(error)}). {ALLOWED} Save it as one of "
+            "these."
         ) from error
+
+
+def _is_heic(source: "Path | io.BytesIO") -> bool:
+    head = source.getvalue()[:12] if isinstance(source, io.BytesIO) else None
+    if head is None:
+        with source.open("rb") as file:
+            head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC
+
+
+def _too_large(name: str, what: str) -> InputError:
+    return InputError(
+        f"image is {name}, {what}. Expected at most {MOST_PIXELS // 10**6} million pixels. Make it smaller: a clip "
+        "shows less than 1 million."
+    )
+
+
+def _opened(picture: "Image", name: str) -> "Image":
+    """Return a picture upright and in RGB, after a look at its size, because decoding is what takes long"""
+    from PIL import ImageOps
+
+    if picture.width * picture.height > MOST_PIXELS:
+        raise _too_large(name, f"a picture of {picture.width}x{picture.height}")
+    try:
+        return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"image is {name}, which cannot be read as an image ({first_line(error)}). {ALLOWED} Save it as one of "
+            "these."
+        ) from error
+
+
+def _eight_bits(picture: "Image", kind: str | None) -> "Image":
+    """Return a picture as L, LA, RGB or RGBA. Pillow's own conversion clips the values of wider modes at 255"""
+    import numpy as np
+    from PIL import Image
+
+    mode, key = picture.mode, picture.info.get("transparency")
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        values = np.asarray(picture)
+        if mode == "I" and kind == "PNG":  # as Pillow before version 11 opens 16 bits
+            values = values.astype(np.uint16)
+        picture = Image.fromarray(_scaled(values))
+        if isinstance(key, int):  # the value that is transparent
+            picture.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+        return picture
+    if mode == "La":  # premultiplied
+        return picture.convert("LA")
+    return picture.convert("RGBA" if key is not None or mode in ("LA", "PA", "RGBA", "RGBa") else "RGB")
+
+
+def _from_array(array: "np.ndarray") -> "Image":
+    """Return an array as L, LA, RGB or RGBA"""
+    from PIL import Image
+
+    got = f"{array.dtype} {array.shape}"
+    channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
+    if channels not in (1, 2, 3, 4) or 0 in array.shape or array.dtype.kind not in "buif":
+        fix = "Call its transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else "Convert it."
+        raise InputError(f"image is {got}. Expected a number array (height, width) or (height, width, 1 to 4). {fix}")
+    height, width = array.shape[:2]
+    if height * width > MOST_PIXELS:
+        raise _too_large(got, f"a picture of {width}x{height}")
+    values = _scaled(array).reshape(height, width, channels)
+    return Image.fromarray(values[..., 0] if channels == 1 else values)
+
+
+def _scaled(values: "np.ndarray") -> "np.ndarray":
+    """Return values as uint8, scaled as `load_image` documents"""
+    import numpy as np
+
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    is_float = values.dtype.kind == "f"
+    least, most = values.min(), values.max()
+    if is_float and not (np.isfinite(least) and np.isfinite(most)):
+        raise InputError(f"image is {values.dtype} with values that are not finite. Expected numbers. Replace them.")
+    least, most = float(least), float(most)
+    slack = 0.05 if is_float else 0  # filters overshoot a range a little
+    ranges = [(0, 1), (-1, 1)] if is_float else []
+    for low, high in [*ranges, (0, 255), (0, 65535), (0, 2**31 - 1), (least, most)]:
+        if low - slack * high <= least and most <= high * (1 + slack):
+            break
+    warn(f"image has {values.dtype} values from {least:g} to {most:g}. They were scaled as a range of {low} to {high}.")
+    scaled = (values.astype(np.float64) - low) * (255 / ((high - low) or 1))
+    return scaled.round().clip(0, 255).astype(np.uint8)
+
+
+def _on_white(picture: "Image") -> "Image":
+    """Return a picture in RGB, with what is transparent on white"""
+    from PIL import Image
+
+    if picture.mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] < 255:
+        warn("image has transparent parts, which were put on white. Give a picture without transparency to choose.")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
 def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
