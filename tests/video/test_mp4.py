@@ -10,7 +10,7 @@ import pytest
 
 from turbo_nb.errors import InputError, OutputError
 from turbo_nb.records import VideoRecord
-from turbo_nb.video import mp4, sheet
+from turbo_nb.video import mp4
 
 
 @pytest.fixture
@@ -267,35 +267,3 @@ def test_a_file_has_the_permissions_of_the_umask_which_never_changes(tmp_path, f
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize("width", [1, 16, 160])
-@pytest.mark.parametrize(
-    "caption", ["two\nlines\r\nand\ta tab", "", "word " * 20_000, "…" * 300], ids=["newlines", "empty", "long", "dots"]
-)
-def test_contact_sheet_takes_any_caption_at_any_width(width, caption):
-    clip = np.zeros((3, 24, width, 3), np.uint8)
-    drawn = sheet.contact_sheet([clip], [caption])
-    assert drawn.width >= 3 * width
-
-
-def test_a_caption_is_cut_where_it_no_longer_fits():
-    measured = []
-
-    def fits(text: str) -> bool:
-        measured.append(text)
-        return len(text) <= 7
-
-    assert sheet._fitted("red  circle\ngrowing", fits) == "red ci…"
-    assert sheet._fitted("red\ncircle"[:7], fits) == "red cir"
-    assert sheet._fitted("x" * 100_000, fits) == "xxxxxx…"
-    assert sheet._fitted("red", lambda text: False) == ""
-    assert max(map(len, measured)) <= 1001
-
-
-def test_contact_sheet_shows_first_middle_and_last_frames(frames):
-    drawn = np.asarray(sheet.contact_sheet([frames, frames[::-1], frames], ["one", "two " * 50, "three"], columns=2))
-    assert (drawn[8:72, 8:104] == frames[0]).all()
-    assert (drawn[8:72, 106:202] == frames[4]).all()
-    assert (drawn[8:72, 204:300] == frames[8]).all()
-    assert drawn.shape == (2 * (64 + 18 + 8) + 8, 2 * (3 * 96 + 4 + 8) + 8, 3)

@@ -1,14 +1,16 @@
 """Several clips in one picture: side by side, or as a contact sheet."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from . import fonts
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 GROUND = "#f4f4f1"  # of a contact sheet
-LONGEST = 1000  # characters of a caption that are measured
+NARROWEST = 240  # pixels that a clip with a caption takes, because a tall clip's frames leave no place for words
 
 
 def grid(clips: "list[np.ndarray]") -> "np.ndarray":
@@ -25,36 +27,31 @@ def contact_sheet(
 
     Args:
         clips: each (T, H, W, 3) uint8, all of one size.
-        captions: one for each clip. None: no captions.
+        captions: one for each clip, in any script. None: no captions.
         frames: how many of each clip.
         columns: clips beside each other.
+
+    Raises:
+        InputError: no clips, clips of several sizes, or another number of captions.
     """
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
-    gap, line = 8, 18 if captions else 0
+    if not clips or len({clip.shape[1:] for clip in clips}) > 1 or len(captions or clips) != len(clips):
+        sizes = sorted({f"{clip.shape[2]}x{clip.shape[1]}" for clip in clips})
+        raise InputError(
+            f"clips is {len(clips)} clips ({', '.join(sizes)}) with {len(captions or ())} captions. Expected at least "
+            "one clip, all of one size, and a caption for each. Scale the clips first."
+        )
+    gap, line = 8, fonts.LINE if captions else 0
     _, height, width, _ = clips[0].shape
-    strip = frames * width + (frames - 1) * 2
+    strip = max(frames * width + (frames - 1) * 2, NARROWEST if captions else 0)
     rows = -(-len(clips) // columns)
     sheet = Image.new("RGB", (columns * (strip + gap) + gap, rows * (height + line + gap) + gap), GROUND)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for number, clip in enumerate(clips):
         left, top = gap + number % columns * (strip + gap), gap + number // columns * (height + line + gap)
         for place, index in enumerate(np.linspace(0, len(clip) - 1, frames).round().astype(int)):
             sheet.paste(Image.fromarray(clip[index]), (left + place * (width + 2), top))
         if captions:
-            text = _fitted(captions[number], lambda text: pen.textlength(text, font) <= strip)
-            pen.text((left, top + height + 1), text, fill="#333333", font=font)
+            sheet.paste(fonts.draw(captions[number], strip, GROUND, "#333333"), (left, top + height))
     return sheet
-
-
-def _fitted(text: str, fits: Callable[[str], bool]) -> str:
-    """Return the text in one line, shortened by bisection until it fits; empty where not even "…" fits"""
-    line = " ".join(text.split())
-    if len(line) < LONGEST and fits(line):  # a longer line does not fit, and measuring it takes long
-        return line
-    low, high = -1, min(len(line), LONGEST)  # a cut after `low` characters fits (-1: none does), after `high` not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(line[:middle].rstrip() + "…") else (low, middle)
-    return line[:low].rstrip() + "…" if low >= 0 else ""
