@@ -1,7 +1,11 @@
 """mp4 files: what goes in comes out, and nothing half-written stays."""
 
+import json
 import os
+import re
 import shlex
+import shutil
+from pathlib import Path
 
 import imageio.v3 as iio
 import imageio_ffmpeg
@@ -42,7 +46,14 @@ def test_a_size_is_kept_up_to_the_pixel_that_yuv420p_needs(tmp_path, frames, siz
     assert iio.imread(path, plugin="FFMPEG").shape == (9, *kept, 3)
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkeypatch):
+def kept(error: BaseException) -> dict:
+    """The arrays of the file that an error names"""
+    place = re.search(r"The frames are kept in '(.*)' \(numpy\.load\)\.$", str(error))[1]
+    with np.load(place) as found:
+        return {"place": Path(place), **{name: found[name] for name in found}}
+
+
+def test_a_failure_leaves_the_old_file_and_keeps_the_frames(tmp_path, frames, monkeypatch):
     path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16)
     before = path.read_bytes()
 
@@ -50,9 +61,66 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, frames, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mp4.atomic.os, "replace", full_disk)
-    with pytest.raises(OutputError, match="No space left"):
-        mp4.write_mp4(path, frames[::-1], 16)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    for name in ("clip-frames.npz", "clip-frames-2.npz"):
+        with pytest.raises(OutputError, match=r"No space left on device\. Free some space") as caught:
+            mp4.write_mp4(path, frames[::-1], 16, {"seed": 7})
+        found = kept(caught.value)
+        assert found["place"] == tmp_path / name and (found["frames"] == frames[::-1]).all() and found["fps"] == 16
+        assert json.loads(str(found["metadata"])) == {"seed": 7}
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+
+
+def test_frames_are_kept_in_the_temporary_folder_or_the_error_says_why_not(tmp_path, frames, monkeypatch):
+    other = tmp_path / "tmp"
+    other.mkdir()
+    monkeypatch.setattr(mp4.tempfile, "tempdir", str(other))
+    place = tmp_path / "place"
+    place.mkdir()
+    encoder = mp4.Encoder(place / "clip.mp4", 16)  # its folder becomes a file while the clip is made
+    place.rmdir()
+    place.write_text("")
+    with encoder:
+        encoder.add(frames[:5])  # the frames that are still decoded are not lost
+        encoder.add(frames[5:])
+        with pytest.raises(OutputError, match=r"cannot write .* The frames are kept") as caught:
+            mp4.write_mp4(encoder, frames, 16)
+        assert kept(caught.value)["place"].parent == other
+        shutil.rmtree(other)
+        other.write_text("")
+        with pytest.raises(OutputError, match=r"The frames could not be kept either \(.*\)\."):
+            mp4.write_mp4(encoder, frames, 16)
+
+
+def test_a_name_that_cannot_be_one_writes_nothing(tmp_path, frames):
+    for name in ("clip.avi", "."):
+        with pytest.raises(OutputError, match="Expected"):
+            mp4.write_mp4(tmp_path / name, frames, 16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata_that_json_does_not_have_is_written(tmp_path, frames):
+    metadata = {
+        "ode": np.bool_(True),
+        "seed": np.int64(7),
+        "sigma": np.float32(80),
+        "path": Path("a"),
+        "n": [np.int8(1)],
+    }
+    found = mp4.read_metadata(mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, metadata))
+    assert found == {"ode": True, "seed": 7, "sigma": 80.0, "path": "a", "n": [1]}
+
+
+def test_a_home_is_expanded_and_a_link_is_followed(tmp_path, frames, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link.mp4").symlink_to("new/clip.mp4")
+    path = mp4.write_mp4("~/link.mp4", frames, 16, {"seed": 7})
+    assert path == tmp_path / "link.mp4" and path.is_symlink() and (tmp_path / "new" / "clip.mp4").is_file()
+    assert mp4.read_metadata("~/link.mp4") == {"seed": 7}
+    assert sorted(one.name for one in tmp_path.rglob("*")) == ["clip.mp4", "link.mp4", "new"]
+    if os.geteuid():
+        (tmp_path / "new").chmod(0o500)
+        with pytest.raises(OutputError, match=r"no permission in .*new"):
+            mp4.check_output("~/link.mp4")
 
 
 def stand_in(folder, script: str) -> str:
@@ -69,8 +137,8 @@ FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        (f'{FULL}; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
-        (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .*"),
+        (f'{FULL}; exec "$FFMPEG" "$@"', "ffmpeg ended with .*File too large.* Free some space"),
+        (f'case "$*" in *"-c copy"*) {FULL};; esac; exec "$FFMPEG" "$@"', "ffmpeg ended with .* Free some space"),
         ("kill -9 $$", "ffmpeg ended with -9: it gave no reason"),
         ("echo no codec >&2; exit 3", "ffmpeg ended with 3: no codec"),
         ('case "$*" in *rawvideo*) exec "$FFMPEG" "$@";; esac', "ffmpeg wrote 0 of 81 frames"),
@@ -78,7 +146,7 @@ FULL = "trap '' XFSZ; ulimit -f 4"  # what a disk that is full does: writes fail
     ],
     ids=["disk full", "disk full at the end", "killed", "refused", "nothing", "short"],
 )
-def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
+def test_an_ffmpeg_that_fails_leaves_the_old_file_and_keeps_the_frames(
     tmp_path, tmp_path_factory, monkeypatch, script, words
 ):
     frames = np.random.default_rng(0).integers(0, 256, (81, 64, 96, 3), np.uint8)  # more than a pipe holds
@@ -86,9 +154,12 @@ def test_an_ffmpeg_that_fails_leaves_the_old_file_and_nothing_else(
     path.write_text("old")
     script = f'case "$*" in *256x256*) exec "$FFMPEG" "$@";; esac; {script}'  # the trial before any work succeeds
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path_factory.mktemp("bin"), script))
-    with pytest.raises(OutputError, match=rf"cannot write .*: {words}\. Free some space"):
+    with pytest.raises(OutputError, match=rf"cannot write .*: {words}[.,]") as caught:
         mp4.write_mp4(path, frames, 16)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert ("Free some space" in str(caught.value)) == ("Free" in words)
+    found = kept(caught.value)
+    assert (found["frames"] == frames).all()
+    assert path.read_text() == "old" and {*tmp_path.iterdir()} == {path, found["place"]}
 
 
 # A GPU's encoder: the script stands in for one that works
@@ -124,14 +195,55 @@ def test_a_gpus_encoder_that_does_not_work_is_reported_before_any_work(tmp_path,
         mp4.Encoder(tmp_path / "clip.mp4", 16)
 
 
-@pytest.mark.parametrize("ffmpeg", ["missing", "refuses"])
-def test_an_ffmpeg_that_does_not_work_is_reported_before_any_work(tmp_path, tmp_path_factory, monkeypatch, ffmpeg):
+NO_X264 = """
+case "$*" in *libx264*)
+  cat > /dev/null
+  echo "[vost#0:0 @ 0x1] Unknown encoder 'libx264'" >&2
+  echo "[vost#0:0 @ 0x1] Error selecting an encoder" >&2
+  echo "Error opening output files: Encoder not found" >&2
+  exit 8;;
+esac
+exec "$FFMPEG" "$@"
+"""
+BROKEN = {
+    "missing": (None, "No such file"),
+    "folder": ("folder", "Permission denied"),
+    "another program": ("true", "it is not ffmpeg"),
+    "echo": ("echo", "it is not ffmpeg"),
+    "refuses": ("echo no libx264 >&2; exit 3", "no libx264"),
+    "no libx264": (NO_X264, "Unknown encoder 'libx264'"),
+    "stuck": ("exec sleep 100", "did not end within"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_ffmpeg_that_does_not_work_is_named_before_any_work(tmp_path, tmp_path_factory, monkeypatch, frames, kind):
+    script, words = BROKEN[kind]
+    clip = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, {"seed": 7})
     folder, place = tmp_path_factory.mktemp("bin"), tmp_path / "new" / "clip.mp4"
-    path = str(folder / "missing") if ffmpeg == "missing" else stand_in(folder, "echo no libx264 >&2; exit 3")
+    path = {None: str(folder / "missing"), "folder": str(folder)}.get(script) or stand_in(folder, script)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", path)
-    with pytest.raises(OutputError, match=rf"ffmpeg is '{folder}.*(No such file|no libx264).*imageio-ffmpeg"):
+    monkeypatch.setattr(mp4, "PATIENCE", 1)
+    with pytest.raises(OutputError, match=rf"IMAGEIO_FFMPEG_EXE is '{path}', .*{words}.*libx264\. Unset it") as caught:
         mp4.check_output(place)
-    assert not place.parent.exists()
+    assert "space" not in str(caught.value) and not place.parent.exists()
+    if kind in ("missing", "folder"):  # not that the file is damaged
+        for read in (mp4.read_metadata, mp4.last_frame):
+            with pytest.raises(OutputError, match=rf"IMAGEIO_FFMPEG_EXE is '{path}', .*{words}"):
+                read(clip)
+
+
+def test_a_wheel_without_ffmpeg_is_named_before_any_work(tmp_path, monkeypatch):
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    with pytest.raises(OutputError, match=r"ffmpeg is imageio-ffmpeg's, which is missing .*Reinstall imageio-ffmpeg"):
+        mp4.check_output(tmp_path / "clip.mp4")
+
+
+def test_the_encoder_in_use_is_named():
+    assert re.fullmatch(r"libx264 of ffmpeg \S+ \(/.*\)", mp4.encoder())
 
 
 def test_frames_in_parts_make_the_same_file(tmp_path, frames):
@@ -219,7 +331,7 @@ def test_metadata_may_be_larger_than_an_argument(tmp_path, frames):
 def with_metadata(path, frames, text: str):
     """An mp4 whose metadata is any text"""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mp4.json, "dumps", lambda data: text)
+        patch.setattr(mp4, "_as_json", lambda data: text)
         return mp4.write_mp4(path, frames, 16, {"any": 1})
 
 

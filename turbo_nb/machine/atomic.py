@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 PREFIX = ".turbo_nb-"  # of temporary files, so that a sweep finds those of a process that was killed
@@ -59,6 +60,23 @@ def write(path: str | os.PathLike, data: bytes | str, *, durable: bool = False) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path, durable=durable) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def claim(folder: str | os.PathLike, stem: str, suffix: str) -> Path:
+    """Make an empty file under a name that no file has: the stem, or the stem with -2, -3, …
+
+    Two processes that claim one name at the same moment get two names. The folder is made. Raises OSError.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        path = folder / (stem + (f"-{number}" if number > 1 else "") + suffix)
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("count never ends")
 
 
 def sweep(folder: str | os.PathLike, older_than: float) -> None:

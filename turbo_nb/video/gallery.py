@@ -69,7 +69,7 @@ class Gallery:
         found = []
         with suppress(OSError):  # the folder does not exist yet, or cannot be read
             for entry in os.scandir(self.folder):
-                if entry.name.endswith(".mp4") and not entry.name.startswith("."):
+                if entry.name.lower().endswith(".mp4") and not entry.name.startswith("."):
                     with suppress(OSError):  # deleted since it was listed, or a link that leads nowhere
                         status = entry.stat()
                         if stat.S_ISREG(status.st_mode):
@@ -105,7 +105,12 @@ class Gallery:
         timings = (timings or {}) | video.timings
         cost = environment.cost(sum(timings.values()))
         record = replace(video.record, timings=timings, machine=machine, cost=cost)
-        path, begin = self._claim(record.prompt, record.seed), time.perf_counter()
+        begin = time.perf_counter()
+        try:
+            path = self._claim(record.prompt, record.seed)
+        except OutputError as error:
+            name = self.folder / "clip.mp4"
+            raise mp4.with_frames_kept(error, name, video.frames, video.fps, write(record)) from error
         try:
             if encoder:
                 encoder.path = path
@@ -119,20 +124,15 @@ class Gallery:
         """Make an empty file under a name that no other save has"""
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "clip"
         seed = seed if isinstance(seed, int) else "grid"
-        stem, number = f"{time.strftime('%Y%m%d-%H%M%S')}-{words}-{seed}", 1
-        path = self.folder / f"{stem}.mp4"
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{words}-{seed}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic.sweep(self.folder, time.time() - STALE)
-            while True:
-                try:
-                    path.touch(exist_ok=False)
-                    return path
-                except FileExistsError:
-                    number += 1
-                    path = self.folder / f"{stem}-{number}.mp4"
+            path = atomic.claim(self.folder, stem, ".mp4")
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error}. Choose another folder.") from error
+            raise OutputError(
+                f"cannot write {str(self.folder / stem)!r}: {error.strerror or error}. Choose another folder."
+            ) from error
+        atomic.sweep(self.folder, time.time() - STALE)
+        return path
 
     def delete(self, clip: Clip) -> None:
         """Delete a clip's file for good. A file that is gone already is not an error.
@@ -181,5 +181,5 @@ def _read(path: Path) -> Clip | None:
     """Return a clip, None for a file that does not carry how it was made"""
     try:
         return Clip(path=path, record=mp4.read_record(path))
-    except InputError:
+    except (InputError, OutputError):  # OutputError: ffmpeg does not work here, which the next save reports
         return None

@@ -1,5 +1,6 @@
 """mp4 files: frames and metadata are written and read by imageio-ffmpeg's ffmpeg."""
 
+import errno
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..errors import InputError, OutputError
+from ..errors import InputError, OutputError, TurboNbError, first_line
 from ..machine import atomic, environment
+from ..settings import shown
 from .sheet import GROUND
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 METADATA_KEY = "turbo_nb"
+FFMPEG = "IMAGEIO_FFMPEG_EXE"
+FULL = re.compile("No space left|File too large|quota exceeded")
+PATIENCE = 60  # seconds for what takes a second, after which ffmpeg is taken for stuck
 NAME_BYTES = 255  # limit of a file's name on common file systems
 ENCODER = "TURBO_NB_ENCODER"
 # Values of TURBO_NB_ENCODER and ffmpeg's options. "veryfast" takes about half of the usual preset's time, for 0.2 dB.
@@ -54,15 +59,23 @@ def check_encoder() -> tuple[str, ...]:
     options = "-c:v", *ENCODERS[name], "-pix_fmt", "yuv420p"
     if reason := _refusal(_ffmpeg(), options):
         if name == "x264":
-            raise OutputError(
-                f"ffmpeg is {_ffmpeg()[0]!r}, which cannot encode ({reason}). Expected one with libx264. Reinstall "
-                "imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE."
-            )
+            raise _broken(f"cannot encode ({reason})")
         raise InputError(
             f"{ENCODER} is {name!r}, which does not work here ({reason}). Expected an encoder that this machine has. "
             "Unset it for x264."
         )
     return options
+
+
+def encoder() -> str:
+    """Return what encodes here, such as "libx264 of ffmpeg 7.0.2 (/usr/bin/ffmpeg)". Raises as `check_encoder`."""
+    _, codec, *_ = check_encoder()
+    command = _ffmpeg()[0]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        text = subprocess.run([command, "-version"], capture_output=True, check=False, timeout=PATIENCE).stdout.decode()
+        if found := re.match(r"ffmpeg version (\S+)", text):
+            return f"{codec} of ffmpeg {found[1]} ({command})"
+    return f"{codec} of {command}"
 
 
 def check_output(path: str | os.PathLike) -> Path:
@@ -79,27 +92,38 @@ def check_output(path: str | os.PathLike) -> Path:
         InputError: the encoder does not work, see `check_encoder`.
     """
     check_encoder()
-    path = Path(path)
+    path = _named(path)
+    try:
+        if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, f"a name in it has more than {NAME_BYTES} bytes")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+        parent = _target(path).parent
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    parent = environment.existing(parent)
+    if not environment.is_dir(parent):
+        raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(parent)!r} is a file"))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, f"no permission in {str(parent)!r}"))
+    return path
+
+
+def _named(path: str | os.PathLike) -> Path:
+    """Return the path with "~" expanded. Raises OutputError where an mp4 cannot have this name"""
+    path = Path(os.path.expanduser(path))
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"save_path is {str(path)!r}. Expected a name that ends in .mp4. Add .mp4 to it.")
     if environment.is_dir(path):
         raise OutputError(
             f"save_path is {str(path)!r}, which is a folder. Expected a file's name. Take {str(path / path.name)!r}."
         )
-    try:
-        parent = path.absolute().parent
-        if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
-            raise OSError(f"a name in it has more than {NAME_BYTES} bytes")
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()
-    except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
-    parent = environment.existing(parent)
-    if not environment.is_dir(parent):
-        raise _unwritable(path, f"{str(parent)!r} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"no permission in {str(parent)!r}")
     return path
+
+
+def _target(path: Path) -> Path:
+    """Return the absolute path of the file itself: where a link leads, which stays a link"""
+    return Path(os.path.realpath(path))
 
 
 def write_mp4(
@@ -117,18 +141,57 @@ def write_mp4(
         The path.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written. The frames are then in another file, which the message names.
+        InputError: the encoder does not work any more. The frames are kept, too.
     """
-    if not isinstance(path, Encoder):
-        with Encoder(path, fps) as encoder:
-            encoder.add(frames)
-            return encoder.save(metadata)
-    if path.count != len(frames):
+    if isinstance(path, Encoder) and path.count != len(frames):
         raise OutputError(
             f"encoder has {path.count} of {len(frames)} frames. Expected all of them. Give its `add` to "
             "generate as on_frames, or give a path in its place."
         )
-    return path.save(metadata)
+    place = path.path if isinstance(path, Encoder) else _named(path)
+    try:
+        if isinstance(path, Encoder):
+            return path.save(metadata)
+        with Encoder(path, fps) as encoder:
+            encoder.add(frames)
+            return encoder.save(metadata)
+    except TurboNbError as error:
+        raise with_frames_kept(error, place, frames, fps, metadata) from error
+
+
+def with_frames_kept(
+    error: TurboNbError, path: Path, frames: "np.ndarray", fps: int, metadata: dict | None
+) -> TurboNbError:
+    """Keep frames that could not be written as an mp4, because making them again takes much longer.
+
+    Args:
+        error: what went wrong.
+        path: of the mp4. The frames go into its folder, or into the temporary one.
+        frames, fps, metadata: as of `write_mp4`. They become the arrays of one npz file.
+
+    Returns:
+        The error, with a sentence about where the frames are.
+    """
+    import numpy as np
+
+    if not len(frames):
+        return error
+    reasons = []
+    for folder in (lambda: _target(path).parent, lambda: Path(tempfile.gettempdir())):
+        try:
+            kept = atomic.claim(folder(), f"{path.stem[:60]}-frames", ".npz")
+            try:
+                with kept.open("wb") as file:
+                    np.savez(file, frames=frames, fps=fps, metadata=_as_json(metadata or {}))
+            except BaseException:
+                kept.unlink(missing_ok=True)
+                raise
+        except (OSError, ValueError) as failure:
+            reasons.append(first_line(failure))
+        else:
+            return type(error)(f"{error} The frames are kept in {str(kept)!r} (numpy.load).")
+    return type(error)(f"{error} The frames could not be kept either ({'; '.join(reasons)}).")
 
 
 class Encoder:
@@ -148,6 +211,7 @@ class Encoder:
     def __init__(self, path: str | os.PathLike, fps: int):
         self.path, self.count, self._fps, self._options = check_output(path), 0, fps, check_encoder()
         self._files, self._process, self._queue = ExitStack(), None, SimpleQueue()
+        self._failure: OSError | None = None  # that kept ffmpeg from starting
 
     def __enter__(self) -> "Encoder":
         return self
@@ -160,19 +224,18 @@ class Encoder:
         self._files.close()
 
     def add(self, frames: "np.ndarray") -> None:
-        """Take the next frames. A failure of ffmpeg is raised by `save`.
+        """Take the next frames. `save` raises what fails here, because the frames that are still decoded are wanted.
 
         Args:
             frames: (T, H, W, 3) uint8, all of one size. The array may not change any more.
-
-        Raises:
-            OutputError: the folder cannot be written.
         """
         import numpy as np
 
-        if not self._process:
-            with self._as_output_error():
+        if not self._process and not self._failure:
+            try:
                 self._start(*frames.shape[1:3])
+            except OSError as error:
+                self._failure = error
         self._queue.put(np.ascontiguousarray(frames))
         self.count += len(frames)
 
@@ -185,20 +248,22 @@ class Encoder:
         if not self.count:
             raise OutputError("encoder has 0 frames. Expected at least 1. Call its `add` first.")
         with self._as_output_error():
+            if self._failure:
+                raise self._failure
             self._end()
             if self._process.wait():
                 self._stderr.seek(0)
-                raise OSError(f"ffmpeg ended with {self._process.returncode}: {_last_line(self._stderr.read())}")
-            with atomic.replaced(self.path.absolute(), durable=True) as whole:
+                raise OSError(f"ffmpeg ended with {self._process.returncode}: {_reason(self._stderr.read())}")
+            with atomic.replaced(_target(self.path), durable=True) as whole:
                 _add_metadata(self._raw, whole, metadata)
                 if (written := _count_frames(whole)) != self.count:  # older ffmpegs do not report every failure
                     raise OSError(f"ffmpeg wrote {written} of {self.count} frames")
         return self.path
 
     def _start(self, height: int, width: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # absolute, because ffmpeg takes "12:30.mp4" for a protocol
-        self._raw = self._files.enter_context(atomic.temporary(self.path.absolute()))
+        target = _target(self.path)  # absolute, because ffmpeg takes "12:30.mp4" for a protocol
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._raw = self._files.enter_context(atomic.temporary(target))
         self._stderr = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  the stack closes it
         command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._fps), "-i", "-"]
         command += ["-vf", "scale=ceil(iw/2)*2:ceil(ih/2)*2", *self._options, "-f", "mp4", self._raw]
@@ -226,31 +291,61 @@ class Encoder:
             raise _unwritable(self.path, error) from error
 
 
-def _unwritable(path: Path, reason: object) -> OutputError:
-    return OutputError(f"cannot write {str(path)!r}: {reason}. Free some space, or choose another folder or name.")
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    number, text = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or FULL.search(text):
+        fix = "Free some space, or choose another folder."
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        fix = "Choose another folder."
+    elif "ffmpeg" in text:
+        fix = "Look at what else runs on this machine, and at the free space."
+    else:
+        fix = "Choose another folder or name."
+    return OutputError(f"cannot write {shown(str(path), 300)}: {text}. {fix}")
+
+
+def _broken(how: str) -> OutputError:
+    """Return the error of an ffmpeg that does not work"""
+    if exe := os.environ.get(FFMPEG):
+        return OutputError(
+            f"{FFMPEG} is {exe!r}, which {how}. Expected an ffmpeg with libx264. Unset it for imageio-ffmpeg's own."
+        )
+    return OutputError(
+        f"ffmpeg is imageio-ffmpeg's, which {how}. Expected one with libx264. Reinstall imageio-ffmpeg, or "
+        f"set {FFMPEG}."
+    )
 
 
 @cache
 def _refusal(ffmpeg: tuple[str, ...], options: tuple[str, ...]) -> str | None:
-    """Return ffmpeg's own words why it cannot encode by these options, None where it can"""
-    command = [*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "256x256", "-i", "-", *options, "-f", "null", "-"]
+    """Return why ffmpeg cannot encode by these options, None where it can"""
+    command = [*ffmpeg, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "256x256", "-i", "-", *options, "-f", "h264", "-"]
     try:
-        result = subprocess.run(command, input=bytes(3 * 256 * 256), capture_output=True, check=False)
+        result = subprocess.run(command, input=bytes(3 * 256 * 256), capture_output=True, check=False, timeout=PATIENCE)
     except OSError as error:
-        return str(error)
-    return _last_line(result.stderr) if result.returncode else None
+        return error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {PATIENCE} s"
+    if result.returncode:
+        return _reason(result.stderr)
+    return None if result.stdout.startswith(b"\0\0") else "it is not ffmpeg"  # H.264 starts with zeros
 
 
 def _add_metadata(source: Path, target: Path, metadata: dict | None) -> None:
     """Copy an mp4 with its index first, so that a browser can start, and with metadata. Raises OSError."""
     # through a pipe, because the system refuses arguments above 128 KiB
-    tags = f"{METADATA_KEY}={_escaped(json.dumps(metadata))}\n" if metadata else ""
+    tags = f"{METADATA_KEY}={_escaped(_as_json(metadata))}\n" if metadata else ""
     result = _run(
         *SOURCE, source, "-f", "ffmetadata", "-i", "-", "-map", "0", "-map_metadata", "1", "-c", "copy",
         "-movflags", "+faststart+use_metadata_tags", "-f", "mp4", target, stdin=f";FFMETADATA1\n{tags}".encode(),
     )  # fmt: skip
     if result.returncode:
-        raise OSError(f"ffmpeg ended with {result.returncode}: {_last_line(result.stderr)}")
+        raise OSError(f"ffmpeg ended with {result.returncode}: {_reason(result.stderr)}")
+
+
+def _as_json(metadata: dict) -> str:
+    """Return metadata as JSON. A value that JSON does not have becomes a number or text, because the clip is made"""
+    return json.dumps(metadata, default=lambda value: value.item() if getattr(value, "shape", 0) == () else str(value))
 
 
 def _escaped(text: str) -> str:
@@ -272,28 +367,32 @@ def _ffmpeg(*arguments: str | Path) -> tuple[str, ...]:
     try:
         return imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-v", "error", *map(str, arguments)
     except RuntimeError as error:
-        raise OutputError(
-            f"ffmpeg is missing ({error}). Expected imageio-ffmpeg's. Reinstall it, or set IMAGEIO_FFMPEG_EXE."
-        ) from error
+        raise _broken(f"is missing ({first_line(error)})") from error
 
 
-def _run(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    return subprocess.run(_ffmpeg(*arguments), input=stdin, capture_output=True, check=False)
+def _run(*arguments: str | Path, stdin: bytes = b"", timeout: float | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(_ffmpeg(*arguments), input=stdin, capture_output=True, check=False, timeout=timeout)
 
 
 def _read(path: str | os.PathLike, *arguments: str, before: tuple[str, ...] = ()) -> bytes:
     """Return what ffmpeg makes of an mp4, nothing where it fails. Raises InputError for a missing file."""
-    if not environment.is_file(path):
-        raise InputError(f"path is {str(path)!r}, which is not a file. Expected an mp4. Check the path.")
-    with suppress(OSError):
-        result = _run(*before, *SOURCE, Path(path).absolute(), *arguments, "-")
-        if not result.returncode:
-            return result.stdout
-    return b""
+    place = Path(os.path.expanduser(path))
+    if not environment.is_file(place):
+        raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
+    try:
+        result = _run(*before, *SOURCE, place.absolute(), *arguments, "-", timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return b""
+    except OSError as error:
+        raise _broken(f"cannot run ({error.strerror or error})") from error
+    return b"" if result.returncode else result.stdout
 
 
-def _last_line(text: bytes) -> str:
-    return (text.decode(errors="replace").strip().splitlines() or ["it gave no reason"])[-1]
+def _reason(text: bytes) -> str:
+    """Return ffmpeg's words in one line: the first names the cause, the last the outcome"""
+    lines = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in text.decode(errors="replace").splitlines()]
+    words = "; ".join(dict.fromkeys(filter(None, lines))) or "it gave no reason"
+    return printable(words if len(words) <= 240 else f"{words[:160]} … {words[-75:]}").rstrip(".")
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
@@ -301,6 +400,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
     Raises:
         InputError: the file does not exist, or has no metadata of turbo-nb, or damaged metadata.
+        OutputError: ffmpeg does not work on this machine.
     """
     text = _read(path, "-f", "ffmetadata").decode(errors="replace")
     # ffmetadata escapes =, ;, #, \ and line ends with a backslash
@@ -310,8 +410,8 @@ def read_metadata(path: str | os.PathLike) -> dict:
         found = json.loads(re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)) if match else None
     if not isinstance(found, dict):
         raise InputError(
-            f"path is {str(path)!r}, which says nothing of how it was made. Expected an mp4 that turbo-nb wrote. Give "
-            "the file as it was written: other programs drop the metadata."
+            f"path is {shown(str(path), 300)}, which says nothing of how it was made. Expected an mp4 that turbo-nb "
+            "wrote. Give the file as it was written: other programs drop the metadata."
         )
     return found
 
@@ -364,4 +464,6 @@ def last_frame(path: str | os.PathLike) -> "Image":
 
 
 def _unreadable(path: str | os.PathLike) -> InputError:
-    return InputError(f"path is {str(path)!r}, which cannot be read as a video. Expected an mp4. Make it again.")
+    return InputError(
+        f"path is {shown(str(path), 300)}, which cannot be read as a video. Expected an mp4. Make it again."
+    )
