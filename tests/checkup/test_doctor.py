@@ -74,6 +74,22 @@ def test_a_sound_machine_has_no_problem(report):
         assert found.problems == () and found.exit_code() == found.exit_code(strict=True) == 0
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "fix"),
+    [
+        ("IMAGEIO_FFMPEG_EXE", "/opt/missing/ffmpeg", "unset IMAGEIO_FFMPEG_EXE"),
+        ("TURBO_NB_ENCODER", "av2", "unset TURBO_NB_ENCODER"),
+    ],
+)
+def test_the_encoder_is_shown_and_one_that_does_not_work_is_a_problem(report, monkeypatch, variable, value, fix):
+    assert re.search(r"encoder\W+libx264 of ffmpeg \S+", str(report()))
+    monkeypatch.setenv(variable, value)
+    found = report()
+    (problem,) = found.problems
+    assert (problem.level, problem.fix) == ("error", fix) and f"{variable} is '{value}'" in problem.text
+    assert found.encoder is None and found.exit_code() == 2 and re.search(r"encoder\W+none", str(found))
+
+
 OLD = Package(name="peft", needed=">=0.17", installed="0.16.1", ok=False)
 
 

@@ -39,7 +39,7 @@ def test_a_sound_machine_passes_and_reports_what_it_is(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads(result.stdout)
     assert told["passed"] and told["model"] == "nano"
-    assert [check["name"] for check in told["checks"]] == [*OPERATIONS, "files", *MODEL]
+    assert [check["name"] for check in told["checks"]] == [*OPERATIONS, "mp4", "files", *MODEL]
     assert all(check["passed"] and check["detail"] and check["seconds"] > 0 for check in told["checks"])
     assert told["doctor"]["backends"]["torch"] == torch.__version__
     assert not list(tmp_path.iterdir())
@@ -117,6 +117,14 @@ def not_finite(q, k, v, block_map, block_q, block_k):
 def test_a_wrong_operation_is_caught(monkeypatch, module, name, fault, caught):
     monkeypatch.setattr(module, name, fault)
     assert red(operations()) == [caught]
+
+
+def test_an_encoder_that_cannot_write_is_a_failed_check(monkeypatch):
+    check = selftest.run("mp4", selftest.encoder)
+    assert check.passed and "libx264" in check.detail
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/opt/missing/ffmpeg")
+    check = selftest.run("mp4", selftest.encoder)
+    assert not check.passed and "IMAGEIO_FFMPEG_EXE is '/opt/missing/ffmpeg'" in check.detail
 
 
 def test_a_check_that_raises_has_failed():

@@ -6,7 +6,7 @@ from itertools import chain
 
 from .. import backends
 from ..backends import Backends
-from ..errors import BackendError, InputError
+from ..errors import BackendError, InputError, TurboNbError
 from ..machine import environment
 from ..machine.environment import Environment
 from . import problems
@@ -33,6 +33,7 @@ class Report(Tables):
         environment: place, system, packages, memory, disks and caches.
         backends: the machine, and what runs each operation on it.
         hub: whether the Hub answers.
+        encoder: what writes mp4s, None where nothing can.
         models: for each model of the catalogue whether it fits.
         price_per_hour: in dollars, None where TURBO_NB_PRICE_PER_HOUR is not set.
         problems: what is wrong, with fixes.
@@ -41,6 +42,7 @@ class Report(Tables):
     environment: Environment
     backends: Backends
     hub: Hub
+    encoder: str | None
     models: tuple[Fit, ...]
     price_per_hour: float | None
     problems: tuple[Problem, ...]
@@ -94,6 +96,7 @@ class Report(Tables):
         built = f"CUDA {found.cuda}" if found.cuda else "CPU"
         yield "torch", f"{found.torch}, built for {built}" if found.torch else "cannot be imported"
         yield "C compiler", found.compiler or "none"
+        yield "encoder", self.encoder or "none"
         if None not in (seen.memory.available, seen.memory.total):
             yield "memory", f"{gib(seen.memory.available)} free of {gib(seen.memory.total)}"
         took = "" if self.hub.seconds is None else f" in {self.hub.seconds:.1f} s"
@@ -120,14 +123,26 @@ def doctor() -> Report:
     models = tuple(every_fit(found, seen.caches[0].free, seen.memory.available))
     wrong = chain(
         overrides, problems.of_packages(seen), problems.of_torch(seen, found), problems.of_gpu(found),
-        problems.of_disks(seen), problems.of_start(), problems.of_price(), problems.of_hub(hub),
+        problems.of_disks(seen), problems.of_start(), problems.of_price(), problems.of_hub(hub), problems.of_encoder(),
         problems.of_models(found, models),
     )  # fmt: skip
     try:
         price = environment.price_per_hour()
     except InputError:  # one of the problems
         price = None
-    return Report(environment=seen, backends=found, hub=hub, models=models, price_per_hour=price, problems=tuple(wrong))
+    return Report(
+        environment=seen, backends=found, hub=hub, encoder=_encoder(), models=models, price_per_hour=price,
+        problems=tuple(wrong),
+    )  # fmt: skip
+
+
+def _encoder() -> str | None:
+    from ..video import mp4  # here, because a missing package has to be a problem
+
+    try:
+        return mp4.encoder()
+    except (TurboNbError, ImportError):  # one of the problems
+        return None
 
 
 def _backends() -> tuple[Backends, list[Problem]]:

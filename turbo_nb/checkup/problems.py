@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import backends, catalog
 from ..backends import Backends
-from ..errors import InputError
+from ..errors import InputError, OutputError
 from ..machine import environment, probe
 from ..machine.environment import Environment
 from .fits import Fit
@@ -139,6 +139,21 @@ def of_price() -> Iterator[Problem]:
         environment.price_per_hour()
     except InputError as error:
         yield _warning(str(error), f"set or unset {environment.PRICE}")
+
+
+def of_encoder() -> Iterator[Problem]:
+    """Yield an encoder that cannot write an mp4, which every clip needs."""
+    from ..video import mp4
+
+    try:
+        mp4.check_encoder()
+    except InputError as error:
+        yield _error(str(error), f"unset {mp4.ENCODER}")
+    except OutputError as error:
+        own = f"unset {mp4.FFMPEG}" if os.environ.get(mp4.FFMPEG) else "pip install --force-reinstall imageio-ffmpeg"
+        yield _error(str(error), own)
+    except ImportError:  # `of_packages` names it
+        return
 
 
 def of_hub(hub: Hub) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ attention that can run here.
 """
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ def verify(model: str = "nano", *, quantized: bool = False, device: str = "auto"
     """
     spec, device = catalog.find(model), probe.device_of(device)
     report = doctor.doctor()
-    checks = [*check_operations(report.backends, device), run("files", files, spec, quantized)]
+    checks = [*check_operations(report.backends, device), run("mp4", encoder), run("files", files, spec, quantized)]
     if checks[-1].passed:
         checks += check_model(spec, quantized, device)
     return Result(model=spec.name, report=report, checks=tuple(checks))
@@ -102,6 +103,21 @@ def run(name: str, work: Callable[..., tuple[bool, str]], *arguments) -> Check:
     except Exception as error:  # whatever breaks on a user's machine belongs into the report
         passed, detail = False, f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}"
     return Check(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - begin)
+
+
+def encoder() -> tuple[bool, str]:
+    """Write an mp4 as a clip is written, and compare what is read from it."""
+    import numpy as np
+
+    from ..video import mp4
+
+    frames, metadata = np.zeros((5, 64, 96, 3), np.uint8), {"prompt": '一个红色的圆 "=;#'}
+    frames[:, :, 48:] = 200
+    with tempfile.TemporaryDirectory() as folder:
+        path = mp4.write_mp4(Path(folder, "12:30 %d.mp4"), frames, 16, metadata)
+        read, found = mp4.read_frames(path, 96, 64), mp4.read_metadata(path)
+    same = read.shape == frames.shape and found == metadata and abs(read.astype(int) - frames).mean() < 5
+    return bool(same), mp4.encoder() if same else "what was read from the file is not what was written"
 
 
 def check_operations(found: backends.Backends, device: str) -> Iterator[Check]:
