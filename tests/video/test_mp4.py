@@ -281,6 +281,15 @@ def test_frames_are_fitted_into_the_size_asked_for(tmp_path, frames):
         mp4.read_frames(path, 48, 48)
 
 
+@pytest.mark.parametrize("size", [(16, 3328), (3328, 16), (16, 16384), (16384, 16)])
+def test_frames_of_extreme_aspects_are_fitted(tmp_path, size):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", np.full((2, *size[::-1], 3), 60, np.uint8), 16)
+    width, height = (max(1, round(208 * side / max(size))) for side in size)
+    assert np.abs(mp4.read_frames(path, width, height).astype(int) - 60).max() < 8
+    read = mp4.read_frames(path, 208, 208).astype(int)
+    assert read.shape == (2, 208, 208, 3) and read.min() < 160 and np.abs(read[:, 0, 0] - 0xF4).max() < 8
+
+
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()

@@ -117,7 +117,7 @@ def _draw(path: Path, records: list[JobRecord]) -> Path | None:
     sizes = [(one.settings.width, one.settings.height) for one in shown]
     scales = [min(1, SHEET_SIDE / max(size)) for size in sizes]
     width, height = (
-        max((round(size[i] * s) for size, s in zip(sizes, scales, strict=True)), default=0) for i in (0, 1)
+        max((max(1, round(size[i] * s)) for size, s in zip(sizes, scales, strict=True)), default=0) for i in (0, 1)
     )
     clips, captions = [], []
     for record in shown:

@@ -441,7 +441,9 @@ def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray
     """
     import numpy as np
 
-    fit = f"scale={width}:{height}:force_original_aspect_ratio=decrease,pad={width}:{height}:-1:-1:{GROUND}"
+    # not force_original_aspect_ratio, which makes a side of 0 pixels from 16x16384
+    sides = f"'max(1,round(min({width},iw*{height}/ih)))':'max(1,round(min({height},ih*{width}/iw)))'"
+    fit = f"scale={sides},pad={width}:{height}:-1:-1:{GROUND}"
     data = _read(path, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24")
     if not data:
         raise _unreadable(path)
