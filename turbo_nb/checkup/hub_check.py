@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
-HUB = "https://huggingface.co"
+from ..files.endpoint import HUB, offline
+
 HUB_SECONDS = 3.0
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the two variables that huggingface_hub reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def ask_hub() -> Hub:
     # Reports are pasted into issues, so everything up to the last @ is left out: there may be a password in it.
     endpoint = re.sub(r"^([a-z][a-z0-9+.-]*://)?.*@", r"\1", os.environ.get("HF_ENDPOINT") or HUB, flags=re.I | re.S)
     endpoint = endpoint.rstrip("/")
-    if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE):
+    if offline():
         return Hub(endpoint=endpoint, state="offline")
     if not endpoint.lower().startswith(("http://", "https://")):
         return Hub(endpoint=endpoint, state="unreachable", error="the address does not begin with https:// or http://")

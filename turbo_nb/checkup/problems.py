@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import backends, catalog
 from ..backends import Backends
 from ..errors import InputError, OutputError
+from ..files import endpoint
 from ..machine import environment, probe
 from ..machine.environment import Environment
 from .fits import Fit
@@ -157,8 +158,12 @@ def of_encoder() -> Iterator[Problem]:
 
 
 def of_hub(hub: Hub) -> Iterator[Problem]:
-    """Yield a Hub that does not answer."""
-    if hub.state == "unreachable":
+    """Yield variables with which no request succeeds, and a Hub that does not answer."""
+    wrong = [] if hub.state == "offline" else [*endpoint.faults(endpoint.token())]
+    for text in wrong:
+        what, _, fix = text.partition(". ")
+        yield _warning(what, fix)
+    if not wrong and hub.state == "unreachable":
         yield _warning(
             f"the Hub at {hub.endpoint} does not answer: {hub.error}",
             "check network, proxy and HF_ENDPOINT; downloaded models run with HF_HUB_OFFLINE=1",

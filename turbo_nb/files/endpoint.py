@@ -1,12 +1,18 @@
-"""The Hub's address in HF_ENDPOINT: checked, and shown without its secrets."""
+"""How the Hub is reached: HF_ENDPOINT, proxies, certificates and the token, checked, and shown without secrets."""
 
 import os
 import re
+import ssl
+from collections.abc import Iterator
+from importlib.util import find_spec
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 HUB = "https://huggingface.co"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the two variables that huggingface_hub reads
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def address(endpoint: str) -> str:
@@ -35,9 +41,112 @@ def check_variable() -> None:
         raise _wrong(endpoint) from None
 
 
+def offline() -> str | None:
+    """Return the variable that forbids requests, None where none does."""
+    return next((name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
 def without_secrets(text: str) -> str:
     """Remove user names, passwords and queries from the addresses in a text."""
-    return re.sub(r"(https?://)(?:[^\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+    return re.sub(r"(?i)([a-z][a-z0-9+.-]*://)(?:[^\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+
+
+def faults(token: str | None = None) -> Iterator[str]:
+    """Yield what is wrong with the variables that every request depends on, each with its fix.
+
+    Args:
+        token: the one that is sent to the Hub. It is never shown.
+    """
+    for name, value in _proxies():
+        try:
+            parts = urlsplit(value if "://" in value else f"http://{value}")
+            known = parts.scheme in PROXY_SCHEMES and (parts.port is None or parts.port > 0)
+        except ValueError:
+            known = False
+        if not known:
+            schemes = ", ".join(f"{scheme}://" for scheme in PROXY_SCHEMES)
+            yield f"{name} is {_host(value)!r}. Expected HOST:PORT after one of {schemes}. Correct it or unset it."
+        elif parts.scheme.startswith("socks") and find_spec("socksio") is None:
+            yield (
+                f"{name} is a SOCKS proxy, {_host(value)!r}, which needs a package. "
+                f"Run: pip install '{_client()}[socks]'. Or set {name} to the proxy's http port."
+            )
+    if path := os.environ.get("SSL_CERT_FILE"):
+        try:
+            ssl.create_default_context(cafile=path)
+        except OSError as error:
+            yield (
+                f"SSL_CERT_FILE is {path!r}, which cannot be read ({first_line(error)}). "
+                "Expected a PEM file of certificates. Correct it or unset it."
+            )
+    if token and not re.fullmatch("[!-~]+", token):
+        source = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
+        yield (
+            f"{source or 'the saved token of the Hub'} has characters that a token cannot have, such as typographic "
+            f"quotes. {'Set it again' if source else 'Log in again, with hf auth login'}, as the Hub shows the token."
+        )
+
+
+def cause(error: BaseException, hub: str) -> str | None:
+    """Return which variable made a request to the Hub fail, and the fix. None: the variables are not at fault."""
+    kind, text = type(error).__name__, without_secrets(first_line(error))
+    if kind in ("ConnectError", "ConnectTimeout", "ProxyError"):
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return (
+                f"the certificate of {hub} is not trusted ({text}). If a proxy replaces certificates, "
+                "set SSL_CERT_FILE to a PEM file with the proxy's own."
+            )
+        if used := _proxy_to(hub):
+            name, value = used
+            return f"the proxy of {name}, {_host(value)!r}, gave no connection ({text}). Correct {name} or unset it."
+        return None
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError | ssl.SSLError):
+        return None
+    return next(faults(token()), None)
+
+
+def token() -> str | None:
+    """Return the token that is sent to the Hub. None: none is sent, or huggingface_hub is missing."""
+    try:
+        from huggingface_hub import constants, get_token
+
+        if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+            return None
+        return get_token()
+    except UnicodeDecodeError:  # a saved token that is not text
+        return "\ufffd"
+    except (ImportError, OSError):
+        return None
+
+
+def _client() -> str:
+    """The name of the package that sends the requests, which differs between versions of huggingface_hub"""
+    try:
+        from huggingface_hub.errors import HTTPError
+    except ImportError:
+        return "httpx"
+    return HTTPError.__module__.partition(".")[0]
+
+
+def _proxies() -> list[tuple[str, str]]:
+    """The variables that name a proxy, as they are spelled, with their values"""
+    used = getproxies_environment()
+    pairs = ((f"{scheme}_proxy", used[scheme]) for scheme in ("http", "https", "all") if used.get(scheme))
+    return [(lower if os.environ.get(lower) else lower.upper(), value.strip()) for lower, value in pairs]
+
+
+def _proxy_to(hub: str) -> tuple[str, str] | None:
+    """The variable and the value of the proxy between here and the Hub"""
+    parts = urlsplit(hub)
+    proxies = {name.lower(): (name, value) for name, value in _proxies()}
+    used = proxies.get(f"{parts.scheme}_proxy") or proxies.get("all_proxy")
+    return used if used and not proxy_bypass_environment(parts.netloc) else None
+
+
+def _host(value: str) -> str:
+    """An address without user name, password and query"""
+    scheme, slashes, rest = value.rpartition("://")
+    return scheme + slashes + rest.rpartition("@")[2].partition("?")[0]
 
 
 def _wrong(endpoint: str) -> InputError:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from ..catalog import HubFile
 from ..errors import DownloadError, first_line, warn
-from .endpoint import HUB, address, without_secrets
+from .endpoint import HUB, address, cause, offline, token, without_secrets
 
+InvalidURL = sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL  # of httpx or httpx2
 TRUSTED = (HUB, "https://hf.co")  # endpoints that a token may go to without a warning
 TRIES = 3  # of a request that the Hub answers with 429
 LONGEST_WAIT = 300  # seconds between them: the window of the Hub's rate limit
@@ -45,7 +47,7 @@ def check_endpoint() -> None:
     endpoint = address(constants.ENDPOINT)
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_hide_secrets)
-    if endpoint not in TRUSTED and "authorization" in build_hf_headers():
+    if endpoint not in TRUSTED and token():
         warn(
             f"your Hub token goes to {endpoint}, which is not the Hub; unset HF_ENDPOINT, or set "
             "HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send no token",
@@ -130,10 +132,11 @@ def translated(what: str) -> Iterator[None]:
         yield
     except DownloadError:
         raise
-    except (OSError, HTTPError, RuntimeError, ValueError, KeyError) as error:
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        secret = without_secrets(constants.ENDPOINT) != constants.ENDPOINT  # a traceback shows the causes, too
-        raise DownloadError(without_secrets(f"{what}: {_reason(cause)}")) from (None if secret else error)
+    except (OSError, HTTPError, InvalidURL, RuntimeError, ValueError, KeyError, ImportError) as error:
+        first = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        variable = cause(first, constants.ENDPOINT)
+        secret = variable or without_secrets(constants.ENDPOINT) != constants.ENDPOINT  # a traceback shows the causes
+        raise DownloadError(without_secrets(f"{what}: {variable or _reason(first)}")) from (None if secret else error)
 
 
 def _reason(error: BaseException) -> str:
@@ -141,7 +144,8 @@ def _reason(error: BaseException) -> str:
     status, number = getattr(getattr(error, "response", None), "status_code", None), getattr(error, "errno", None)
     kind, text, hub, cache = type(error).__name__, first_line(error), constants.ENDPOINT, constants.HF_HUB_CACHE
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set and it is not in {cache}. Unset HF_HUB_OFFLINE, or copy a cache that has it."
+        name = offline() or "HF_HUB_OFFLINE"
+        return f"{name} is set and it is not in {cache}. Unset {name}, or copy a cache that has it."
     if status in (401, 403):
         return f"{hub} does not show it to you ({status}). Set HF_TOKEN, and accept its licence there if it has one."
     if status == 404:
