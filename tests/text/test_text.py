@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import turbo_nb
+from turbo_nb import errors
 from turbo_nb.machine import atomic, environment
 from turbo_nb.text import embedding_cache
 
@@ -54,6 +55,24 @@ def test_without_word_of_the_prompts_a_resident_encoder_is_there(folder, loads):
     load().turbo_nb.prompt_encoder(PROMPT)
     assert load().text_encoder is not None
     assert load(prompts=[PROMPT, "a large red circle"]).text_encoder is not None  # one of them is new
+
+
+def test_words_after_the_512_tokens_are_named_also_for_a_known_prompt(folder):
+    long = "a red circle " * 300 + "and LASTLY a violet triangle"
+    encoder = load().turbo_nb.prompt_encoder
+    tokenizer = encoder._pipeline.tokenizer
+    for _ in range(2):
+        with errors.collect_warnings() as said:
+            encoder(long)
+        assert len(said) == 1
+        count = len(tokenizer(long).input_ids)
+        assert f"has {count} tokens, and the text encoder reads 512" in said[0] and count > 512
+        lost = int(said[0].partition("the last ")[2].split()[0])
+        assert abs(len(tokenizer(long[:-lost]).input_ids) - 512) < 3
+        assert long[-lost:].strip().startswith(said[0].partition("begin with '")[2][:40].strip())
+    with errors.collect_warnings() as said:
+        encoder("é" * 255)  # nano's tokenizer has a token for each byte, and one for the end
+    assert not said and len(tokenizer("é" * 255).input_ids) == 511
 
 
 def test_a_file_has_the_prompts_own_tokens_and_not_its_words(folder):

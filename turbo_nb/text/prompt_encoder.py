@@ -5,7 +5,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import warn
 from ..machine.probe import release_memory
+from ..settings import shown
 from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 
 if TYPE_CHECKING:
@@ -49,13 +51,32 @@ class PromptEncoder:
             self._pipeline.text_encoder = self._load(device)
 
     def __call__(self, prompt: str) -> "torch.Tensor":
-        """Return the embedding (1, 512, text_dim) on the CPU, with zeros after the prompt's own tokens."""
+        """Return the embedding (1, 512, text_dim) on the CPU, with zeros after the prompt's own tokens.
+
+        Warns of the words that the text encoder does not read, because they come after its 512 tokens.
+        """
+        self._warn_of_lost_words(prompt)
         if prompt not in self._known:
             self._known[prompt] = self._find_or_encode(prompt)
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(prompt)
         return self._known[prompt]
+
+    def _warn_of_lost_words(self, prompt: str) -> None:
+        if len(prompt.encode()) < TEXT_LENGTH:  # a token has a byte at least, and one token ends the prompt
+            return
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        tokenizer = self._pipeline.tokenizer
+        tokens = tokenizer(prompt_clean(prompt), verbose=False).input_ids
+        if len(tokens) > TEXT_LENGTH:
+            lost = tokenizer.decode(tokens[TEXT_LENGTH - 1 :], skip_special_tokens=True)  # the kept end takes a token
+            warn(
+                f"the prompt has {len(tokens)} tokens, and the text encoder reads {TEXT_LENGTH}. "
+                f"It does not read the last {len(lost)} characters, which begin with {shown(lost)}. Shorten the prompt.",
+                stacklevel=3,
+            )
 
     def _find_or_encode(self, prompt: str) -> "torch.Tensor":
         found = self._cache.get(prompt) if self._cache else None
