@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from turbo_nb import cli
+from turbo_nb.machine import atomic
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
 
@@ -23,7 +26,12 @@ def run(*arguments, cwd, **variables):
         arguments += ("--device", "cpu")
     command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"} | variables
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | variables,
     )
 
 
@@ -118,3 +126,87 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch):
 def test_help_of_every_command_is_shown(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output and result.exception is None
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
+def test_a_signal_leaves_no_temporary_file(tmp_path, name):
+    code = (
+        "import sys, time; from turbo_nb import cli, generation; from turbo_nb.video import mp4\n"
+        "add = mp4.Encoder.add\n"
+        "def slow(self, frames):\n    add(self, frames); print('encoding', flush=True); time.sleep(60)\n"
+        "mp4.Encoder.add = slow\n"
+        "sys.argv[1:] = ['t2v', '--device', 'cpu', '--prompt', 'a red circle', '--num_frames', '1', '--num_steps', '1',"
+        " '--save_path', 'v.mp4']\ncli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "encoding\n"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]  # the temporary one
+    process.send_signal(number := getattr(signal, name))
+    process.send_signal(number)  # a closing terminal sends it twice
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, list(tmp_path.iterdir())) == (128 + number, [])
+    assert "cancelled" in err and "Traceback" not in err
+
+
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    old, new = (tmp_path / f"{atomic.PREFIX}{name}.mp4" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * cli.ABANDONED,) * 2)
+    result = command_line("t2v", "--prompt", PROMPT, "--num_frames", 1, "--num_steps", 1, "--resolution", "64x48",
+                          "--save_path", "v.mp4", cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "v.mp4"]
+
+
+CLIP = ("--device", "cpu", "--num_frames", "1", "--num_steps", "1", "--resolution", "64x48", "--save_path", "v.mp4")
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">/dev/full", "2>/dev/full", ">&- 2>&-", "| true", "<&-"])
+def test_a_stream_that_fails_costs_no_video(tmp_path, redirect):
+    command = f'set -o pipefail; "$@" {redirect}'
+    arguments = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", PROMPT, *CLIP, "--num_samples", "2"]
+    result = subprocess.run(
+        ["bash", "-c", command, "bash", *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert "Exception ignored" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v-0.mp4", "v-1.mp4"]
+    assert ("standard output cannot be written" in result.stderr) == (redirect == ">/dev/full")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk"])
+def test_a_stream_of_another_encoding_costs_no_video(tmp_path, encoding):
+    result = run(
+        "t2v", "--prompt", "红圆 🔴 a red circle", *CLIP[2:-1], "猫.mp4", cwd=tmp_path, PYTHONIOENCODING=encoding
+    )
+    assert result.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["猫.mp4"], result.stderr
+    told = run("info", "猫.mp4", cwd=tmp_path, PYTHONIOENCODING=encoding)
+    assert told.returncode == 0 and "a red circle" in told.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "doctor"])
+def test_a_text_that_is_lost_is_exit_code_1(tmp_path, command):
+    arguments = {"info": ["info", str(Path(__file__).parent / "golden/vae_state.safetensors")], "doctor": ["doctor"]}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "turbo_nb.cli", *arguments[command]], stdout=full, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("standard output cannot be written") == 1

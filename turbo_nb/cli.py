@@ -5,11 +5,12 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,9 +36,40 @@ app = typer.Typer(
 
 CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with it, too
 
+# exit code → signal; Windows has only SIGTERM
+STOPPED = {128 + one: one for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if (one := getattr(signal, name, None))}
+ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a video any more
+
 
 class _Cancelled(Exception):
     """Ends a command that has already printed what became of it."""
+
+
+class _Stream:
+    """A standard stream that drops text which cannot be written, because a full disk or a closed pipe behind it must
+    not end a run whose videos are made. `error` is the first failure."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.error = stream, None
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable, *arguments: Any) -> None:
+        if self.error is None:
+            try:
+                function(*arguments)
+            except (OSError, ValueError) as error:
+                self.error = error
+                with suppress(OSError, ValueError):  # what the stream still holds goes nowhere, too
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, to paste or to parse.")]
@@ -162,6 +194,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
     """Make the clips of one prompt"""
     from . import generation, pipeline
     from .files.resolve import resolve
+    from .machine import atomic
     from .video import mp4, sheet
 
     every = seeds(clip.seed, run.num_samples)
@@ -169,6 +202,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
     for one in paths:
         mp4.check_output(one)
+    atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
     resolved = resolve(load)
     prepared = generation.prepare(clip, resolved.spec)
     with _progress() as (progress, bar, console):
@@ -290,10 +324,11 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, a
 
         for name, value in mp4.read_metadata(file).items():
             print(mp4.printable(f"{name:15} {_as_text(value)}"))
-        return
-    from .files import lora
+    else:
+        from .files import lora
 
-    print(lora.describe(file))
+        print(lora.describe(file))
+    _require_shown()
 
 
 def _as_text(value: Any) -> str:
@@ -376,24 +411,49 @@ def _show(report, as_json: bool) -> None:
     """Print a report as JSON or as tables"""
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
-        return
-    from rich import print as rich_print
+    else:
+        from rich import print as rich_print
 
-    rich_print(report)
+        rich_print(report)
+    _require_shown()
+
+
+def _require_shown() -> None:
+    """Exit with 1 where stdout did not take the text, for commands whose only result is the text"""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if getattr(sys.stdout, "error", None):
+        raise typer.Exit(1)
 
 
 def main() -> None:
-    """Run a command: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    SIGTERM, SIGHUP and SIGQUIT end a command as Ctrl-C does, with 128 plus their number, and leave no temporary file.
+    """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # because a prompt may have characters that a terminal cannot show
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
-    logging.getLogger("turbo_nb").handlers[:] = [handler]
-    logging.getLogger("turbo_nb").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # because our own bar is on the screen
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # because its advice is for programmers
+    out, err = (stream and _Stream(stream) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err), _ended_by_signals():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("note: %(message)s"))
+        logging.getLogger("turbo_nb").handlers[:] = [handler]
+        logging.getLogger("turbo_nb").setLevel(logging.INFO)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # because our own bar is on the screen
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # because its advice is for programmers
+        try:
+            _run()
+        finally:
+            for stream in filter(None, (out, err)):
+                stream.flush()
+            if out and out.error and not isinstance(out.error, BrokenPipeError):
+                print(f"note: standard output cannot be written ({out.error}). Files are not affected.", file=err)
+
+
+def _run() -> None:
+    """Run a command, and turn what it raises into a line and an exit code"""
     try:
         app()
     except TurboNbError as error:
@@ -402,10 +462,31 @@ def main() -> None:
     except _Cancelled:
         sys.exit(CANCELLED)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != CANCELLED:
+        code = CANCELLED if isinstance(end, KeyboardInterrupt) else end.code
+        if code not in (CANCELLED, *STOPPED):
             raise
         print("cancelled; only what was finished is there", file=sys.stderr)
-        sys.exit(CANCELLED)
+        sys.exit(code)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the signals of `STOPPED` raise SystemExit, so that each `with` removes its temporary files"""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # because a second signal would interrupt the removal
+        raise SystemExit(128 + number)
+
+    # a signal that is ignored stays ignored, as nohup wants it
+    before = [each for each in STOPPED.values() if signal.getsignal(each) == signal.SIG_DFL]
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
