@@ -4,6 +4,7 @@ import inspect
 import json
 import typing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,28 @@ def test_values_of_numpy_count_and_become_python_s():
     )
     assert json.loads(json.dumps(vars(clip)))["seed"] == 3
     assert (type(clip.seed), type(clip.ode), type(clip.sigma_max)) == (int, bool, float)
+
+
+def test_a_home_is_expanded_in_every_option_that_is_a_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {
+        (cls, name)
+        for cls in (LoadOptions, RunOptions)
+        for name, one in options(cls).items()
+        if isinstance(one.check, settings.PathLike)
+    }
+    assert {name for _, name in paths} >= {"model", "checkpoint", "vae", "text_encoder", "save_path", "output_dir"}
+    for cls, name in paths:
+        for kind in (str, Path):
+            value = getattr(cls(**{name: kind("~/a/b.mp4")}), name)
+            assert value == kind(tmp_path / "a" / "b.mp4") and type(value) is type(kind("x"))
+        assert getattr(cls(**{name: "a/~/b.mp4"}), name) == "a/~/b.mp4"
+    assert LoadOptions(checkpoint=("~/a", "~/b")).checkpoint == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert [one.file for one in LoadOptions(loras=["high=~/a:0.5", Path("~/b")]).loras] == [
+        f"{tmp_path}/a",
+        f"{tmp_path}/b",
+    ]
+    assert LoadOptions(vae="~nobody-of-this-name/x").vae == "~nobody-of-this-name/x"
 
 
 def test_none_is_the_default():

@@ -127,7 +127,7 @@ class Text:
 
 @dataclass(frozen=True)
 class PathLike:
-    """A path as text or Path; `pair`: also two of them."""
+    """A path as text or Path, whose `~` is expanded; `pair`: also two of them."""
 
     pair: bool = False
     type: type = Path
@@ -137,7 +137,7 @@ class PathLike:
             return tuple(PathLike()(name, one) for one in value)
         if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fspath(value):
             raise _wrong(name, value, "a path" + (", or a pair of paths (high-noise, low-noise)" if self.pair else ""))
-        return value
+        return with_home(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,7 @@ class LoRAFiles:
             value, strength = value if self._is_pair(value) else (value, None)
             file = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
             expert, file = file.split("=", 1) if _EXPERT.match(file) else (None, file)
+            file = with_home(file)
             if strength is None:
                 file, strength = _with_strength(file)
         if not isinstance(file, str) or not file.strip() or "\0" in file or expert not in (None, "high", "low"):
@@ -215,6 +216,13 @@ class Anything:
 
     def __call__(self, name: str, value: Any) -> Any:
         return value
+
+
+def with_home(path: Any) -> Any:
+    """Return a path with `~` or `~name` in front expanded, because a shell leaves it in --option=~/file."""
+    if not os.fspath(path).startswith("~"):
+        return path
+    return type(path)(os.path.expanduser(path)) if isinstance(path, str | Path) else os.path.expanduser(path)
 
 
 def _is_bool(value: Any) -> bool:
