@@ -81,6 +81,7 @@ def test_a_home_is_expanded_in_every_option_that_is_a_path(monkeypatch, tmp_path
         f"{tmp_path}/a",
         f"{tmp_path}/b",
     ]
+    assert ClipSettings(prompt="x", image="~/a.png").image == f"{tmp_path}/a.png"
     assert LoadOptions(vae="~nobody-of-this-name/x").vae == "~nobody-of-this-name/x"
 
 

@@ -210,12 +210,12 @@ def _with_strength(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Anything:
-    """A value whose own reader checks it."""
+    """A value whose own reader checks it. The `~` of a path is expanded."""
 
     type: type = Path
 
     def __call__(self, name: str, value: Any) -> Any:
-        return value
+        return with_home(value) if isinstance(value, str | Path) else value
 
 
 def with_home(path: Any) -> Any:

@@ -13,11 +13,10 @@ from ..errors import InputError, OutputError
 from ..files import endpoint
 from ..machine import environment, probe
 from ..machine.environment import Environment
+from ..machine.probe import TORCH_SITE
 from .fits import Fit
 from .hub_check import Hub
 from .tables import gib
-
-TORCH_SITE = "pytorch.org/get-started"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +60,8 @@ def of_torch(seen: Environment, found: Backends) -> Iterator[Problem]:
     """Yield what keeps torch from using a GPU."""
     if found.torch is None:
         yield _error(f"torch cannot be imported: {found.cuda_error}", f"install torch again: {TORCH_SITE}")
-    elif found.arch is None and found.gpu:
-        yield _warning(
-            f"torch cannot use the {found.gpu}: {found.cuda_error}",
-            f"install a torch that is built for this GPU and its driver: {TORCH_SITE}",
-        )
+    elif unused := probe.unused_gpu(found):
+        yield _warning(*unused)
     elif found.arch is None and seen.place not in ("plain", "Jupyter"):
         fix = "Runtime > Change runtime type > GPU" if seen.place == "Colab" else "start a pod with a GPU"
         yield _warning(f"this machine has no GPU: only {catalog.NANO.name} is fast enough here", fix)

@@ -5,6 +5,7 @@ is a fact with a reason, not an exception.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, warn
 from . import environment
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     Device = str | torch.device | int | None
 
+HIDES = "CUDA_VISIBLE_DEVICES"
+TORCH_SITE = "pytorch.org/get-started"
 TRIAL_SECONDS = 60.0  # of the trial kernel: torch's import, Triton's compilation, one launch
 SMI_SECONDS = 10.0
 # Import name → what users call it, and the module whose import shows that it works
@@ -157,16 +160,23 @@ def _probe_once() -> Machine:
             facts |= {"gpu": gpus[0].name, "gpu_count": len(gpus), "arch": gpus[0].arch, "gpus": gpus}
         elif name and torch.version.cuda is None:
             facts["cuda_error"] = f"torch {torch.__version__} is built without CUDA"
+        elif name and not re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get(HIDES, "0")):
+            facts["cuda_error"] = _hidden()
         elif name:
             torch.cuda.init()  # raises, with the reason
-            facts["cuda_error"] = "torch sees no GPU. Check whether CUDA_VISIBLE_DEVICES hides it"
+            facts["cuda_error"] = "torch sees no GPU"
     except Exception as error:  # whatever a broken driver, torch or GPU raises is a fact about it
-        facts["cuda_error"] = first_line(error)
+        hidden = HIDES in os.environ and "No CUDA GPUs" in str(error)
+        facts["cuda_error"] = _hidden() if hidden else first_line(error)
     usable = "arch" in facts
     libraries = {name: library for name in LIBRARIES if (library := _probe_library(name, usable))}
     if usable and "triton" in libraries and not libraries["triton"].error:
         libraries["triton"] = replace(libraries["triton"], error=_probe_triton())
     return Machine(**facts, libraries=libraries)
+
+
+def _hidden() -> str:
+    return f"{HIDES} is {os.environ[HIDES]!r}, which hides it"
 
 
 def installed(name: str) -> bool:
@@ -241,8 +251,24 @@ def _probe_triton(
     return f"its trial kernel failed: {line}"
 
 
+def unused_gpu(machine: Machine) -> tuple[str, str] | None:
+    """Return why torch cannot use the GPU of this machine, and the fix. None: there is no GPU, or torch uses it."""
+    if machine.gpu is None or machine.arch or machine.torch is None:
+        return None
+    reason = machine.cuda_error or "for an unknown reason"
+    if reason.startswith(HIDES):
+        fix = f"unset {HIDES}"
+    elif "too old" in reason:
+        fix = f"update the driver (it is {machine.driver}), or install a torch that is built for it: {TORCH_SITE}"
+    else:
+        fix = f"install a torch that is built for this GPU and its driver: {TORCH_SITE}"
+    return f"torch cannot use the {machine.gpu}: {reason}", fix
+
+
 def device_of(device: str) -> str:
     """Return the device to load on; "auto" is "cuda" where torch sees a GPU, else "cpu".
+
+    Warns where "auto" is "cpu" although this machine has a GPU.
 
     Raises:
         InputError: the device is unknown, or this machine does not have it.
@@ -250,7 +276,12 @@ def device_of(device: str) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        if unused := unused_gpu(_probe_once()):
+            reason, fix = unused
+            warn(f"{reason}. This runs on the CPU, which is much slower. To use the GPU, {fix}.", stacklevel=2)
+        return "cpu"
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
@@ -258,9 +289,10 @@ def device_of(device: str) -> str:
     if asked is None or asked.type not in ("cpu", "cuda"):
         raise InputError(f"device is {str(device)!r}. Expected auto, cpu, cuda, or one GPU of several, such as cuda:1.")
     if asked.type == "cuda" and not torch.cuda.is_available():
+        unused = unused_gpu(_probe_once())
         raise InputError(
             f"device is {str(device)!r}, and torch sees no GPU here. Expected cpu. "
-            "Use --device cpu, or install a CUDA build of torch."
+            + (f"{unused[0][0].upper()}{unused[0][1:]}. To use it, {unused[1]}." if unused else "Use --device cpu.")
         )
     if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1

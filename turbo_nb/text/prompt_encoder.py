@@ -73,8 +73,8 @@ class PromptEncoder:
         if len(tokens) > TEXT_LENGTH:
             lost = tokenizer.decode(tokens[TEXT_LENGTH - 1 :], skip_special_tokens=True)  # the kept end takes a token
             warn(
-                f"the prompt has {len(tokens)} tokens, and the text encoder reads {TEXT_LENGTH}. "
-                f"It does not read the last {len(lost)} characters, which begin with {shown(lost)}. Shorten the prompt.",
+                f"the prompt has {len(tokens)} tokens, and the text encoder reads {TEXT_LENGTH}. It does not read "
+                f"the last {len(lost)} characters, which begin with {shown(lost)}. Shorten the prompt.",
                 stacklevel=3,
             )
 
