@@ -1,5 +1,6 @@
 """turbo-nb as a shell runs it: in a process of its own, and where that proves no more, in this one."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,9 @@ from helpers import command_line
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from turbo_nb import cli
+import turbo_nb
+from turbo_nb import backends, cli
+from turbo_nb.errors import BackendError
 from turbo_nb.machine import atomic
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
@@ -210,3 +213,31 @@ def test_a_text_that_is_lost_is_exit_code_1(tmp_path, command):
         )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("standard output cannot be written") == 1
+
+
+@pytest.mark.parametrize("variable", sorted(set(backends.VARIABLES.values())))
+@pytest.mark.parametrize("command", ["t2v", "batch", "download"])
+def test_an_unknown_value_of_a_variable_is_an_error_of_every_command(tmp_path, monkeypatch, command, variable):
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    arguments = {
+        "t2v": ["--prompt", PROMPT, *CLIP],
+        "batch": ["prompts.txt", *CLIP[:-2], "--output_dir", "made"],
+        "download": ["TurboWan2.1-T2V-1.3B-480P"],
+    }
+    monkeypatch.setenv(variable, "nonsense")
+    result = command_line(command, *arguments[command], cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {variable}=nonsense is unknown"), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_an_unknown_value_of_a_variable_is_an_error_in_python(monkeypatch):
+    monkeypatch.setenv("TURBO_NB_VAE", "nonsense")
+    with pytest.raises(BackendError, match="TURBO_NB_VAE=nonsense is unknown; give one of auto"):
+        turbo_nb.load_pipeline("nano", device="cpu")
+
+
+@pytest.mark.parametrize("opened", ["[", '{"a":'])
+def test_info_shows_metadata_of_any_depth(opened):
+    for depth in (1, 200, 900):
+        value = json.loads(opened * depth + "1" + ("]" if opened == "[" else "}") * depth)
+        assert len(cli._as_text(value)) > 0

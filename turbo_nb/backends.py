@@ -143,14 +143,25 @@ def _variable(operation: str) -> str:
     return VARIABLES[operation]
 
 
+def check_variables() -> None:
+    """Raise BackendError for a TURBO_NB_… variable with a value that no implementation has. Probes nothing."""
+    for variable in dict.fromkeys(VARIABLES.values()):
+        asked = os.environ.get(variable) or "auto"
+        _require_known(variable, asked, f"{variable}={asked}")
+
+
+def _require_known(variable: str, asked: str, source: str) -> None:
+    known = [row.name for row in registry.IMPLEMENTATIONS if VARIABLES[row.operation] == variable]
+    if asked not in ("auto", *known):
+        raise BackendError(f"{source} is unknown; give one of {', '.join(dict.fromkeys(['auto', *known]))}")
+
+
 def _choose(operation: str, machine: Machine, override: str | None, wish: str | None) -> Choice:
     """Choose from the rows: `machine` as seen from the device, `wish` the value of the operation's variable."""
     variable, operation = VARIABLES[operation], SHOWN.get(operation, operation)
     asked = override or wish or "auto"
     source = f"{operation} backend {asked!r}" if override else f"{variable}={asked}"
-    known = [row.name for row in registry.IMPLEMENTATIONS if VARIABLES[row.operation] == variable]
-    if asked not in ("auto", *known):
-        raise BackendError(f"{source} is unknown; give one of {', '.join(dict.fromkeys(['auto', *known]))}")
+    _require_known(variable, asked, source)
     rows = registry.implementations(operation)
     by_name = asked in [row.name for row in rows]
     rejected = []

@@ -129,6 +129,7 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
                 values = {name: given.pop(name) for name, (owner, _) in declared.items() if owner is cls}
                 values = {name: _scaled(cls, name, value) for name, value in values.items() if value is not None}
                 built[parameter.name] = values if cls in partial else build(cls, values)
+            _check_variables()
             function(**built, **given)
 
         ordered = sorted(declared, key=lambda name: [*PANELS].index(options(declared[name][0])[name].group))
@@ -140,6 +141,13 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
         return function
 
     return decorate
+
+
+def _check_variables() -> None:
+    """Raise BackendError for an unknown value of a TURBO_NB_… variable, before anything is downloaded"""
+    from . import backends
+
+    backends.check_variables()
 
 
 def _scaled(cls: type, name: str, value: Any) -> Any:
@@ -333,11 +341,14 @@ def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, a
 
 def _as_text(value: Any) -> str:
     """Return a value of a record in one line"""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
-    if isinstance(value, list):
-        return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(_as_text, value))
-    return str(value)
+    try:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+        if isinstance(value, list):
+            return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(_as_text, value))
+        return str(value)
+    except RecursionError:  # a foreign file may nest as deeply as JSON can be read
+        return "…"
 
 
 @app.command()
@@ -387,6 +398,7 @@ def download(
     """Download a model's files into the Hub cache ($HF_HOME): print the plan, the transfer, and the paths."""
     from .files.download import download_model
 
+    _check_variables()
     files = download_model(model, quantized=quant, on_plan=lambda plan: print(plan, flush=True))
     if files:
         print(files)
@@ -402,6 +414,7 @@ def verify(
     """Test this machine and a model: operations, files, a step, a short clip. Exit code 2 where something is wrong."""
     from .checkup.selftest import verify
 
+    _check_variables()
     result = verify(model, quantized=quant, device=device)
     _show(result, as_json)
     raise typer.Exit(result.exit_code)

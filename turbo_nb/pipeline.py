@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from . import backends
 from .catalog import ModelSpec
 from .errors import InputError
 from .files import hub
@@ -230,6 +231,7 @@ def load(
     on_progress: Callable[[hub.Progress], None] | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """Load a model that `files.resolve.resolve` found; arguments, result and errors as those of `load_pipeline`."""
+    backends.check_variables()
     resolved.plan(clip)  # a plan that does not suit the device is an error before the download
     resolved = resolved.fetch(on_progress)
     plan = resolved.plan(clip)
