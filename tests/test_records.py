@@ -55,6 +55,15 @@ def test_every_field_of_a_video_may_be_foreign():
             assert isinstance(read(VideoRecord, {name: value}), VideoRecord)
 
 
+@pytest.mark.parametrize("opened", ['{"a":', "["])
+def test_values_of_many_levels_are_left_out(opened):
+    deep = json.loads(opened * 900 + "1" + {"[": "]"}.get(opened, "}") * 900)
+    few = json.loads(opened * 20 + "1" + {"[": "]"}.get(opened, "}") * 20)
+    video = read(VideoRecord, {"prompt": "x", "more": {"deep": deep, "few": few}})
+    assert video == VideoRecord(prompt="x", more={"few": few})
+    assert json.dumps(write(video))
+
+
 def test_a_record_without_measurements_is_the_same_for_equal_clips():
     made = VideoRecord(prompt="x", job="1", versions={"torch": "2"})
     one = replace(made, timings={"text": 1.0}, steps=[0.5], peaks={"text": 9.0}, machine="H100", cost=0.1)

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+DEEPEST = 32  # levels of a value of any kind
 MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields that differ between equal clips
 
 
@@ -108,11 +109,17 @@ def write(record: Any) -> dict:
     return {name: value for name, value in asdict(record).items() if value not in (None, "", [], {})}
 
 
+def _is_flat(value: Any, levels: int = DEEPEST) -> bool:
+    """Return whether a value has few levels, because Python's own functions recurse and fail at about 900"""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_is_flat(one, levels - 1) for one in inner)
+
+
 def _fitted(kind: Any, value: Any) -> tuple[bool, Any]:
     """Return whether a value has a type, and the value in that type"""
     origin = get_origin(kind)
     if kind is Any:
-        return True, value
+        return _is_flat(value), value
     if origin in (Union, types.UnionType):
         tried = (_fitted(one, value) for one in get_args(kind))
         return next((one for one in tried if one[0]), (False, None))

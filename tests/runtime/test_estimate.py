@@ -145,7 +145,9 @@ def test_lines_that_cannot_be_read_are_passed_over(folder):
     good = json.dumps(records.write(row()))
     bad = ["", "{", "null", "[1]", '{"machine": 1}', good[:-20], good + good, good.replace("832", '"x"'),
            good.replace("3.0", "NaN"), good.replace("3.0", "-3"), good.replace("832", "0"),
-           good.replace("3.0", "null"), good.replace("small", "\x00")]  # fmt: skip
+           good.replace("3.0", "null"), good.replace("832", "1" + "0" * 400), good.replace("3.0", "1e300"),
+           json.dumps(records.write(row(work=1e-320))), "[" * 9000, "9" * 9000,
+           good.replace("small", "\x00")]  # fmt: skip
     (folder / estimate.ROWS).write_bytes("\n".join([*bad, good, "\udcff", ""]).encode(errors="surrogateescape"))
     assert estimate.rows() == [row(steps=[2.0] * 4)]
 

@@ -186,7 +186,9 @@ def _row(line: bytes) -> Row | None:
     except (ValueError, RecursionError):
         return None
     row = records.read(Row, data)
-    if row is None or not row.pixels or min([*row.timings.values(), *row.steps, row.work, row.pixels]) < 0:
+    if row is None or not 0 < row.pixels < 1e15 or not (row.work == 0 or 1 <= row.work < 1e30):
+        return None
+    if any(not 0 <= seconds < 1e9 for seconds in (*row.timings.values(), *row.steps)):
         return None
     read = asdict(row)  # a row that lost a number in reading would make a stage look free
     return row if all(data[name] == value for name, value in read.items() if name in data) else None
