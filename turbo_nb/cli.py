@@ -46,8 +46,10 @@ class _Cancelled(Exception):
 
 
 class _Stream:
-    """A standard stream that drops text which cannot be written, because a full disk or a closed pipe behind it must
-    not end a run whose videos are made. `error` is the first failure."""
+    """A standard stream that drops text after a first failure, which `error` keeps.
+
+    A full disk or a closed pipe behind it must not end a run whose videos are made.
+    """
 
     def __init__(self, stream: Any):
         self._stream, self.error = stream, None

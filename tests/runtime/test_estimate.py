@@ -1,4 +1,4 @@
-"""The time of a clip: from this machine's rows, scaled; a first guess without them; whatever the file holds."""
+"""The time of a clip: from this machine's rows, scaled, or a first guess, whatever the file holds."""
 
 import json
 from types import SimpleNamespace

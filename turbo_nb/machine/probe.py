@@ -252,7 +252,7 @@ def _probe_triton(
 
 
 def unused_gpu(machine: Machine) -> tuple[str, str] | None:
-    """Return why torch cannot use the GPU of this machine, and the fix. None: there is no GPU, or torch uses it."""
+    """Return why torch cannot use the GPU of this machine, and the fix. None: torch uses it, or no GPU exists."""
     if machine.gpu is None or machine.arch or machine.torch is None:
         return None
     reason = machine.cuda_error or "for an unknown reason"
