@@ -193,7 +193,7 @@ def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):
         (None, "image is None"),
         ("no.png", "is not a file"),
         (NANO / "vocabulary.json", "cannot be read as an image"),
-        (np.zeros((4, 4)), r"float64 \(4, 4\)\. Expected a file"),
+        (np.zeros((4, 4, 7)), r"float64 \(4, 4, 7\)"),
     ],
     ids=["none", "missing", "not an image", "array"],
 )
