@@ -122,7 +122,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path, monkeypatch):
 
     monkeypatch.setattr("turbo_nb.pipeline.load", interrupt)
     result = command_line("t2v", "--model", "nano", "--device", "cpu", "--prompt", PROMPT, cwd=tmp_path)
-    assert (result.returncode, result.stderr.strip()) == (130, "cancelled; only what was finished is there")
+    assert (result.returncode, result.stderr.strip()) == (130, "cancelled; finished files are kept")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in sorted(get_command(cli.app).commands))], ids=str)

@@ -480,7 +480,7 @@ def _run() -> None:
         code = CANCELLED if isinstance(end, KeyboardInterrupt) else end.code
         if code not in (CANCELLED, *STOPPED):
             raise
-        print("cancelled; only what was finished is there", file=sys.stderr)
+        print("cancelled; finished files are kept", file=sys.stderr)
         sys.exit(code)
 
 

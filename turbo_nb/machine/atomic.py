@@ -4,7 +4,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 
 PREFIX = ".turbo_nb-"  # of temporary files, so that a sweep finds those of a process that was killed
@@ -69,14 +68,14 @@ def claim(folder: str | os.PathLike, stem: str, suffix: str) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        path = folder / (stem + (f"-{number}" if number > 1 else "") + suffix)
+    number, path = 1, folder / f"{stem}{suffix}"
+    while True:
         try:
             path.touch(exist_ok=False)
             return path
         except FileExistsError:
-            continue
-    raise AssertionError("count never ends")
+            number += 1
+            path = folder / f"{stem}-{number}{suffix}"
 
 
 def sweep(folder: str | os.PathLike, older_than: float) -> None:
