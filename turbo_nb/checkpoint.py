@@ -39,7 +39,6 @@ from .machine.mapped import PageReleaser
 from .sla import set_attention_type
 
 ROWS = 1024  # of a weight that are quantised at once
-TEXT_DIM = 4096  # of umT5-xxl, which all released models read
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
 
 
@@ -115,11 +114,6 @@ def load_transformer(
 
 def _is_int8(tensor: Tensor | Encoded) -> bool:
     return isinstance(tensor, Encoded) and tensor.is_int8
-
-
-def shapes_of(arch: catalog.Arch, text_dim: int = TEXT_DIM) -> shapes.Shapes:
-    """Return the shapes of the tensors of a released transformer, by diffusers' names, without its file."""
-    return shapes.of_transformer(arch, head_dim=arch.dim // arch.num_heads, text_dim=text_dim, sla=True)
 
 
 def _transformer_config(contents: Contents) -> dict[str, Any]:

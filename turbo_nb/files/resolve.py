@@ -19,7 +19,7 @@ from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError
 from ..runtime import plan
 from ..settings import LoadOptions, LoRAFile
-from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, vocabulary
+from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
 from .decide import asked, decide
 from .fingerprint import fingerprint
 from .recognise import Contents
@@ -220,10 +220,9 @@ def _content(part: Contents | Path | HubFile, default: HubFile | None = None) ->
 
 def _shapes(contents: Contents | None, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shapes of a transformer's tensors by name; those of the released model where nothing is known of its file"""
-    from ..checkpoint import shapes_of
-
     if contents is None:
-        return shapes_of(spec.arch)
+        head_dim = spec.arch.dim // spec.arch.num_heads
+        return shapes.of_transformer(spec.arch, head_dim=head_dim, text_dim=shapes.TEXT_DIM, sla=True)
     return {name: tuple(one.shape) for name, one in contents.tensors.items()}
 
 

@@ -10,6 +10,7 @@ from .names import PROJ_L
 
 PATCH = 1 * 2 * 2  # frames, rows and columns of latents that make a token
 OUT_CHANNELS = 16  # of all of Wan's models that turbo_nb runs
+TEXT_DIM = 4096  # of umT5-xxl, which all released models read
 TIME_DIM = 256  # channels of the sinusoidal time embedding
 EMBEDDING, TIED = "shared.weight", "encoder.embed_tokens.weight"  # umT5's table of embeddings, under two names
 
