@@ -16,7 +16,7 @@ from helpers import command_line
 
 import turbo_nb
 from turbo_nb import backends, catalog
-from turbo_nb.checkup import hub_check, tables
+from turbo_nb.checkup import hub_check, problems, tables
 from turbo_nb.checkup.doctor import GROUPS
 from turbo_nb.checkup.fits import fit
 from turbo_nb.checkup.hub_check import Hub, ask_hub
@@ -361,8 +361,11 @@ def hub(monkeypatch):
         return f"127.0.0.1:{server.server_address[1]}"
 
     start.asked = []
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "SSL_CERT_FILE"):
         monkeypatch.delenv(variable, raising=False)
+    for scheme in ("http", "https", "all"):
+        monkeypatch.delenv(f"{scheme}_proxy", raising=False)
+        monkeypatch.delenv(f"{scheme}_proxy".upper(), raising=False)
     yield start
     for server in servers:
         server.shutdown()
@@ -423,6 +426,36 @@ def test_a_hub_that_refuses_or_has_no_scheme(hub, monkeypatch):
     assert answer.state == "unreachable" and "refused" in answer.error
     monkeypatch.setenv("HF_ENDPOINT", "mirror")
     assert "does not begin with https://" in ask_hub().error
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "fix"),
+    [
+        ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "ALL_PROXY is a SOCKS proxy, 'socks5://127.0.0.1:9'", "pip"),
+        (
+            "https_proxy",
+            "http://me:secret@127.0.0.1:9",
+            "the proxy of https_proxy, 'http://127.0.0.1:9'",
+            "https_proxy",
+        ),
+        ("SSL_CERT_FILE", "/missing.pem", "SSL_CERT_FILE is '/missing.pem'", "Correct it or unset it"),
+    ],
+)
+def test_the_variable_that_keeps_the_hub_from_answering_is_named(hub, monkeypatch, name, value, what, fix):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    monkeypatch.setenv(name, value)
+    answer = ask_hub()
+    assert answer.state == "unreachable" and what in answer.error and fix in answer.fix
+    assert "secret" not in repr(answer)
+    (problem,) = problems.of_hub(answer)
+    assert what in problem.text and fix in problem.fix
+
+
+def test_the_hub_is_asked_through_the_proxy_of_all_requests(hub, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", f"http://{hub(200)}")  # urllib does not read ALL_PROXY
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    assert ask_hub().state == "reachable" and hub.asked[0]["host"] == "hub.invalid"
 
 
 def test_a_hub_that_hangs_is_given_its_seconds_and_is_a_warning(hub, monkeypatch, report):

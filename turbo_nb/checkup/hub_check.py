@@ -4,11 +4,11 @@ import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
+from importlib import import_module
 
-from ..files.endpoint import HUB, offline
+from ..errors import first_line
+from ..files.endpoint import HUB, cause, client, offline, without_secrets
 
 HUB_SECONDS = 3.0
 
@@ -22,12 +22,14 @@ class Hub:
         state: "reachable", "offline" (HF_HUB_OFFLINE is set) or "unreachable".
         seconds: time to the answer, None without an answer.
         error: why the Hub is unreachable.
+        fix: what to do about it, None where no variable is at fault.
     """
 
     endpoint: str
     state: str
     seconds: float | None = None
     error: str | None = None
+    fix: str | None = None
 
 
 def ask_hub() -> Hub:
@@ -39,7 +41,7 @@ def ask_hub() -> Hub:
         return Hub(endpoint=endpoint, state="offline")
     if not endpoint.lower().startswith(("http://", "https://")):
         return Hub(endpoint=endpoint, state="unreachable", error="the address does not begin with https:// or http://")
-    answer = []
+    answer: list[str | None] = []
     begin = time.monotonic()
     # A thread, because a name server that hangs ignores the timeout of the request.
     thread = threading.Thread(target=lambda: answer.append(_error_of(endpoint)), daemon=True)
@@ -47,16 +49,17 @@ def ask_hub() -> Hub:
     thread.join(HUB_SECONDS)
     if answer == [None]:
         return Hub(endpoint=endpoint, state="reachable", seconds=time.monotonic() - begin)
-    error = answer[0] if answer else f"no answer in {HUB_SECONDS:g} s"
-    return Hub(endpoint=endpoint, state="unreachable", error=error)
+    error, _, fix = (answer[0] if answer else f"no answer in {HUB_SECONDS:g} s").partition(". ")
+    return Hub(endpoint=endpoint, state="unreachable", error=error, fix=fix or None)
 
 
 def _error_of(endpoint: str) -> str | None:
-    """Return why an address does not answer, None where it does"""
+    """Return why an address does not answer and, after a full stop, the fix. None: it answers"""
     try:
-        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
-            return None
-    except urllib.error.HTTPError as error:  # any answer below 500 is the Hub's own
-        return None if error.code < 500 else f"HTTP {error.code} {error.reason}"
+        # The client of huggingface_hub, because another one reads proxies and certificates from other variables
+        with import_module(client()).Client(follow_redirects=True, timeout=HUB_SECONDS) as session:
+            answer = session.head(endpoint)
     except Exception as error:  # a malformed address, a proxy or a broken server can raise anything, and all are facts
-        return str(getattr(error, "reason", error)) or type(error).__name__
+        return cause(error, endpoint) or without_secrets(first_line(error)).replace(". ", ", ") or type(error).__name__
+    # any answer below 500 is the Hub's own
+    return None if answer.status_code < 500 else f"HTTP {answer.status_code} {answer.reason_phrase}"

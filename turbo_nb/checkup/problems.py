@@ -162,7 +162,7 @@ def of_hub(hub: Hub) -> Iterator[Problem]:
     if not wrong and hub.state == "unreachable":
         yield _warning(
             f"the Hub at {hub.endpoint} does not answer: {hub.error}",
-            "check network, proxy and HF_ENDPOINT; downloaded models run with HF_HUB_OFFLINE=1",
+            hub.fix or "check network, proxy and HF_ENDPOINT; downloaded models run with HF_HUB_OFFLINE=1",
         )
 
 

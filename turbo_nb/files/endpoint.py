@@ -69,7 +69,7 @@ def faults(token: str | None = None) -> Iterator[str]:
         elif parts.scheme.startswith("socks") and find_spec("socksio") is None:
             yield (
                 f"{name} is a SOCKS proxy, {_host(value)!r}, which needs a package. "
-                f"Run: pip install '{_client()}[socks]'. Or set {name} to the proxy's http port."
+                f"Run: pip install '{client()}[socks]'. Or set {name} to the proxy's http port."
             )
     if path := os.environ.get("SSL_CERT_FILE"):
         try:
@@ -119,8 +119,8 @@ def token() -> str | None:
         return None
 
 
-def _client() -> str:
-    """The name of the package that sends the requests, which differs between versions of huggingface_hub"""
+def client() -> str:
+    """Return the name of the package that sends the requests, which differs between versions of huggingface_hub."""
     try:
         from huggingface_hub.errors import HTTPError
     except ImportError:
