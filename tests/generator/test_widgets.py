@@ -28,7 +28,7 @@ from turbo_nb.generator.panels import PAGE
 from turbo_nb.generator.widgets import Generator
 from turbo_nb.records import VideoRecord
 from turbo_nb.settings import ClipSettings, LoadOptions
-from turbo_nb.video import mp4
+from turbo_nb.video import images, mp4
 
 
 @pytest.fixture
@@ -160,6 +160,17 @@ def test_the_outlook_is_shown_before_the_run(tmp_path, monkeypatch, generator):
     assert "only knows moving shapes" in generator.form.hint.value
 
 
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_the_upload_offers_every_kind_of_image_that_opens(generator, kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    Image.init()
+    offered = generator.form.image.upload.accept.split(",")
+    suffixes = [suffix for suffix, one in Image.registered_extensions().items() if one == kind]
+    known = Image.MIME[kind].startswith("image/") and kind != "HEIF"  # browsers do not know HEIF
+    assert "image/*" in offered if known else {".heic", ".heif"} <= {*suffixes} & {*offered}
+
+
 def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
     assert generator.form.image.upload.disabled and generator.form.image.tabs.selected_index == 0
     assert "makes videos from text alone" in generator.form.image.note.value
@@ -177,6 +188,12 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
     }
     generator.form.image.upload.set_trait("value", (entry,))
     assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image.note.value
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (32, 64), "red")).save(photo := io.BytesIO())
+    generator.form.image.upload.set_trait(
+        "value", ({**entry, "name": "IMG_1.HEIC", "type": "", "content": photo.getvalue()},)
+    )
+    assert generator.form.request.clip.image.size == (32, 64) and "IMG_1.HEIC" in generator.form.image.note.value
     generator.form.image.path.value = str(tmp_path / "none.png")
     assert generator.form.request.clip.image is None and "Expected a png" in generator.form.image.note.value
 

@@ -60,7 +60,7 @@ class ImageInput:
         self._source: str | Image | None = None  # the path of the picture, or the picture itself
         self._changed = changed
         self.upload = w.FileUpload(
-            description="Choose image", accept="image/png,image/jpeg,image/webp", layout=w.Layout(width="auto"),
+            description="Choose image", accept=images.ACCEPT, layout=w.Layout(width="auto"),
             tooltip=CLIP["image"].help,
         )  # fmt: skip
         self.path = styled(

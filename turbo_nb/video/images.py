@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOST_PIXELS = 64_000_000  # a png of this size takes 5 s on a busy core of a CPU, and with alpha 1 GB
 # Pillow's names. Others are left out, because EPS and WMF run programs, and old formats' readers are little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO")
+ACCEPT = "image/*,.heic,.heif"  # for a browser, which may not know HEIC as an image
 ALLOWED = "Expected a png, jpg or webp file."
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
 QUOTES = "'\"`“”‘’«»"
