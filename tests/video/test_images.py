@@ -165,6 +165,15 @@ def test_what_is_not_an_image_is_an_input_error(image, words):
         images.load_image(image)
 
 
+@pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"])
+def test_bytes_that_are_not_an_image_are_named_once(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (io.BytesIO(data), tmp_path / "a.png"):
+        with pytest.raises(InputError, match=r"\(its format is unknown\)") as caught:
+            images.load_image(source)
+        assert "BytesIO" not in str(caught.value) and str(caught.value).count(str(tmp_path)) <= 1
+
+
 def test_a_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(COLOUR).save(tmp_path / "a.png")

@@ -100,10 +100,17 @@ def _read(source: "Path | io.BytesIO", name: str) -> "Image":
                 f"image is {name}, a HEIC picture, and pillow-heif is not installed. {ALLOWED} Run: pip install "
                 "pillow-heif, or save the picture as jpg."
             ) from error
-        raise InputError(
-            f"image is {name}, which cannot be read as an image ({first_line(error)}). {ALLOWED} Save it as one of "
-            "these."
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    from PIL import UnidentifiedImageError
+
+    # Pillow's own words would be the path once more, or the address of a BytesIO
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    return InputError(
+        f"image is {name}, which cannot be read as an image ({reason}). {ALLOWED} Save it as one of these."
+    )
 
 
 def _is_heic(source: "Path | io.BytesIO") -> bool:
@@ -132,10 +139,7 @@ def _opened(picture: "Image", name: str) -> "Image":
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"image is {name}, which cannot be read as an image ({first_line(error)}). {ALLOWED} Save it as one of "
-            "these."
-        ) from error
+        raise _unreadable(name, error) from error
 
 
 def _eight_bits(picture: "Image", kind: str | None) -> "Image":
