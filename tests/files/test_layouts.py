@@ -150,7 +150,24 @@ def snapshot(root, parts):
     return folder
 
 
-LAYOUTS = [wan_ai, wan_ai_i2v, upstream, upstream_i2v, comfy, comfy_deep, comfy_root, snapshot]
+def repository(root, parts):
+    """The folder of that repository, whose branch main is one of two snapshots"""
+    current = snapshot(root, parts)
+    (current.parent / ("0b" * 20)).mkdir()
+    refs = current.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(current.name)
+    return current.parents[1]
+
+
+def snapshots(root, parts):
+    """Its only snapshot by the folder above"""
+    return snapshot(root, parts).parent
+
+
+LAYOUTS = [
+    wan_ai, wan_ai_i2v, upstream, upstream_i2v, comfy, comfy_deep, comfy_root, snapshot, repository, snapshots
+]  # fmt: skip
 
 
 def resolved(**options):
@@ -226,11 +243,11 @@ def test_one_expert_alone_is_an_error_that_names_the_number(tmp_path, parts):
         resolve.resolve(LoadOptions(device="cpu", model=folder, attention_type="original"))
 
 
-@pytest.mark.parametrize("layout", [wan_ai, comfy_root])
+@pytest.mark.parametrize("layout", [wan_ai, comfy_root, repository])
 def test_a_folder_stands_for_any_of_its_parts(tmp_path, parts, layout):
     folder = layout(tmp_path / "there", parts)
     file = transformer(tmp_path / "elsewhere" / "alone" / "own.safetensors")
-    found = resolved(model=file, vae=folder, text_encoder=folder, tokenizer=folder if layout is wan_ai else None)
+    found = resolved(model=file, vae=folder, text_encoder=folder, tokenizer=None if layout is comfy_root else folder)
     assert found.downloads == ()
     assert found.vae.kind == "vae" and found.text_encoder.kind == "text encoder"
     assert found.spec.name == "own"
@@ -288,10 +305,20 @@ def test_nanos_shape_does_not_take_the_parts_of_wan(tmp_path, parts):
 @pytest.mark.parametrize(
     ("layout", "name"),
     [(wan_ai, "Wan2.1-T2V-1.3B"), (wan_ai_i2v, "Wan2.2-I2V-A14B"), (snapshot, "Wan-Diffusers"),
-     (upstream, "TurboWan2.1-T2V-1.3B-480P"), (comfy, "wan2.1_t2v_1.3B_bf16")],
+     (repository, "Wan-Diffusers"), (upstream, "TurboWan2.1-T2V-1.3B-480P"), (comfy, "wan2.1_t2v_1.3B_bf16")],
 )  # fmt: skip
 def test_a_model_is_named_after_its_folder_or_file(tmp_path, parts, layout, name):
     assert resolved(model=layout(tmp_path, parts)).spec.name == name
+
+
+@pytest.mark.parametrize(("names", "words"), [((), "no snapshot"), (("a", "b"), "several snapshots .a, b.")])
+def test_a_repository_of_the_cache_without_one_snapshot_is_named(tmp_path, names, words):
+    folder = tmp_path / "models--o--r"
+    for name in ("", *names):
+        (folder / "snapshots" / name).mkdir(parents=True)
+    for given in (folder, folder / "snapshots"):
+        with pytest.raises(CheckpointError, match=f"models--o--r' is a folder of the Hub's cache with {words}"):
+            resolve.resolve(LoadOptions(device="cpu", model=given))
 
 
 def test_the_config_of_wan_ai_tells_the_heads_and_nothing_else(tmp_path, parts):
@@ -306,7 +333,7 @@ def test_a_clip_of_wan_ais_folder(tmp_path, parts):
     assert video.frames.shape[-3:] == (64, 64, 3)
 
 
-@pytest.mark.parametrize("layout", [wan_ai, wan_ai_i2v, comfy_root, snapshot])
+@pytest.mark.parametrize("layout", [wan_ai, wan_ai_i2v, comfy_root, snapshot, repository])
 def test_info_describes_each_part_of_a_layout(tmp_path, parts, layout):
     result = CliRunner().invoke(cli.app, ["info", str(layout(tmp_path, parts))])
     assert result.exit_code == 0, result.output

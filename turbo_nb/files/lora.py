@@ -28,6 +28,7 @@ from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
 from .reading import read_raw
 from .recognise import Contents
+from .reference import snapshot
 
 FOLDER = "TURBO_NB_LORAS"  # names the folder of LoRAs
 IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")  # PEFT, diffusers
@@ -314,10 +315,11 @@ def describe(path: str | Path) -> str:
     Raises:
         CheckpointError: as `read`.
     """
+    path = snapshot(Path(path))
     if environment.is_dir(path):
-        adapters = [Path(path) / name for name in IN_FOLDER if environment.is_file(Path(path) / name)]
+        adapters = [path / name for name in IN_FOLDER if environment.is_file(path / name)]
         return str(read(adapters[0])) if adapters else layouts.describe(path)
-    if layouts.is_tokenizer(Path(path)):
+    if layouts.is_tokenizer(path):
         return layouts.describe(path)
     contents = recognise.read(path)
     return str(of_contents(contents) if contents.kind == "LoRA" else contents)

@@ -7,6 +7,7 @@ A reference is data. The names of a repository's files and the index of its shar
 import os
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from .. import catalog
 from ..catalog import HubFile
 from ..errors import CheckpointError, InputError, listed
+from ..machine import environment
 from .endpoint import HUB, without_secrets
 from .filenames import (
     EXPERTS,
@@ -43,7 +45,7 @@ def read(given: str | Path, option: str = "model", endpoint: str = HUB) -> str |
     """Tell what an option was given: a model's name, a path or a reference.
 
     A name of the catalogue is a name whatever lies here. A path that exists is a path, also where it looks like a
-    reference.
+    reference. The folder of a repository in the Hub's cache means its snapshot.
 
     Args:
         given: the text.
@@ -56,16 +58,41 @@ def read(given: str | Path, option: str = "model", endpoint: str = HUB) -> str |
 
     Raises:
         InputError: an address of another host, or one that does not name weights.
+        CheckpointError: the folder of a repository in the Hub's cache does not show which snapshot is meant.
     """
     text = str(given)
     if option == "model" and text in ("auto", *catalog.MODELS, *catalog.UPSTREAM_NAMES):
         return text
     if os.path.exists(text):
-        return Path(given)
+        return snapshot(Path(given))
     if found := parse(text, option, endpoint):
         known = catalog.of_repo(found.repo) if found.path == "/" and found.revision is None else None
         return known.name if known and option == "model" else found
     return text if option == "model" and isinstance(given, str) else Path(given)
+
+
+def snapshot(path: Path) -> Path:
+    """Return the snapshot that a repository's folder in the Hub's cache means. Another path stays as it is.
+
+    It is the snapshot of the branch main, else the only one.
+
+    Raises:
+        CheckpointError: no snapshot, or several without a branch that chooses one.
+    """
+    folder = path.parent if path.name == "snapshots" else path
+    if not (Path(os.path.abspath(folder)).name.startswith("models--") and environment.is_dir(folder / "snapshots")):
+        return path
+    commits = sorted(os.listdir(folder / "snapshots"))
+    with suppress(OSError):
+        main = (folder / "refs" / "main").read_text().strip()
+        commits = [main] if main in commits else commits
+    if len(commits) != 1:
+        found = f"several snapshots ({listed(commits)})" if commits else "no snapshot"
+        raise CheckpointError(
+            f"{str(folder)!r} is a folder of the Hub's cache with {found}. Expected one snapshot. "
+            f"{'Give the path of one of them.' if commits else 'Download the model again.'}"
+        )
+    return folder / "snapshots" / commits[0]
 
 
 def parse(text: str, option: str = "model", endpoint: str = HUB) -> HubFile | None:
