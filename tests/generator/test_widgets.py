@@ -258,13 +258,14 @@ def test_the_attention_is_at_first_the_models_own(generator):
     assert generator.form.request.load.attention_type is None
 
 
-def test_a_grid_gives_the_first_seed_and_the_size_of_a_clip(generator):
+def test_a_grid_gives_the_size_of_a_clip_and_the_first_seed_and_names_the_others(generator):
     put_clip(generator, **WHOLE | {"seed": [11, 12]})
     assert "seed 11 12" in page(generator.clips.gallery)
     buttons(generator, "Use these settings")[0].click()
     request = generator.form.request
     assert (request.clip.seed, request.clip.resolution, request.clip.noise_device) == (11, "32x32", "cuda")
-    assert request.load.quant_linear is True and generator.clips.message.value == ""
+    assert request.load.quant_linear is True
+    assert "Not restored: seed (11 is the first of a grid of 11, 12)." in generator.clips.message.value
 
 
 @pytest.mark.parametrize(

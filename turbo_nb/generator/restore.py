@@ -37,6 +37,8 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         has_place = name in VideoRecord.__dataclass_fields__ or name in record.more  # else None is what it had
         if has_place and not form.controls[name].disabled:
             lost[name] = MISSING if values.get(name) is None else f"{values[name]} is not on the page"
+    if len(seeds) > 1:
+        lost["seed"] = f"{seeds[0]} is the first of a grid of {', '.join(map(str, seeds))}"
     if not record.prompt:
         lost["prompt"] = MISSING
     if form.spec and form.spec.task == "i2v" and not (record.image and form.image.take(record.image, record.image)):
