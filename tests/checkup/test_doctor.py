@@ -304,6 +304,7 @@ def test_a_machine_without_a_home_is_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found = turbo_nb.doctor()
     assert found.environment.caches[0].path == "~/.cache/huggingface/hub" and repr(found)
+    assert "cannot write to ~/.cache/huggingface/hub" in [problem.text for problem in found.problems]
     assert not list(tmp_path.iterdir())
 
 

@@ -129,8 +129,14 @@ def fetch(
         The path of each part; that of a folder is a folder in the cache.
 
     Raises:
-        DownloadError: the disk is too small (before the first byte), or a transfer or a check failed.
+        DownloadError: the disk is too small, or the user has no home for the cache (before the first byte). Or a
+            transfer or a check failed.
     """
+    if planned.to_fetch and planned.cache.parts[0].startswith("~"):  # else a folder of this name would be made here
+        raise DownloadError(
+            f"the Hub's cache is {str(planned.cache)!r}, and this user has no home folder. Set HF_HOME to a folder of "
+            "yours."
+        )
     for repo in {file.file.repo for file in planned.files}:
         hub_cache.remove_stale(repo)
     if planned.to_fetch > (free := hub_cache.free_bytes()):

@@ -211,7 +211,7 @@ def caches() -> tuple[Cache, ...]:
             path=str(path),
             size=folder_size(path),
             free=_free_and_total(path)[0],
-            writable=os.access(existing(path), os.W_OK),
+            writable=path.parts[0] != "~" and os.access(existing(path), os.W_OK),
         )
         for name, path in (("Hub", hub_cache()), ("Triton", kernel_cache()), ("prompt", text_cache()))
     )
