@@ -391,6 +391,9 @@ def test_the_hubs_answer(hub, monkeypatch, status, state, error):
     ("endpoint", "shown"),
     [
         ("https://me:secret@mirror.example/hf", "https://mirror.example/hf"),
+        ("https://mirror.example/hf?token=secret", "https://mirror.example/hf"),
+        ("https://mirror.example/#secret", "https://mirror.example"),
+        ("mirror.example?secret", "mirror.example"),
         ("me:secret@mirror.example", "mirror.example"),
         ("http://me:sec/secret@mirror.example", "http://mirror.example"),
         ("http://me:secret@[::1", "http://[::1"),

@@ -18,7 +18,7 @@ class Hub:
     """Whether the Hub answers.
 
     Args:
-        endpoint: its address, without user name and password.
+        endpoint: its address, without user name, password and query.
         state: "reachable", "offline" (HF_HUB_OFFLINE is set) or "unreachable".
         seconds: time to the answer, None without an answer.
         error: why the Hub is unreachable.
@@ -34,9 +34,9 @@ class Hub:
 
 def ask_hub() -> Hub:
     """Send one HEAD request to the Hub (HF_ENDPOINT), and wait 3 s for the answer. Sends nothing when offline."""
-    # Reports are pasted into issues, so everything up to the last @ is left out: there may be a password in it.
+    # Reports are pasted into issues, so everything up to the last @ and the query are left out: they may be secret.
     endpoint = re.sub(r"^([a-z][a-z0-9+.-]*://)?.*@", r"\1", os.environ.get("HF_ENDPOINT") or HUB, flags=re.I | re.S)
-    endpoint = endpoint.rstrip("/")
+    endpoint = re.split(r"[?#]", endpoint, maxsplit=1)[0].rstrip("/")
     if offline():
         return Hub(endpoint=endpoint, state="offline")
     if not endpoint.lower().startswith(("http://", "https://")):
