@@ -1,5 +1,7 @@
 """Checkpoints into diffusers folders: what is refused before work, and what a LoRA that does not fit says."""
 
+import os
+
 import pytest
 import torch
 from helpers import write_upstream
@@ -36,6 +38,18 @@ def test_file_in_the_place_of_the_folder_is_refused_before_work(source, tmp_path
     with pytest.raises(OutputError, match=rf"{taken}' is a file. Expected a folder"):
         convert(source, tmp_path / "out")
     assert (tmp_path / taken).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("n" * 300, "too long"), ("\0", "null"), ("closed", "ermission"), ("closed/new", "ermission")]
+)
+def test_folder_that_cannot_be_written_is_refused_before_work(source, tmp_path, monkeypatch, name, words):
+    (tmp_path / "closed").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode))
+    monkeypatch.setattr(module, "_load", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(OutputError, match=f"cannot be written .*{words}"):
+        convert(source, f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device (os error 28)"), OSError(28, "No space")])

@@ -1,12 +1,15 @@
 """Checkpoints become parts of a diffusers folder, in their own dtypes."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line
+from ..machine import environment
 from ..settings import LoadOptions, options
 from . import lora
 from .recognise import Contents, read, require
@@ -42,8 +45,18 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer to merge a LoRA into.")
     place = folder / ("transformer_2" if low_noise else FOLDERS[contents.kind])
     for path in (place, *place.parents):
-        if path.exists() and not path.is_dir():
+        if environment.exists(path) and not environment.is_dir(path):
             raise OutputError(f"{str(path)!r} is a file. Expected a folder. Remove the file or choose another folder.")
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(place)
+        if not os.access(environment.existing(place), os.W_OK | os.X_OK):
+            raise PermissionError("no permission")
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{str(place)!r} cannot be written ({first_line(error)}). Expected a folder that you can write to. "
+            "Choose another folder."
+        ) from error
     module = _load(contents, merged)
     changed = lora.require_changed(merged)
     try:
