@@ -109,6 +109,13 @@ def prepare(settings: ClipSettings, spec: ModelSpec) -> PreparedClip:
     Raises:
         InputError: a setting does not suit the model, or the image is missing, unwanted or cannot be read.
     """
+    check(settings, spec)
+    image = None if settings.image is None else images.load_image(settings.image)
+    return PreparedClip(clip=resolve_clip(settings, spec, image and image.size), image=image)
+
+
+def check(settings: ClipSettings, spec: ModelSpec) -> None:
+    """Check what neither the image's pixels nor the clip's size decide. Raises InputError."""
     if spec.task == "t2v" and settings.image is not None:
         raise InputError(f"image is given. Expected none, because {spec.name} makes videos from text alone.")
     if spec.task == "i2v" and settings.image is None:
@@ -118,8 +125,6 @@ def prepare(settings: ClipSettings, spec: ModelSpec) -> PreparedClip:
 
         if not torch.cuda.is_available():
             raise InputError("noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
-    image = None if settings.image is None else images.load_image(settings.image)
-    return PreparedClip(clip=resolve_clip(settings, spec, image and image.size), image=image)
 
 
 @accepts(ClipSettings)

@@ -1,11 +1,12 @@
 """The image that a clip begins with: opened from whatever a user gives, and cropped to the clip's size."""
 
+import hashlib
 import io
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.request import url2pathname
 
 from ..errors import InputError, first_line, warn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+KEPT_BYTES = 512_000_000  # of decoded images, about 14 photos of 12 megapixels
 MOST_PIXELS = 64_000_000  # a png of this size takes 5 s on a busy core of a CPU, and with alpha 1 GB
 # Pillow's names. Others are left out, because EPS and WMF run programs, and old formats' readers are little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO")
@@ -55,6 +57,47 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> 
             "(height, width, 3). Convert it."
         )
     return _read(_file(image), shown(str(image)))
+
+
+class Pictures:
+    """Images of files, each decoded once while the images in use fit into KEPT_BYTES."""
+
+    def __init__(self):
+        self._kept: dict[str, Image] = {}
+
+    def open(self, image: Any, *, evict: bool = True) -> "Image":
+        """Open an image as `load_image` does.
+
+        Args:
+            image: as of `load_image`. Only files are kept.
+            evict: forget those that were used longest ago to make room. False: keep this one only where room is left.
+
+        Raises:
+            InputError: it cannot be read as an image.
+        """
+        if not isinstance(image, str | os.PathLike):
+            return load_image(image)
+        key = os.fspath(image)
+        picture = self._kept.pop(key, None) or load_image(image)
+        room = KEPT_BYTES - 3 * picture.width * picture.height
+        while evict and self._kept and self._size() > room:
+            del self._kept[next(iter(self._kept))]
+        if self._size() <= room:
+            self._kept[key] = picture
+        return picture
+
+    def _size(self) -> int:
+        return sum(3 * one.width * one.height for one in self._kept.values())
+
+
+def digest(image: "Image") -> str:
+    """Return the hash of an image's pixels."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def is_address(image: Any) -> bool:
+    """Return whether an image is given as the text of an address, such as https://… or file:///…"""
+    return isinstance(image, str) and bool(ADDRESS.match(image))
 
 
 def _file(image: str | os.PathLike) -> Path:
