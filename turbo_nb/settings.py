@@ -238,8 +238,8 @@ def shown(value: Any, length: int = 80) -> str:
     """Return the repr of a value for an error message, shortened to `length` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python refuses to print integers of more than 4300 digits
-        text = f"a number of {value.bit_length()} bits"
+    except (ValueError, RecursionError):  # Python prints no integer of more than 4300 digits, and no deep nesting
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

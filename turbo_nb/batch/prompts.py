@@ -1,19 +1,28 @@
-"""Files of prompts: a txt, csv or jsonl becomes a list of jobs."""
+"""Rows of prompts: a txt, csv or jsonl file, or Python's own objects, become a list of jobs."""
 
 import csv
+import io
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..errors import InputError
-from ..settings import ClipSettings, check_names, options, shown
+from ..errors import InputError, warn
+from ..machine import environment
+from ..settings import ClipSettings, check_names, options, shown, with_home
+from ..video import images
+from ..video.mp4 import printable
 
 ROW_OPTIONS = {name: option for name, option in options(ClipSettings).items() if option.row}
-MAX_SHOWN = 5  # wrong rows that one error names
+MAX_SHOWN = 20  # wrong rows that one error names
 SUFFIXES = ".txt, .csv or .jsonl"
+LONGEST_CELL = 100_000_000  # characters; Python's own limit is 131072
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_widening = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,7 @@ def read_prompts(path: str | os.PathLike) -> list[Job]:
         The jobs, in order.
 
     Raises:
-        InputError: the file cannot be read, or some rows are wrong. The message has file:line of each, up to 5.
+        InputError: the file cannot be read, or some rows are wrong. The message has file:line of each, up to 20.
     """
     rows = read_rows(path)
     refuse([str(row) for row in rows if isinstance(row, InputError)])
@@ -57,35 +66,110 @@ def refuse(wrong: list[str]) -> None:
         raise InputError("\n".join([*wrong[:MAX_SHOWN], *more]))
 
 
+def rows_of(jobs: Any) -> Iterator[Job | InputError]:
+    """Yield the jobs of whatever `run` takes, with an InputError in the place of each wrong row.
+
+    Args:
+        jobs: the path of a file; or prompts, `Job`s and objects like a jsonl's rows. A single one needs no list, except
+            a prompt, because text is a path.
+
+    Raises:
+        InputError: the file cannot be read, or jobs is something else.
+    """
+    if isinstance(jobs, str | os.PathLike):
+        yield from read_rows(jobs)
+        return
+    if isinstance(jobs, Job | Mapping):
+        jobs = [jobs]
+    if isinstance(jobs, bytes | bytearray) or hasattr(jobs, "columns") or not isinstance(jobs, Iterable):
+        fix = 'Give its to_dict("records").' if hasattr(jobs, "columns") else "Put it into a list."
+        raise InputError(f"prompts is a {type(jobs).__name__}. Expected a list of prompts, or a file's path. {fix}")
+    for number, job in enumerate(jobs, 1):
+        if isinstance(job, Mapping):
+            yield _job([*job.items()], f"prompt {number}", None)
+        elif isinstance(job, Job | InputError):
+            yield job
+        else:
+            yield Job(prompt=job, source=f"prompt {number}")
+
+
 def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
     """Read a file as `read_prompts` does, with an InputError in the place of each wrong row."""
-    path = Path(path)
+    path = Path(with_home(path))
+    name = shown(str(path), 300)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise InputError(f"prompts is {str(path)!r}. Expected a {SUFFIXES}. Rename or convert the file.")
+        fix = "Rename or convert the file." if environment.is_file(path) else "A prompt goes into a list: [PROMPT]."
+        raise InputError(f"prompts is {name}. Expected a {SUFFIXES}. {fix}")
     try:
-        with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:
-            rows = list(readers[suffix](file, path))
-    except OSError as error:
-        raise InputError(
-            f"prompts is {str(path)!r}, which cannot be read ({error.strerror}). Expected a {SUFFIXES}."
-        ) from error
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # a ValueError for a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"prompts is {name}, which cannot be read ({reason}). Expected a {SUFFIXES}.") from error
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"prompts is {str(path)!r}, which is not in UTF-8 ({error}). Save it as UTF-8.") from error
+        where = f"not in UTF-8 (line {data.count(10, 0, error.start) + 1})"
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            where = "in UTF-16"
+        raise InputError(f"prompts is {name}, which is {where}. Expected UTF-8. Save it as UTF-8.") from error
+    rows = list(readers[suffix](io.StringIO(text, newline="" if suffix == ".csv" else None), path))
     if not rows:
-        raise InputError(f"prompts is {str(path)!r}, which holds no prompt. Expected at least one. Write one a line.")
+        what = "no prompt" + (" beside comments (#)" if suffix == ".txt" and text.strip() else "")
+        raise InputError(f"prompts is {name}, which holds {what}. Expected at least one. Write one a line.")
     return rows
 
 
-def _read_txt(file: IO[str], path: Path) -> Iterator[Job]:
+def _read_txt(file: io.StringIO, path: Path) -> Iterator[Job]:
+    dropped = []
     for number, line in enumerate(file, 1):
-        if (prompt := line.strip()) and not prompt.startswith("#"):
-            yield Job(prompt=prompt, source=f"{path}:{number}")
+        line = line.strip()
+        if line.startswith("#"):
+            if line[1:2] not in ("", " ", "\t", "#", "!"):  # a comment seldom has its first word here
+                dropped.append((number, line))
+        elif line:
+            yield Job(prompt=line, source=f"{path}:{number}")
+    if dropped:
+        number, line = dropped[0]
+        more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+        warn(
+            f"{path}:{number}{more}: {shown(line, 40)} is left out, because # begins a comment. A prompt that begins "
+            "with # goes into a csv or jsonl."
+        )
 
 
-def _read_csv(file: IO[str], path: Path) -> Iterator[Job | InputError]:
-    rows, number = csv.reader(file, strict=True), 1
+@contextmanager
+def _wide_cells() -> Iterator[None]:
+    """Let csv read long cells. The limit is one of the whole process"""
+    with _widening:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _read_csv(file: io.StringIO, path: Path) -> list[Job | InputError]:
+    _check_separator(file.readline(), path)
+    file.seek(0)
+    with _wide_cells():
+        return [*_csv_rows(csv.reader(file, strict=True), path)]
+
+
+def _check_separator(line: str, path: Path) -> None:
+    """Raise InputError for a header row with semicolons or tabs, as spreadsheets write it in some countries"""
+    for separator, words in SEPARATORS.items():
+        names = [_option_name(name.strip().strip('"')) for name in line.split(separator)]
+        if line.strip("\r\n") == f"sep={separator}" or (len(names) > 1 and "prompt" in names):
+            raise InputError(
+                f"{path}:1: the header row is {shown(line.strip())}, with {words} between the columns. Expected commas."
+                " Save the file with commas."
+            )
+
+
+def _csv_rows(rows: Any, path: Path) -> Iterator[Job | InputError]:
+    number = 1
     try:
         header = [_option_name(name) for name in next(rows, [])]
         _check_header(header, path)
@@ -97,7 +181,8 @@ def _read_csv(file: IO[str], path: Path) -> Iterator[Job | InputError]:
                     "Put text with commas in quotes."
                 )
             elif any(cell.strip() for cell in row):
-                yield _job([(k, v) for k, v in zip(header, row, strict=False) if v.strip()], path, number)
+                cells = [(k, v) for k, v in zip(header, row, strict=False) if v.strip()]
+                yield _job(cells, f"{path}:{number}", path.parent)
             number = rows.line_num + 1
     except csv.Error as error:  # the rest of the file cannot be divided into rows
         yield InputError(f"{path}:{number}: the row is not csv ({error}). Expected a closing quote for each quote.")
@@ -106,7 +191,15 @@ def _read_csv(file: IO[str], path: Path) -> Iterator[Job | InputError]:
 def _check_header(header: list[str], path: Path) -> None:
     try:
         if "prompt" not in header:
-            raise InputError(f"the header row is {', '.join(header)!r}. Expected names of columns with prompt in them.")
+            raise InputError(
+                f"the header row is {shown(','.join(header))}. Expected names of columns with prompt in them."
+            )
+        for number, name in enumerate(header, 1):
+            if not name or name.startswith("unnamed:"):  # as pandas calls it after a second reading
+                raise InputError(
+                    f"column {number} is without a name. Expected a name for each. Remove the column, which in pandas "
+                    "is to_csv(…, index=False)."
+                )
         check_names("a column", header, ["prompt", *ROW_OPTIONS])
         if twice := [name for name in header if header.count(name) > 1]:
             raise InputError(f"the header row names {twice[0]} twice. Expected each column once.")
@@ -114,49 +207,60 @@ def _check_header(header: list[str], path: Path) -> None:
         raise InputError(f"{path}:1: {error}") from error
 
 
-def _read_jsonl(file: IO[str], path: Path) -> Iterator[Job | InputError]:
+class _Object(dict):
+    """A JSON object that remembers its pairs, because a dict forgets a key that is there twice"""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+def _read_jsonl(file: io.StringIO, path: Path) -> Iterator[Job | InputError]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
+            row = json.loads(line, object_pairs_hook=_Object)
         except (ValueError, RecursionError) as error:
             yield InputError(f"{path}:{number}: the line is not JSON ({error}). Expected one object.")
             continue
-        if isinstance(pairs, _Pairs):
-            yield _job([(_option_name(name), value) for name, value in pairs if value is not None], path, number)
+        if isinstance(row, _Object):
+            yield _job(row.pairs, f"{path}:{number}", path.parent)
         else:
-            yield InputError(f'{path}:{number}: the line is {line.strip()[:40]}. Expected {{"prompt": "…"}}.')
+            yield InputError(
+                f'{path}:{number}: the line is {printable(line.strip()[:40])}. Expected {{"prompt": "…"}}.'
+            )
 
 
-class _Pairs(list):
-    """The keys and values of a JSON object, with keys that are there twice"""
+def _option_name(name: Any) -> str:
+    return name.strip().lower().replace("-", "_") if isinstance(name, str) else name
 
 
-def _option_name(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
-
-
-def _job(pairs: list[tuple[str, Any]], path: Path, number: int) -> Job | InputError:
-    """Return the job of a row, or what is wrong with it"""
+def _job(pairs: list[tuple[Any, Any]], source: str, folder: Path | None) -> Job | InputError:
+    """Return the job of a row, or what is wrong with it. A file's row has text for values, and a folder for images"""
     try:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            raise InputError(f"the row names one of {', '.join(name for name, _ in pairs)} twice. Expected each once.")
+        row = {}
+        for name, value in pairs:
+            if (name := _option_name(name)) in row:
+                raise InputError(f"the row names {shown(name)} twice. Expected each option once.")
+            row[name] = value
+        check_names("an option", row, ["prompt", *ROW_OPTIONS])
         prompt = options(ClipSettings)["prompt"].check("prompt", row.pop("prompt", None)).strip()
-        check_names("an option", row, ROW_OPTIONS)
-        settings = {name: _value(name, value) for name, value in row.items()}
+        settings = {name: _value(name, value, folder) for name, value in row.items() if value is not None}
     except InputError as error:
-        return InputError(f"{path}:{number}: {error}")
-    if "image" in settings:
-        image = os.path.expanduser(settings["image"])
-        settings["image"] = image if "://" in image else str(path.parent / image)  # `load_image` names an address
-    return Job(prompt=prompt, settings=settings, source=f"{path}:{number}")
+        return InputError(f"{source}: {error}")
+    return Job(prompt=prompt, settings=settings, source=source)
 
 
-def _value(name: str, value: Any) -> Any:
-    """Return an option's value from a cell or from JSON"""
-    if name == "image" and not isinstance(value, str):
-        raise InputError(f"image is {shown(value)}. Expected the path of a picture.")
+def _value(name: str, value: Any, folder: Path | None) -> Any:
+    """Return an option's value from a cell, from JSON, or from Python (without a folder)"""
     option = ROW_OPTIONS[name]
+    if folder is None:
+        return option.check(name, value)
+    if name == "image":
+        if not isinstance(value, str):
+            raise InputError(f"image is {shown(value)}. Expected the path of a picture.")
+        image = with_home(value.strip())
+        beside = folder / image
+        return image if images.is_address(image) and not environment.is_file(beside) else str(beside)
     return option.parse(name, value) if isinstance(value, str) else option.check(name, value)
