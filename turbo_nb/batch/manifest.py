@@ -20,8 +20,10 @@ from filelock import FileLock, Timeout
 from .. import records
 from ..errors import OutputError, warn
 from ..machine import atomic
+from ..video import mp4
 
 MANIFEST = "manifest.jsonl"
+WORKERS_END = 8  # seconds within which the worker processes of a killed run end by themselves
 LOCK, OWNER, WORKER_LOCK = ".lock", ".lock.owner", ".lock.worker-"
 # Temporary names of versions that did not use machine.atomic
 OLD_TEMPORARY = re.compile(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*)")
@@ -66,35 +68,44 @@ def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
         output_dir: the folder of a batch.
 
     Returns:
-        Its records, oldest first, without lines that are torn or foreign. Empty where the manifest does not exist.
+        Its records, oldest first. A warning counts the lines that are torn or foreign. Empty where the manifest does
+        not exist.
 
     Raises:
         OutputError: the file cannot be read.
     """
+    path = Path(output_dir) / MANIFEST
     with as_output_error(Path(output_dir)):
-        lines = _objects(Path(output_dir) / MANIFEST)
-    return [record for _, data in lines if (record := records.read(JobRecord, data))]
+        lines = _lines(path)
+    found = [records.read(JobRecord, data) for _, data in lines]
+    skipped = [n for n, record in enumerate(found) if record is None and lines[n][0].strip()]
+    if skipped:
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        warn(f"{str(path)!r}: line {skipped[0] + 1}{more} cannot be read as a job's record, and is skipped.")
+    return [record for record in found if record]
 
 
-def _objects(path: Path) -> list[tuple[bytes, dict]]:
-    """Return the whole lines of a file that are JSON objects, and the objects"""
+def _lines(path: Path) -> list[tuple[bytes, dict | None]]:
+    """Return the lines of a file and their JSON objects; None for a line that is torn or something else"""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # a line without its end is torn
+        *lines, torn = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            if isinstance(data := json.loads(line), dict):
-                found.append((line + b"\n", data))
-    return found
+    return [(line + b"\n", _object(line)) for line in lines] + ([(torn, None)] if torn else [])
+
+
+def _object(line: bytes) -> dict | None:
+    with suppress(ValueError, RecursionError):
+        return data if isinstance(data := json.loads(line), dict) else None
+    return None
 
 
 def mend(path: Path) -> None:
-    """Remove torn lines, which a full disk or a power cut leaves, from a manifest."""
-    whole = b"".join(line for line, _ in _objects(path))
-    if path.exists() and whole != path.read_bytes():
-        atomic.write(path, whole, durable=True)
+    """Remove torn lines, which a full disk or a power cut leaves, from a manifest, which is made."""
+    path.open("ab").close()  # raises before the work where `append` would raise after it
+    lines = _lines(path)
+    if any(data is None for _, data in lines):
+        atomic.write(path, b"".join(line for line, data in lines if data is not None), durable=True)
 
 
 def append(path: Path, record: JobRecord) -> None:
@@ -115,9 +126,9 @@ def as_output_error(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
+        fix = "Free some space, or choose" if mp4.is_full(error) else "Choose"
         raise OutputError(
-            f"cannot use {str(path)!r}: {error}. Expected a folder that can be written. Free some space, or choose "
-            "another output_dir."
+            f"cannot use {str(path)!r}: {error}. Expected a folder that can be written. {fix} another output_dir."
         ) from error
 
 
@@ -134,7 +145,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_held(folder, LOCK))
         for path in folder.glob(f"{WORKER_LOCK}*"):
-            with _held(folder, path.name):
+            with _held(folder, path.name, timeout=WORKERS_END):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # only the error of a second run reads it
             atomic.write(folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
@@ -150,10 +161,10 @@ def worker_lock(folder: Path, place: int):
 
 
 @contextmanager
-def _held(folder: Path, name: str) -> Iterator[None]:
-    """Hold one lock file. Warn on a file system without locks."""
+def _held(folder: Path, name: str, timeout: float = 0) -> Iterator[None]:
+    """Hold one lock file, for which it waits some seconds. Warn on a file system without locks."""
     # Without soft fallback, because a soft lock outlives a process that was killed
-    lock = FileLock(folder / name, timeout=0, fallback_to_soft=False)
+    lock = FileLock(folder / name, timeout=timeout, fallback_to_soft=False)
     with ExitStack() as stack:
         try:
             lock.acquire()

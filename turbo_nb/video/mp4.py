@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "turbo_nb"
 FFMPEG = "IMAGEIO_FFMPEG_EXE"
-FULL = re.compile("No space left|File too large|quota exceeded")
+FULL = re.compile("No space left|quota exceeded|the disk is full")
 PATIENCE = 60  # seconds for what takes a second, after which ffmpeg is taken for stuck
 NAME_BYTES = 255  # limit of a file's name on common file systems
+PROBE = "probe.mp4"  # a name to check a folder with
 ENCODER = "TURBO_NB_ENCODER"
 # Values of TURBO_NB_ENCODER and ffmpeg's options. "veryfast" takes about half of the usual preset's time, for 0.2 dB.
 ENCODERS = {
@@ -291,9 +292,18 @@ class Encoder:
             raise _unwritable(self.path, error) from error
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is a disk without space. A limit of one file's size is not."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _unwritable(path: Path, error: Exception) -> OutputError:
     number, text = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or FULL.search(text):
+    if number == errno.EFBIG or "File too large" in text or is_full(error):
         fix = "Free some space, or choose another folder."
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         fix = "Choose another folder."
