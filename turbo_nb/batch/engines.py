@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import generation, pipeline
 from ..errors import InputError, OutputError, TurboNbError
@@ -23,7 +23,7 @@ from ..files.resolve import ResolvedModel, resolve
 from ..machine import environment
 from ..pipeline import LoadedModel
 from ..settings import LoadOptions
-from ..video import mp4
+from ..video import images, mp4
 from .jobs import Task
 from .manifest import JobRecord, worker_lock
 
@@ -46,6 +46,7 @@ def engine_for(
     folder: Path,
     workers: int | None = None,
     on_progress: Callable | None = None,
+    pictures: images.Pictures | None = None,
 ) -> Engine:
     """Choose the engine of a run. Raises InputError where the tasks cannot be made so; loads nothing."""
     import torch
@@ -56,12 +57,12 @@ def engine_for(
                 f"workers is {workers}. Expected 1, because a loaded pipeline works in this process alone. Give the "
                 "model's name or its options in place of the pipeline."
             )
-        return InProcess(model)
+        return InProcess(model, on_progress, pictures)
     model.plan(_largest(tasks))  # a plan that does not suit the device is an error
     gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}.get(model.device, 1)
     if gpus and workers is not None and workers > gpus:
         raise InputError(f"workers is {workers}. Expected at most {gpus}, the number of GPUs: each gets one worker.")
-    return WorkerProcesses(model, folder, workers or max(1, gpus), on_progress)
+    return WorkerProcesses(model, folder, workers or max(1, gpus), on_progress, pictures)
 
 
 def _largest(tasks: Sequence[Task]) -> tuple[int, int, int]:
@@ -79,6 +80,7 @@ class InProcess:
 
     model: LoadedModel | ResolvedModel
     on_progress: Callable | None = None
+    pictures: images.Pictures | None = None
 
     def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
         """Make videos; raises TurboNbError when this process has lost its GPU."""
@@ -90,8 +92,9 @@ class InProcess:
             loaded = pipeline.load(
                 self.model, clip=_largest(tasks), prompts=_prompts(tasks), on_progress=self.on_progress
             )
+        pictures = self.pictures or images.Pictures()
         for task in tasks:
-            record = make(loaded, task)
+            record = make(loaded, task, pictures)
             yield record
             if _has_lost_gpu(record):
                 raise TurboNbError(
@@ -99,26 +102,40 @@ class InProcess:
                 )
 
 
-def make(loaded: "DiffusionPipeline", task: Task, workers: int = 1) -> JobRecord:
+def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures, workers: int = 1) -> JobRecord:
     """Make one video, and return its record or that of its failure, so that the other jobs go on.
 
-    Raises OutputError, because a folder that cannot be written fails every job. `workers` share the machine's price.
+    `workers` share the machine's price. Raises OutputError where the disk is full, or the folder or ffmpeg fail every
+    job.
     """
     if record := task.found():  # a worker died between the file and its record
         return record
     try:
+        image = _opened(task, pictures)
         with mp4.Encoder(task.path, LoadedModel.of(loaded).spec.fps) as encoder:
-            video = generation.generate(loaded, **vars(task.settings), on_frames=encoder.add)
-            video = replace(video, record=replace(video.record, job=task.id))
+            video = generation.generate(loaded, **vars(task.settings) | {"image": image}, on_frames=encoder.add)
+            video = replace(video, record=replace(video.record, job=task.id, image=task.image_path))
             begin = time.perf_counter()
             video.save(encoder)
         record = task.done(video.record, write=time.perf_counter() - begin)
         return replace(record, cost=environment.cost(sum(record.timings.values()) / workers))
-    except OutputError:
-        raise
-    except Exception as error:  # any error of a job is its own
+    except Exception as error:  # any error of a job is its own, except those that every job would have
+        if isinstance(error, OutputError):
+            if mp4.is_full(error):
+                raise
+            mp4.check_output(task.path.with_name(mp4.PROBE))
         message = str(error) if isinstance(error, TurboNbError) else f"{type(error).__name__}: {error}"
         return task.record("failed", error=message)
+
+
+def _opened(task: Task, pictures: images.Pictures) -> Any:
+    """Return the image of a task. Raises InputError where it is not the one that the id was computed for"""
+    if task.settings.image is None:
+        return None
+    image = pictures.open(task.settings.image)
+    if images.digest(image) != task.digest:
+        raise InputError(f"image is {task.image_path!r}, which changed during the run. Start again.")
+    return image
 
 
 def _has_lost_gpu(record: JobRecord) -> bool:
@@ -191,12 +208,13 @@ class WorkerProcesses:
     folder: Path
     workers: int
     on_progress: Callable | None = None
+    pictures: images.Pictures | None = None
 
     def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
         """Make videos; raises TurboNbError where the model cannot be loaded."""
         workers = min(self.workers, len(tasks))
         if workers <= 1:
-            yield from InProcess(self.model, self.on_progress).make(tasks)
+            yield from InProcess(self.model, self.on_progress, self.pictures).make(tasks)
             return
         self.model.fetch(self.on_progress)  # here, because the workers would all download
         context = multiprocessing.get_context("spawn")
@@ -287,8 +305,9 @@ def work(connection: Connection, order: Order) -> None:
         with worker_lock(order.folder, order.place):
             loaded = pipeline.load(order.resolve(), clip=order.clip, prompts=order.prompts)
             connection.send(None)
+            pictures = images.Pictures()
             while True:
-                record = make(loaded, connection.recv(), order.workers)
+                record = make(loaded, connection.recv(), pictures, order.workers)
                 connection.send(record)
                 if _has_lost_gpu(record):
                     return

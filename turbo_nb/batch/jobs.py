@@ -2,13 +2,16 @@
 
 The id is the hash of everything that determines the video: the model as it is now, the clip, and the image's pixels.
 Two jobs with one id are the same job. The video carries its id, so the folder alone shows what is done.
+
+A setting that cannot be used is an error of the whole list, because the list must be changed. So is an address in place
+of an image. An image that cannot be read fails its own jobs alone, because the file may come later.
 """
 
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +22,10 @@ from ..errors import InputError
 from ..files.resolve import ResolvedModel
 from ..pipeline import LoadedModel
 from ..runtime.place import transformers
-from ..settings import ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds
-from ..video import mp4
+from ..settings import ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds, shown
+from ..video import images, mp4
 from .manifest import JobRecord
-from .prompts import ROW_OPTIONS, Job, refuse
+from .prompts import ROW_OPTIONS, refuse, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Task:
         settings: as they were asked for. clip: the same with the model's defaults.
         source: where the prompt was read.
         path: of the video.
+        digest: hash of the pixels of its image; None without an image.
+        error: why the video cannot be made, where that is known before the run.
     """
 
     id: str
@@ -41,15 +46,22 @@ class Task:
     clip: ResolvedClip
     source: str
     path: Path
+    digest: str | None = None
+    error: str | None = None
+
+    @property
+    def image_path(self) -> str | None:
+        """The path of its image, None for an image in memory."""
+        image = self.settings.image
+        return str(image) if isinstance(image, str | Path) else None
 
     def record(self, status: str, **more: Any) -> JobRecord:
         """Return the line of the manifest."""
-        image = self.settings.image
         known = {
             "file": self.path.name if status == "done" else None,
             "prompt": self.clip.prompt,
             "source": self.source,
-            "image": str(image) if isinstance(image, str | Path) else None,
+            "image": self.image_path,
             "settings": records.VideoRecord(**asdict(self.clip)),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -83,38 +95,42 @@ class Task:
 
 
 def tasks_of(
-    jobs: Iterable[Job | str | InputError],
+    jobs: Any,
     model: LoadedModel | ResolvedModel,
     folder: Path,
     settings: dict,
     num_samples: int = 1,
+    pictures: images.Pictures | None = None,
 ) -> list[Task]:
     """Check jobs without loading a model, and return their tasks, in order.
 
     Args:
-        jobs: what to make; an InputError stands for a row that could not be read.
+        jobs: what to make, as `rows_of` takes it.
         settings: options of the clips for jobs without their own.
         num_samples: videos of each job, with seed, seed + 1, …
+        pictures: opens the images.
 
     Raises:
-        InputError: some jobs cannot be made. The message names each, up to 5.
+        InputError: some jobs have settings that cannot be used. The message names each, up to 20.
     """
     check_names("an option", settings, ROW_OPTIONS)
     if isinstance(model, LoadedModel):
         _check_adapters(model)
-    identity, pictures, tasks, wrong = model.identity, {}, [], []
-    for number, job in enumerate(jobs, 1):
+    known, pictures = {}, pictures or images.Pictures()
+    identity, tasks, wrong = model.identity, [], []
+    for job in rows_of(jobs):
         if isinstance(job, InputError):
             wrong.append(str(job))
             continue
-        job = job if isinstance(job, Job) else Job(prompt=job, source=f"prompt {number}")
         try:
+            if not isinstance(job.settings, Mapping):
+                raise InputError(f"settings is {shown(job.settings)}. Expected a dictionary of options.")
             check_names("an option", job.settings, ROW_OPTIONS)
             own = {name: value for name, value in job.settings.items() if value is not None}
             asked = build(ClipSettings, settings | own, prompt=job.prompt)
-            clip, picture = _clip(asked, model, pictures)
+            clip, picture, error = _clip(asked, model, known, pictures)
             tasks += [
-                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, picture, folder, job.source)
+                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, picture, folder, job.source, error)
                 for seed in seeds(asked.seed, num_samples)
             ]
         except InputError as error:
@@ -137,19 +153,43 @@ def _check_adapters(model: LoadedModel) -> None:
                 )
 
 
-def _clip(asked: ClipSettings, model: LoadedModel | ResolvedModel, pictures: dict) -> tuple[ResolvedClip, list | None]:
-    """Return the clip, and its image as size and hash of the pixels; `pictures` remembers those by file"""
+def _clip(
+    asked: ClipSettings, model: LoadedModel | ResolvedModel, known: dict, pictures: images.Pictures
+) -> tuple[ResolvedClip, tuple | None, str | None]:
+    """Return the clip, its image as (width, height, hash), and why the image cannot be used.
+
+    `known` remembers the images by file, because one may begin 10,000 jobs.
+    """
+    generation.check(asked, model.spec)
+    clip = resolve_clip(asked, model.spec)
+    if asked.image is None:
+        return clip, None, None
     key = str(asked.image) if isinstance(asked.image, str | Path) else id(asked.image)
-    if key in pictures:  # a file is decoded once, however many jobs begin with it
-        return resolve_clip(asked, model.spec, tuple(pictures[key][:2])), pictures[key]
-    prepared = generation.prepare(asked, model.spec)
-    if (image := prepared.image) is not None:
-        pictures[key] = [*image.size, hashlib.sha256(image.tobytes()).hexdigest()]
-    return prepared.clip, pictures.get(key)
+    if key not in known:
+        try:
+            image = pictures.open(asked.image, evict=False)
+            known[key] = (*image.size, images.digest(image)), None
+        except InputError as error:
+            if images.is_address(asked.image):
+                raise
+            known[key] = ("unreadable", shown(asked.image, 10_000)), str(error)
+    picture, error = known[key]
+    if error is None:
+        try:
+            clip = resolve_clip(asked, model.spec, picture[:2])
+        except InputError as failure:  # its aspect is too extreme for adaptive_resolution
+            error = str(failure)
+    return clip, picture, error
 
 
 def _task(
-    asked: ClipSettings, clip: ResolvedClip, identity: dict, picture: list | None, folder: Path, source: str
+    asked: ClipSettings,
+    clip: ResolvedClip,
+    identity: dict,
+    picture: tuple | None,
+    folder: Path,
+    source: str,
+    error: str | None,
 ) -> Task:
     # without the model's name, because `identity` knows the weights, and without None, so that an option that is added
     # later changes no id
@@ -157,7 +197,8 @@ def _task(
     text = json.dumps({"made of": identity, "image": picture, **determines}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = folder / ("-".join(filter(None, (name, _slug(clip.prompt)))) + ".mp4")
-    return Task(id=name, settings=asked, clip=clip, source=source, path=path)
+    digest = picture[-1] if picture else None
+    return Task(id=name, settings=asked, clip=clip, source=source, path=path, digest=digest, error=error)
 
 
 def _slug(prompt: str) -> str:

@@ -5,20 +5,23 @@ A run can be stopped at any moment, even by a kill; the next run makes what is m
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import OutputError
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import environment
 from ..pipeline import LoadedModel
 from ..settings import LoadOptions, RunOptions, build
-from ..video import mp4
+from ..video import images, mp4
 from .engines import Engine, engine_for
 from .jobs import Task, tasks_of
 from .manifest import MANIFEST, JobRecord, append, as_output_error, mend, read_manifest, run_lock, sweep
-from .prompts import Job, read_rows
+from .prompts import Job
 from .summary import Summary, contact_sheet
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    jobs: "Iterable[Job | str] | str | Path",
+    jobs: "Iterable[Job | Mapping | str] | str | Path",
     load: "str | Path | tuple | dict | LoadOptions | ResolvedModel | DiffusionPipeline",
     output_dir: str | os.PathLike,
     *,
@@ -38,10 +41,13 @@ def run(
 ) -> Summary:
     """Make the videos that are missing in a folder, with a manifest and a contact sheet.
 
-    A job that fails gets a record with its error, and the others go on. The next run tries it again, last.
+    A job that fails gets a record with its error, and the others go on. The next run tries it again, last. An image
+    that cannot be read and a file that cannot be written fail their own jobs. A full disk ends the run, because every
+    job would fail.
 
     Args:
-        jobs: prompts, `Job`s, or the path of a file that `read_prompts` reads.
+        jobs: a list of prompts, `Job`s or rows ({"prompt": …, "seed": …}), or the path of a file that `read_prompts`
+            reads.
         load: a model's name or path, options of `load_pipeline` (LoadOptions or a dict), or a pipeline. A model that
             is not loaded is loaded when a video is missing.
         output_dir: the folder. One run at a time works there, and removes temporary files of earlier ones.
@@ -56,24 +62,29 @@ def run(
         What was made; it prints as a table.
 
     Raises:
-        InputError: a job or an option cannot be used. Nothing was loaded, downloaded or written.
-        OutputError: another run is at work in the folder, or it cannot be written.
+        InputError: jobs have settings that cannot be used; all are named, up to 20. Nothing was loaded, downloaded or
+            written.
+        OutputError: another run is at work in the folder, or it cannot be written. Finished videos are kept.
         TurboNbError: the model cannot be loaded.
     """
     begin = time.perf_counter()
     options = build(RunOptions, {"output_dir": output_dir, "workers": workers, "num_samples": num_samples})
     folder = Path(options.output_dir)
-    rows = read_rows(jobs) if isinstance(jobs, str | Path) else jobs
+    pictures = images.Pictures()
     model = model_of(load)
-    tasks = tasks_of(rows, model, folder, settings, options.num_samples)
-    mp4.check_output(tasks[0].path)
-    engine = engine_for(model, tasks, folder, options.workers, on_progress)
+    tasks = tasks_of(jobs, model, folder, settings, options.num_samples, pictures)
+    mp4.check_output(folder / mp4.PROBE)
+    engine = engine_for(model, tasks, folder, options.workers, on_progress, pictures)
     wanted: dict[str, Task] = {}
     for task in tasks:
         wanted.setdefault(task.id, task)
     with run_lock(folder):
         records, missing = _find(wanted, folder)
-        made = _make(engine, missing, records, folder, on_record)
+        try:
+            made = _make(engine, missing, records, folder, on_record)
+        finally:
+            with suppress(OSError):
+                sweep(folder)  # what worker processes left that were killed
         sheet = contact_sheet(folder, records.values())
     seconds = time.perf_counter() - begin
     return Summary(
@@ -105,8 +116,8 @@ def _find(wanted: dict[str, Task], folder: Path) -> tuple[dict[str, JobRecord], 
     manifest = folder / MANIFEST
     with as_output_error(folder):
         sweep(folder)
-        mend(manifest)
         records = {record.id: record for record in read_manifest(folder)}
+        mend(manifest)
         missing = []
         for task in wanted.values():
             if task.is_recorded(records.get(task.id)):
@@ -114,9 +125,12 @@ def _find(wanted: dict[str, Task], folder: Path) -> tuple[dict[str, JobRecord], 
             if found := task.found():
                 append(manifest, found)
                 records[task.id] = found
-            else:
+                continue
+            try:
                 mp4.check_output(task.path)
-                missing.append(task)
+            except OutputError as error:  # a folder has its name
+                task = replace(task, error=task.error or str(error))
+            missing.append(task)
     missing.sort(key=lambda task: task.id in records)  # last, because a job that failed may fail again
     return records, missing
 
@@ -124,8 +138,9 @@ def _find(wanted: dict[str, Task], folder: Path) -> tuple[dict[str, JobRecord], 
 def _make(engine: Engine, missing: list[Task], records: dict[str, JobRecord], folder: Path, on_record) -> int:
     """Make tasks, record each, and return how many were made"""
     made = 0
-    with closing(engine.make(missing)) as results:
-        for number, record in enumerate(results, 1):
+    unmakeable = [task.record("failed", error=task.error) for task in missing if task.error]
+    with closing(engine.make([task for task in missing if not task.error])) as results:
+        for number, record in enumerate(chain(unmakeable, results), 1):
             append(folder / MANIFEST, record)
             records[record.id] = record
             made += record.status == "done"

@@ -86,11 +86,11 @@ def describe(record: JobRecord) -> str:
     """Return a record in one line."""
     if record.status == "done":
         return f"{record.file}  {sum(record.timings.values()):.2f} s{environment.dollars(record.cost, '  ')}"
-    return f"failed: {record.source or record.id}: {record.error}"
+    return f"failed: {_shorten(record.source or record.id, 300)}: {_shorten(record.error or '', 600)}"
 
 
 def _shorten(text: str, length: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join(mp4.printable(text[: 2 * length]).split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -1,0 +1,27 @@
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from turbo_nb import generation, records, settings
+from turbo_nb.errors import TurboNbError
+from turbo_nb.pipeline import LoadedModel
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The prompts that were made, by a `generate` that needs no model; prompts with "bad" in them fail."""
+    prompts = []
+
+    def generate(loaded, prompt, *, on_frames, **options):
+        clip = generation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
+        if "bad" in prompt:
+            raise TurboNbError("the model's output is not finite")
+        prompts.append(prompt)
+        frames = np.full((clip.num_frames, clip.height, clip.width, 3), 40 * len(prompts) % 256, np.uint8)
+        on_frames(frames)
+        timings = {"text": 0.5, "denoise": 1.5}
+        return generation.Video(frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings=timings))
+
+    monkeypatch.setattr(generation, "generate", generate)
+    return prompts

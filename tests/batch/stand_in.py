@@ -1,0 +1,41 @@
+"""The command line with clips that need no model, for tests that stop real processes: `python stand_in.py batch …`.
+
+Worker processes import this file, too. A clip whose prompt has "slow" in it waits, with ffmpeg at work, until the
+folder STAND_IN has a file named go.
+"""
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from turbo_nb import cli, generation, pipeline, records, settings
+from turbo_nb.pipeline import LoadedModel
+
+
+def load(model, **options):
+    """Return a pipeline without weights"""
+    return SimpleNamespace(turbo_nb=LoadedModel(resolved=model, pipeline=None, prompt_encoder=None, plan=None))
+
+
+def generate(loaded, prompt, *, on_frames, **options):
+    """Return a grey clip"""
+    clip = settings.resolve_clip(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec)
+    frames = np.full((clip.num_frames, clip.height, clip.width, 3), 99, np.uint8)
+    on_frames(frames)
+    if "slow" in prompt:
+        marks = Path(os.environ["STAND_IN"])
+        (marks / f"begun-{os.getpid()}").touch()
+        while not (marks / "go").exists():
+            time.sleep(0.01)
+    return generation.Video(frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings={"text": 0.5}))
+
+
+if __name__ != "stand_in":  # a process of the batch, not a test
+    pipeline.load, generation.generate = load, generate
+
+if __name__ == "__main__":
+    cli.main()
