@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,7 +30,10 @@ from .manifest import JobRecord, worker_lock
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LAST_SECONDS = 5  # that a worker process has to remove its temporary files
 MAX_TRIES = 2  # worker processes that may die over one job
+# What a terminal sends to all its processes
+TERMINAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 class Engine(Protocol):
@@ -232,7 +235,8 @@ class WorkerProcesses:
             )
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, order), daemon=True)
-            process.start()
+            with _terminal_blocked():
+                process.start()
             theirs.close()
             crew[ours] = _Worker(process, place)
 
@@ -290,10 +294,24 @@ def _ending(process: multiprocessing.Process) -> str:
     return f"ended with exit code {process.exitcode}"
 
 
+@contextmanager
+def _terminal_blocked() -> Iterator[None]:
+    """Keep the signals of the terminal from processes that start in this block: the first process ends them"""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def work(connection: Connection, order: Order) -> None:
     """Be a worker process: load the model, send None, then turn tasks into records."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for one in TERMINAL:  # where they cannot be blocked
+        signal.signal(one, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
@@ -312,11 +330,21 @@ def work(connection: Connection, order: Order) -> None:
                 if _has_lost_gpu(record):
                     return
     except TurboNbError as error:
-        connection.send(error)
-    except EOFError:  # the first process has ended
+        with suppress(OSError):
+            connection.send(error)
+    except (EOFError, ConnectionError):  # the first process has ended
         return
 
 
+def _end(number: int, frame: Any) -> None:
+    """End this process so that each `with` removes its temporary files"""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # because a second signal would interrupt the removal
+    sys.exit(1)
+
+
 def _end_with_parent() -> None:
+    """Wait until the first process is gone, even by a kill; then end this one"""
     wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_SECONDS)  # the main thread cannot end while it is inside of a long operation of torch
     os._exit(1)
