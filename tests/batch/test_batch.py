@@ -741,7 +741,7 @@ def test_the_notebook_takes_one_prompt(tmp_path):
     code = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     values = parameters() | {"prompts": "a red circle"}
     exec("".join(code[1]["source"]), values)
-    assert {job.prompt for job in values["jobs"]} == {"a red circle"}
+    assert [(job.prompt, job.settings) for job in values["jobs"]] == [("a red circle", {})]
 
 
 def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):

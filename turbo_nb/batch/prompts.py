@@ -40,13 +40,14 @@ class Job:
     source: str = ""
 
 
-def read_prompts(path: str | os.PathLike) -> list[Job]:
-    """Read jobs from a file.
+def read_prompts(path: Any) -> list[Job]:
+    """Read jobs from a file, or from a list of prompts and rows.
 
     Args:
         path: a txt (one prompt a line, # begins a comment), a csv with a header row, or a jsonl (one object a line).
             A csv or jsonl has `prompt`, and any option that a row may set. An empty cell or null stands for the
-            option of the whole run. A relative `image` lies beside the file.
+            option of the whole run. A relative `image` lies beside the file. Or a list of prompts, `Job`s and
+            dictionaries like a jsonl's rows.
 
     Returns:
         The jobs, in order.
@@ -54,7 +55,7 @@ def read_prompts(path: str | os.PathLike) -> list[Job]:
     Raises:
         InputError: the file cannot be read, or some rows are wrong. The message has file:line of each, up to 20.
     """
-    rows = read_rows(path)
+    rows = [*rows_of(path)]
     refuse([str(row) for row in rows if isinstance(row, InputError)])
     return rows
 
