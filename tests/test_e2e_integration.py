@@ -159,7 +159,7 @@ class Heard(list):
     ],
 )
 def test_the_right_expert_works(i2v, folder, steps, boundary, experts):
-    assert type(i2v) is WanImageToVideoPipeline
+    assert isinstance(i2v, WanImageToVideoPipeline)
     for expert, name in ((i2v.transformer, "high"), (i2v.transformer_2, "low")):
         state = torch.load(folder / f"{name}.pth", mmap=True)
         assert torch.equal(expert.blocks[0].attn1.to_q.weight, state["blocks.0.self_attn.q.weight"].float())

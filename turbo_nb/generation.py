@@ -6,7 +6,8 @@ with the next memory plan.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import WanImageToVideoPipeline, WanPipeline
     from PIL.Image import Image
+
+    from .scheduler import RCMScheduler
 
 PACKAGES = ("turbo-nb", "torch", "diffusers", "transformers")  # whose versions a clip records
 
@@ -238,9 +241,7 @@ def denoise(
     from .scheduler import RCMScheduler
 
     pipeline = model.pipeline
-    if model.spec.task == "i2v":
-        pipeline.register_to_config(boundary_ratio=clip.boundary)
-    scheduler = pipeline.scheduler = RCMScheduler(clip.sigma_max, clip.ode)
+    scheduler = RCMScheduler(clip.sigma_max, clip.ode)
     scheduler.seed(clip.seed, clip.noise_device)
     shape = (
         1,
@@ -256,7 +257,7 @@ def denoise(
             on_step(index + 1, clip.num_steps, tensors["latents"])
         return {}
 
-    with timer:
+    with timer, _sampling_as(pipeline, scheduler, clip.boundary):
         latents = pipeline(
             **({} if image is None else {"image": image}),
             prompt_embeds=embedding.to(pipeline._execution_device),
@@ -269,11 +270,28 @@ def denoise(
             output_type="latent",
             callback_on_step_end=after_step,
         ).frames
+        if pipeline.interrupt:
+            raise TurboNbError("the run was interrupted (pipeline._interrupt), so the clip is not finished.")
     if not latents.isfinite().all():
         raise TurboNbError(
             "the model's output is not finite (NaN or Inf), so nothing was written. Try another seed, or other files."
         )
     return latents
+
+
+@contextmanager
+def _sampling_as(
+    pipeline: "WanPipeline | WanImageToVideoPipeline", scheduler: "RCMScheduler", boundary: float | None
+) -> Iterator[None]:
+    """Give a pipeline the scheduler and the boundary of a clip, and its own ones back afterwards"""
+    before = pipeline.scheduler, pipeline.config.boundary_ratio
+    try:
+        pipeline.scheduler = scheduler
+        pipeline.register_to_config(boundary_ratio=boundary)
+        yield
+    finally:
+        pipeline.scheduler = before[0]
+        pipeline.register_to_config(boundary_ratio=before[1])
 
 
 def decode(

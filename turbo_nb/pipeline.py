@@ -1,8 +1,8 @@
 """`load_pipeline()`: resolve → plan → load → fuse → place.
 
-The result is diffusers' own `WanPipeline` or `WanImageToVideoPipeline` with our scheduler. Its one attribute of ours is
-`pipeline.turbo_nb`, a `LoadedModel`. Importing this module is cheap: torch and diffusers are imported with the first
-model.
+The result is `WanPipeline` or `WanImageToVideoPipeline` of `wan.py`: those of diffusers, with our scheduler. Its one
+attribute of ours is `pipeline.turbo_nb`, a `LoadedModel`. Importing this module is cheap: torch and diffusers are
+imported with the first model.
 """
 
 import gc
@@ -255,13 +255,13 @@ def load(
 def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device: str) -> tuple:
     """Load and fuse the modules; return the pipeline and its prompt encoder"""
     import torch
-    from diffusers import WanImageToVideoPipeline, WanPipeline
 
     from . import checkpoint
     from .files import lora
     from .fused import transformer as fused_transformer
     from .fused import vae as fused_vae
     from .scheduler import RCMScheduler
+    from .wan import WanImageToVideoPipeline, WanPipeline
 
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
     parts = {

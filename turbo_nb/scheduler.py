@@ -5,11 +5,15 @@ It works in diffusers' `WanPipeline` and `WanImageToVideoPipeline`:
     scheduler.seed(0)
     pipeline(prompt, latents=scheduler.start_latents(shape), num_inference_steps=4, guidance_scale=1.0)
 
-The scheduler keeps the generator, because the pipelines never pass one to `step`. Latents stay float64 between steps,
+The scheduler keeps the generator, because the pipelines never pass one to `step`. Without one, the noise of the steps
+comes from the latents of the first step, so that equal starts give equal clips. Latents stay float64 between steps,
 except the start, which the pipelines cast to float32.
 """
 
+import hashlib
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -51,7 +55,8 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
             raise InputError(
                 f"sigma_max is {sigma_max}. Expected a number above {least:.1f}. Use 80 for T2V or 200 for I2V."
             )
-        self.generator: torch.Generator | None = None
+        self.generator: torch.Generator | Sequence[torch.Generator] | None = None
+        self._from_start: torch.Generator | None = None
         self.sigmas = self.timesteps = None
         self.num_inference_steps: int | None = None
         self.denoised: Tensor | None = None
@@ -61,14 +66,26 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         """Start a new sequence of noise. "cpu" gives the same on every machine; "cuda" repeats upstream's seeds."""
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator | Sequence[torch.Generator] | None) -> Iterator[None]:
+        """Draw noise from a generator, or from one for each clip, inside this context. None changes nothing."""
+        before = self.generator
+        self.generator = before if generator is None else generator
+        try:
+            yield
+        finally:
+            self.generator = before
+
     def _noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        drawn_on = self.generator.device if self.generator else "cpu"
-        return torch.randn(shape, generator=self.generator, device=drawn_on, dtype=torch.float32).to(
-            device, torch.float64
-        )
+        generator = self.generator or self._from_start
+        each = generator if isinstance(generator, Sequence) else [generator]
+        part = (shape[0] // len(each), *shape[1:])
+        drawn = [torch.randn(part, generator=one, device=one.device if one else "cpu") for one in each]
+        return torch.cat(drawn).to(device, torch.float64) if len(drawn) > 1 else drawn[0].to(device, torch.float64)
 
     def start_latents(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
         """Return noise of the first level: shape (B, C, T, H, W), float64."""
+        self._from_start = None
         first = math.atan(self.config.sigma_max)
         return self._noise(shape, device) * (math.sin(first) / (math.sin(first) + math.cos(first)))
 
@@ -110,6 +127,8 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         """
         sigma, following = self.sigmas[self._index].item(), self.sigmas[self._index + 1].item()
         self._index += 1
+        if self._index == 1 and self.generator is None:
+            self._from_start = torch.Generator().manual_seed(_seed_of(sample))
         sample, velocity = sample.double(), model_output.double()
         self.denoised = sample - sigma * velocity
         if self.config.ode:
@@ -118,3 +137,9 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
             noise = self._noise(sample.shape, sample.device)
             sample = (1 - following) * self.denoised + following * noise
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+def _seed_of(latents: Tensor) -> int:
+    """Return a seed that depends on every bit of the latents"""
+    data = latents.detach().float().cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:7])

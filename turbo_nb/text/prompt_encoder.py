@@ -2,7 +2,8 @@
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import warn
@@ -87,14 +88,25 @@ class PromptEncoder:
         return found
 
     def _encode(self, prompt: str) -> "torch.Tensor":
-        pipeline, device = self._pipeline, "cpu" if self._mode == "cpu" else self._device
-        try:
-            if pipeline.text_encoder is None:
-                pipeline.text_encoder = self._on_cpu or self._load(device)
-            embedding, _ = pipeline.encode_prompt(
+        with self.loaded() as device:
+            embedding, _ = self._pipeline.encode_prompt(
                 prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=device
             )
             return embedding
+
+    @contextmanager
+    def loaded(self) -> Iterator[str]:
+        """Have the text encoder at the pipeline inside this context, and put it where the plan wants it afterwards.
+
+        Gives the device that it works on.
+        """
+        pipeline, device = self._pipeline, "cpu" if self._mode == "cpu" else self._device
+        if pipeline.text_encoder is not None:
+            yield device
+            return
+        try:
+            pipeline.text_encoder = self._on_cpu or self._load(device)
+            yield device
         finally:
             if self._mode == "cpu":
                 self._on_cpu = pipeline.text_encoder

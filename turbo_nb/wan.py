@@ -1,0 +1,164 @@
+"""diffusers' Wan pipelines, with what a few-step model needs when a pipeline is called directly.
+
+The two classes have the names of diffusers' own, because `save_pretrained` writes the name. diffusers' own
+`from_pretrained` then makes its own class, with our scheduler and, by `SavedTransformer`, with SLA and 8-bit linears.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin  # diffusers looks for this name beside SavedTransformer
+
+from . import catalog, checkpoint
+from .errors import InputError, warn
+from .files import recognise
+from .runtime.place import held_still
+from .scheduler import MAX_STEPS, RCMScheduler
+
+SIZE = {"width": None, "height": None, "num_frames": None}  # None: the model's own
+DEFAULTS = SIZE | {"num_inference_steps": MAX_STEPS, "guidance_scale": 1.0}
+
+
+def _few_steps(theirs: Callable) -> Callable:
+    """Return `__call__` of a pipeline of diffusers, with our defaults and with all noise from the user's generator"""
+    signature = inspect.signature(theirs)
+    changed = [p.replace(default=DEFAULTS.get(name, p.default)) for name, p in signature.parameters.items()]
+
+    @wraps(theirs)
+    def call(self, *args, **kwargs):
+        if not (self.turbo_nb and isinstance(self.scheduler, RCMScheduler)):  # a user's own scheduler
+            return theirs(self, *args, **kwargs)
+        bound = call.__signature__.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given, spec = bound.arguments, self.turbo_nb.spec
+        for name, own in zip(SIZE, (*spec.size, spec.num_frames), strict=True):
+            given[name] = own if given[name] is None else given[name]
+        if given["guidance_scale"] > 1:
+            warn("guidance_scale is above 1. The model was trained without guidance, which doubles the time. Take 1.")
+        elif given["negative_prompt"] is not None or given["negative_prompt_embeds"] is not None:
+            warn("negative_prompt has no effect, because the model works without guidance. Leave it out.")
+        with self.turbo_nb.lock, self.scheduler.drawing_from(given["generator"]):
+            if given["latents"] is None:
+                given["latents"] = self.scheduler.start_latents(_latents_shape(self, given))
+            return theirs(*bound.args, **bound.kwargs)
+
+    call.__signature__ = signature.replace(parameters=changed)
+    return call
+
+
+def _latents_shape(pipeline: diffusers.DiffusionPipeline, given: dict[str, Any]) -> tuple[int, ...]:
+    """Return the shape that `prepare_latents` of diffusers computes"""
+    prompt, generator = given["prompt"], given["generator"]
+    prompts = prompt if isinstance(prompt, list) else given["prompt_embeds"] if prompt is None else [prompt]
+    count = (1 if prompts is None else len(prompts)) * (given["num_videos_per_prompt"] or 1)
+    if isinstance(generator, list) and len(generator) != count:
+        raise InputError(f"generator is a list of {len(generator)}. Expected {count}, one for each clip.")
+    frames = given["num_frames"] // pipeline.vae_scale_factor_temporal + 1  # of 4n + 1, to which diffusers rounds
+    sides = (given[side] // pipeline.vae_scale_factor_spatial for side in ("height", "width"))
+    return count, pipeline.vae.config.z_dim, frames, *sides
+
+
+class _Placed:
+    """What both pipelines do where `load_pipeline` made them; else they are diffusers' own."""
+
+    turbo_nb: Any = None  # the LoadedModel
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """Save all parts as diffusers does. A text encoder that is not loaded is loaded for it.
+
+        Merged LoRAs and 8-bit linears are saved as they are. Top-k is not saved, because it is an option of loading.
+        """
+        if self.turbo_nb is None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with self.turbo_nb.lock, held_still(self, self.turbo_nb.plan), self.turbo_nb.prompt_encoder.loaded():
+            self.register_modules(text_encoder=self.text_encoder)
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """Save model_index.json with our loader of transformers, because diffusers' own drops SLA and 8-bit linears."""
+        super().save_config(save_directory, *args, **kwargs)
+        path = Path(save_directory, self.config_name)
+        index = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("transformer", "transformer_2"):
+            if index.get(name, [None])[0]:
+                index[name] = [__name__, SavedTransformer.__name__]
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def to(self, *args, **kwargs):
+        """Change the dtype as diffusers does. Raises InputError for a device other than that of the memory plan."""
+        device = next((one for one in (*args, kwargs.get("device")) if isinstance(one, str | int | torch.device)), None)
+        if self.turbo_nb is None or device is None:
+            return super().to(*args, **kwargs)
+        wanted, own = torch.device(device), torch.device(self.turbo_nb.device)
+        if (wanted.type, wanted.index or 0) != (own.type, own.index or 0):
+            raise InputError(
+                f"device is {str(wanted)!r}. Expected {str(own)!r}, where load_pipeline has put this pipeline. Load it "
+                f"again with device={str(wanted)!r}."
+            )
+        return self if self.turbo_nb.plan.offload != "none" else super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
+        """Raise InputError, because the memory plan decides where the parts are."""
+        self._require_no_plan("offload")
+        super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """Raise InputError, because the memory plan decides where the parts are."""
+        self._require_no_plan("group")
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args, **kwargs) -> None:
+        """Raise InputError, because the memory plan decides where the parts are."""
+        self._require_no_plan("group")
+        super().enable_group_offload(*args, **kwargs)
+
+    def _require_no_plan(self, plan: str) -> None:
+        if self.turbo_nb:
+            raise InputError(
+                f"memory plan is {self.turbo_nb.plan.name!r}. Expected no other offload beside it. Load the "
+                f"model again with memory_plan={plan!r}. Without one it takes the fastest plan that fits."
+            )
+
+    def _get_t5_prompt_embeds(self, *args, **kwargs) -> torch.Tensor:
+        """Encode prompts. If the memory plan has freed the text encoder, it is loaded for this"""
+        model = self.turbo_nb
+        with model.lock if model else nullcontext(), model.prompt_encoder.loaded() if model else nullcontext():
+            return super()._get_t5_prompt_embeds(*args, **kwargs)
+
+
+class WanPipeline(_Placed, diffusers.WanPipeline):
+    """diffusers' `WanPipeline`, placed by a memory plan."""
+
+    __call__ = _few_steps(diffusers.WanPipeline.__call__)
+
+
+class WanImageToVideoPipeline(_Placed, diffusers.WanImageToVideoPipeline):
+    """diffusers' `WanImageToVideoPipeline`, placed by a memory plan."""
+
+    __call__ = _few_steps(diffusers.WanImageToVideoPipeline.__call__)
+
+
+class SavedTransformer(ModelMixin):
+    """What a saved pipeline names as its transformer, so that diffusers loads it with SLA and 8-bit linears."""
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> diffusers.WanTransformer3DModel:
+        """Load the transformer of a saved pipeline.
+
+        Args:
+            folder: of the transformer.
+            torch_dtype: of its weights. None: as they were saved.
+        """
+        contents = recognise.read(Path(folder), "transformer")
+        known = catalog.of_arch(contents.arch)
+        topk = {"sla_topk": known.sla_topk} if known else {}
+        return checkpoint.load_transformer(contents, dtype=torch_dtype, **topk)
