@@ -203,18 +203,14 @@ def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> Loa
 def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
     """Make the clips of one prompt"""
     from . import generation, pipeline
-    from .files.resolve import resolve
     from .machine import atomic
     from .video import mp4, sheet
 
     every = seeds(clip.seed, run.num_samples)
     path = Path(run.save_path)
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
-    for one in paths:
-        mp4.check_output(one)
+    resolved, prepared = generation.preflight(clip, load, paths)
     atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
-    resolved = resolve(load)
-    prepared = generation.prepare(clip, resolved.spec)
     with _progress() as (progress, bar, console):
         loaded = pipeline.load(
             resolved,

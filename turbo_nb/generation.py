@@ -6,7 +6,7 @@ with the next memory plan.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .catalog import ModelSpec
 from .errors import InputError, TurboNbError, warn
-from .files.resolve import ResolvedModel
+from .files.resolve import ResolvedModel, resolve
 from .machine import environment
 from .pipeline import LoadedModel
 from .records import VideoRecord, write
@@ -23,7 +23,7 @@ from .runtime.compilations import compilations
 from .runtime.pinned import pinned_empty
 from .runtime.stages import StageRunner, current_device
 from .runtime.steps import StepTimer
-from .settings import ClipSettings, ResolvedClip, accepts, resolve_clip
+from .settings import ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip
 from .video import images, mp4
 
 if TYPE_CHECKING:
@@ -106,14 +106,49 @@ class PreparedClip:
     image: "Image | None"
 
 
-def prepare(settings: ClipSettings, spec: ModelSpec) -> PreparedClip:
-    """Check a clip against a model, and open its image; no model is loaded.
+def preflight(
+    settings: ClipSettings, load: LoadOptions | Callable[[], ResolvedModel], paths: Iterable["str | Path"]
+) -> tuple[ResolvedModel, PreparedClip]:
+    """Check everything that can stop a run, before anything is downloaded or loaded.
+
+    The order is: the options themselves (by making them), names and folders of the files to write, the encoder, the
+    image, the model and whether its parts fit together, the clip's settings against the model, the memory plan, the
+    space for a clip. `ResolvedModel.fetch` then checks the space for the download before its first byte.
+
+    Args:
+        settings: the clip.
+        load: the model, or a function that resolves it.
+        paths: of the mp4 files to write.
+
+    Returns:
+        The model, and the clip with its image.
+
+    Raises:
+        InputError, OutputError, UnknownModelError, CheckpointError, BackendError: the run cannot end well.
+        DownloadError: a reference names something that neither the Hub nor the cache has.
+    """
+    paths = [mp4.check_output(path) for path in paths]
+    image = _opened(settings)
+    resolved = resolve(load) if isinstance(load, LoadOptions) else load()
+    prepared = prepare(settings, resolved.spec, image)
+    resolved.plan(prepared.clip.size)
+    mp4.check_space(paths[0], *prepared.clip.size)
+    return resolved, prepared
+
+
+def prepare(settings: ClipSettings, spec: ModelSpec, image: "Image | None" = None) -> PreparedClip:
+    """Check a clip against a model; no model is loaded.
+
+    Args:
+        settings: the clip.
+        spec: the model.
+        image: the settings' image, where it was opened before. None: it is opened now.
 
     Raises:
         InputError: a setting does not suit the model, or the image is missing, unwanted or cannot be read.
     """
     check(settings, spec)
-    image = None if settings.image is None else images.load_image(settings.image)
+    image = image or _opened(settings)
     return PreparedClip(clip=resolve_clip(settings, spec, image and image.size), image=image)
 
 
@@ -123,11 +158,21 @@ def check(settings: ClipSettings, spec: ModelSpec) -> None:
         raise InputError(f"image is given. Expected none, because {spec.name} makes videos from text alone.")
     if spec.task == "i2v" and settings.image is None:
         raise InputError(f"image is None. Expected a picture (--image_path), because {spec.name} begins with one.")
+    _check_noise(settings)
+
+
+def _check_noise(settings: ClipSettings) -> None:
     if settings.noise_device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise InputError("noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
+
+
+def _opened(settings: ClipSettings) -> "Image | None":
+    """Open the image, after the one check of a setting that needs this machine and no model"""
+    _check_noise(settings)
+    return None if settings.image is None else images.load_image(settings.image)
 
 
 @accepts(ClipSettings)

@@ -445,6 +445,8 @@ class ClipSettings(_Checked):
         if self.num_frames is not None and self.num_frames % 4 != 1:
             near = 4 * max(0, round((self.num_frames - 1) / 4)) + 1
             raise _wrong("num_frames", self.num_frames, "4n + 1 (1, 5, 9, …)", f"Take {near}.")
+        if self.resolution is not None or self.aspect_ratio is not None:
+            size_of(None, self.resolution, self.aspect_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,11 +572,11 @@ def adaptive_size(area: int, width: int, height: int) -> tuple[int, int]:
     return tuple(max(1, round(side / catalog.SIZE_MULTIPLE)) * catalog.SIZE_MULTIPLE for side in sides)
 
 
-def size_of(spec: catalog.ModelSpec, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
+def size_of(spec: catalog.ModelSpec | None, resolution: str | None, aspect_ratio: str | None) -> tuple[int, int]:
     """Return width and height in pixels.
 
     Args:
-        spec: the model, whose own size is taken where resolution is None.
+        spec: the model, whose own size is taken where resolution is None. Otherwise it is not used.
         resolution: "480p", "720p" or "WIDTHxHEIGHT".
         aspect_ratio: "16:9" and others, for 480p and 720p.
 

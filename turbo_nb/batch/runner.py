@@ -21,7 +21,7 @@ from ..video import images, mp4
 from .engines import Engine, engine_for
 from .jobs import Task, tasks_of
 from .manifest import MANIFEST, JobRecord, append, as_output_error, mend, read_manifest, run_lock, sweep
-from .prompts import Job
+from .prompts import Job, rows_of
 from .summary import Summary, contact_sheet
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def run(
     begin = time.perf_counter()
     options = build(RunOptions, {"output_dir": output_dir, "workers": workers, "num_samples": num_samples})
     folder = Path(options.output_dir)
-    pictures = images.Pictures()
-    model = model_of(load)
-    tasks = tasks_of(jobs, model, folder, settings, options.num_samples, pictures)
-    mp4.check_output(folder / mp4.PROBE)
+    rows = list(rows_of(jobs))
+    mp4.check_output(folder / mp4.PROBE)  # before the model, because a reference asks the Hub
+    model, pictures = model_of(load), images.Pictures()
+    tasks = tasks_of(rows, model, folder, settings, options.num_samples, pictures)
     engine = engine_for(model, tasks, folder, options.workers, on_progress, pictures)
     wanted: dict[str, Task] = {}
     for task in tasks:

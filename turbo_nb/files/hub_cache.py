@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..catalog import HubFile
 from ..errors import DownloadError
-from ..machine import atomic
+from ..machine import atomic, environment
 from .hub_requests import Listing
 
 STALE = 24 * 3600  # seconds after which a partial file belongs to a dead process
@@ -108,8 +107,7 @@ def commit_of(file: HubFile) -> str | None:
 
 def free_bytes() -> int:
     """Return the free bytes where the cache is, or will be."""
-    folder = Path(constants.HF_HUB_CACHE).absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    return environment.free_bytes(Path(constants.HF_HUB_CACHE))
 
 
 def planned_file(file: HubFile, listing: Listing) -> PlannedFile:

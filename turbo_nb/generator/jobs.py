@@ -191,7 +191,7 @@ class JobRunner:
             UnknownModelError, InputError, BackendError, CheckpointError: the request cannot be met.
             InputError: another job is running.
         """
-        generation.prepare(request.clip, self.resolve(request.load).spec)
+        generation.preflight(request.clip, lambda: self.resolve(request.load), [self.gallery.folder / "clip.mp4"])
         if request.random_seed:
             clip = replace(request.clip, seed=random.randrange(RANDOM_SEEDS))
             request = replace(request, clip=clip, random_seed=False)

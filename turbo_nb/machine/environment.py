@@ -296,6 +296,12 @@ def existing(path: Path) -> Path:
     return path
 
 
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of a path's disk; the largest number where the system does not report them."""
+    free, total = _free_and_total(path)
+    return free if total else sys.maxsize
+
+
 def _free_and_total(path: Path) -> tuple[int, int]:
     """Return the free and total bytes of a path's disk, zeros where the system refuses to tell them"""
     try:

@@ -28,6 +28,7 @@ METADATA_KEY = "turbo_nb"
 FFMPEG = "IMAGEIO_FFMPEG_EXE"
 FULL = re.compile("No space left|quota exceeded|the disk is full")
 PATIENCE = 60  # seconds for what takes a second, after which ffmpeg is taken for stuck
+PIXELS_A_BYTE = 16  # of a quiet clip; noise takes ten times as much
 NAME_BYTES = 255  # limit of a file's name on common file systems
 PROBE = "probe.mp4"  # a name to check a folder with
 ENCODER = "TURBO_NB_ENCODER"
@@ -108,6 +109,13 @@ def check_output(path: str | os.PathLike) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(path, PermissionError(errno.EACCES, f"no permission in {str(parent)!r}"))
     return path
+
+
+def check_space(path: Path, width: int, height: int, frames: int) -> None:
+    """Raise OutputError where the disk of an mp4 has no space for one clip of so many pixels and frames."""
+    needed, free = 2 * width * height * frames // PIXELS_A_BYTE, environment.free_bytes(_target(path).parent)
+    if free < needed:  # for the clip and its copy with metadata
+        raise _unwritable(path, OSError(errno.ENOSPC, f"it needs about {needed:,} bytes, and {free:,} are free"))
 
 
 def _named(path: str | os.PathLike) -> Path:
