@@ -111,9 +111,10 @@ def preflight(
 ) -> tuple[ResolvedModel, PreparedClip]:
     """Check everything that can stop a run, before anything is downloaded or loaded.
 
-    The order is: the options themselves (by making them), names and folders of the files to write, the encoder, the
-    image, the model and whether its parts fit together, the clip's settings against the model, the memory plan, the
-    space for a clip. `ResolvedModel.fetch` then checks the space for the download before its first byte.
+    The options were checked when they were made. First come the encoder, the files to write and the image. Then come
+    the model and whether its parts fit together, of which a reference asks the Hub for heads. Last come the clip's
+    settings against the model, the memory plan, and the space for a clip. `ResolvedModel.fetch` checks the space for
+    the download before its first byte.
 
     Args:
         settings: the clip.
