@@ -36,6 +36,7 @@ from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
 from .machine.mapped import PageReleaser
+from .settings import with_home
 from .sla import set_attention_type
 
 ROWS = 1024  # of a weight that are quantised at once
@@ -359,11 +360,12 @@ def load_tokenizer(path: str | Path | Contents):
     Raises:
         CheckpointError: the tokenizer is missing or damaged, or brings code of its own. That code never runs.
     """
-    if not isinstance(path, Contents) and environment.is_file(path) and Path(path).suffix != ".model":
+    path = path if isinstance(path, Contents) else Path(with_home(path))
+    if not isinstance(path, Contents) and environment.is_file(path) and path.suffix != ".model":
         path = read(path, "text encoder")
     if isinstance(path, Contents):
         return vocabulary.from_text_encoder(path)
-    if spiece := vocabulary.spiece_file(Path(path)):
+    if spiece := vocabulary.spiece_file(path):
         return vocabulary.from_spiece(spiece)
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -21,6 +21,7 @@ from .errors import InputError, warn
 from .files import recognise
 from .runtime.place import held_still
 from .scheduler import MAX_STEPS, RCMScheduler
+from .settings import with_home
 
 SIZE = {"width": None, "height": None, "num_frames": None}  # None: the model's own
 DEFAULTS = SIZE | {"num_inference_steps": MAX_STEPS, "guidance_scale": 1.0}
@@ -75,6 +76,7 @@ class _Placed:
 
         Merged LoRAs and 8-bit linears are saved as they are. Top-k is not saved, because it is an option of loading.
         """
+        save_directory = with_home(save_directory)
         if self.turbo_nb is None:
             return super().save_pretrained(save_directory, *args, **kwargs)
         with self.turbo_nb.lock, held_still(self, self.turbo_nb.plan), self.turbo_nb.prompt_encoder.loaded():

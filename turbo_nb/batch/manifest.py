@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from .. import records
 from ..errors import OutputError, warn
 from ..machine import atomic
+from ..settings import with_home
 from ..video import mp4
 
 MANIFEST = "manifest.jsonl"
@@ -74,8 +75,9 @@ def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
     Raises:
         OutputError: the file cannot be read.
     """
-    path = Path(output_dir) / MANIFEST
-    with as_output_error(Path(output_dir)):
+    folder = Path(with_home(output_dir))
+    path = folder / MANIFEST
+    with as_output_error(folder):
         lines = _lines(path)
     found = [records.read(JobRecord, data) for _, data in lines]
     skipped = [n for n, record in enumerate(found) if record is None and lines[n][0].strip()]

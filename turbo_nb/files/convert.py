@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line
 from ..machine import environment
-from ..settings import LoadOptions, options
+from ..settings import LoadOptions, options, with_home
 from . import lora
 from .recognise import Contents, read, require
 
@@ -37,7 +37,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     asked = options(LoadOptions)["loras"].check("lora", loras)
     if zero := [each.file for each in asked if not each.strength]:
         raise InputError(f"strength of {zero[0]!r} in lora is 0. Expected another number, because 0 changes nothing.")
-    merged, contents, folder = lora.choose(asked, 1), read(source), Path(folder)
+    merged, contents, folder = lora.choose(asked, 1), read(source), Path(with_home(folder))
     if contents.kind not in FOLDERS:
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer, a VAE or a text encoder.")
     require(contents, contents.kind)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, listed, warn
 from ..machine import environment
+from ..settings import with_home
 from . import recognise, vocabulary
 from .filenames import EXPERTS, TOKENIZER_FOLDERS, USUAL
 from .weight_set import weight_sets
@@ -133,7 +134,7 @@ def describe(path: str | Path) -> str:
     Raises:
         CheckpointError: as `recognise.read`. A part among others has its error in its line.
     """
-    path = Path(path)
+    path = Path(with_home(path))
     if is_tokenizer(path):
         return _description(path)
     parts = dict(_parts(path))

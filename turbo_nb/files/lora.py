@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, TurboNbError, collect_warnings, listed, warn
 from ..machine import environment
 from ..records import LoRARecord
-from ..settings import LoRAFile
+from ..settings import LoRAFile, with_home
 from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
 from .reading import read_raw
@@ -315,7 +315,7 @@ def describe(path: str | Path) -> str:
     Raises:
         CheckpointError: as `read`.
     """
-    path = snapshot(Path(path))
+    path = snapshot(Path(with_home(path)))
     if environment.is_dir(path):
         adapters = [path / name for name in IN_FOLDER if environment.is_file(path / name)]
         return str(read(adapters[0])) if adapters else layouts.describe(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, listed, warn
 from ..machine import environment
+from ..settings import with_home
 from .filenames import CONFIG
 from .gguf_file import MAGIC as GGUF
 from .gguf_file import GGUFTensor, read_gguf
@@ -56,7 +57,7 @@ def read_raw(path: str | Path) -> RawContents:
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
-    path = Path(path)
+    path = Path(with_home(path))
     tensors: dict[str, Tensor | GGUFTensor] = {}
     metadata: dict[str, str] = {}
     try:

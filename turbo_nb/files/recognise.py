@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, listed, warn
+from ..settings import with_home
 from . import lora_keys, names, numbers, shapes
 from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor
@@ -126,7 +127,8 @@ def read(path: str | Path, wanted: str | None = None) -> Contents:
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
-    path, raw = Path(path), read_raw(path)
+    path = Path(with_home(path))
+    raw = read_raw(path)
     with fitting_shapes(path):
         return recognise(raw.tensors, path, raw.metadata, raw.config, wanted)
 

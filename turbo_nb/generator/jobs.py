@@ -160,7 +160,7 @@ class JobRunner:
     @classmethod
     def of(cls, folder: str | os.PathLike) -> "JobRunner":
         """Return the runner of a folder, which is the same for all callers in this process."""
-        return cls._all.setdefault(Path(folder).resolve(), cls(folder))
+        return cls._all.setdefault(Path(settings.with_home(folder)).resolve(), cls(folder))
 
     def listen(self, listener: Callable[[Job], None]) -> Callable[[], None]:
         """Call listener(job) at every change, from the worker's thread. Returns a function that ends this."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import InputError, OutputError
 from ..machine import atomic, environment
 from ..records import MEASURED, VideoRecord, write
+from ..settings import with_home
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
@@ -44,7 +45,7 @@ class Gallery:
     """The clips in a folder. Saving the first clip makes the folder."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder).absolute()
+        self.folder = Path(with_home(folder)).absolute()
         self._known: dict[tuple[str, int, int], Clip | None] = {}  # by path, time of change and size
 
     def clips(self, most: int | None = None) -> list[Clip]:
