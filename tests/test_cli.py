@@ -1,5 +1,6 @@
 """turbo-nb as a shell runs it: in a process of its own, and where that proves no more, in this one."""
 
+import errno
 import json
 import os
 import re
@@ -9,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import command_line
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import backends, cli
-from turbo_nb.errors import BackendError
+from turbo_nb import backends, cli, generation
+from turbo_nb.errors import BackendError, TurboNbError
 from turbo_nb.machine import atomic
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
@@ -83,6 +85,65 @@ def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, mon
     assert result.returncode == 0, result.stderr
     assert taken == ([(5, 48, 128, 3)] if grid else [(1, 48, 64, 3), (4, 48, 64, 3)] * 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == made
+
+
+SHORT = ("--prompt", PROMPT, "--num_frames", 5, "--num_steps", 1, "--resolution", "64x48", "--save_path", "v.mp4")
+
+
+@pytest.mark.parametrize("failure", [TurboNbError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("grid", [False, True], ids=["", "grid"])
+def test_a_failure_in_a_later_clip_keeps_and_reports_the_earlier_clips(tmp_path, monkeypatch, grid, failure):
+    generate = generation.generate
+
+    def fail_at_the_third(*given, **more):
+        if more["seed"] == 2:
+            raise failure
+        return generate(*given, **more)
+
+    monkeypatch.setattr(generation, "generate", fail_at_the_third)
+    result = command_line("t2v", *SHORT, "--num_samples", 3, *["--grid"] * grid, cwd=tmp_path)
+    assert result.returncode == (2 if isinstance(failure, TurboNbError) else 130)
+    made = ["v.mp4"] if grid else ["v-0.mp4", "v-1.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    assert [line.partition(":")[0] for line in result.stdout.splitlines() if ".mp4" in line] == made
+    if grid:
+        assert read_metadata(tmp_path / "v.mp4")["seed"] == [0, 1]
+        assert mp4.read_frames(tmp_path / "v.mp4", 128, 48).shape == (5, 48, 128, 3)
+
+
+@pytest.mark.parametrize("kind", ["encoder dies", "encoder is gone", "disk full", "name taken"])
+def test_a_failure_after_the_frames_keeps_them_and_names_their_file(tmp_path, monkeypatch, kind):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def make(*given, **more):
+        video = generate(*given, **more)
+        if kind == "encoder dies":
+            more["on_frames"].__self__._process.kill()
+        if kind == "name taken":
+            (tmp_path / "v.mp4").mkdir()
+        return video
+
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", make)
+    if kind == "disk full":
+        monkeypatch.setattr(mp4, "_add_metadata", full)
+    if kind == "encoder is gone":
+        monkeypatch.setattr(mp4.Encoder, "_start", full)
+    result = command_line("t2v", *SHORT, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (kept,) = tmp_path.glob("v-frames*.npz")
+    assert str(kept) in result.stderr
+    with np.load(kept) as found:
+        assert found["frames"].shape == (5, 48, 64, 3) and found["frames"].any() and found["fps"] == 16
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(atomic.PREFIX)]
+
+
+def test_times_that_cannot_be_remembered_cost_no_video(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "file"))
+    result = command_line("t2v", *SHORT, cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path / "v.mp4").is_file(), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -221,28 +221,37 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
         )
         if outlook := generation.outlook(pipeline.LoadedModel.of(loaded), prepared.clip):
             console.print(f"a video takes {outlook}")
-        frames = []
-        for number, seed in enumerate(every):
-            path = paths[0 if run.grid else number]
-            with nullcontext() if run.grid else mp4.Encoder(path, resolved.spec.fps) as encoder:
-                video = generation.generate(
-                    loaded,
-                    **vars(clip) | {"seed": seed},
-                    on_stage=lambda name: progress.reset(
-                        bar, description=name, total=clip.num_steps if name == "denoise" else None
-                    ),
-                    on_step=lambda done, total, latents: progress.update(bar, completed=done),
-                    on_frames=encoder and encoder.add,
-                )
-                if run.grid:
-                    frames.append(video.frames)
-                    if number + 1 < len(every):
-                        continue
-                    video = replace(video, frames=sheet.grid(frames), record=replace(video.record, seed=[*every]))
-                progress.reset(bar, description="write", total=None)
-                begin = time.perf_counter()
-                video.save(encoder or path)
-                _report(path, seed, video, {"write": time.perf_counter() - begin})
+
+        def make(seed: int, encoder: mp4.Encoder | None = None) -> generation.Video:
+            return generation.generate(
+                loaded,
+                **vars(clip) | {"seed": seed},
+                on_stage=lambda name: progress.reset(
+                    bar, description=name, total=clip.num_steps if name == "denoise" else None
+                ),
+                on_step=lambda done, total, latents: progress.update(bar, completed=done),
+                on_frames=encoder and encoder.add,
+            )
+
+        def save(video: generation.Video, seed: int, to: mp4.Encoder | Path) -> None:
+            progress.reset(bar, description="write", total=None)
+            begin = time.perf_counter()
+            path = video.save(to)
+            _report(path, seed, video, {"write": time.perf_counter() - begin})
+
+        if run.grid:
+            made: list[generation.Video] = []
+            try:
+                made.extend(map(make, every))  # one by one, so that a failure leaves those before it
+            finally:
+                if made:
+                    record = replace(made[-1].record, seed=[*every[: len(made)]])
+                    frames = sheet.grid([video.frames for video in made])
+                    save(replace(made[-1], frames=frames, record=record), every[len(made) - 1], path)
+            return
+        for seed, path in zip(every, paths, strict=True):
+            with mp4.Encoder(path, resolved.spec.fps) as encoder:
+                save(make(seed, encoder), seed, encoder)
 
 
 @contextmanager

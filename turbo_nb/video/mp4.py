@@ -120,6 +120,8 @@ def check_space(path: Path, width: int, height: int, frames: int) -> None:
 
 def _named(path: str | os.PathLike) -> Path:
     """Return the path with "~" expanded. Raises OutputError where an mp4 cannot have this name"""
+    if not isinstance(path, str | os.PathLike):
+        raise OutputError(f"save_path is of type {type(path).__name__}. Expected a path, as text or Path. Convert it.")
     path = Path(os.path.expanduser(path))
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"save_path is {str(path)!r}. Expected a name that ends in .mp4. Add .mp4 to it.")
