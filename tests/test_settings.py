@@ -37,6 +37,7 @@ NANO, WAN, I2V = (catalog.find(name) for name in ("nano", "Wan2.1-1.3B", "Wan2.2
         (ClipSettings, "num_steps", [0, 5, 1.0, "4"]),
         (ClipSettings, "seed", [-1, 2**63, 10**5000, 1.0, None.__class__]),
         (ClipSettings, "resolution", ["big", "100", "100x", "x100", "-16x16", "480P", "1e3x16", 480]),
+        (ClipSettings, "resolution", [(128,), (128.0, 128), (10**7, 16), ("a", 16)]),
         (ClipSettings, "aspect_ratio", ["1:2", "wide"]),
         (ClipSettings, "sigma_max", [14, float("inf"), "80"]),
         (ClipSettings, "ode", ["false", 0, 1]),
@@ -52,6 +53,31 @@ def test_a_value_that_cannot_be_used_is_an_error_of_three_parts(cls, name, value
         with pytest.raises(InputError, match=rf"(?s)^{name} is .{{1,90}}\. Expected .+\.") as error:
             build(cls, given | {name: value})
         assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("pair", [(96, 128), [96, 128], (np.int64(96), np.int32(128)), "96x128"], ids=str)
+def test_a_resolution_is_text_or_a_pair_of_whole_numbers(pair):
+    assert resolve_clip(ClipSettings(prompt="x", resolution=pair), NANO).size[:2] == (96, 128)
+
+
+@pytest.mark.parametrize("sides", ["100000x100000", "16400x16", "100x100", (17, 16)], ids=str)
+def test_sides_that_no_model_takes_are_an_error_without_a_model(sides):
+    with pytest.raises(InputError, match="multiples of 16, from 16 to 16384"):
+        ClipSettings(prompt="x", resolution=sides)
+
+
+def test_several_prompts_are_sent_to_the_batch():
+    with pytest.raises(
+        InputError, match=r"prompt is \['a', 'b'\]. Expected text, for one clip. Call turbo_nb.batch.run"
+    ):
+        ClipSettings(prompt=["a", "b"])
+
+
+@pytest.mark.parametrize("strength", ["1e38", "-1e38", "101", "nan", "inf"])
+def test_a_strength_that_would_break_a_model_is_refused(strength):
+    for given in (f"style.safetensors:{strength}", ("style.safetensors", float(strength))):
+        with pytest.raises(InputError, match=r"strength of 'style.safetensors' in loras is .* from -100 to 100"):
+            LoadOptions(loras=given)
 
 
 def test_values_of_numpy_count_and_become_python_s():

@@ -25,6 +25,7 @@ from .errors import InputError
 
 MAX_STEPS = 4  # steps that rCM models were trained for
 MAX_SEED = 2**63 - 1  # torch's generators take 63 bits
+MAX_STRENGTH = 100  # of a LoRA; useful ones are below 5, and bfloat16 overflows far above
 MAX_SAMPLES = 10_000  # clips of one prompt in one run
 MAX_POSITIONS = 1024  # length of diffusers' rotary tables, in latent patches along each axis
 MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
@@ -126,6 +127,27 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Sides(Text):
+    """Text that names a size, or a pair of whole numbers: width and height."""
+
+    def __call__(self, name: str, value: Any) -> str:
+        if isinstance(value, tuple | list) and len(value) == 2:
+            with suppress(TypeError):
+                return super().__call__(name, "x".join(str(operator.index(side)) for side in value))
+        return super().__call__(name, value)
+
+
+@dataclass(frozen=True)
+class Prompt(Text):
+    """Text for one clip."""
+
+    def __call__(self, name: str, value: Any) -> str:
+        if isinstance(value, list | tuple):
+            raise _wrong(name, value, "text, for one clip", "Call turbo_nb.batch.run for several prompts.")
+        return super().__call__(name, value)
+
+
+@dataclass(frozen=True)
 class PathLike:
     """A path as text or Path, whose `~` is expanded; `pair`: also two of them."""
 
@@ -184,7 +206,9 @@ class LoRAFiles:
                 file, strength = _with_strength(file)
         if not isinstance(file, str) or not file.strip() or "\0" in file or expert not in (None, "high", "low"):
             raise self._wrong(name, given)
-        strength = Number(lambda x: True, "that is finite, such as 0.8")(f"strength of {file!r} in {name}", strength)
+        strength = Number(lambda x: abs(x) <= MAX_STRENGTH, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}, such as 0.8")(
+            f"strength of {file!r} in {name}", strength
+        )
         return LoRAFile(file=file, strength=strength, expert=expert)
 
     def _is_pair(self, value: Any) -> bool:
@@ -386,7 +410,7 @@ class ClipSettings(_Checked):
 
     prompt: str = _option(
         MISSING,
-        Text("text that says what to show", fix="Write a prompt, such as 'a small green square growing'."),
+        Prompt("text that says what to show", fix="Write a prompt, such as 'a small green square growing'."),
         "What to show.",
         "clip",
     )
@@ -406,7 +430,9 @@ class ClipSettings(_Checked):
     seed: int = _option(0, Whole(0, MAX_SEED), "The same seed gives the same clip.", "clip", row=True)
     resolution: str | None = _option(
         None,
-        Text("480p, 720p or WIDTHxHEIGHT, such as 128x128", r"480p|720p|\s*\d{1,6}\s*[xX×]\s*\d{1,6}\s*"),
+        Sides(
+            "480p, 720p, WIDTHxHEIGHT or (WIDTH, HEIGHT), such as 128x128", r"480p|720p|\s*\d{1,6}\s*[xX×]\s*\d{1,6}\s*"
+        ),
         "480p, 720p or WIDTHxHEIGHT; the model's own if left out.",
         "clip",
         row=True,
