@@ -22,7 +22,9 @@ def folder(tmp_path, monkeypatch):
     for name in ("dir", "dir.mp4", "out"):
         Path(name).mkdir()
     Path("file").write_text("x")
-    mp4.write_mp4("good.mp4", np.zeros((1, 32, 32, 3), np.uint8), 8, {"model": "nano", "prompt": "a red circle", "seed": 3})
+    mp4.write_mp4(
+        "good.mp4", np.zeros((1, 32, 32, 3), np.uint8), 8, {"model": "nano", "prompt": "a red circle", "seed": 3}
+    )
     Image.new("RGB", (32, 48), "red").save("good.png")
     Path("good.txt").write_text("a red circle\na blue square\n")
     Path("good.csv").write_text("prompt,seed\na red circle,3\n")

@@ -71,7 +71,9 @@ def _once(kind: str, index: int, attempt: Callable[[random.Random], object]) -> 
 
 def require_short(text: str) -> None:
     """Require what an error prints to be a few lines that a terminal can show"""
-    assert len(text.splitlines()) <= LINES and len(text) <= CHARACTERS, f"{len(text)} characters of error: {text[:200]!r}"
+    assert len(text.splitlines()) <= LINES and len(text) <= CHARACTERS, (
+        f"{len(text)} characters of error: {text[:200]!r}"
+    )
     assert not {chr(27), "\0"} & set(text), f"control characters in {text[:200]!r}"
     assert "Traceback" not in text, text[-300:]
 
@@ -154,7 +156,9 @@ def value(chance: random.Random, depth: int = 3) -> object:
     if kind == "text":
         return odd(chance)
     if kind == "number":
-        return chance.choice([0, 1, -1, 5, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**25, 10**400, 2**53 + 1, 2**63])
+        return chance.choice(
+            [0, 1, -1, 5, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**25, 10**400, 2**53 + 1, 2**63]
+        )
     if kind == "constant":
         return chance.choice([None, True, False])
     items = [value(chance, depth - 1) for _ in range(chance.choice([0, 1, 2, 2, 3, 40]))]

@@ -42,7 +42,9 @@ PLACES = {"batch": ["good.txt", "good.csv", "good.jsonl"], "convert": ["good.mp4
 
 
 def spelled(flag, chance):
-    return chance.choice([flag, flag, flag.replace("-", "_").replace("__", "--", 1), flag + "x", flag[:-1], flag.upper()])
+    return chance.choice(
+        [flag, flag, flag.replace("-", "_").replace("__", "--", 1), flag + "x", flag[:-1], flag.upper()]
+    )
 
 
 def arguments(chance) -> list[str]:

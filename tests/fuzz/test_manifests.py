@@ -25,7 +25,9 @@ def made(monkeypatch):
         prompts.append(prompt)
         frames = np.zeros((clip.num_frames, clip.height, clip.width, 3), np.uint8)
         on_frames(frames)
-        return generation.Video(frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings={"text": 0.5}))
+        return generation.Video(
+            frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings={"text": 0.5})
+        )
 
     monkeypatch.setattr(generation, "generate", generate)
     return prompts
@@ -40,7 +42,9 @@ def line(chance, whole: list[dict]) -> bytes:
         if how < 0.2:
             record.pop(name, None)
         elif how < 0.4 and isinstance(record.get("settings"), dict):
-            record["settings"] = record["settings"] | {chance.choice(["seed", "width", "prompt", "more", "loras"]): value(chance)}
+            record["settings"] = record["settings"] | {
+                chance.choice(["seed", "width", "prompt", "more", "loras"]): value(chance)
+            }
         elif how < 0.9:
             record[name] = value(chance)
         else:
@@ -58,7 +62,9 @@ def line(chance, whole: list[dict]) -> bytes:
     data = text.encode("utf-8", "surrogatepass" if chance.random() < 0.2 else "replace")
     if kind == "bent":
         return bent(data, chance)
-    return data[: chance.randrange(len(data) + 1)] if kind == "cut" else chance.randbytes(200) if kind == "bytes" else data
+    return (
+        data[: chance.randrange(len(data) + 1)] if kind == "cut" else chance.randbytes(200) if kind == "bytes" else data
+    )
 
 
 def test_a_batch_plans_whatever_its_manifest_has(folder, nano, made):
@@ -74,7 +80,9 @@ def test_a_batch_plans_whatever_its_manifest_has(folder, nano, made):
         rows = [line(chance, whole) for _ in range(chance.choice([1, 2, 5, 20]))]
         if chance.random() < 0.1:
             rows = [b""]
-        path.write_bytes((first if chance.random() < 0.5 else b"") + b"\n".join(rows) + chance.choice([b"\n", b"", b"\r\n"]))
+        path.write_bytes(
+            (first if chance.random() < 0.5 else b"") + b"\n".join(rows) + chance.choice([b"\n", b"", b"\r\n"])
+        )
         again = runner.run(PROMPTS, nano, place, **clip)
         assert made == [] and again.failed == [] and str(again) and again._repr_html_()  # the videos are there
         for record in batch.read_manifest(place):

@@ -10,8 +10,30 @@ from turbo_nb.batch import jobs, prompts
 from turbo_nb.errors import InputError
 from turbo_nb.pipeline import LoadedModel
 
-COLUMNS = [*prompts.ROW_OPTIONS, "prompt", "Prompt", "num-frames", " seed ", "Num_Steps", "nope", "\ufeffprompt", "prompt\0"]
-CODECS = ("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "shift_jis", "cp1252", "gbk")
+COLUMNS = [
+    *prompts.ROW_OPTIONS,
+    "prompt",
+    "Prompt",
+    "num-frames",
+    " seed ",
+    "Num_Steps",
+    "nope",
+    "\ufeffprompt",
+    "prompt\0",
+]
+CODECS = (
+    "utf-8",
+    "utf-8",
+    "utf-8",
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-le",
+    "utf-32",
+    "latin-1",
+    "shift_jis",
+    "cp1252",
+    "gbk",
+)
 ENDS = ("\n", "\n", "\r\n", "\r", "\n\r", "\u2028", "\n\n", "\x0c", "")
 BIG = "long " * 30_000
 
@@ -51,7 +73,9 @@ def test_files_of_prompts_are_jobs_or_errors_with_file_and_line(folder, nano):
     def attempt(chance):
         suffix = chance.choice([*KINDS])
         rows, end = KINDS[chance.choice([suffix] * 9 + [*KINDS])](chance), chance.choice(ENDS)
-        data = (chance.choice(["", "", "", "\ufeff", "\0", "#"]) + end.join(rows) + end).encode(chance.choice(CODECS), "replace")
+        data = (chance.choice(["", "", "", "\ufeff", "\0", "#"]) + end.join(rows) + end).encode(
+            chance.choice(CODECS), "replace"
+        )
         data = bent(data, chance) if chance.random() < 0.2 else data
         path = folder / f"p.{chance.choice([suffix] * 9 + [suffix.upper(), 'yaml', 'json', 'tsv', ''])}"
         path.write_bytes(data)
@@ -79,7 +103,11 @@ def test_files_of_prompts_are_jobs_or_errors_with_file_and_line(folder, nano):
 
 def test_names_of_files_of_prompts(folder):
     def attempt(chance):
-        name = chance.choice(PATHS) if chance.random() < 0.7 else chance.choice(TEXTS) + chance.choice([".txt", ".csv", ".jsonl"])
+        name = (
+            chance.choice(PATHS)
+            if chance.random() < 0.7
+            else chance.choice(TEXTS) + chance.choice([".txt", ".csv", ".jsonl"])
+        )
         prompts.read_prompts(chance.choice([name, Path(name)]))
 
     fuzz("names of prompts", 100, attempt)

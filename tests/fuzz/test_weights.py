@@ -1,25 +1,22 @@
-"""Damaged and odd weight files: a typed error or a correct load, never a traceback, a hang or code that runs.
+"""Damaged and odd weight files: a typed error or a correct load, never a traceback, a hang or code that runs."""
 
-TURBO_NB_MUTATIONS=500 makes as many files of each kind. Without it there are a few.
-"""
-
-import os
 import pickle
-import random
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_transformer
-from safetensors.torch import save_file
+from fuzz.harness import COUNT, ONLY, bent, fuzz, require_documented
+from helpers import command_line, golden, tiny_transformer
+from safetensors.torch import load_file, save_file
 from weight_files import FORMATS, gguf_file, named
 
+import turbo_nb
 from turbo_nb import catalog
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError
 from turbo_nb.ops.compare import relative_error
 
-COUNT = int(os.environ.get("TURBO_NB_MUTATIONS", "12"))
 ARCH = catalog.Arch(dim=256, num_heads=4, num_layers=2, ffn_dim=192)
 KINDS = {
     "upstream bf16": ("upstream", "bf16", "pth"),
@@ -101,16 +98,6 @@ def code(state, chance, folder):
     state["step"] = Marker(folder / "ran")
 
 
-def bend(path, chance):
-    """Change bytes of the header, where one of ten files keeps its length and others are cut or grow"""
-    data = bytearray(path.read_bytes())
-    for _ in range(chance.choice([1, 3, 40])):
-        data[chance.randrange(min(len(data), 4000))] = chance.randrange(256)
-    if chance.random() < 0.3:
-        data = data[: chance.randrange(len(data))]
-    path.write_bytes(bytes(data) + bytes(chance.choice([0, 0, 5])))
-
-
 MUTATIONS = (rename, drop, add, cast, reshape, spoil)
 
 
@@ -129,38 +116,101 @@ def test_a_mutated_file_is_a_typed_error_or_a_correct_load(tmp_path, state, kind
         pytest.importorskip("gguf")
     convention, number_format, suffix = KINDS[kind]
     whole = FORMATS[number_format]({named(name, convention): tensor for name, tensor in state.items()})
-    seen = {"loaded": 0, "refused": 0}
-    for seed in range(COUNT):
-        chance = random.Random(f"{kind} {seed}")
-        mutated, exact, path = dict(whole), True, tmp_path / f"model.{suffix}"
-        how = chance.choice([*MUTATIONS, *MUTATIONS, bend] + [integer_key, code] * (suffix == "pth"))
-        if how is code:
-            code(mutated, chance, tmp_path)
-        elif how is not bend:
-            for _ in range(chance.choice([1, 1, 2])):
-                how(mutated, chance)
-            exact = how not in (reshape, cast)  # a scale cut to one number is another format
-        try:
-            written(path, mutated, suffix)
-        except (ValueError, TypeError, RuntimeError, KeyError, pickle.PicklingError):
-            continue  # the format itself cannot hold it
-        if how is bend:
-            bend(path, chance)
-            exact = False
+    seen, path = {"loaded": 0, "refused": 0}, tmp_path / f"model.{suffix}"
+
+    def attempt(chance):
+        how = chance.choice([*MUTATIONS, *MUTATIONS, bent] + [integer_key, code] * (suffix == "pth"))
+        if not mutate(path, whole, how, chance):
+            return
+        exact = how not in (reshape, cast, bent)  # a scale cut to one number is another format
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 model = load_transformer(path, attention_type="sla", dtype=torch.float32, quant_linear=False)
             except CheckpointError as error:
                 seen["refused"] += 1
-                assert ". Expected " in str(error) or "refused" in str(error), f"{seed}: {error}"
-                continue
+                assert ". Expected " in str(error) or "refused" in str(error), str(error)
+                raise
             finally:
                 assert not (tmp_path / "ran").exists()
         seen["loaded"] += 1
         weights = model.state_dict()
-        assert all(tensor.isfinite().all() for tensor in weights.values()), (seed, how.__name__)
+        assert all(tensor.isfinite().all() for tensor in weights.values()), how.__name__
         if exact:
             worst = max((relative_error(weights[name], wanted), name) for name, wanted in state.items() if wanted.any())
-            assert worst[0] < 0.07 or "proj_l" in worst[1], (seed, how.__name__, worst)
-    assert seen["refused"] and (seen["loaded"] or COUNT < 100), seen
+            assert worst[0] < 0.07 or "proj_l" in worst[1], (how.__name__, worst)
+
+    fuzz(f"weights, {kind}", 8, attempt)
+    assert ONLY or (seen["refused"] and (seen["loaded"] or COUNT < 100)), seen
+
+
+def mutate(path: Path, whole: dict, how, chance) -> bool:
+    """Write a state dict with a mutation. Return False where the format cannot hold it"""
+    mutated = dict(whole)
+    if how is code:
+        code(mutated, chance, path.parent)
+    elif how is not bent:
+        for _ in range(chance.choice([1, 1, 2])):
+            how(mutated, chance)
+    try:
+        written(path, mutated, path.suffix[1:])
+    except (ValueError, TypeError, RuntimeError, KeyError, pickle.PicklingError):
+        return False
+    if how is bent:
+        path.write_bytes(bent(path.read_bytes(), chance, 4000))
+    return True
+
+
+PARTS = {
+    "vae": lambda: golden("vae_state"),
+    "lora": lambda: load_file(Path(__file__).parents[1] / "files" / "nano_lora.safetensors"),
+    "nano": lambda: load_file(nano_file()),
+}
+
+
+def nano_file() -> Path:
+    return Path(turbo_nb.__file__).parent / "assets" / "nano" / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_commands_take_a_mutated_file_of_any_part(folder, part):
+    whole = PARTS[part]()
+
+    def attempt(chance):
+        suffix = chance.choice(["safetensors", "pth"])
+        path = folder / f"model.{suffix}"
+        if not mutate(
+            path, whole, chance.choice([*MUTATIONS, bent, bent] + [integer_key, code] * (suffix == "pth")), chance
+        ):
+            return
+        if chance.random() < 0.1:
+            (folder / "config.json").write_bytes(
+                bent(b'{"_class_name": "WanTransformer3DModel", "num_layers": 2}', chance)
+            )
+        run = [
+            "t2v",
+            "--prompt",
+            "a red circle",
+            "--num_frames",
+            "1",
+            "--num_steps",
+            "1",
+            "--resolution",
+            "16x16",
+            "--save_path",
+            "out/v.mp4",
+        ]
+        line = chance.choice(
+            [
+                ["info", path],
+                ["convert", path, "made"],
+                [*run, "--model", "nano", "--device", "cpu", "--vae_path" if part == "vae" else "--lora", path],
+                [*run, "--model", path if part == "nano" else "nano", "--device", "cpu", "--text_encoder_path", path],
+                ["convert", nano_file(), "made", "--lora", path],
+            ]
+        )
+        result = command_line(*line, cwd=folder)
+        assert not (folder / "ran").exists()
+        require_documented(result)
+
+    fuzz(f"files, {part}", 12, attempt)

@@ -1,0 +1,78 @@
+"""Odd environments: whole processes of `turbo-nb`, and so few of them in CI."""
+
+import os
+import subprocess
+import sys
+
+from fuzz.harness import NUMBERS, PATHS, TEXTS, fuzz, require_documented
+
+VARIABLES = (
+    "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "TERM", "COLUMNS", "LINES", "NO_COLOR", "PATH", "USER", "SHELL",
+    "XDG_CACHE_HOME", "TURBO_NB_CACHE", "TURBO_NB_HOME", "TURBO_NB_LORAS", "TURBO_NB_TEXT_CACHE", "TURBO_NB_ENCODER",
+    "TURBO_NB_PRICE_PER_HOUR", "TURBO_NB_ROPE", "TURBO_NB_ATTENTION", "TURBO_NB_LINEAR", "TURBO_NB_BLOCK", "TURBO_NB_VAE",
+    "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE",
+    "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_DISABLE_XET", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY",
+    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "COLAB_RELEASE_TAG", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "IMAGEIO_FFMPEG_EXE", "MPLBACKEND",
+)  # fmt: skip
+LIKELY = (
+    "0", "1", "C", "POSIX", "de_DE.UTF-8", "ja_JP.eucJP", "ascii", "latin-1:strict", "utf-16", "dumb", "nvenc", "x264", "reference", "triton",
+    "http://127.0.0.1:1", "127.0.0.1:1", "socks5://127.0.0.1:1", "http://user:secret-pw@127.0.0.1:1/?q=secret-pw", "http://[::1", "hf_secret-pw",
+    "/dev/null", "/proc", "/nowhere", "dir", "file", "-1", "0,1", "GPU-x", "2.99", "1e3", "debug", "off", "/bin/false", "/bin/true", "/bin/cat",
+)  # fmt: skip
+LINES = (
+    ["doctor"], ["doctor", "--json"], ["info", "good.mp4"], ["info", "page.mp4"], ["download", "TurboWan2.1-T2V-1.3B-480P"], ["download", "a/b"],
+    ["t2v", "--prompt", "a red circle", "--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--save_path", "out/v.mp4", "--device", "cpu"],
+    ["batch", "good.txt", "--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--output_dir", "out/b", "--device", "cpu"],
+)  # fmt: skip
+USER = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")  # has no passwd entry and owns nothing
+
+
+def test_commands_in_odd_environments(folder):
+    def attempt(chance):
+        environment = {
+            "PYTHONPATH": os.environ.get("PYTHONPATH", os.getcwd()),
+            "PATH": os.environ["PATH"],
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment |= {
+            "HOME": str(folder),
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "TURBO_NB_CACHE": str(folder / "cache"),
+        }
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            name = chance.choice(VARIABLES)
+            if chance.random() < 0.2:
+                environment.pop(name, None)
+            else:
+                text = chance.choice(LIKELY if chance.random() < 0.7 else chance.choice([TEXTS, NUMBERS, PATHS]))
+                environment[name] = (
+                    text.replace("\0", "")[:50_000]
+                    .encode("utf-8", "surrogateescape" if "\udcff" in text else "replace")
+                    .decode("utf-8", "surrogateescape")
+                )
+        command = [sys.executable, "-m", "turbo_nb.cli", *chance.choice(LINES)]
+        if chance.random() < 0.15 and os.path.exists("/usr/bin/setpriv"):
+            command = [*USER, *command]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        if chance.random() < 0.1:
+            streams["stdout"] = open("/dev/full", "w") if os.path.exists("/dev/full") else subprocess.PIPE  # noqa: SIM115
+        result = subprocess.run(command, cwd=folder, env=environment, timeout=120, check=False, **streams)
+        result.stdout = (result.stdout or b"").decode(errors="replace").replace("\x1b", "")
+        result.stderr = result.stderr.decode(errors="replace")
+        try:
+            if (
+                "usage:" not in result.stderr and "Fatal Python error" not in result.stderr
+            ):  # Python itself did not start
+                require_documented(result)
+            assert "secret-pw" not in result.stderr + result.stdout, "a password is printed"
+        except AssertionError as error:
+            given = {
+                name: environment.get(name, "")[:60]
+                for name in VARIABLES
+                if environment.get(name) != os.environ.get(name)
+            }
+            raise AssertionError(f"{error} {command[-2:]} {given}") from error
+
+    fuzz("environments", 3, attempt)
