@@ -75,3 +75,18 @@ def test_the_package_warns_in_one_way_and_never_prints(pattern, allowed):
 def test_the_first_line_of_an_error_is_short():
     assert errors.first_line(ValueError("\n a \n b")) == "a"
     assert errors.first_line(KeyError()) == "KeyError" and len(errors.first_line(ValueError("x" * 999))) == 160
+
+
+SUBCLASSES = [errors.TurboNbError, *errors.TurboNbError.__subclasses__(), errors.UnknownModelError]
+
+
+@pytest.mark.parametrize("error", SUBCLASSES)
+def test_a_message_is_one_that_a_terminal_can_show(error):
+    made = error(f"path is '\x1b]0;x\x07\ud800\u202e\0\r{'x' * 5000}'. Expected a file. Take another one.")
+    text = str(made)
+    assert len(text) <= errors.LONGEST and text.startswith(r"path is '\x1b]0;x\x07\ud800\u202e\x00\rxxx")
+    assert text.endswith("xxx'. Expected a file. Take another one.") and text.encode()
+    assert str(error(f"{text}\n{text}")) == f"{text}\n{text}" and str(error("赤い円 é")) == "赤い円 é"
+    with collect_warnings() as messages:
+        warn(made.args[0])
+    assert messages == [text]

@@ -4,14 +4,34 @@ The message of an error has three parts: NAME is GOT. Expected ALLOWED. FIX. `wa
 package, so that a job in a thread can collect its own warnings without touching Python's process-wide filters.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+LONGEST = 1000  # characters of a line of a message
+# What a terminal obeys, what turns text around, and what UTF-8 cannot encode
+UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def presentable(message: str, longest: int = LONGEST) -> str:
+    """Return a message as any terminal can show it, because it may quote a file or an argument.
+
+    Args:
+        message: any text.
+        longest: characters of a line. A longer line loses its middle, because the fix stands at the end.
+    """
+    lines = UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message).split("\n")
+    head, tail = longest * 2 // 3, longest // 3 - 3
+    return "\n".join(line if len(line) <= longest else f"{line[:head]} … {line[-tail:]}" for line in lines)
+
 
 class TurboNbError(Exception):
     """Base of every error this package raises on purpose; the command line prints it as one line and exits with 2."""
+
+    def __str__(self) -> str:
+        return presentable(super().__str__())
 
 
 class InputError(TurboNbError, ValueError):
@@ -52,7 +72,7 @@ def warn(message: str, *, stacklevel: int = 1) -> None:
         message: what happened, and what to do about it.
         stacklevel: 1 names the caller of the function that calls `warn`.
     """
-    collected = _collector.get()
+    message, collected = presentable(message), _collector.get()
     if collected is None:
         warnings.warn(message, TurboNbWarning, stacklevel=stacklevel + 2)
     else:
