@@ -134,11 +134,52 @@ def test_what_cannot_be_read_is_told_with_its_line(tmp_path, name, text, words):
 
 
 def test_files_that_are_no_text(tmp_path):
-    (tmp_path / "p.txt").write_bytes("grün".encode("latin-1"))
-    with pytest.raises(InputError, match="not in UTF-8"):
+    (tmp_path / "p.txt").write_bytes("red\r\n\ngrün\nblue".encode("latin-1"))
+    with pytest.raises(InputError, match=r"p\.txt:3: the line is not in UTF-8"):
         prompts.read_prompts(tmp_path / "p.txt")
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
         prompts.read_prompts(tmp_path / "q.txt")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "NUL"])
+def test_prompts_that_are_not_a_file_are_refused_unread(tmp_path, suffix, kind):
+    path = tmp_path / f"p.{suffix}"
+    if kind == "NUL":
+        path = f"p\0.{suffix}"
+    elif kind == "folder":
+        path.mkdir()
+    elif not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes with a name")
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"^prompts is .*\. Expected a"):
+        prompts.read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "x" * 20_000),
+        ("p.csv", f"{'x' * 20_000},{'x' * 20_000},prompt\na,b,c"),
+        ("p.csv", f"prompt,seed\nred,{'x' * 20_000}"),
+        ("p.jsonl", f'{{"{"x" * 20_000}": 1, "{"x" * 20_000}": 1}}'),
+        ("p.jsonl", "{" + ",".join(f'"{n}": 1, "{n}": 1' for n in range(2000)) + "}"),
+        ("p.jsonl", f'"{"x" * 20_000}"'),
+        ("p.jsonl", f'{{"prompt": "red", "seed": "\\u001b[31m{"x" * 20_000}"}}'),
+    ],
+)
+def test_the_error_of_a_row_is_a_short_line(tmp_path, name, text):
+    path = write(tmp_path / name, text)
+    with pytest.raises(InputError) as caught:
+        prompts.read_prompts(path)
+    (line,) = str(caught.value).splitlines()
+    assert (
+        line.startswith(f"{path}:")
+        and ". Expected " in line
+        and len(line) < 500 + len(str(path))
+        and "\x1b" not in line
+    )
 
 
 def test_an_error_names_every_wrong_row_up_to_twenty(tmp_path):

@@ -41,7 +41,7 @@ def write(path, text):
         ("p.csv", "prompt," + "x" * 9000 + "\n", "p.csv:1: a column is 'xxx"),
         ("p.csv", "y" * 9000 + "\nred\n", "p.csv:1: the header row is 'yyy"),
         ("p.csv", "prompt\nred\n".encode("utf-16"), "p.csv', which is in UTF-16. Expected UTF-8"),
-        ("p.txt", "a\nb\n€\n".encode("cp1252"), r"p.txt', which is not in UTF-8 \(line 3\)"),
+        ("p.txt", "a\nb\n€\n".encode("cp1252"), r"p.txt:3: the line is not in UTF-8"),
         ("p.txt", "#a\n", r"holds no prompt beside comments \(#\)"),
         ("p.jsonl", '{"prompt": "red", "seed": 1, "seed": null}\n', "p.jsonl:1: the row names 'seed' twice"),
         ("p.jsonl", '{"prompt": "red", "Prompt": "blue"}\n', "p.jsonl:1: the row names 'prompt' twice"),
@@ -89,7 +89,7 @@ def test_the_path_of_a_list_may_be_in_the_home(tmp_path, monkeypatch):
     [
         ("red circle", r"prompts is 'red circle'. Expected a .txt, .csv or .jsonl. A prompt goes into a list"),
         ("红圆", "A prompt goes into a list"),
-        ("a\0.txt", "which cannot be read"),
+        ("a\0.txt", "Expected a path"),
         (b"red", "prompts is a bytes. Expected a list of prompts"),
         (3, "prompts is a int. Expected a list of prompts"),
         (None, "prompts is a NoneType. Expected a list"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InputError, warn
 from ..machine import environment
-from ..settings import ClipSettings, check_names, options, shown, with_home
+from ..settings import ClipSettings, PathLike, check_names, options, shown, with_home
 from ..video import images
 from ..video.mp4 import printable
 
@@ -96,13 +96,15 @@ def rows_of(jobs: Any) -> Iterator[Job | InputError]:
 
 def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
     """Read a file as `read_prompts` does, with an InputError in the place of each wrong row."""
-    path = Path(with_home(path))
+    path = Path(PathLike()("prompts", path))
     name = shown(str(path), 300)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
     suffix = path.suffix.lower()
     if suffix not in readers:
         fix = "Rename or convert the file." if environment.is_file(path) else "A prompt goes into a list: [PROMPT]."
         raise InputError(f"prompts is {name}. Expected a {SUFFIXES}. {fix}")
+    if environment.exists(path) and not environment.is_file(path):  # a pipe or a device may never end
+        raise InputError(f"prompts is {name}, which is not a file. Expected a {SUFFIXES}.")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # a ValueError for a zero byte in the name
@@ -111,10 +113,10 @@ def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        where = f"not in UTF-8 (line {data.count(10, 0, error.start) + 1})"
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            where = "in UTF-16"
-        raise InputError(f"prompts is {name}, which is {where}. Expected UTF-8. Save it as UTF-8.") from error
+            raise InputError(f"prompts is {name}, which is in UTF-16. Expected UTF-8. Save it as UTF-8.") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: the line is not in UTF-8. Expected UTF-8. Save it as UTF-8.") from error
     rows = list(readers[suffix](io.StringIO(text, newline="" if suffix == ".csv" else None), path))
     if not rows:
         what = "no prompt" + (" beside comments (#)" if suffix == ".txt" and text.strip() else "")
@@ -203,7 +205,7 @@ def _check_header(header: list[str], path: Path) -> None:
                 )
         check_names("a column", header, ["prompt", *ROW_OPTIONS])
         if twice := [name for name in header if header.count(name) > 1]:
-            raise InputError(f"the header row names {twice[0]} twice. Expected each column once.")
+            raise InputError(f"the header row names {twice[0][:40]} twice. Expected each column once.")
     except InputError as error:
         raise InputError(f"{path}:1: {error}") from error
 
