@@ -28,24 +28,25 @@ class Hang(BaseException):
     """An input that took too long. Not an Exception, because code under test may catch those"""
 
 
-def fuzz(kind: str, count: int, attempt: Callable[[random.Random], object]) -> None:
+def fuzz(kind: str, count: int, attempt: Callable[[random.Random], object], limit: float = LIMIT) -> None:
     """Try inputs of one kind, and fail with all faults: an exception other than TurboNbError, or a hang.
 
     Args:
         kind: a name without a colon.
         count: of inputs where TURBO_NB_FUZZ is not set.
         attempt: makes one input from a random generator, and tries it.
+        limit: seconds for one input.
     """
     only, _, index = ONLY.rpartition(":")
     if ONLY:
         if only == kind:
-            _once(kind, int(index), attempt)
+            _once(kind, int(index), attempt, limit)
         return
     faults, slowest = [], (0.0, 0)
     for index in range(COUNT or count):
         begin = time.perf_counter()
         try:
-            _once(kind, index, attempt)
+            _once(kind, index, attempt, limit)
         except (Exception, Hang, SystemExit, KeyboardInterrupt) as error:  # whatever comes out is a fault
             lines = str(error).strip().splitlines() or [""]
             faults.append(f"{kind}:{index}  {type(error).__name__}: {lines[0][:300]}{_place(error)}")
@@ -58,14 +59,14 @@ def fuzz(kind: str, count: int, attempt: Callable[[random.Random], object]) -> N
         raise AssertionError("\n".join([figures, *faults[:SHOWN], *more, again]))
 
 
-def _once(kind: str, index: int, attempt: Callable[[random.Random], object]) -> None:
+def _once(kind: str, index: int, attempt: Callable[[random.Random], object], limit: float) -> None:
     begin = time.perf_counter()
-    with _limited(LIMIT):
+    with _limited(limit):
         try:
             attempt(random.Random(f"{kind} {index}"))
         except TurboNbError as error:
             require_short(str(error))
-    if (seconds := time.perf_counter() - begin) > LIMIT:  # in code that no signal interrupts
+    if (seconds := time.perf_counter() - begin) > limit:  # in code that no signal interrupts
         raise Hang(f"took {seconds:.1f} s")
 
 
