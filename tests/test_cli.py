@@ -170,6 +170,28 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_no_file(tmp_path, argu
     assert [p.name for p in Path(tmp_path).iterdir()] == ["file"]
 
 
+LONG = "long " * 30_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [LONG], ["info", "a.mp4", LONG], ["info", "a.mp4", *["x"] * 5000], ["t2v", f"--{LONG}", "x"],
+        ["t2v", "--seed", LONG], ["t2v", "--num_frames", "\x1b[31m" * 500], ["doctor", LONG],
+        ["t2v", "--prompt", "x", "--device", LONG],
+        ["t2v", "--prompt", "x", "--save_path", f"{'a/' * 5000}x.mp4"], ["info", "9" * 5000], ["download", "/" * 5000],
+        ["t2v", "--prompt", "x", "--model", "x/" * 9000], ["batch", f"{LONG}.txt"], ["info", "\x1b]0;x\x07"],
+    ],
+    ids=lambda line: " ".join(line)[:40].encode("unicode_escape").decode(),
+)  # fmt: skip
+def test_an_error_of_an_endless_argument_is_short(tmp_path, arguments):
+    begin = time.perf_counter()
+    result = command_line(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and len(result.stderr) < 1300 and len(result.stderr.splitlines()) < 11, result.stderr
+    assert "\x1b" not in result.stderr and time.perf_counter() - begin < 30
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_info_of_something_else(tmp_path):
     result = run("info", "missing.mp4", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(

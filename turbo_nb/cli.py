@@ -18,12 +18,37 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from .errors import InputError, TurboNbError, TurboNbWarning
+from .errors import LONGEST, InputError, TurboNbError, TurboNbWarning, presentable
 from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
 
+UsageError = typer.BadParameter.__mro__[1]  # click's, which newer versions of typer carry with them
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, whose errors of usage quote no more of an argument than a terminal can show"""
+
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with _short_usage_errors():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, context: Any) -> Any:
+        with _short_usage_errors():
+            return super().invoke(context)
+
+
+@contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        error.message = presentable(" ".join(error.message[: LONGEST * 2].split()), 300)
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="TurboDiffusion video models, from wheels alone.",
     no_args_is_help=True,
     add_completion=False,
