@@ -300,6 +300,21 @@ def test_foreign_metadata_raise_nothing(generator, metadata):
     assert "model (the file does not give it)" in page(generator.clips.message) and generator.runner.job is None
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model": "x" * 9000},
+        {"attention_type": "x" * 9000},
+        {"loras": [{"name": "x" * 300, "hash": "0", "strength": 1.0}] * 60},
+        {"loras": [{"name": "x", "hash": "0", "strength": 1.0, "expert": "x" * 9000}]},
+    ],
+)
+def test_a_reason_for_foreign_metadata_is_short(generator, metadata):
+    put_clip(generator, **WHOLE | metadata)
+    buttons(generator, "Use these settings")[0].click()
+    assert f"{next(iter(metadata))} (" in generator.clips.message.value and len(generator.clips.message.value) < 2000
+
+
 def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp_path):
     Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
     whole = WHOLE | {"model": "TurboWan2.2-I2V-A14B-720P", "boundary": 0.8, "image": str(tmp_path / "red.png")}

@@ -7,6 +7,7 @@ from typing import Any
 from traitlets import TraitError
 
 from .. import catalog
+from ..errors import presentable
 from ..records import VideoRecord
 from .controls import OWN
 from .form import CUSTOM, Form
@@ -43,7 +44,7 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         lost["prompt"] = MISSING
     if form.spec and form.spec.task == "i2v" and not (record.image and form.image.take(record.image, record.image)):
         lost["image"] = "choose it again"
-    return lost
+    return {name: presentable(reason, 300) for name, reason in lost.items()}  # foreign metadata may be endless
 
 
 def _model(form: Form, name: str) -> dict[str, str]:
