@@ -136,7 +136,7 @@ PATHS = (
     "file/x.mp4", "fifo.mp4", "fifo.txt", "fifo.safetensors", "fifo.png", "zero.txt", "zero.jsonl", "zero.csv", "zero.mp4",
     "zero.pth", "12:30.mp4", "a:b/c.mp4", "http://[::1/x.mp4", "http://x/y.mp4", "https://huggingface.co/a/b", "file:///etc",
     "data:,", "s3://a/b", "a/b", "a/b/c", "a/b@main", "a/b/c.safetensors@1", "a//b", "../" * 60 + "x.mp4", "a" * 251 + ".mp4",
-    "a" * 256 + ".mp4", "é" * 130 + ".mp4", "/".join(["a" * 200] * 30) + "/x.mp4", "/" * 5000 + "x.mp4", "x.MP4", ".mp4",
+    "a" * 256 + ".mp4", "é" * 130 + ".mp4", "/".join(["a" * 200] * 30) + "/x.mp4", "a/" * 5000 + "x.mp4", "x.MP4", ".mp4",
     "x.mp4.mp4", "x.mp4 ", " x.mp4", "-x.mp4", "x\ny.mp4", "\x1b[31m.mp4", "\udcff.mp4", "\ud800.mp4", "%d.mp4", "x.avi",
     "CON.mp4", "good.mp4", "good.png", "good.txt", "good.csv", "good.jsonl", "empty.mp4", "empty.txt", "empty.png",
     "empty.pth", "page.mp4", "page.png", "page.safetensors", "pointer.safetensors", "deep.jsonl",

@@ -47,6 +47,13 @@ def spelled(flag, chance):
     )
 
 
+def within(text: str) -> str:
+    """Return a path that leads out of the current folder as one that does not, because the test must write nowhere else"""
+    flag, equals, path = text.rpartition("=")
+    leads_out = path.startswith(("/", "..", " /")) and not path.startswith(("/dev/", "/proc/"))
+    return f"{flag}{equals}dir/{path.replace('..', 'dir')}" if leads_out else text
+
+
 def arguments(chance) -> list[str]:
     """Return a command with options that are odd"""
     weights = {"t2v": 5, "i2v": 3, "batch": 4, "info": 2, "convert": 2, "download": 2, "verify": 1, "doctor": 0.2}
@@ -67,6 +74,8 @@ def arguments(chance) -> list[str]:
             line.append(f"{spelled(flag, chance)}={text}")
         else:
             line += [spelled(flag, chance), text]
+    if name in ("t2v", "i2v", "batch", "convert"):  # which write
+        line = [within(text) for text in line]
     if chance.random() < 0.05:
         line.append(chance.choice(["--bogus", "--help", "-h", "--json", "--", "-", "--=", "--prompt", *TEXTS]))
     if chance.random() < 0.03:
