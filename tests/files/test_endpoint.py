@@ -18,7 +18,7 @@ from loopback_hub import MODEL
 from turbo_nb import catalog
 from turbo_nb.checkup import problems
 from turbo_nb.checkup.hub_check import Hub as Answer
-from turbo_nb.errors import DownloadError
+from turbo_nb.errors import DownloadError, InputError
 from turbo_nb.files import endpoint
 from turbo_nb.files import hub as download
 
@@ -161,3 +161,19 @@ def test_the_doctor_names_variables_with_which_no_request_succeeds(monkeypatch):
     assert [one.text.split()[0] for one in found] == ["ALL_PROXY", "SSL_CERT_FILE", "HF_TOKEN"]
     assert all(one.fix for one in found) and "hunter2" not in str(found) and "secret" not in str(found)
     assert not [*problems.of_hub(Answer(endpoint=endpoint.HUB, state="offline"))]
+
+
+@pytest.mark.parametrize("name", endpoint.TIMEOUTS)
+@pytest.mark.parametrize("value", ["", "10s", "1.5", "x" * 5000, "http://me:hunter2@a"])
+def test_a_timeout_that_is_not_a_number_is_an_input_error(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)  # huggingface_hub calls int() on it when it is imported
+    with pytest.raises(InputError, match=rf"^{name} is '.*'\. Expected a whole number of seconds\. Correct") as caught:
+        endpoint.check_variables()
+    assert "hunter2" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", [None, "0", "10", " 10 "])
+def test_a_timeout_in_seconds_is_accepted(monkeypatch, value):
+    for name in endpoint.TIMEOUTS:
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    endpoint.check_variables()

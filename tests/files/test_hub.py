@@ -414,10 +414,11 @@ def test_malformed_endpoint_raises_input_error_that_names_the_variable(cache, mo
     assert "hunter2" not in str(caught.value)
 
 
-def test_malformed_endpoint_is_one_line_on_the_command_line(hub, tmp_path):
-    process = turbo_nb("download", MODEL, hub=hub, home=tmp_path, HF_ENDPOINT="http://[::1")
+@pytest.mark.parametrize(("name", "value"), [("HF_ENDPOINT", "http://[::1"), ("HF_HUB_DOWNLOAD_TIMEOUT", "10s")])
+def test_malformed_variable_is_one_line_on_the_command_line(hub, tmp_path, name, value):
+    process = turbo_nb("download", MODEL, hub=hub, home=tmp_path, **{name: value})
     out, err = process.communicate(timeout=SLOW)
-    assert (process.returncode, out) == (2, "") and err.startswith("error: HF_ENDPOINT is 'http://[::1'")
+    assert (process.returncode, out) == (2, "") and err.startswith(f"error: {name} is {value!r}. Expected ")
 
 
 @pytest.mark.parametrize(

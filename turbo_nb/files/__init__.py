@@ -1,5 +1,5 @@
 """Weight files: their names and formats, LoRAs, conversion, downloads, and the parts that make a model."""
 
-from .endpoint import check_variable
+from .endpoint import check_variables
 
-check_variable()  # here because the modules of this folder import huggingface_hub
+check_variables()  # here because the modules of this folder import huggingface_hub

@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
 from ..errors import InputError, first_line
+from ..settings import shown
 
 HUB = "https://huggingface.co"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the two variables that huggingface_hub reads
+TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
@@ -32,13 +34,19 @@ def address(endpoint: str) -> str:
     return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}".rstrip("/")
 
 
-def check_variable() -> None:
-    """Raise InputError where HF_ENDPOINT is so malformed that huggingface_hub cannot be imported."""
+def check_variables() -> None:
+    """Raise InputError for a variable that is so malformed that huggingface_hub cannot be imported."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
     try:
         urlsplit(endpoint).hostname  # noqa: B018 because reading it is what fails
     except ValueError:
         raise _wrong(endpoint) from None
+    for name in TIMEOUTS:
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            got = shown(without_secrets(os.environ[name]))
+            raise InputError(f"{name} is {got}. Expected a whole number of seconds. Correct it or unset it.") from None
 
 
 def offline() -> str | None:
@@ -150,7 +158,7 @@ def _host(value: str) -> str:
 
 
 def _wrong(endpoint: str) -> InputError:
-    shown = endpoint.rpartition("@")[2].partition("?")[0]
+    bare = endpoint.rpartition("@")[2].partition("?")[0]
     return InputError(
-        f"HF_ENDPOINT is {shown!r}. Expected an http or https address, such as {HUB}. Correct it or unset it."
+        f"HF_ENDPOINT is {bare!r}. Expected an http or https address, such as {HUB}. Correct it or unset it."
     )
