@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 import turbo_nb
 from turbo_nb import catalog, cli, records, settings
-from turbo_nb.errors import InputError
+from turbo_nb.batch import prompts
+from turbo_nb.errors import InputError, TurboNbError
+from turbo_nb.files import lora
 from turbo_nb.runtime import plan
 from turbo_nb.settings import ClipSettings, LoadOptions, RunOptions, build, options, resolve_clip
+from turbo_nb.video import images, mp4
 
 NANO, WAN, I2V = (catalog.find(name) for name in ("nano", "Wan2.1-1.3B", "Wan2.2-A14B"))
 
@@ -30,7 +33,7 @@ NANO, WAN, I2V = (catalog.find(name) for name in ("nano", "Wan2.1-1.3B", "Wan2.2
         (LoadOptions, "attention_type", ["magic", b"sla"]),
         (LoadOptions, "attention_backend", ["magic"]),
         (LoadOptions, "device", ["gpu", "mps", "cuda:", "cuda:x", "cpu:0", 0]),
-        (LoadOptions, "model", ["", 3, ("one",), "a\0b"]),
+        (LoadOptions, "model", ["", 3, ("one",), "a\0b", "a\ud800b", Path("\ud800")]),
         (LoadOptions, "text_cache", ["no", 1]),
         (ClipSettings, "prompt", ["", " \n", 3, ["a"], float("nan"), "a \ud800 circle"]),
         (ClipSettings, "num_frames", [0, -3, 2, 24, 4097, 2**70, 5.0, "5", True]),
@@ -109,6 +112,25 @@ def test_a_home_is_expanded_in_every_option_that_is_a_path(monkeypatch, tmp_path
     ]
     assert ClipSettings(prompt="x", image="~/a.png").image == f"{tmp_path}/a.png"
     assert LoadOptions(vae="~nobody-of-this-name/x").vae == "~nobody-of-this-name/x"
+
+
+@pytest.mark.parametrize("user", ["~\0", "~a\ud800", "~\udcff", "~" * 300, "~" + "é" * 5000])
+@pytest.mark.parametrize(
+    "opened",
+    [
+        lambda path: images.load_image(ClipSettings(prompt="x", image=path).image),
+        images.load_image,
+        lambda path: mp4.check_output(path) and mp4.check_output(f"{path}\0.mp4"),
+        mp4.read_metadata,
+        lambda path: lora.find(LoadOptions(loras=[path]).loras[0].file),
+        lora.find,
+        lambda path: prompts.read_prompts(f"{path}.txt"),
+        lambda path: LoadOptions(vae=f"{path}\0"),
+    ],
+)
+def test_a_home_of_nobody_is_a_typed_error(opened, user):
+    with pytest.raises(TurboNbError):
+        opened(f"{user}/x.mp4")
 
 
 def test_none_is_the_default():

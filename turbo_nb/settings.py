@@ -157,9 +157,18 @@ class PathLike:
     def __call__(self, name: str, value: Any) -> Any:
         if self.pair and isinstance(value, tuple | list) and len(value) == 2:
             return tuple(PathLike()(name, one) for one in value)
-        if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fspath(value):
+        if not _is_path(value):
             raise _wrong(name, value, "a path" + (", or a pair of paths (high-noise, low-noise)" if self.pair else ""))
         return with_home(value)
+
+
+def _is_path(value: Any) -> bool:
+    """Return whether a value is a path that the system takes: not empty, without NUL and lone surrogates"""
+    try:
+        encoded = os.fsencode(value) if isinstance(value, str | os.PathLike) else b""
+    except UnicodeEncodeError:
+        return False
+    return bool(encoded) and b"\0" not in encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +213,7 @@ class LoRAFiles:
             file = with_home(file)
             if strength is None:
                 file, strength = _with_strength(file)
-        if not isinstance(file, str) or not file.strip() or "\0" in file or expert not in (None, "high", "low"):
+        if not isinstance(file, str) or not _is_path(file.strip()) or expert not in (None, "high", "low"):
             raise self._wrong(name, given)
         strength = Number(lambda x: abs(x) <= MAX_STRENGTH, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}, such as 0.8")(
             f"strength of {file!r} in {name}", strength
@@ -246,7 +255,11 @@ def with_home(path: Any) -> Any:
     """Return a path with `~` or `~name` in front expanded, because a shell leaves it in --option=~/file."""
     if not os.fspath(path).startswith("~"):
         return path
-    return type(path)(os.path.expanduser(path)) if isinstance(path, str | Path) else os.path.expanduser(path)
+    try:
+        expanded = os.path.expanduser(path)
+    except ValueError:  # NUL or a lone surrogate in the name, which whoever opens the path reports
+        return path
+    return type(path)(expanded) if isinstance(path, str | Path) else expanded
 
 
 def _is_bool(value: Any) -> bool:

@@ -174,6 +174,18 @@ def test_bytes_that_are_not_an_image_are_named_once(tmp_path, data):
         assert "BytesIO" not in str(caught.value) and str(caught.value).count(str(tmp_path)) <= 1
 
 
+def test_an_image_that_the_disk_does_not_give_is_an_input_error(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def open_nothing(self, *_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(path), "open", open_nothing)
+    with pytest.raises(InputError, match=r"a\.png'.*Input/output error.*Expected a png"):
+        images.load_image(path)
+
+
 def test_a_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(COLOUR).save(tmp_path / "a.png")

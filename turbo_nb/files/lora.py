@@ -196,7 +196,7 @@ def find(file: str) -> Path:
     Raises:
         CheckpointError: the file does not exist.
     """
-    path, near = Path(os.path.expanduser(file)), folder()
+    path, near = Path(with_home(file)), folder()
     for place in [path] if path.name != file else [path, near / path, near / f"{file}.safetensors"]:
         if environment.is_file(place):
             return place

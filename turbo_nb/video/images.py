@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 from ..errors import InputError, first_line, warn
 from ..machine import environment
-from ..settings import shown
+from ..settings import shown, with_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,14 +102,14 @@ def is_address(image: Any) -> bool:
 
 def _file(image: str | os.PathLike) -> Path:
     """Return the path of a file. Raises InputError with a hint where it is one in another form"""
-    path = Path(os.path.expanduser(image))
+    path = Path(with_home(image))
     if str(image) and environment.is_file(path):
         return path
     text = str(image)
     bare = text.strip().strip(QUOTES).strip()
     if bare.lower().startswith("file:"):
         bare = url2pathname(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", bare))
-    bare = os.path.expanduser(bare)
+    bare = with_home(bare)
     if bare != text and environment.is_file(bare):
         raise InputError(f"image is {shown(text)}. Expected the path alone. Take {bare!r}.")
     if ADDRESS.match(text) and not text.strip().lower().startswith("file:"):
@@ -123,6 +123,7 @@ def _read(source: "Path | io.BytesIO", name: str) -> "Image":
     """Open a file"""
     from PIL import Image
 
+    is_heic = False
     try:
         is_heic = _is_heic(source)
         if is_heic:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import records
 from ..errors import InputError, OutputError, TurboNbError, first_line
 from ..machine import atomic, environment
-from ..settings import shown
+from ..settings import shown, with_home
 from .sheet import GROUND
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _named(path: str | os.PathLike) -> Path:
     """Return the path with "~" expanded. Raises OutputError where an mp4 cannot have this name"""
     if not isinstance(path, str | os.PathLike):
         raise OutputError(f"save_path is of type {type(path).__name__}. Expected a path, as text or Path. Convert it.")
-    path = Path(os.path.expanduser(path))
+    path = Path(with_home(path))
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"save_path is {str(path)!r}. Expected a name that ends in .mp4. Add .mp4 to it.")
     if environment.is_dir(path):
@@ -396,7 +396,7 @@ def _run(*arguments: str | Path, stdin: bytes = b"", timeout: float | None = Non
 
 def _read(path: str | os.PathLike, *arguments: str, before: tuple[str, ...] = ()) -> bytes:
     """Return what ffmpeg makes of an mp4, nothing where it fails. Raises InputError for a missing file."""
-    place = Path(os.path.expanduser(path))
+    place = Path(with_home(path))
     if not environment.is_file(place):
         raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
     try:
