@@ -120,26 +120,28 @@ def _place(error: BaseException) -> str:
 # Values that inputs of all kinds are made of
 
 TEXTS = (
-    "", " ", "\0", "a\0b", "\n", "a\nb", "a\rb", "\t", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x07", "\u202egnp.exe",
-    "\ufeff", "\ud800", "\udcff", "é" * 200, "赤い円", "😀", "ﷺ" * 50, "a" * 300, "a" * 5000, "x " * 60_000, "e\u0301" * 99,
-    "'", '"', "`", "\\", "{", "}", "[", "[bold]x[/bold]", "[/]", "[/nope]", "%s%n", "{0}", "$HOME", "$(id)", "; id", "<b>",
-    "&amp;", "--", "-", "-1", "#", "# a", ",", ";", "=", ":", "a=b;c#d\\e", "null", "None", "true", "True", "yes", "ode",
+    "", " ", "\0", "a\0b", "\n", "a\nb", "a\rb", "\t", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x07",
+    "\u202egnp.exe", "\ufeff", "\ud800", "\udcff", "é" * 200, "赤い円", "😀", "ﷺ" * 50, "a" * 300, "a" * 5000,
+    "x " * 60_000, "e\u0301" * 99, "'", '"', "`", "\\", "{", "}", "[", "[bold]x[/bold]", "[/]", "[/nope]", "%s%n",
+    "{0}", "$HOME", "$(id)", "; id", "<b>", "&amp;", "--", "-", "-1", "#", "# a", ",", ";", "=", ":", "a=b;c#d\\e",
+    "null", "None", "true", "True", "yes", "ode",
 )  # fmt: skip
 NUMBERS = (
-    "0", "1", "-1", "1.5", "1e3", "1e400", "-0", "+1", "nan", "inf", "-inf", "0x10", "0b1", "1_0", " 1 ", "１２", "٣", "¹",
-    "9" * 25, "9" * 5000, "1" + "0" * 310, "1/2", "1,5", str(2**31), str(2**63), str(2**63 - 1), str(2**64), "0.1", "4",
-    "5", "4.0", "00", "1e-400", "0.0000001", "True",
+    "0", "1", "-1", "1.5", "1e3", "1e400", "-0", "+1", "nan", "inf", "-inf", "0x10", "0b1", "1_0", " 1 ", "１２", "٣",
+    "¹", "9" * 25, "9" * 5000, "1" + "0" * 310, "1/2", "1,5", str(2**31), str(2**63), str(2**63 - 1), str(2**64),
+    "0.1", "4", "5", "4.0", "00", "1e-400", "0.0000001", "True",
 )  # fmt: skip
 PATHS = (
     "~", "~/x", "~nobody/x.mp4", "~\0", ".", "..", "/", "//", "/dev/null", "/dev/zero", "/dev/stdin", "/proc/self/mem",
-    "/proc/self/environ", "dir", "dir/", "dir.mp4", "loop", "loop.mp4", "loop/x.mp4", "gone.mp4", "gone", "file", "file/x",
-    "file/x.mp4", "fifo.mp4", "fifo.txt", "fifo.safetensors", "fifo.png", "zero.txt", "zero.jsonl", "zero.csv", "zero.mp4",
-    "zero.pth", "12:30.mp4", "a:b/c.mp4", "http://[::1/x.mp4", "http://x/y.mp4", "https://huggingface.co/a/b", "file:///etc",
-    "data:,", "s3://a/b", "a/b", "a/b/c", "a/b@main", "a/b/c.safetensors@1", "a//b", "../" * 60 + "x.mp4", "a" * 251 + ".mp4",
-    "a" * 256 + ".mp4", "é" * 130 + ".mp4", "/".join(["a" * 200] * 30) + "/x.mp4", "a/" * 5000 + "x.mp4", "x.MP4", ".mp4",
-    "x.mp4.mp4", "x.mp4 ", " x.mp4", "-x.mp4", "x\ny.mp4", "\x1b[31m.mp4", "\udcff.mp4", "\ud800.mp4", "%d.mp4", "x.avi",
-    "CON.mp4", "good.mp4", "good.png", "good.txt", "good.csv", "good.jsonl", "empty.mp4", "empty.txt", "empty.png",
-    "empty.pth", "page.mp4", "page.png", "page.safetensors", "pointer.safetensors", "deep.jsonl",
+    "/proc/self/environ", "dir", "dir/", "dir.mp4", "loop", "loop.mp4", "loop/x.mp4", "gone.mp4", "gone", "file",
+    "file/x", "file/x.mp4", "fifo.mp4", "fifo.txt", "fifo.safetensors", "fifo.png", "zero.txt", "zero.jsonl",
+    "zero.csv", "zero.mp4", "zero.pth", "12:30.mp4", "a:b/c.mp4", "http://[::1/x.mp4", "http://x/y.mp4",
+    "https://huggingface.co/a/b", "file:///etc", "data:,", "s3://a/b", "a/b", "a/b/c", "a/b@main",
+    "a/b/c.safetensors@1", "a//b", "../" * 60 + "x.mp4", "a" * 251 + ".mp4", "a" * 256 + ".mp4", "é" * 130 + ".mp4",
+    "/".join(["a" * 200] * 30) + "/x.mp4", "a/" * 5000 + "x.mp4", "x.MP4", ".mp4", "x.mp4.mp4", "x.mp4 ", " x.mp4",
+    "-x.mp4", "x\ny.mp4", "\x1b[31m.mp4", "\udcff.mp4", "\ud800.mp4", "%d.mp4", "x.avi", "CON.mp4", "good.mp4",
+    "good.png", "good.txt", "good.csv", "good.jsonl", "empty.mp4", "empty.txt", "empty.png", "empty.pth", "page.mp4",
+    "page.png", "page.safetensors", "pointer.safetensors", "deep.jsonl",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def spelled(flag, chance):
 
 
 def within(text: str) -> str:
-    """Return a path that leads out of the current folder as one that does not, because the test must write nowhere else"""
+    """Return a path within the current folder, because the test must write nowhere else"""
     flag, equals, path = text.rpartition("=")
     leads_out = path.startswith(("/", "..", " /")) and not path.startswith(("/dev/", "/proc/"))
     return f"{flag}{equals}dir/{path.replace('..', 'dir')}" if leads_out else text

@@ -7,23 +7,27 @@ import sys
 from fuzz.harness import NUMBERS, PATHS, TEXTS, fuzz, require_documented
 
 VARIABLES = (
-    "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "TERM", "COLUMNS", "LINES", "NO_COLOR", "PATH", "USER", "SHELL",
-    "XDG_CACHE_HOME", "TURBO_NB_CACHE", "TURBO_NB_HOME", "TURBO_NB_LORAS", "TURBO_NB_TEXT_CACHE", "TURBO_NB_ENCODER",
-    "TURBO_NB_PRICE_PER_HOUR", "TURBO_NB_ROPE", "TURBO_NB_ATTENTION", "TURBO_NB_LINEAR", "TURBO_NB_BLOCK", "TURBO_NB_VAE",
-    "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE",
-    "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_DISABLE_XET", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY",
-    "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "COLAB_RELEASE_TAG", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "IMAGEIO_FFMPEG_EXE", "MPLBACKEND",
+    "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "TERM", "COLUMNS", "LINES", "NO_COLOR",
+    "PATH", "USER", "SHELL", "XDG_CACHE_HOME", "TURBO_NB_CACHE", "TURBO_NB_HOME", "TURBO_NB_LORAS",
+    "TURBO_NB_TEXT_CACHE", "TURBO_NB_ENCODER", "TURBO_NB_PRICE_PER_HOUR", "TURBO_NB_ROPE", "TURBO_NB_ATTENTION",
+    "TURBO_NB_LINEAR", "TURBO_NB_BLOCK", "TURBO_NB_VAE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN",
+    "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT",
+    "HF_HUB_DISABLE_XET", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HTTP_PROXY",
+    "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "COLAB_RELEASE_TAG", "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET", "IMAGEIO_FFMPEG_EXE", "MPLBACKEND",
 )  # fmt: skip
 LIKELY = (
-    "0", "1", "C", "POSIX", "de_DE.UTF-8", "ja_JP.eucJP", "ascii", "latin-1:strict", "utf-16", "dumb", "nvenc", "x264", "reference", "triton",
-    "http://127.0.0.1:1", "127.0.0.1:1", "socks5://127.0.0.1:1", "http://user:secret-pw@127.0.0.1:1/?q=secret-pw", "http://[::1", "hf_secret-pw",
-    "/dev/null", "/proc", "/nowhere", "dir", "file", "-1", "0,1", "GPU-x", "2.99", "1e3", "debug", "off", "/bin/false", "/bin/true", "/bin/cat",
+    "0", "1", "C", "POSIX", "de_DE.UTF-8", "ja_JP.eucJP", "ascii", "latin-1:strict", "utf-16", "dumb", "nvenc", "x264",
+    "reference", "triton", "http://127.0.0.1:1", "127.0.0.1:1", "socks5://127.0.0.1:1",
+    "http://user:secret-pw@127.0.0.1:1/?q=secret-pw", "http://[::1", "hf_secret-pw", "/dev/null", "/proc", "/nowhere",
+    "dir", "file", "-1", "0,1", "GPU-x", "2.99", "1e3", "debug", "off", "/bin/false", "/bin/true", "/bin/cat",
 )  # fmt: skip
+SMALL = ["--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--device", "cpu"]
 LINES = (
-    ["doctor"], ["doctor", "--json"], ["info", "good.mp4"], ["info", "page.mp4"], ["download", "TurboWan2.1-T2V-1.3B-480P"], ["download", "a/b"],
-    ["t2v", "--prompt", "a red circle", "--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--save_path", "out/v.mp4", "--device", "cpu"],
-    ["batch", "good.txt", "--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--output_dir", "out/b", "--device", "cpu"],
+    ["doctor"], ["doctor", "--json"], ["info", "good.mp4"], ["info", "page.mp4"], ["download", "a/b"],
+    ["download", "TurboWan2.1-T2V-1.3B-480P"], ["t2v", "--prompt", "a red circle", "--save_path", "out/v.mp4", *SMALL],
+    ["batch", "good.txt", "--output_dir", "out/b", *SMALL],
 )  # fmt: skip
 USER = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")  # has no passwd entry and owns nothing
 

@@ -17,13 +17,17 @@ WHOLE = {
     "model": "nano", "prompt": "a red circle", "seed": 3, "num_steps": 2, "num_frames": 5, "width": 32, "height": 32,
     "fps": 8, "sigma_max": 90.0, "ode": True, "attention_type": "sla", "sla_topk": 0.2, "quant_linear": True,
     "loras": [{"name": "a.safetensors", "hash": "00", "strength": 0.5}], "timings": {"text": 1.0}, "steps": [0.5],
-    "more": {"a": 1}, "versions": {"torch": "2"}, "machine": "CPU", "cost": 0.1, "image": "good.png", "peaks": {"text": 1},
+    "more": {"a": 1}, "versions": {"torch": "2"}, "machine": "CPU", "cost": 0.1, "image": "good.png",
+    "peaks": {"text": 1},
 }  # fmt: skip
 CLOSE = {
-    "model": ["nano", "TurboWan2.2-I2V-A14B-720P", "Wan2.1-1.3B"], "seed": [[1, 2], [], 2**63, -1, 10**30], "width": [480, 17, 0],
-    "num_frames": [4093, 2, 0], "num_steps": [9, 0], "sigma_max": [1.0, 1e200], "boundary": [2.0, 0.9], "noise_device": ["cuda", "tpu"],
-    "image": ["good.png", "dir", "loop", "a" * 300, "\0", "~", "fifo.png", "empty.png"], "attention_type": ["original", "odd"],
-    "loras": [[{}], [{"name": "\x1b[31m", "hash": "", "strength": 1e300}], [{"name": "a" * 300, "hash": "0", "strength": -1}] * 50],
+    "model": ["nano", "TurboWan2.2-I2V-A14B-720P", "Wan2.1-1.3B"], "seed": [[1, 2], [], 2**63, -1, 10**30],
+    "width": [480, 17, 0], "num_frames": [4093, 2, 0], "num_steps": [9, 0], "sigma_max": [1.0, 1e200],
+    "boundary": [2.0, 0.9], "noise_device": ["cuda", "tpu"],
+    "image": ["good.png", "dir", "loop", "a" * 300, "\0", "~", "fifo.png", "empty.png"],
+    "attention_type": ["original", "odd"],
+    "loras": [[{}], [{"name": "\x1b[31m", "hash": "", "strength": 1e300}],
+              [{"name": "a" * 300, "hash": "0", "strength": -1}] * 50],
     "prompt": ["赤い円 " * 40_000, "\x1b]0;x\x07", "\n" * 500], "timings": [{"a" * 300: 1e200}, {"load": -5}],
 }  # fmt: skip
 
