@@ -72,7 +72,7 @@ class EmbeddingCache:
             if rows.ndim != 2 or len(rows) > TEXT_LENGTH or rows.dtype != self._dtype or not rows.isfinite().all():
                 raise ValueError(f"{rows.dtype} of shape {tuple(rows.shape)}")
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            if header.get("__metadata__", {}).get("sha256") != _checksum(rows):
+            if (header.get("__metadata__") or {}).get("sha256") != _checksum(rows):
                 raise ValueError("its checksum is wrong")
         except (FileNotFoundError, NotADirectoryError):
             return None
