@@ -89,7 +89,7 @@ def test_mutated_records_of_a_clip(folder, read):
         mp4.write_mp4("x.mp4", frames, 8, metadata(chance))
         read((folder / "x.mp4").read_bytes(), chance)
 
-    fuzz("metadata", 40, attempt)
+    fuzz("metadata", 30, attempt)
 
 
 def test_mutated_bytes_of_a_clip(folder, read):
@@ -103,7 +103,7 @@ def test_mutated_bytes_of_a_clip(folder, read):
         else:
             read(bent(whole, chance, chance.choice([None, 100])), chance)
 
-    fuzz("bytes of videos", 60, attempt)
+    fuzz("bytes of videos", 40, attempt)
 
 
 def test_captions_of_a_contact_sheet_take_any_text():
