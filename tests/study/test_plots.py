@@ -30,12 +30,13 @@ def sla_figures(pipe):
     video, views = sla.look_inside(pipe, "a red circle", layers=[1], steps=[0], **short)
     size = sla.grid_of(pipe, video)
     dense, sparse = (sla.run(pipe, "a red circle", kind, **short) for kind in ("original", "sla"))
-    points = [sla.compare(dense, sparse), sla.compare(dense, sla.run(pipe, "a red circle", "sagesla", **short))]
+    points = sla.sweep(pipe, [("a red circle", 0), ("a cyan square", 1)], [0.15, 1.0], **short)
     yield plots.kept_blocks(views, 1)
     yield plots.attention_over_clip(video.frames, views, sla.busiest_patch(video.frames, size))
     yield plots.branches(views[1, 0], 1)
     yield plots.clips_side_by_side([dense, sparse])
     yield plots.quality_and_time(points, dense, 0.15, "a machine")
+    yield plots.quality_and_time([point for point in points if point.seed == 0], dense, 0.15, "a machine")
     yield plots.attention_memory(size, 4, 64, 0.15)
 
 

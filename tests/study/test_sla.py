@@ -13,7 +13,7 @@ import turbo_nb
 from turbo_nb.backends import Choice
 from turbo_nb.errors import InputError
 from turbo_nb.rope import VideoSize
-from turbo_nb.sla import SageSparseLinearAttention, attention_type, topk_of
+from turbo_nb.sla import attention_type, topk_of
 from turbo_nb.study import sla
 
 ROOT = Path(__file__).parents[2]
@@ -83,27 +83,65 @@ def test_another_attention_lasts_for_a_while(nano):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_sweep_compares_with_the_baseline(nano, monkeypatch):
+def test_a_sweep_compares_every_clip_with_its_own_baseline(nano, monkeypatch):
     dense = sla.run(nano, PROMPT, "original", **SHORT)
     assert (dense.label, dense.topk, dense.kept) == ("dense", None, 1.0)
     assert dense.video.settings["attention_type"] == "original"
     made, run = [], sla.run
-    monkeypatch.setattr(sla, "run", lambda *args, **more: made.append(args[2:]) or run(*args, **more))
-    points = sla.sweep(nano, PROMPT, dense, [0.3, 0.5, 1.0], **SHORT)
-    assert points[1] == replace(points[0], topk=0.5) and made[:2] == [("sla", 0.3), ("sla", 1.0)]  # of two blocks
-    points = [point for point in points if point.topk != 0.3]
-    assert [(p.kind, p.topk) for p in points] == [("sla", 0.5), ("sla", 1.0), ("sagesla", 0.5), ("sagesla", 1.0)]
-    blocks = 128 // SageSparseLinearAttention(64, backend="reference").block_k  # SLA has two
-    assert [p.kept for p in points] == [0.5, 1.0, max(1, blocks // 2) / blocks, 1.0]
-    assert {p.label for p in points} == {"SLA", "SageSLA (reference)"}
-    count = len(made)
-    assert sla.sweep(nano, PROMPT, dense, [1.0], done=points, **SHORT) == points[1::2]
-    assert len(made) == count
+    monkeypatch.setattr(sla, "run", lambda *args, **more: made.append((*args[2:], more["seed"])) or run(*args, **more))
+    clips = [(PROMPT, 0), (PROMPT, 1)]
+    points = sla.sweep(nano, clips, [0.3, 0.5, 1.0], kinds=["sla"], done=[dense], **SHORT)
+    # The clip has two blocks, so 0.3 and 0.5 keep the same one. The first baseline exists already.
+    assert made == [("sla", 0.3, 0), ("sla", 1.0, 0), ("original", 1), ("sla", 0.3, 1), ("sla", 1.0, 1)]
+    assert [(p.seed, p.topk, p.kept) for p in points] == [
+        (seed, topk, kept) for seed in (0, 1) for topk, kept in ((0.3, 0.5), (0.5, 0.5), (1.0, 1.0))
+    ]
+    assert points[1] == replace(points[0], topk=0.5)
     for point in points:
         assert 0 < point.psnr < math.inf and 0 < point.ssim < 1 and point.step_seconds > 0
-        assert point.peak_bytes is None
+        assert point.prompt == PROMPT and point.peak_bytes is None
     same = sla.compare(dense, run(nano, PROMPT, "original", **SHORT))
     assert same.psnr == math.inf and same.ssim == 1
+
+
+def test_a_sweep_takes_sagesla_too(nano):
+    (point,) = sla.sweep(nano, [(PROMPT, 0)], [1.0], kinds=["sagesla"], **SHORT)
+    assert (point.label, point.kept) == ("SageSLA (reference)", 1.0)
+    assert sla.swept_kinds(nano) == ("sla",)  # because the reference of SageSLA is slow
+
+
+def points_of(*values, topks=(0.1, 1.0)):
+    """Points whose PSNR at the first topk is 30 dB, and at the others 30 + value."""
+    more = {"label": "SLA", "kind": "sla", "kept": 1.0, "step_seconds": 1.0, "ssim": 1.0, "peak_bytes": None}
+    return [
+        sla.Point(prompt=PROMPT, seed=seed, topk=topk, psnr=30.0 + (value if topk != topks[0] else 0), **more)
+        for seed, value in enumerate(values)
+        for topk in topks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        ((-4.0, -5.0, -6.0), "falls", "lead away from dense attention"),
+        ((4.0, 5.0, 6.0), "rises", "lead towards dense attention"),
+        ((-4.0, 5.0, 6.0), "unclear", "do not decide"),
+        ((-4.0, -4.0), "unclear", "do not decide"),  # too few clips
+        ((math.inf, 60.0, 70.0), "rises", "towards"),  # the same frames
+    ],
+)
+def test_the_conclusion_follows_from_the_clips(changes, verdict, words):
+    (trend,) = found = sla.trends(points_of(*changes), 0.1)
+    assert trend.verdict == verdict and len(trend.changes) == len(changes)
+    assert words in sla.conclusion(found) and f"of {len(changes)} clips: {verdict}" in str(trend)
+    assert all(math.isfinite(change) for change in trend.changes)
+
+
+def test_only_a_larger_topk_leads_to_a_conclusion():
+    found = sla.trends(points_of(-9.0, -9.0, -9.0, topks=(0.5, 0.1)), 0.5)
+    assert [trend.end for trend in found] == [0.1] and "No larger" in sla.conclusion(found)
+    (same,) = sla.trends(points_of(0.0, 0.0, 0.0), 0.1)
+    assert "the same clips" in str(same)
 
 
 def test_sagesla_on_a_cpu_is_the_reference_whatever_the_machine_has(nano, monkeypatch):
@@ -162,7 +200,7 @@ def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     parameters = {
         "prompt": "a small cyan square growing on a navy background", "resolution": "96x64", "num_frames": 5,
-        "num_steps": 1, "layers": [1], "steps": [0], "topks": [0.5], "model": "nano",
+        "num_steps": 1, "layers": [1], "steps": [0], "topks": [1.0], "model": "nano", "seeds": [0],
     }  # fmt: skip
     notebook = papermill.execute_notebook(
         ROOT / "notebooks" / "03_sla_vs_sagesla.ipynb", tmp_path / "out.ipynb", parameters,
@@ -170,4 +208,5 @@ def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     )  # fmt: skip
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == 7
-    assert "SageSLA (" in (tmp_path / "out.ipynb").read_text()
+    text = (tmp_path / "out.ipynb").read_text()
+    assert "SageSLA (" in text and "of 2 clips" in text  # the prompt is one of more_prompts

@@ -267,31 +267,36 @@ def clips_side_by_side(runs: Sequence[Run], columns: int = 6) -> Figure:
 
 @_figure
 def quality_and_time(points: Sequence[Point], baseline: Run, own_topk: float, machine: str) -> Figure:
-    """Draw PSNR, SSIM and the time of a step against topk.
+    """Draw PSNR, SSIM and the time of a step against topk: a thin line for each clip, a thick one for the mean.
 
     Args:
-        points: of SLA and SageSLA.
-        baseline: the run that they were compared with.
+        points: what `study.sla.sweep` returned.
+        baseline: a run with dense attention, for its time.
         own_topk: the model's own, marked by a dotted line.
         machine: name of the device.
     """
-    figure, (quality, likeness, speed) = plt.subplots(1, 3, figsize=(12, 3.9))
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.9))
+    speed = panels[2]
+    measures = (lambda point: point.psnr, lambda point: point.ssim, lambda point: point.step_seconds * 1e3)
+    clips = list(dict.fromkeys((point.prompt, point.seed) for point in points))
     for kind, marker in (("sla", "o"), ("sagesla", "s")):
-        of = sorted((point for point in points if point.kind == kind), key=lambda point: point.topk)
-        look = {"color": KIND_COLOURS[kind], "marker": marker, "label": of[0].label}
-        x = [point.topk for point in of]
-        quality.plot(x, [point.psnr for point in of], **look)
-        likeness.plot(x, [point.ssim for point in of], **look)
-        speed.plot(x, [point.step_seconds * 1e3 for point in of], **look)
+        of = [point for point in points if point.kind == kind]
+        topks = sorted({point.topk for point in of})
+        for axes, measure in zip(panels, measures, strict=True) if of else ():
+            for clip in clips if len(clips) > 1 else ():
+                line = sorted((point.topk, measure(point)) for point in of if (point.prompt, point.seed) == clip)
+                axes.plot(*zip(*line, strict=True), color=KIND_COLOURS[kind], linewidth=0.8, alpha=0.45)
+            means = [np.mean([measure(point) for point in of if point.topk == topk]) for topk in topks]
+            axes.plot(topks, means, color=KIND_COLOURS[kind], marker=marker, linewidth=2.5, label=of[0].label)
     speed.axhline(baseline.step_seconds * 1e3, color=KIND_COLOURS["original"], linestyle="--", label=baseline.label)
-    quality.set(title="PSNR against dense", ylabel="dB")
-    likeness.set(title="SSIM against dense", ylabel="1 is the same")
-    speed.set(title=f"Time\n{machine}", ylabel="milliseconds a step, median")
-    speed.set_ylim(bottom=0)
-    for axes in (quality, likeness, speed):
+    titles = ("PSNR against dense", "dB"), ("SSIM against dense", "1 is the same"), (f"Time\n{machine}", "ms a step")
+    for axes, (title, unit) in zip(panels, titles, strict=True):
         axes.axvline(own_topk, color=INK, linewidth=1, linestyle=":", label="the model's own topk")
-        axes.set(xlabel="topk, share of key blocks")
+        axes.set(title=title, ylabel=unit, xlabel="topk, share of key blocks")
         axes.grid()
+    speed.set_ylim(bottom=0)
+    if len(clips) > 1:
+        figure.suptitle(f"Mean of {len(clips)} clips; a thin line is one clip")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median, stdev
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from ..pipeline import LoadedModel
 from ..rope import VideoSize
 from ..runtime.place import transformers
 from ..settings import MAX_STEPS
+
+SAME_FRAMES = 100.0  # dB that stand for an infinite PSNR in a difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +85,18 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A `Run` compared with a baseline.
+    """A `Run` compared with dense attention.
 
     Args:
+        prompt: of both clips.
+        seed: of both clips.
         psnr: in dB, infinity for the same frames.
         ssim: from −1 to 1, which means the same frames.
         peak_bytes: of GPU memory while denoising, None on a CPU.
     """
 
+    prompt: str
+    seed: int
     label: str
     kind: str
     topk: float
@@ -104,6 +110,43 @@ class Point:
         what = f"{self.label:20} topk {self.topk:4.2f} keeps {self.kept:4.0%}"
         peak = "" if self.peak_bytes is None else f"   peak {self.peak_bytes / 2**30:.2f} GiB"
         return f"{what}{self.psnr:7.1f} dB   SSIM {self.ssim:.3f}{self.step_seconds * 1e3:8.0f} ms a step{peak}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """How the likeness to dense attention changes between two values of topk, over several clips.
+
+    Args:
+        label: name of the kind of attention.
+        start: the first topk.
+        end: the second topk.
+        changes: PSNR at `end` minus PSNR at `start`, in dB, one for each clip.
+    """
+
+    label: str
+    start: float
+    end: float
+    changes: tuple[float, ...]
+
+    @property
+    def verdict(self) -> str:
+        """ "rises" or "falls" where the mean change is over two standard errors, else "unclear"."""
+        if len(self.changes) < 3:
+            return "unclear"
+        change, error = mean(self.changes), stdev(self.changes) / math.sqrt(len(self.changes))
+        if abs(change) <= 2 * error:
+            return "unclear"
+        return "rises" if change > 0 else "falls"
+
+    def __str__(self) -> str:
+        if not any(self.changes):
+            return f"{self.label}, topk {self.start:g} → {self.end:g}: as many blocks, so the same clips"
+        rising = sum(change > 0 for change in self.changes)
+        spread = f"{min(self.changes):+.1f} to {max(self.changes):+.1f}"
+        return (
+            f"{self.label}, topk {self.start:g} → {self.end:g}: {mean(self.changes):+.1f} dB on average ({spread}), "
+            f"higher for {rising} of {len(self.changes)} clips: {self.verdict}"
+        )
 
 
 def sage_backend(pipe) -> str:
@@ -259,37 +302,98 @@ def run(pipe, prompt: str, kind: str, topk: float | None = None, **settings) -> 
 
 def compare(baseline: Run, other: Run) -> Point:
     """Compare a run with a baseline of the same prompt and seed."""
-    one, two = baseline.video.frames, other.video.frames
+    one, two, record = baseline.video.frames, other.video.frames, other.video.record
     return Point(
-        label=other.label, kind=other.kind, topk=1.0 if other.topk is None else other.topk, kept=other.kept,
-        step_seconds=other.step_seconds, psnr=psnr(one, two), ssim=ssim(one, two),
-        peak_bytes=other.video.peaks.get("denoise"),
+        prompt=record.prompt, seed=record.seed, label=other.label, kind=other.kind,
+        topk=1.0 if other.topk is None else other.topk, kept=other.kept, step_seconds=other.step_seconds,
+        psnr=psnr(one, two), ssim=ssim(one, two), peak_bytes=other.video.peaks.get("denoise"),
     )  # fmt: skip
 
 
+def swept_kinds(pipe) -> tuple[str, ...]:
+    """Return the kinds of attention that are fast enough for a sweep: SageSLA's reference is not."""
+    return ("sla",) if sage_backend(pipe) == "reference" else ("sla", "sagesla")
+
+
 def sweep(
-    pipe, prompt: str, baseline: Run, topks: Iterable[float], *, done: Iterable[Point] = (), **settings
+    pipe,
+    clips: Iterable[tuple[str, int]],
+    topks: Iterable[float],
+    *,
+    kinds: Iterable[str] = ("sla", "sagesla"),
+    done: Iterable[Run] = (),
+    **settings,
 ) -> list[Point]:
-    """Compare SLA and SageSLA at every topk with a baseline.
+    """Compare kinds of attention at every topk with dense attention, over several clips.
 
     Args:
         pipe: what `load_pipeline` returned.
-        prompt: of the clips.
-        baseline: a run of the same prompt.
+        clips: prompt and seed of each clip.
         topks: shares of key blocks.
-        done: earlier points. A topk that keeps as many blocks as one of these gives the same clip, and reuses it.
-        settings: as for `generate`.
-    """
-    known, size, points = list(done), grid_of(pipe, baseline.video), []
-    for kind in ("sla", "sagesla"):
-        for topk in topks:
-            with attention(pipe, kind, topk):
-                kept = _kept(pipe.transformer.blocks[0].attn1.processor.sla, size)
-            same = next((point for point in known if (point.kind, point.kept) == (kind, kept)), None)
-            point = same or compare(baseline, run(pipe, prompt, kind, topk, **settings))
-            known.append(point)
-            points.append(replace(point, topk=topk))
+        kinds: "sla", "sagesla" or both.
+        done: earlier runs with the same settings, dense ones among them. They are not made again.
+        settings: as for `generate`, without the seed.
+
+    Returns:
+        A point for every clip, kind and topk. Values of topk that keep the same blocks share one clip.
+    """  # fmt: skip
+    topks, kinds, points = list(topks), list(kinds), []
+    for prompt, seed in clips:
+        of_clip = [run for run in done if (run.video.record.prompt, run.video.record.seed) == (prompt, seed)]
+        baseline = next((run for run in of_clip if run.kind == "original"), None)
+        baseline = baseline or run(pipe, prompt, "original", seed=seed, **settings)
+        known = {(other.kind, other.kept): compare(baseline, other) for other in of_clip if other.kind != "original"}
+        size = grid_of(pipe, baseline.video)
+        for kind in kinds:
+            for topk in topks:
+                with attention(pipe, kind, topk):
+                    key = kind, _kept(pipe.transformer.blocks[0].attn1.processor.sla, size)
+                if key not in known:
+                    known[key] = compare(baseline, run(pipe, prompt, kind, topk, seed=seed, **settings))
+                points.append(replace(known[key], topk=topk))
     return points
+
+
+def trends(points: Iterable[Point], start: float) -> list[Trend]:
+    """Return how PSNR changes from one topk to each other one, over the clips that have both.
+
+    Args:
+        points: what `sweep` returned.
+        start: the topk to compare with, as a rule the model's own.
+    """
+    table: dict[tuple[str, float], dict[tuple[str, int], float]] = {}
+    for point in points:
+        decibels = min(point.psnr, SAME_FRAMES)
+        table.setdefault((point.label, point.topk), {})[point.prompt, point.seed] = decibels
+    found = []
+    for (label, topk), there in sorted(table.items()):
+        here = table.get((label, start), {})
+        changes = tuple(there[clip] - here[clip] for clip in there if clip in here)
+        if topk != start and changes:
+            found.append(Trend(label=label, start=start, end=topk, changes=changes))
+    return found
+
+
+def conclusion(found: Iterable[Trend]) -> str:
+    """Return in words what trends say of a topk larger than the one they start from.
+
+    Args:
+        found: what `trends` returned. The trend of SLA that goes farthest decides.
+    """
+    larger = [trend for trend in found if trend.label == "SLA" and trend.end > trend.start]
+    if not larger:
+        return "No larger topk was tried."
+    last = max(larger, key=lambda trend: trend.end)
+    count = f"{len(last.changes)} clips"
+    if last.verdict == "falls":
+        return (
+            f"For these {count}, more blocks than the model's own topk {last.start:g} lead away from dense attention. "
+            "The linear branch learned to replace what the sparse branch leaves out. Where the sparse branch keeps it, "
+            "that part counts twice."
+        )
+    if last.verdict == "rises":
+        return f"For these {count}, more blocks than the model's own topk {last.start:g} lead towards dense attention."
+    return f"These {count} do not decide whether a larger topk is nearer to dense attention. Try more prompts or seeds."
 
 
 def _kept(layer: sla.SparseLinearAttention, size: VideoSize) -> float:
