@@ -214,6 +214,30 @@ def test_help_of_every_command_is_shown(command):
     assert result.exit_code == 0 and "Usage" in result.output and result.exception is None
 
 
+@pytest.mark.parametrize("command", ["t2v", "i2v", "batch", "download", "verify"])
+def test_help_fits_80_columns_with_whole_names(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli.app, [command, "--help"]).output
+    assert max(map(len, shown.splitlines())) <= 80
+    for parameter in get_command(cli.app).commands[command].params:
+        if not parameter.hidden and parameter.param_type_name == "option":
+            assert parameter.opts[0] in shown, parameter.opts
+    assert "…" not in shown.replace("seed + 1, …", "")  # nothing is cut
+    places = [shown.find(f"─ {panel} ─") for panel in cli.PANELS.values()]
+    assert (shown_panels := [place for place in places if place >= 0]) == sorted(shown_panels)
+
+
+def test_version_is_that_of_the_installed_package():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and re.fullmatch(r"turbo-nb (\d+\.\d+\.\d+\S*|\(not installed.*\))\n", result.output)
+
+
+def test_a_shell_can_complete_names():
+    variables = {"_TURBO_NB_COMPLETE": "complete_bash", "COMP_WORDS": "turbo-nb do", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(cli.app, [], prog_name="turbo-nb", env=variables)
+    assert result.output.split() == ["doctor", "download"]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_a_signal_leaves_no_temporary_file(tmp_path, name):
     code = (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 from rich.markup import escape
@@ -22,6 +22,9 @@ from .errors import LONGEST, InputError, TurboNbError, TurboNbWarning, presentab
 from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
+
+# What stands for a value in the help. It is short, because names of 24 characters and texts have to fit 80 columns.
+METAVARS = {bool: "", Path: "PATH", int: "INT", float: "NUM"}
 
 UsageError = typer.BadParameter.__mro__[1]  # click's, which newer versions of typer carry with them
 
@@ -46,12 +49,10 @@ def _short_usage_errors() -> Iterator[None]:
         error.message = presentable(" ".join(error.message[: LONGEST * 2].split()), 300)
         raise
 
-
 app = typer.Typer(
     cls=_Commands,
     help="TurboDiffusion video models, from wheels alone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
         "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -102,8 +103,20 @@ class _Stream:
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, to paste or to parse.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .machine import environment
+
+        print(f"turbo-nb {environment.version('turbo-nb') or '(not installed, used from a folder)'}")
+        raise typer.Exit
+
+
 @app.callback()
-def turbo_nb() -> None:
+def turbo_nb(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """TurboDiffusion video models, from wheels alone."""
 
 
@@ -113,7 +126,11 @@ def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
     flags = [option.flag] if option.flag else [f"--{name.replace('_', '-')}"] if kind is bool else []
     if name == "quant_linear":  # "auto" is what leaving it out means
         kind, default, flags = bool, None, ["--quant-linear/--no-quant-linear"]
-    made = typer.Option(*flags, help=escape(option.help), rich_help_panel=PANELS[option.group])
+    words = getattr(option.check, "words", ()) if get_origin(kind) is Literal else ()
+    text = " ".join([option.help, *([f"One of {', '.join(words)}."] if words else [])])
+    made = typer.Option(
+        *flags, help=escape(text), rich_help_panel=PANELS[option.group], metavar=METAVARS.get(kind, "TEXT")
+    )
     required = default is MISSING
     if default == ():  # a list, which typer leaves out as None
         default = None
@@ -125,6 +142,12 @@ def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
         default=inspect.Parameter.empty if required else default,
         annotation=Annotated[kind, made],
     )
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Return the place of a parameter's panel in the help, −1 for one outside the panels"""
+    panel = parameter.annotation.__metadata__[0].rich_help_panel
+    return [*PANELS.values()].index(panel) if panel in PANELS.values() else -1
 
 
 def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Callable:
@@ -159,8 +182,8 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
             _check_variables()
             function(**built, **given)
 
-        ordered = sorted(declared, key=lambda name: [*PANELS].index(options(declared[name][0])[name].group))
-        made = [*own, *(_parameter(name, *declared[name]) for name in ordered)]  # panels stand in this order
+        made = [*own, *(_parameter(name, *declared[name]) for name in declared)]
+        made.sort(key=_panel)  # because the panels stand in the order of their first options
         run.__signature__ = inspect.Signature([one.replace(kind=one.KEYWORD_ONLY) for one in made])
         run.__annotations__ = {one.name: one.annotation for one in made}
         run.__doc__ = function.__doc__
@@ -184,10 +207,12 @@ def _scaled(cls: type, name: str, value: Any) -> Any:
 
 
 HighNoise = Annotated[
-    Path | None, typer.Option("--high-noise-model-path", help="The high-noise expert.", rich_help_panel="Model")
+    Path | None,
+    typer.Option("--high-noise-model-path", help="The high-noise expert.", rich_help_panel="Model", metavar="PATH"),
 ]
 LowNoise = Annotated[
-    Path | None, typer.Option("--low-noise-model-path", help="The low-noise expert.", rich_help_panel="Model")
+    Path | None,
+    typer.Option("--low-noise-model-path", help="The low-noise expert.", rich_help_panel="Model", metavar="PATH"),
 ]
 DefaultNorm = Annotated[
     bool, typer.Option("--default-norm", help="Upstream's flag; the norms here are always the plain ones.", hidden=True)
@@ -420,7 +445,7 @@ def doctor(
 def download(
     model: Annotated[
         str,
-        typer.Argument(help="A model's name, auto (the best that fits), or a Hub id such as owner/repo/file@revision."),
+        typer.Argument(help="A model's name, auto (the best that fits), or a Hub id such as owner/repo/file@rev."),
     ],
     quant: Annotated[
         bool | None,

@@ -350,7 +350,7 @@ class LoadOptions(_Checked):
     model: Weights = _option(
         "auto",
         PathLike(pair=True, type=str),
-        "A model's name, auto, a checkpoint, a folder, or a Hub id such as owner/repo/file@revision.",
+        "A model's name, auto, a checkpoint, a folder, or a Hub id such as owner/repo/file@rev.",
         "model",
     )
     checkpoint: Weights | None = _option(
@@ -378,7 +378,7 @@ class LoadOptions(_Checked):
     text_encoder: str | Path | None = _option(
         None,
         PathLike(),
-        "umT5: models_t5_umt5-xxl-enc-bf16.pth, an fp8, int8 or GGUF file, or a folder.",
+        "umT5: a .pth, fp8, int8 or GGUF file, or a folder.",
         "model",
         flag="--text-encoder-path",
     )
