@@ -157,6 +157,18 @@ def test_an_impossible_override_is_an_error_of_the_report(report, monkeypatch):
     assert found.backends.linear.chosen == "reference"
 
 
+def test_the_last_line_is_a_verdict(report, monkeypatch):
+    assert repr(report()).splitlines()[-1] == "Verdict: ready. 1 model of 9 can run here (nano)."
+    assert "models of 9 can run here (nano, …)" in report(H100).verdict
+    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "cheap")
+    assert report().verdict.endswith("(nano), with 1 warning.")
+    monkeypatch.setenv("TURBO_NB_ROPE", "flash_attn")
+    found = report()
+    assert found.verdict == "Verdict: 1 error to fix before a video can be made here."
+    assert found._repr_html_().endswith(f"<p><strong>{found.verdict}</strong></p>")
+    assert "Verdict" not in repr(found.only("Machine"))
+
+
 def test_cost(report, monkeypatch):
     assert "$" not in repr(report())
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "2.99")

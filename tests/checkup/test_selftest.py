@@ -127,6 +127,15 @@ def test_an_encoder_that_cannot_write_is_a_failed_check(monkeypatch):
     assert not check.passed and "IMAGEIO_FFMPEG_EXE is '/opt/missing/ffmpeg'" in check.detail
 
 
+def test_the_verdict_counts_the_checks_and_names_those_that_failed():
+    checks = [selftest.Check(name=name, passed=True, seconds=1.0, detail="right") for name in ("rope", "mp4")]
+    result = selftest.Result(model="nano", report=None, checks=tuple(checks))
+    assert result.verdict == "Verdict: all 2 checks passed. nano runs here."
+    checks[1] = replace(checks[1], passed=False)
+    result = selftest.Result(model="nano", report=None, checks=tuple(checks))
+    assert result.verdict == "Verdict: 1 of 2 checks FAILED: mp4."
+
+
 def test_a_check_that_raises_has_failed():
     def broken():
         raise RuntimeError("CUDA error: no kernel image\nmore of it")

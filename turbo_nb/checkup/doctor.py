@@ -52,6 +52,17 @@ class Report(Tables):
         levels = {problem.level for problem in self.problems}
         return 2 if "error" in levels else int(strict and bool(levels))
 
+    @property
+    def verdict(self) -> str:
+        """Whether this machine can make videos, with which models, and how many problems are listed."""
+        levels = [problem.level for problem in self.problems]
+        errors, warned = levels.count("error"), len(levels) - levels.count("error")
+        if errors:
+            return f"Verdict: {_count(errors, 'error')} to fix before a video can be made here."
+        able = [f"{fit.model}{', int8' if fit.int8 else ''}" for fit in self.models if fit.fits]
+        runs = f"{_count(len(able), 'model')} of {len(self.models)} can run here ({able[0]}{', …' if able[1:] else ''})"
+        return f"Verdict: ready. {runs}" + (f", with {_count(warned, 'warning')}." if warned else ".")
+
     def to_dict(self) -> dict:
         """Return everything as plain data for JSON."""
         return asdict(self)
@@ -134,6 +145,10 @@ def doctor() -> Report:
         environment=seen, backends=found, hub=hub, encoder=_encoder(), models=models, price_per_hour=price,
         problems=tuple(wrong),
     )  # fmt: skip
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _encoder() -> str | None:

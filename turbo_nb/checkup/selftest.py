@@ -50,6 +50,14 @@ class Result(tables.Tables):
         """0 where all checks passed, else 2."""
         return 0 if all(check.passed for check in self.checks) else 2
 
+    @property
+    def verdict(self) -> str:
+        """How many checks passed, and which failed."""
+        failed = [check.name for check in self.checks if not check.passed]
+        if failed:
+            return f"Verdict: {len(failed)} of {len(self.checks)} checks FAILED: {', '.join(failed)}."
+        return f"Verdict: all {len(self.checks)} checks passed. {self.model} runs here."
+
     def to_dict(self) -> dict:
         """Return everything, with the doctor's report, as plain data for JSON."""
         return {

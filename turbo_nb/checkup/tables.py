@@ -21,7 +21,9 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 class Tables:
-    """Base of everything that consists of tables."""
+    """Base of everything that consists of tables, with an optional verdict in one line below them."""
+
+    verdict = ""
 
     def tables(self) -> Iterator[Table]:
         """Yield the tables."""
@@ -45,7 +47,7 @@ class Tables:
             for row in rows:
                 drawing.add_row(*map(Text, row), style=STYLES.get(row[0]))
             drawn.append(drawing)
-        return Group(*drawn)
+        return Group(*drawn, *([Text(self.verdict, style="bold")] if self.verdict else []))
 
     def __repr__(self) -> str:
         from rich.console import Console
@@ -67,7 +69,8 @@ class Tables:
             )
             header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
             parts.append(f"<table><caption>{_escaped(title)}</caption>{header}<tbody>{lines}</tbody></table>")
-        return "".join(parts)
+        verdict = f"<p><strong>{_escaped(self.verdict)}</strong></p>" if self.verdict else ""
+        return "".join(parts) + verdict
 
 
 @dataclass(frozen=True, repr=False)
