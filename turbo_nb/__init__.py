@@ -8,6 +8,7 @@ _HOMES = {
     "set_loras": "pipeline",
     "Video": "generation",
     "contact_sheet": "video.sheet",
+    "play": "video.player",
     "download_model": "files.download",
     "doctor": "checkup.doctor",
     "read_metadata": "video.mp4",

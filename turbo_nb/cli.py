@@ -49,6 +49,7 @@ def _short_usage_errors() -> Iterator[None]:
         error.message = presentable(" ".join(error.message[: LONGEST * 2].split()), 300)
         raise
 
+
 app = typer.Typer(
     cls=_Commands,
     help="TurboDiffusion video models, from wheels alone.",

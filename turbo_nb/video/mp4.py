@@ -485,6 +485,23 @@ def last_frame(path: str | os.PathLike) -> "Image":
     return Image.frombytes("RGB", (width, height), data[-3 * width * height :])
 
 
+def poster(path: str | os.PathLike, width: int = 480) -> bytes:
+    """Read the first frame of a video as a JPEG.
+
+    Args:
+        path: of the mp4.
+        width: the largest width of the picture, in pixels. A higher clip gets a narrower picture.
+
+    Raises:
+        InputError: the file is not an mp4 that can be decoded.
+    """
+    fit = f"scale='min({width},iw)':'min({width},ih)':force_original_aspect_ratio=decrease"
+    data = _read(path, "-frames:v", "1", "-vf", fit, "-f", "image2pipe", "-c:v", "mjpeg", "-q:v", "4")
+    if not data:
+        raise _unreadable(path)
+    return data
+
+
 def _unreadable(path: str | os.PathLike) -> InputError:
     return InputError(
         f"path is {shown(str(path), 300)}, which cannot be read as a video. Expected an mp4. Make it again."
