@@ -25,13 +25,11 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Tr
     Returns:
         x's shape and dtype, float32 inside.
     """
-    cos, sin = cos.float()[:, None], sin.float()[:, None]  # (L, 1, D/2)
-    if interleaved:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        out = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    else:
-        a, b = x.float().chunk(2, dim=-1)
-        out = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    # A pair (a, b) is the complex number a + ib. One complex product is several times faster than four real ones.
+    pairs = x.float().unflatten(-1, (-1, 2)) if interleaved else x.float().unflatten(-1, (2, -1)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.float(), sin.float())[:, None]
+    pairs = torch.view_as_real(turned)
+    out = (pairs if interleaved else pairs.mT).flatten(-2).to(x.dtype)
     return x.copy_(out) if inplace else out
 
 
