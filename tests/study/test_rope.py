@@ -30,7 +30,7 @@ def verdict(rotate=rope.apply_rotary_emb_torch, recorded=True):
 
 def test_every_implementation_here_is_right():
     found, passed_over = rope_study.implementations("cpu")
-    assert list(found) == ["turbo_nb", "complex64"]
+    assert list(found) == ["turbo_nb", "four products"]
     assert len(passed_over) == 1 and passed_over[0].startswith("flash_attn: ")
     for rotate in found.values():
         checked = verdict(rotate)
