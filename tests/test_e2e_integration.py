@@ -180,6 +180,31 @@ def test_the_picture_counts_and_may_be_given_in_any_form(i2v, folder):
     assert np.array_equal(*same) and not np.array_equal(same[0], other)
 
 
+def test_an_extended_clip_goes_on_from_its_last_frame(i2v, folder, tmp_path):
+    clip = CLIP | {"image": folder / "picture.png", "seed": 5}
+    given, stages = [], []
+    with pytest.warns(UserWarning, match="was not trained to extend"):
+        video = turbo_nb.generate(i2v, "x", extend=2, on_frames=given.append, on_stage=stages.append, **clip)
+    parts = [turbo_nb.generate(i2v, "x", **clip)]
+    for seed in (6, 7):  # each part has a seed of its own
+        parts.append(turbo_nb.generate(i2v, "x", **clip | {"image": parts[-1].frames[-1], "seed": seed}))
+    expected = np.concatenate([parts[0].frames, *(part.frames[1:] for part in parts[1:])])  # no frame is there twice
+    assert np.array_equal(video.frames, expected) and len(expected) == 1 + 3 * (len(parts[0].frames) - 1)
+    assert np.array_equal(np.concatenate(given), expected)
+    assert stages == ["text", "denoise", "decode"] * 3 and len(video.steps) == 3 * CLIP["num_steps"]
+    saved = turbo_nb.read_metadata(video.save(tmp_path / "long.mp4"))
+    assert saved["more"] == {"extend": 2} and saved["seed"] == 5 and saved["num_frames"] == len(parts[0].frames)
+
+
+def test_only_an_image_to_video_model_extends_a_clip(nano, i2v, folder):
+    with pytest.raises(InputError, match="only an image-to-video model can go on"):
+        turbo_nb.generate(nano, PROMPT, extend=1, num_frames=5)
+    with pytest.raises(InputError, match="parts share a frame"):
+        turbo_nb.generate(i2v, "x", image=folder / "picture.png", extend=1, **CLIP | {"num_frames": 1})
+    with pytest.raises(InputError, match="samples or parts"):
+        turbo_nb.generate(i2v, "x", image=folder / "picture.png", extend=2, seed=2**63 - 2)
+
+
 def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

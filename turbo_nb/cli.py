@@ -221,7 +221,7 @@ DefaultNorm = Annotated[
 
 
 @command(ClipSettings, LoadOptions, RunOptions,
-         skip=("image", "adaptive_resolution", "boundary", "text_cache", "output_dir", "workers"))  # fmt: skip
+         skip=("image", "adaptive_resolution", "boundary", "extend", "text_cache", "output_dir", "workers"))  # fmt: skip
 def t2v(clip: ClipSettings, load: LoadOptions, run: RunOptions, default_norm: DefaultNorm = False) -> None:
     """Make a video from a prompt."""
     _make(clip, load, run)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +133,8 @@ def preflight(
     resolved = resolve(load) if isinstance(load, LoadOptions) else load()
     prepared = prepare(settings, resolved.spec, image)
     resolved.plan(prepared.clip.size)
-    mp4.check_space(paths[0], *prepared.clip.size)
+    clip = prepared.clip
+    mp4.check_space(paths[0], clip.width, clip.height, clip.all_frames)
     return resolved, prepared
 
 
@@ -159,6 +160,13 @@ def check(settings: ClipSettings, spec: ModelSpec) -> None:
         raise InputError(f"image is given. Expected none, because {spec.name} makes videos from text alone.")
     if spec.task == "i2v" and settings.image is None:
         raise InputError(f"image is None. Expected a picture (--image_path), because {spec.name} begins with one.")
+    if settings.extend and spec.task != "i2v":
+        raise InputError(
+            f"extend is {settings.extend}. Expected None for {spec.name}, because only an image-to-video model can go "
+            "on from a frame. Make the clip first, and give its last frame as image to an image-to-video model."
+        )
+    if settings.extend and settings.num_frames == 1:
+        raise InputError("num_frames is 1. Expected 5 or more to extend, because parts share a frame.")
     _check_noise(settings)
 
 
@@ -204,14 +212,41 @@ def generate(
         InputError: a setting cannot be used.
         TurboNbError: the model's output is not finite, or memory ran out for good.
     """
-    import torch
+    import numpy as np
+    from PIL import Image
 
     model = LoadedModel.of(pipeline)
     prepared = prepare(settings, model.spec)
-    clip = prepared.clip
-    image = _image(prepared, settings, model.spec)
+    clip, image = prepared.clip, _image(prepared, settings, model.spec)
+    if settings.extend:
+        warn(
+            f"{model.spec.name} was not trained to extend clips, so movements may jump where two parts meet.",
+            stacklevel=3,
+        )
+    video = _part(model, settings, clip, image, on_stage, on_step, _in_order(on_frames))
+    parts, record = [video.frames], video.record
+    for number in range(1, clip.parts):
+        last, own = Image.fromarray(parts[-1][-1]), replace(clip, seed=clip.seed + number)
+        video = _part(model, settings, own, last, on_stage, on_step, _in_order(on_frames, given=1))
+        parts.append(video.frames[1:])  # without the frame that it begins with, which is there already
+        record = _joined(record, video.record)
+    return Video(frames=parts[0] if len(parts) == 1 else np.concatenate(parts), record=record)
+
+
+def _part(
+    model: LoadedModel,
+    settings: ClipSettings,
+    clip: ResolvedClip,
+    image: "Image | None",
+    on_stage: Callable | None,
+    on_step: Callable | None,
+    on_frames: Callable,
+) -> Video:
+    """Make the frames that the model makes at once; on_frames gets all of them so far, again and again"""
+    import torch
+
+    pipeline = model.pipeline
     runner, timer = StageRunner(model, on_stage), StepTimer(pipeline, model.device)
-    deliver = _in_order(on_frames)
     try:
         with (
             model.lock,
@@ -223,7 +258,7 @@ def generate(
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step))
             if model.plan.offload == "model":
                 runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
-            frames = runner.run("decode", lambda: decode(pipeline, latents, deliver))
+            frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames))
     finally:
         pipeline.maybe_free_model_hooks()  # a cancelled run leaves nothing on the GPU either
     record = _record(model, clip, settings, runner, timer)
@@ -236,6 +271,15 @@ def generate(
         warm=not compiled,
     )
     return Video(frames=frames, record=record)
+
+
+def _joined(first: VideoRecord, second: VideoRecord) -> VideoRecord:
+    """Return the record of a clip that a part extends: its settings are those of the first part"""
+    timings = {
+        name: first.timings.get(name, 0) + second.timings.get(name, 0) for name in first.timings | second.timings
+    }
+    peaks = {name: max(first.peaks.get(name, 0), second.peaks.get(name, 0)) for name in first.peaks | second.peaks}
+    return replace(first, timings=timings, peaks=peaks, steps=first.steps + second.steps)
 
 
 def _image(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -> "Image | None":
@@ -389,9 +433,8 @@ def decode(
     return frames.numpy()
 
 
-def _in_order(on_frames: "Callable[[np.ndarray], None] | None") -> "Callable[[np.ndarray], None]":
-    """Return a function that takes all frames so far and hands on the new ones, each once, even after a retry"""
-    given = 0
+def _in_order(on_frames: "Callable[[np.ndarray], None] | None", given: int = 0) -> "Callable[[np.ndarray], None]":
+    """Return a function that takes all frames so far and hands on those after `given`, each once, even after a retry"""
 
     def deliver(frames: "np.ndarray") -> None:
         nonlocal given
@@ -439,4 +482,5 @@ def outlook(
     else:
         how = {name: getattr(model, name) for name in ("attention_type", "sla_topk", "quant_linear")}
     wanted = asdict(clip) | how | {"memory_plan": memory_plan}
-    return estimate.estimate(wanted, model.spec.arch, device=model.device)
+    found = estimate.estimate(wanted, model.spec.arch, device=model.device)
+    return found and replace(found, seconds=found.seconds * clip.parts)

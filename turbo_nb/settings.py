@@ -27,6 +27,7 @@ MAX_STEPS = 4  # steps that rCM models were trained for
 MAX_SEED = 2**63 - 1  # torch's generators take 63 bits
 MAX_STRENGTH = 100  # of a LoRA; useful ones are below 5, and bfloat16 overflows far above
 MAX_SAMPLES = 10_000  # clips of one prompt in one run
+MAX_EXTENSIONS = 20  # of a clip, whose frames stay in memory
 MAX_POSITIONS = 1024  # length of diffusers' rotary tables, in latent patches along each axis
 MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
 SIGMA_MAX_ABOVE = math.tan(1.5)  # the second trig-flow time of rCM is 1.5, and noise levels must fall
@@ -460,6 +461,13 @@ class ClipSettings(_Checked):
     adaptive_resolution: bool = _option(
         False, Flag(), "Keep the image's aspect, at the resolution's area.", "clip", row=True
     )
+    extend: int | None = _option(
+        None,
+        Whole(1, MAX_EXTENSIONS),
+        "Continue the clip N times from its last frame, with an image-to-video model.",
+        "clip",
+        row=True,
+    )
     sigma_max: float | None = _option(
         None,
         Number(lambda x: x > SIGMA_MAX_ABOVE, f"above {SIGMA_MAX_ABOVE:.1f}, such as 80"),
@@ -484,6 +492,7 @@ class ClipSettings(_Checked):
         if self.num_frames is not None and self.num_frames % 4 != 1:
             near = 4 * max(0, round((self.num_frames - 1) / 4)) + 1
             raise _wrong("num_frames", self.num_frames, "4n + 1 (1, 5, 9, …)", f"Take {near}.")
+        seeds(self.seed, 1 + (self.extend or 0))
         if self.resolution is not None or self.aspect_ratio is not None:
             size_of(None, self.resolution, self.aspect_ratio)
 
@@ -554,8 +563,18 @@ class ResolvedClip:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Width, height and number of frames."""
+        """Width, height and number of frames, of one part where the clip is extended."""
         return self.width, self.height, self.num_frames
+
+    @property
+    def parts(self) -> int:
+        """How many times the model makes `num_frames` frames: 1, and one for each extension."""
+        return 1 + self.more.get("extend", 0)
+
+    @property
+    def all_frames(self) -> int:
+        """Number of frames of the whole clip. A part begins with the last frame of the part before it."""
+        return 1 + self.parts * (self.num_frames - 1)
 
 
 def resolve_clip(
@@ -601,7 +620,7 @@ def resolve_clip(
 def seeds(first: int, count: int) -> range:
     """Return the seeds of `count` clips. Raises InputError where the last one is too large for a generator."""
     if first + count - 1 > MAX_SEED:
-        raise _wrong("seed", first, f"at most {MAX_SEED - count + 1} for {count} samples")
+        raise _wrong("seed", first, f"at most {MAX_SEED - count + 1} for {count} samples or parts")
     return range(first, first + count)
 
 
