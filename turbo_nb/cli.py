@@ -478,6 +478,25 @@ def verify(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="Where the clips are kept.", metavar="FOLDER")] = Path("outputs"),
+    model: Annotated[str, typer.Option(help="The model chosen at first.", metavar="TEXT")] = "auto",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.", metavar="TEXT")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.", metavar="INT")] = 8866,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open the generator as a page of its own. It asks for JUPYTER_TOKEN or JUPYTER_PASSWORD, as JupyterLab does."""
+    from .generator import standalone
+
+    standalone.serve(
+        folder.expanduser(), model=model, host=host, port=port, browser=browser,
+        on_address=lambda address: print(f"the generator: {address}\nCtrl-C ends it", flush=True),
+    )  # fmt: skip
+
+
 def _show(report, as_json: bool) -> None:
     """Print a report as JSON or as tables"""
     if as_json:

@@ -26,6 +26,8 @@ __all__ = ["Generator", "has_front_end", "player", "show"]
 
 def has_front_end() -> bool:
     """Return whether a page with a person before it sent the running cell, and not papermill or nbmake."""
+    if os.environ.get("SERVER_SOFTWARE", "").startswith("voila/"):  # it runs the cells itself, for a page
+        return True
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     kernel = getattr(shell, "kernel", None)

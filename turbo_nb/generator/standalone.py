@@ -1,0 +1,101 @@
+"""The generator as a page of its own, without JupyterLab around it: `turbo-nb ui`.
+
+Voilà renders a notebook that shows the generator, inside a Jupyter server. So the page has JupyterLab's login: the
+token of JUPYTER_TOKEN or JUPYTER_PASSWORD, a password that was configured for Jupyter, or a token made at the start.
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import InputError
+from ..settings import Weights
+
+PAGE = "generator.ipynb"
+CELL = "from turbo_nb.generator import widgets\n\nwidgets.show({folder!r}, model={model!r})"
+
+
+def serve(
+    folder: str | os.PathLike = "outputs",
+    *,
+    model: Weights = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8866,
+    browser: bool = True,
+    on_address: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve the generator until the process is interrupted.
+
+    Every browser tab gets a kernel of its own, and so a model of its own. A job that was queued when a tab was closed
+    is offered again by the next one.
+
+    Args:
+        folder: of the clips.
+        model: the model chosen at first; a name or a path.
+        host: the address to listen on. "0.0.0.0" lets other machines in, with the token.
+        port: the port to listen on.
+        browser: open the page in a browser.
+        on_address: called with the page's address before the server starts. It has a token that was made for this
+            start, and no token that the user chose.
+
+    Raises:
+        InputError: Voilà or the Jupyter server is not installed, or something listens on the port already.
+    """
+    for package in ("voila", "jupyter_server"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed, and the page needs it. pip install 'turbo-nb[notebook]'")
+    from jupyter_server.serverapp import ServerApp
+
+    _require_free(host, port)
+    address, secret = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/voila/render/{PAGE}", _secret()
+    if not secret:
+        secret = secrets.token_urlsafe(24)
+        address += f"?token={secret}"
+    os.environ["JUPYTER_TOKEN"] = secret  # where the server looks; an argument would show in the list of processes
+    on_address(address)
+    with tempfile.TemporaryDirectory(prefix="turbo_nb_ui_") as root:
+        (Path(root) / PAGE).write_text(notebook(Path(folder).absolute(), model), encoding="utf-8")
+        argv = [
+            f"--ServerApp.root_dir={root}", f"--ip={host}", f"--port={port}", "--ServerApp.port_retries=0",
+            f"--ServerApp.default_url=/voila/render/{PAGE}",
+            "--ServerApp.jpserver_extensions={'voila.server_extension': True}",
+            "--ServerApp.answer_yes=True",  # Ctrl-C ends it without a question
+            "--log-level=WARN",
+            *([] if browser else ["--no-browser"]),
+            *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []),
+        ]  # fmt: skip
+        ServerApp.launch_instance(argv)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise InputError where the server could not listen"""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port is {port} on {host!r}, where the page cannot listen ({error.strerror or error}). Expected a "
+                "free port of this machine. Give another --port."
+            ) from error
+
+
+def _secret() -> str:
+    """Return the token that the environment sets, "" where it sets none; RunPod leaves "{{ … }}" unresolved"""
+    secret = (os.environ.get("JUPYTER_PASSWORD") or os.environ.get("JUPYTER_TOKEN") or "").strip()
+    return "" if "{{" in secret else secret
+
+
+def notebook(folder: Path, model: Weights) -> str:
+    """Return the JSON of a notebook that shows the generator and nothing else."""
+    cell = {
+        "cell_type": "code", "id": "generator", "metadata": {}, "outputs": [], "execution_count": None,
+        "source": CELL.format(folder=str(folder), model=model if isinstance(model, str) else str(model)),
+    }  # fmt: skip
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return json.dumps({"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
