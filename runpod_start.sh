@@ -9,7 +9,7 @@
 #
 # On a pod this is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may run again at
 # any time. Variables: JUPYTER_PASSWORD or JUPYTER_TOKEN, TURBO_NB_MODELS, TURBO_NB_STOP_IDLE, TURBO_NB_STOP_AFTER,
-# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP: see the README.
+# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP, TURBO_NB_OPEN: see the README.
 
 set -euo pipefail
 
@@ -169,17 +169,27 @@ print(json.dumps({"argv": argv, "display_name": name, "language": "python", "env
   } || failed "the notebooks' kernel could not be written to $folder"
 }
 
-place_notebooks() { # sets first, the notebook to open; copies a checkout's notebooks into the server's root
-  first=$(realpath -m --relative-to="$root" "$checkout/notebooks/01_setup.ipynb")
-  [[ $first == ../* ]] || return 0
-  first=turbo_nb_notebooks/01_setup.ipynb
-  [[ -e $root/turbo_nb_notebooks ]] || cp -r "$checkout/notebooks" "$root/turbo_nb_notebooks"
+place_notebooks() { # sets first, the page to open; copies a checkout's notebooks into the server's root
+  local folder
+  folder=$(realpath -m --relative-to="$root" "$checkout/notebooks")
+  if [[ $folder == ../* ]]; then
+    folder=turbo_nb_notebooks
+    [[ -e $root/$folder ]] || cp -r "$checkout/notebooks" "$root/$folder"
+  fi
+  case ${TURBO_NB_OPEN:-lab} in
+    lab) first=/lab/tree/$folder/01_setup.ipynb ;;
+    generator) first=/voila/render/$folder/04_generate.ipynb ;; # Voilà runs inside JupyterLab's server, with its login
+    *)
+      first=/lab/tree/$folder/01_setup.ipynb
+      failed "TURBO_NB_OPEN is '$TURBO_NB_OPEN'; expected lab or generator; JupyterLab opens"
+      ;;
+  esac
 }
 
 jupyter_lab() { # python: becomes the server. Its configuration takes the token from the environment
   local config=$run/jupyter/config options=(
     --no-browser --ip="$ip" --port="$port" --ServerApp.port_retries=0 --ServerApp.root_dir="$root"
-    --LabApp.default_url="/lab/tree/$first" --FileContentsManager.delete_to_trash=False
+    --LabApp.default_url="$first" --FileContentsManager.delete_to_trash=False
     --ServerApp.tornado_settings='{"websocket_max_message_size": 536870912}' # bytes, for uploads
   )
   [[ -z $pod ]] || options+=(--ServerApp.allow_origin="https://$pod-$port.proxy.runpod.net")
@@ -255,7 +265,8 @@ watch_pod() { # stops the pod when it is idle, or when a batch has ended, as the
   while ((limit)) || [[ ${TURBO_NB_STOP_AFTER:-} == batch ]]; do
     sleep "$every"
     now=$(notebooks)
-    if [[ $now == *'"busy"'* || $now != "$before" ]] || running "$ours [a-z]|$others" || gpu_busy; then
+    # Not "turbo-nb ui", the one command with a u, because a page that nobody uses would keep the pod for ever.
+    if [[ $now == *'"busy"'* || $now != "$before" ]] || running "$ours [a-tv-z]|$others" || gpu_busy; then
       since=$SECONDS
     fi
     before=$now

@@ -247,6 +247,17 @@ def test_on_a_pod_only_its_own_address_may_use_the_server(machine):
     assert not [word for word in argv if "*" in word]
 
 
+def test_the_pods_address_can_open_the_generator(machine):
+    machine.start(TURBO_NB_OPEN="generator")
+    assert "--LabApp.default_url=/voila/render/turbo_nb/notebooks/04_generate.ipynb" in machine.jupyter()["argv"]
+
+
+def test_an_unknown_page_is_reported_and_jupyterlab_opens(machine):
+    machine.start(TURBO_NB_OPEN="voila")
+    machine.wait_until_said("TURBO_NB_OPEN is 'voila'; expected lab or generator")
+    assert "--LabApp.default_url=/lab/tree/turbo_nb/notebooks/01_setup.ipynb" in machine.jupyter()["argv"]
+
+
 def test_another_configuration_cannot_empty_the_token(machine):
     machine.start()
     folder = Path(machine.jupyter()["env"]["JUPYTER_CONFIG_DIR"])
