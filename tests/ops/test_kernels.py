@@ -223,9 +223,20 @@ def test_cross_attention(prompts):
     assert repeats == max(1, 100 - max(prompts))
     q = random(2, 130, 2, 64)
     exact = attention_reference.cross_attention(q.float(), k.float(), v.float()).to(DTYPE)
+    counted = triton_cross.cross_attention(q, k, v, triton_cross.counts(text))
     k, v = (triton_cross.without_repeats(x, repeats) for x in (k, v))
     assert k.shape[1] == 101 - repeats
-    assert_close("cross", triton_cross.cross_attention(q, k, v, repeats), exact)
+    out = triton_cross.cross_attention(q, k, v, repeats)
+    assert_close("cross", out, exact)
+    assert torch.equal(counted, out)  # numbers from memory give the bits of numbers from the launch
+
+
+def test_counts_have_the_bits_of_launch_arguments():
+    text = random(1, 512, 4)
+    for number in (1, 2, 3, 100, 409, 511, 512):
+        text[:, -number:] = 0
+        expected = torch.tensor([513 - number, math.log2(number)], dtype=torch.float32)
+        assert torch.equal(triton_cross.counts(text).cpu(), expected)
 
 
 def test_the_last_row_stands_for_the_padding():
