@@ -140,3 +140,11 @@ def test_config_round_trip(tmp_path):
     assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "RCMScheduler"
     loaded = RCMScheduler.from_pretrained(tmp_path)
     assert loaded.config.sigma_max == 1600 and loaded.config.ode is True
+
+
+def test_noise_has_the_bits_of_randn():
+    scheduler = RCMScheduler(80.0)
+    for shape in ((1, 3), (1, 16, 7, 16, 16)):  # short and long, because torch draws them in two ways
+        scheduler.seed(3)
+        expected = torch.randn(shape, generator=torch.Generator().manual_seed(3)).double()
+        assert torch.equal(scheduler._noise(shape, torch.device("cpu")), expected)

@@ -7,7 +7,7 @@ with the next memory plan.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,13 @@ from .errors import InputError, TurboNbError, warn
 from .files.resolve import ResolvedModel, resolve
 from .machine import environment
 from .pipeline import LoadedModel
-from .records import VideoRecord, write
-from .runtime import estimate
+from .records import GraphRecord, VideoRecord, write
+from .runtime import estimate, plan
 from .runtime.compilations import compilations
 from .runtime.pinned import pinned_empty
+from .runtime.place import transformers
 from .runtime.stages import StageRunner, current_device
-from .runtime.steps import StepTimer
+from .runtime.steps import StepTimer, Tally
 from .settings import ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip
 from .video import images, mp4
 
@@ -68,6 +69,11 @@ class Video:
     def peaks(self) -> dict[str, float]:
         """Most bytes of GPU memory in each stage."""
         return self.record.peaks
+
+    @property
+    def graph(self) -> GraphRecord | None:
+        """What CUDA graphs did: steps that they computed, or the reason why the steps were plain."""
+        return self.record.graph
 
     @property
     def settings(self) -> dict:
@@ -246,7 +252,7 @@ def _part(
     import torch
 
     pipeline = model.pipeline
-    runner, timer = StageRunner(model, on_stage), StepTimer(pipeline, model.device)
+    runner, timer, graph = StageRunner(model, on_stage), StepTimer(pipeline, model.device), Tally()
     try:
         with (
             model.lock,
@@ -255,20 +261,20 @@ def _part(
             compilations(model.device) as compiled,
         ):
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
-            latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step))
+            latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step, graph))
             if model.plan.offload == "model":
                 runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
             frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames))
     finally:
         pipeline.maybe_free_model_hooks()  # a cancelled run leaves nothing on the GPU either
-    record = _record(model, clip, settings, runner, timer)
+    record = _record(model, clip, settings, runner, timer, graph)
     loading, model.load_seconds = model.load_seconds, None  # only the first clip reports it
     estimate.remember(
         asdict(record),
         record.timings | ({} if loading is None else {"load": loading}),
         steps=record.steps,
         work=estimate.work_of(model.spec.arch, *clip.size, record.sla_topk),
-        warm=not compiled,
+        warm=not compiled and not graph.captured,
     )
     return Video(frames=frames, record=record)
 
@@ -311,6 +317,7 @@ def denoise(
     image: "Image | None",
     timer: StepTimer,
     on_step: "Callable[[int, int, torch.Tensor], None] | None" = None,
+    graph: Tally | None = None,
 ) -> "torch.Tensor":
     """Sample the latents of a clip.
 
@@ -321,6 +328,7 @@ def denoise(
         image: the picture that it begins with, in the clip's size.
         timer: entered for the steps.
         on_step: as in `generate`.
+        graph: gets what CUDA graphs did. None: every step is plain.
 
     Returns:
         Finite latents (1, C, T, H/8, W/8).
@@ -347,7 +355,7 @@ def denoise(
             on_step(index + 1, clip.num_steps, tensors["latents"])
         return {}
 
-    with timer, _sampling_as(pipeline, scheduler, clip.boundary):
+    with _graphs(model, clip, timer, graph), timer, _sampling_as(pipeline, scheduler, clip.boundary):
         latents = pipeline(
             **({} if image is None else {"image": image}),
             prompt_embeds=embedding.to(pipeline._execution_device),
@@ -382,6 +390,20 @@ def _sampling_as(
     finally:
         pipeline.scheduler = before[0]
         pipeline.register_to_config(boundary_ratio=before[1])
+
+
+def _graphs(model: LoadedModel, clip: ResolvedClip, timer: StepTimer, tally: Tally | None) -> AbstractContextManager:
+    """Return a context in which CUDA graphs compute the steps of a clip, where they fit"""
+    from .runtime import graphs
+
+    if tally is None:
+        return nullcontext()
+    model.graphs = model.graphs or graphs.StepGraphs()
+    fused = plan.fused_on(model.device)
+    later = plan.after_denoise(model.plan, model.resolved.sizes, clip.width, clip.height, fused)
+    return model.graphs.replacing(
+        transformers(model.pipeline), model.plan, tally, later=later, on_begin=lambda: timer.mark("begin")
+    )
 
 
 def decode(
@@ -446,7 +468,7 @@ def _in_order(on_frames: "Callable[[np.ndarray], None] | None", given: int = 0) 
 
 
 def _record(
-    model: LoadedModel, clip: ResolvedClip, settings: ClipSettings, runner: StageRunner, timer: StepTimer
+    model: LoadedModel, clip: ResolvedClip, settings: ClipSettings, runner: StageRunner, timer: StepTimer, graph: Tally
 ) -> VideoRecord:
     """Return how a clip was made"""
     return VideoRecord(
@@ -460,6 +482,7 @@ def _record(
         timings=runner.timings,
         steps=list(timer.steps),
         peaks=runner.peaks,
+        graph=graph.record,
         versions={name: environment.version(name) or "not installed" for name in PACKAGES},
     )
 

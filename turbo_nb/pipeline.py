@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     from .files.lora import Applied
+    from .runtime.graphs import StepGraphs
 
 WARM_UP_LOGGED = 2.0  # seconds of warm-up from which on it is logged, because kernels were compiled in them
 SAMPLES = 32  # elements of each tensor that a fingerprint of the weights reads
@@ -49,6 +50,7 @@ class LoadedModel:
         prompt_encoder: encodes prompts, and keeps the text encoder where the plan wants it.
         plan: the memory plan in effect.
         load_seconds: what loading took without downloads; None once a clip has reported it.
+        graphs: the CUDA graphs of its steps. None: no clip was made yet.
         lock: held while a clip is made, because two threads cannot share the scheduler and the weights.
     """
 
@@ -57,6 +59,7 @@ class LoadedModel:
     prompt_encoder: PromptEncoder = field(repr=False)
     plan: Plan
     load_seconds: float | None = None
+    graphs: StepGraphs | None = field(default=None, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _loaded_on: str = "cpu"
     _weights_at_load: str = field(default="", repr=False)
@@ -109,11 +112,17 @@ class LoadedModel:
     def follow(self, plan: Plan) -> None:
         """Put the parts where a plan says, after the memory of the earlier one is given back."""
         self.pipeline.maybe_free_model_hooks()
+        if self.graphs:
+            self.graphs.release()
         gc.collect()
         probe.release_memory()
         self.plan = plan
         self.prompt_encoder.place(plan.text_encoder, plan.device)
         place(self.pipeline, plan)
+
+    def drop_graphs(self) -> bool:
+        """Drop the CUDA graphs of the steps for good, because memory ran out. Returns whether one existed."""
+        return self.graphs is not None and self.graphs.out_of_memory()
 
     def merge(self, resolved: ResolvedModel) -> None:
         """Merge the LoRAs of `resolved`, the same model with other LoRAs; errors as those of `set_loras`."""

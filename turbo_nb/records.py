@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Record = TypeVar("Record")
 DEEPEST = 32  # levels of a value of any kind
-MEASURED = ("timings", "steps", "peaks", "machine", "cost")  # fields that differ between equal clips
+MEASURED = ("timings", "steps", "peaks", "graph", "machine", "cost")  # fields that differ between equal clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,21 @@ class LoRARecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """What CUDA graphs did for a clip.
+
+    Args:
+        replayed: steps that a graph computed.
+        captured: graphs that were recorded.
+        reason: why steps were plain, where a graph does not fit.
+    """
+
+    replayed: int = 0
+    captured: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoRecord:
     """How a clip was made, as an mp4 carries it.
 
@@ -39,6 +54,7 @@ class VideoRecord:
         loras: those that were merged into the model.
         memory_plan, device: where the parts of the model were.
         timings: seconds by stage. steps: seconds of each denoising step. peaks: most bytes of GPU memory by stage.
+        graph: what CUDA graphs did.
         machine: what made the clip. cost: in dollars, None where no price was set.
         job: id of the batch job that made it.
         image: path of the image that the clip begins with, where it came from a file.
@@ -68,6 +84,7 @@ class VideoRecord:
     timings: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     peaks: dict[str, float] = field(default_factory=dict)
+    graph: GraphRecord | None = None
     machine: str = ""
     cost: float | None = None
     job: str | None = None

@@ -80,8 +80,8 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         generator = self.generator or self._from_start
         each = generator if isinstance(generator, Sequence) else [generator]
         part = (shape[0] // len(each), *shape[1:])
-        drawn = [torch.randn(part, generator=one, device=one.device if one else "cpu") for one in each]
-        return torch.cat(drawn).to(device, torch.float64) if len(drawn) > 1 else drawn[0].to(device, torch.float64)
+        drawn = [_drawn(part, one, device) for one in each]
+        return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
 
     def start_latents(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
         """Return noise of the first level: shape (B, C, T, H, W), float64."""
@@ -143,3 +143,12 @@ def _seed_of(latents: Tensor) -> int:
     """Return a seed that depends on every bit of the latents"""
     data = latents.detach().float().cpu().numpy().tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:7])
+
+
+def _drawn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Return noise in float64 on a device, drawn in float32 where the generator is"""
+    drawn_on = generator.device if generator else torch.device("cpu")
+    from_cpu = drawn_on.type == "cpu" and torch.device(device).type == "cuda"
+    noise = torch.empty(shape, dtype=torch.float32, device=drawn_on, pin_memory=from_cpu)
+    # pinned, because a copy from pageable memory waits for all earlier steps
+    return noise.normal_(generator=generator).to(device, non_blocking=True).double()

@@ -12,8 +12,12 @@ LARGE = Plan(name="resident", text_encoder="resident", offload="none", vae_tilin
 
 
 class Model:
-    def __init__(self, plan=LARGE):
-        self.plan, self.followed = plan, []
+    def __init__(self, plan=LARGE, graphs=0):
+        self.plan, self.followed, self.graphs = plan, [], graphs
+
+    def drop_graphs(self):
+        had, self.graphs = self.graphs, 0
+        return bool(had)
 
     def follow(self, plan):
         self.followed.append(plan)
@@ -66,3 +70,11 @@ def test_without_a_next_plan_the_error_comes_at_once():
 def test_another_error_passes_through():
     with pytest.raises(KeyError):
         StageRunner(Model()).run("text", lambda: {}["missing"])
+
+
+def test_out_of_memory_drops_graphs_before_it_takes_the_next_plan():
+    model, work = Model(graphs=1), Work(1)
+    assert StageRunner(model).run("decode", work) == "result"
+    assert (model.followed, work.calls) == ([], 2)
+    with pytest.warns(TurboNbWarning, match="going on with plan group"):
+        assert StageRunner(Model(graphs=1)).run("decode", Work(2)) == "result"

@@ -36,9 +36,13 @@ class TensorCache:
             self._source, self._version = weakref.ref(source, self._forget), version
         return self._result
 
+    def clear(self) -> None:
+        """Drop the result."""
+        self.__init__()
+
     def _forget(self, source: weakref.ref) -> None:
         if source is self._source:
-            self.__init__()
+            self.clear()
 
     def __reduce__(self):  # a copy or a pickle starts empty
         return TensorCache, ()

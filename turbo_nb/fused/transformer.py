@@ -94,6 +94,45 @@ def warm_up(transformer: nn.Module, size: tuple[int, int, int]) -> None:
     block(*(torch.zeros(1, count, width, device=device, dtype=dtype) for count in rows), tables)
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Return whether work on a tensor goes into a CUDA graph now."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def prepare_prompt(transformer: nn.Module, text: Tensor) -> list[Tensor]:
+    """Compute what all steps of a clip share, so that the next forward with the same `text` finds it.
+
+    Args:
+        transformer: a fused one.
+        text: the prompt's embedding (B, S, text_dim).
+
+    Returns:
+        Every tensor that these steps read. A CUDA graph of a step is valid as long as they live.
+    """
+    projected = transformer.condition_embedder.text_embedder(text)
+    found = [projected]
+    for block in transformer.blocks:
+        found += block.attn2.processor.of_prompt(block.attn2, projected)
+    return found
+
+
+def forget_prompt(transformer: nn.Module) -> None:
+    """Let a fused transformer drop what it keeps of the last prompt."""
+    transformer.condition_embedder.text_embedder.cache = TensorCache()
+    for block in transformer.blocks:
+        block.attn2.processor.keys.clear()
+        block.attn2.processor.repeats.clear()
+
+
+def all_fused(transformer: nn.Module) -> bool:
+    """Return whether every block and the projection of the prompt run in kernels of ours."""
+    text = getattr(getattr(transformer, "condition_embedder", None), "text_embedder", None)
+    return isinstance(text, FusedTextProjection) and all(
+        isinstance(block, FusedBlock) and isinstance(block.attn2.processor, FusedCrossAttention)
+        for block in transformer.blocks
+    )
+
+
 def _fuse(block: nn.Module, repeats: TensorCache) -> str | None:
     """Fuse one block. Return the reason where it stays as it is."""
     if isinstance(block, FusedBlock):
@@ -143,19 +182,29 @@ class FusedCrossAttention(WanAttnProcessor):
             attend = backends.kernel("cross_attention", hidden_states)
         if attn.fused_projections or attention_mask is not None or attend is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        from ..ops.attention import triton_cross
-
-        text = encoder_hidden_states
-        repeats = self.repeats.get(text, lambda: triton_cross.repeats(text))
-
-        def keys_and_values() -> list[Tensor]:
-            k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_k, attn.to_v), text))
-            return [triton_cross.without_repeats(x, repeats) for x in (rope.norm_rope(k, attn.norm_k), v)]
-
-        k, v = self.keys.get(text, keys_and_values, (attn.to_k, attn.to_v, attn.norm_k))
+        k, v, repeats = self.of_prompt(attn, encoder_hidden_states)
         (q,) = project((attn.to_q,), hidden_states)
         q = rope.norm_rope(q.unflatten(2, (attn.heads, -1)), attn.norm_q)
         return attn.to_out[1](attn.to_out[0](attend(q, k, v, repeats).flatten(2)))
+
+    def of_prompt(self, attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Return keys, values and repeats of a prompt (B, S, C), as `triton_cross.cross_attention` takes them.
+
+        In a CUDA graph the keys keep all their rows, because a graph cannot wait for the number of them.
+        """
+        from ..ops.attention import triton_cross
+
+        whole = is_recorded(text)
+        count = triton_cross.counts if whole else triton_cross.repeats
+        repeats = self.repeats.get(text, lambda: count(text))
+
+        def keys_and_values() -> list[Tensor]:
+            k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_k, attn.to_v), text))
+            both = rope.norm_rope(k, attn.norm_k), v
+            return [x if whole else triton_cross.without_repeats(x, repeats) for x in both]
+
+        k, v = self.keys.get(text, keys_and_values, (attn.to_k, attn.to_v, attn.norm_k))
+        return k, v, repeats
 
 
 class FusedBlock(WanTransformerBlock):

@@ -165,6 +165,12 @@ def _needs(
     return max(text, at_work + sizes.vae + denoise, sizes.vae + decode)
 
 
+def after_denoise(plan: Plan, sizes: Sizes, width: int, height: int, fused: bool) -> float:
+    """Return the bytes beside the transformers that decoding takes, or the text encoder for the next prompt."""
+    decode = DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
+    return max(decode, sizes.text_encoder if plan.text_encoder == "freed" else 0)
+
+
 def _host(plan: Plan, sizes: Sizes) -> float:
     """Return the bytes that a plan for a GPU keeps in main memory"""
     text = sizes.text_encoder if plan.text_encoder == "cpu" else 0

@@ -26,6 +26,9 @@ class Planned(Protocol):
     def follow(self, plan: Plan) -> None:
         """Put the parts where another plan says."""
 
+    def drop_graphs(self) -> bool:
+        """Drop CUDA graphs, whose memory other work needs. Returns whether one existed."""
+
 
 class StageRunner:
     """Run the stages of a clip.
@@ -46,7 +49,8 @@ class StageRunner:
     def run(self, name: str, work: Callable[[], Result]) -> Result:
         """Run one stage.
 
-        If memory runs out, the next plan is taken with a warning, and the stage runs again; once in all stages.
+        If memory runs out, CUDA graphs are dropped, and the stage runs again. If that does not help, the next plan is
+        taken with a warning; once in all stages.
 
         Args:
             name: "text", "denoise" or "decode".
@@ -64,10 +68,9 @@ class StageRunner:
         begin, on_gpu = time.perf_counter(), self._device != "cpu"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            result = work()
-        except torch.OutOfMemoryError:
-            result = None  # the retry is outside of this clause, because the error holds on to its tensors
+        result = _attempt(work)
+        if result is None and self._model.drop_graphs():
+            result = _attempt(work)
         if result is None:
             result = self._again(name, work)
         if on_gpu:
@@ -92,3 +95,13 @@ class StageRunner:
             f"out of memory while at {name}, with plan {failed.name}. Take fewer frames, a smaller resolution, or the "
             "int8 checkpoint."
         )
+
+
+def _attempt(work: Callable[[], Result]) -> Result | None:
+    """Run a stage; None where memory ran out, because the error would hold on to the stage's tensors"""
+    import torch
+
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return None

@@ -1,12 +1,28 @@
-"""Seconds of each denoising step."""
+"""Seconds of each denoising step, and what CUDA graphs did."""
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..records import GraphRecord
 from .place import transformers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What the graphs did in a run; `reason` says why a step was plain, though a graph could have saved time."""
+
+    replayed: int = 0
+    captured: int = 0
+    reason: str = ""
+
+    @property
+    def record(self) -> GraphRecord:
+        """The tally as a video carries it."""
+        return GraphRecord(replayed=self.replayed, captured=self.captured, reason=self.reason)
 
 
 class StepTimer:
@@ -27,6 +43,8 @@ class StepTimer:
             return
         import torch
 
+        if torch.cuda.is_current_stream_capturing():  # the hooks of a step that only records a graph
+            return
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         self._marks[name].append(event)
