@@ -59,7 +59,7 @@ class LoadedModel:
     prompt_encoder: PromptEncoder = field(repr=False)
     plan: Plan
     load_seconds: float | None = None
-    graphs: StepGraphs | None = field(default=None, repr=False)
+    graphs: "StepGraphs | None" = field(default=None, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _loaded_on: str = "cpu"
     _weights_at_load: str = field(default="", repr=False)
