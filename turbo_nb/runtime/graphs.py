@@ -1,9 +1,12 @@
 """CUDA graphs of a denoising step: hundreds of launches are recorded once, and later steps launch them as one.
 
-    first step of a shape      plain; it compiles kernels, and its peak of memory is measured
-    second step                recorded as two graphs: the prompt's part, and the step
-    first step of a later clip the prompt's graph, then the step's
-    every other step           the step's graph
+    first clip of a shape        plain; it compiles kernels, and its peak of memory is measured
+    first step of the second     recorded as two graphs: the prompt's part, and the step
+    first step of every clip     the prompt's graph, then the step's
+    every other step             the step's graph
+
+Recording takes some 0.1 to 0.7 s, which is more than one clip saves where the GPU is the bottleneck. So the first clip
+of a shape is plain.
 
 A graph replays kernels with the addresses and numbers that they had. So the latents, the timestep and the prompt are
 copied into the tensors that it was recorded with. What else decides the kernels (weights' addresses, modules, top-k,
@@ -197,6 +200,7 @@ class _Run:
         self._graphs, self._model, self._plan, self._later = graphs, model, plan, later
         self._on_begin, self._tally = on_begin, tally
         self._plain, self._state = model.forward, graphs.state(model)
+        self._known = set(graphs._needs)  # shapes of earlier runs
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **more: Any) -> Any:
         inputs = (hidden_states, timestep, encoder_hidden_states)
@@ -221,9 +225,9 @@ class _Run:
 
     @torch.inference_mode()
     def _record(self, key: tuple, inputs: tuple[Tensor, ...]) -> _Graph | None:
-        """Record a step whose shape ran once; None where it cannot be recorded"""
+        """Record a step of a shape that an earlier run had; None for a new shape, and where it cannot be recorded"""
         graphs, model = self._graphs, self._model
-        if key not in graphs._needs:
+        if key not in self._known:
             return None
         reason = graphs._refused.get(key) or ("memory ran out" if graphs._out_of_memory else self._too_large(key))
         if not reason:
