@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -71,3 +72,70 @@ def test_a_machine_without_a_gpu_does_not_warn(gpu, tmp_path):
     with errors.collect_warnings() as said:
         assert probe.device_of("auto") == "cpu"
     assert not said
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path):
+    """Count the trials of Triton on a machine with a GPU, which give `answers` in turn"""
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(probe, "_probe_triton", lambda: (ran.append(1), answers.pop(0) if answers else None)[1])
+    ran, answers = [], []
+    return ran, answers
+
+
+def facts(**changed):
+    gpus = (probe.Gpu("NVIDIA H100", (9, 0)),)
+    return {"gpus": gpus, "driver": "580", "torch": "2.11", "cuda": "13.0", "compiler": "sh"} | changed
+
+
+def test_triton_is_tried_once_for_a_machine(trials):
+    for _ in range(3):
+        assert probe._try_triton(facts(), "3.6.0") is None
+    assert len(trials[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"driver": "581"}, {"torch": "2.12"}, {"cuda": "12.8"}, {"compiler": None}, {"compiler": "/bin/ls"},
+     {"gpus": (probe.Gpu("NVIDIA L4", (8, 9)),)}, "3.7.0", {"CC": "clang"}, {"TRITON_PTXAS_PATH": "/x"}],
+    ids=str,
+)  # fmt: skip
+def test_another_machine_is_tried_again(trials, changed, monkeypatch):
+    probe._try_triton(facts(), "3.6.0")
+    version = changed if isinstance(changed, str) else "3.6.0"
+    changed = changed if isinstance(changed, dict) else {}
+    for name in [name for name in changed if name.isupper()]:
+        monkeypatch.setenv(name, changed.pop(name))
+    probe._try_triton(facts(**changed), version)
+    assert len(trials[0]) == 2
+
+
+def test_a_failure_is_not_kept(trials):
+    trials[1].append("its trial kernel failed: no compiler")
+    assert probe._try_triton(facts(), "3.6.0") == "its trial kernel failed: no compiler"
+    assert probe._try_triton(facts(), "3.6.0") is None and len(trials[0]) == 2
+
+
+def test_a_damaged_answer_is_tried_again(trials, tmp_path):
+    probe._try_triton(facts(), "3.6.0")
+    (file,) = (tmp_path / "cache" / "facts").iterdir()
+    file.write_text(file.read_text().replace('"works"', '"fails"'))
+    assert probe._try_triton(facts(), "3.6.0") is None and len(trials[0]) == 2
+
+
+def test_threads_probe_once(monkeypatch):
+    calls, gate = [], threading.Event()
+
+    def slow():
+        calls.append(gate.wait(5))
+        return probe.Machine()
+
+    found = probe._once(slow)
+    threads = [threading.Thread(target=found) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert calls == [True] and found() is found()

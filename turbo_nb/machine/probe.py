@@ -10,17 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, first_line, warn
-from . import environment
+from . import environment, recall
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     Device = str | torch.device | int | None
 
 HIDES = "CUDA_VISIBLE_DEVICES"
+TRIAL = Path(__file__).parent / "triton_trial.py"
 TORCH_SITE = "pytorch.org/get-started"
 TRIAL_SECONDS = 60.0  # of the trial kernel: torch's import, Triton's compilation, one launch
 SMI_SECONDS = 10.0
@@ -144,9 +149,36 @@ def device_name(device: str) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-@cache
+def _once(function: Callable[[], Machine]) -> Callable[[], Machine]:
+    """Cache a function's result; a second thread waits for it"""
+    cached, lock = cache(function), threading.RLock()
+
+    @wraps(function)
+    def call() -> Machine:
+        with lock:
+            return cached()
+
+    call.cache_clear = cached.cache_clear
+    return call
+
+
+def begin() -> None:
+    """Begin to probe in a thread, so that it takes no time later. An error is raised by the first real call."""
+
+    def work() -> None:
+        with suppress(Exception):
+            _probe_once()
+
+    threading.Thread(target=work, name="probe", daemon=True).start()
+
+
+@_once
 def _probe_once() -> Machine:
-    name, driver = _nvidia_smi()
+    with ThreadPoolExecutor(1) as thread:
+        smi = thread.submit(_nvidia_smi)  # beside the import of torch
+        with suppress(Exception):
+            import torch
+        name, driver = smi.result()
     facts = {"gpu": name, "driver": driver, "compiler": _compiler()}
     try:
         import torch
@@ -171,7 +203,7 @@ def _probe_once() -> Machine:
     usable = "arch" in facts
     libraries = {name: library for name in LIBRARIES if (library := _probe_library(name, usable))}
     if usable and "triton" in libraries and not libraries["triton"].error:
-        libraries["triton"] = replace(libraries["triton"], error=_probe_triton())
+        libraries["triton"] = replace(libraries["triton"], error=_try_triton(facts, libraries["triton"].version))
     return Machine(**facts, libraries=libraries)
 
 
@@ -218,9 +250,39 @@ def _probe_library(name: str, usable: bool) -> Library | None:
     return Library(version=version)
 
 
-def _probe_triton(
-    script: Path = Path(__file__).parent / "triton_trial.py", seconds: float = TRIAL_SECONDS
-) -> str | None:
+def _try_triton(facts: dict, version: str | None) -> str | None:
+    """Return why Triton does not work. The trial kernel runs unless it ran under the same circumstances.
+
+    Only success is kept, because a failure can have a cause that no circumstance shows.
+    """
+    import torch
+
+    compiler = facts["compiler"]
+    circumstances = {
+        "gpus": [[card.name, list(card.arch)] for card in facts["gpus"]],
+        "driver": [facts["driver"], torch._C._cuda_getDriverVersion()],
+        "torch": [facts["torch"], facts["cuda"]],
+        "triton": [version, recall.stamp(getattr(find_spec("triton"), "origin", None))],
+        "compiler": [compiler and shutil.which(compiler), recall.stamp(compiler and shutil.which(compiler))],
+        "python": [sys.version, recall.stamp(Path(sysconfig.get_paths()["include"]) / "Python.h")],
+        "script": recall.stamp(TRIAL),
+        "variables": {name: value for name, value in os.environ.items() if _counts(name)},
+    }
+    if recall.recall("triton", circumstances) == "works":
+        return None
+    error = _probe_triton()
+    if error is None:
+        recall.remember("triton", circumstances, "works")
+    return error
+
+
+def _counts(variable: str) -> bool:
+    """Return whether an environment variable can decide whether Triton works"""
+    named = variable in ("CC", "LD_LIBRARY_PATH", "CPATH", "C_INCLUDE_PATH", "LIBRARY_PATH", "CUDA_HOME", HIDES)
+    return named or (variable.startswith("TRITON_") and variable != "TRITON_CACHE_DIR")
+
+
+def _probe_triton(script: Path = TRIAL, seconds: float = TRIAL_SECONDS) -> str | None:
     """Compile and run a Triton kernel in another process. Return None if it ran, else the reason why not."""
     try:
         with tempfile.TemporaryDirectory() as folder, open(f"{folder}/stderr", "w+", errors="replace") as stderr:
