@@ -218,13 +218,19 @@ LowNoise = Annotated[
 DefaultNorm = Annotated[
     bool, typer.Option("--default-norm", help="Upstream's flag; the norms here are always the plain ones.", hidden=True)
 ]
+Timing = Annotated[
+    bool, typer.Option("--timing", help="Print the seconds of each phase, from the start of the process.")
+]
 
 
 @command(ClipSettings, LoadOptions, RunOptions,
-         skip=("image", "adaptive_resolution", "boundary", "extend", "text_cache", "output_dir", "workers"))  # fmt: skip
-def t2v(clip: ClipSettings, load: LoadOptions, run: RunOptions, default_norm: DefaultNorm = False) -> None:
+         skip=("image", "adaptive_resolution", "boundary", "extend", "text_cache", "output_dir",
+               "workers"))  # fmt: skip
+def t2v(
+    clip: ClipSettings, load: LoadOptions, run: RunOptions, default_norm: DefaultNorm = False, timing: Timing = False
+) -> None:
     """Make a video from a prompt."""
-    _make(clip, load, run)
+    _make(clip, load, run, timing)
 
 
 @command(ClipSettings, LoadOptions, RunOptions, image=MISSING, model="Wan2.2-A14B",
@@ -236,9 +242,10 @@ def i2v(
     high_noise_model: HighNoise = None,
     low_noise_model: LowNoise = None,
     default_norm: DefaultNorm = False,
+    timing: Timing = False,
 ) -> None:
     """Make a video from a picture and a prompt."""
-    _make(clip, _with_experts(load, high_noise_model, low_noise_model), run)
+    _make(clip, _with_experts(load, high_noise_model, low_noise_model), run, timing)
 
 
 def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> LoadOptions:
@@ -251,8 +258,12 @@ def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> Loa
     return load if high is None else replace(load, checkpoint=(high, low))
 
 
-def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
+def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) -> None:
     """Make the clips of one prompt"""
+    from .machine import phases, probe
+
+    phases.mark("start Python")
+    probe.begin()  # beside the imports
     from . import generation, pipeline
     from .machine import atomic
     from .video import mp4, sheet
@@ -260,7 +271,9 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
     every = seeds(clip.seed, run.num_samples)
     path = Path(run.save_path)
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
+    phases.mark("import")
     resolved, prepared = generation.preflight(clip, load, paths)
+    phases.mark("resolve")
     atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
     with _progress() as (progress, bar, console):
         loaded = pipeline.load(
@@ -289,6 +302,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
             begin = time.perf_counter()
             path = video.save(to)
             _report(path, seed, video, {"write": time.perf_counter() - begin})
+            phases.mark("clip")
 
         if run.grid:
             made: list[generation.Video] = []
@@ -299,10 +313,18 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions) -> None:
                     record = replace(made[-1].record, seed=[*every[: len(made)]])
                     frames = sheet.grid([video.frames for video in made])
                     save(replace(made[-1], frames=frames, record=record), every[len(made) - 1], path)
-            return
-        for seed, path in zip(every, paths, strict=True):
-            with mp4.Encoder(path, resolved.spec.fps) as encoder:
-                save(make(seed, encoder), seed, encoder)
+        else:
+            for seed, path in zip(every, paths, strict=True):
+                with mp4.Encoder(path, resolved.spec.fps) as encoder:
+                    save(make(seed, encoder), seed, encoder)
+    if timing:
+        _print_phases(phases.seconds())
+
+
+def _print_phases(seconds: dict[str, float]) -> None:
+    """Print the seconds of each phase on stderr"""
+    for name, value in (seconds | {"all": sum(seconds.values())}).items():
+        print(f"{value:8.2f} s  {name}", file=sys.stderr)
 
 
 @contextmanager

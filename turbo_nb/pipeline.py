@@ -19,7 +19,7 @@ from .catalog import ModelSpec
 from .errors import InputError
 from .files import hub
 from .files.resolve import ResolvedModel, resolve
-from .machine import probe
+from .machine import phases, probe
 from .runtime.place import held_still, place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
@@ -247,16 +247,22 @@ def load(
     (on_plan or (lambda plan: log.info("%s", plan)))(plan)
 
     begin = time.perf_counter()
+    phases.mark("download and plan")
     device = plan.device if plan.offload == "none" else "cpu"
     pipeline, encoder = _modules(resolved, plan, prompts, device)
     model = pipeline.turbo_nb = LoadedModel(
         resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
     )
+    phases.mark("make the pipeline")
     encoder.place(plan.text_encoder, plan.device)
+    phases.mark("load the text encoder")
     place(pipeline, plan)
+    phases.mark("place")
     if plan.device != "cpu" and plan.offload == "none":
         _warm_up(transformers(pipeline)[0], plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames))
+    phases.mark("warm up")
     model._weights_at_load = model._fingerprint()
+    phases.mark("fingerprint")
     model.load_seconds = time.perf_counter() - begin
     return pipeline
 
@@ -272,12 +278,14 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     from .scheduler import RCMScheduler
     from .wan import WanImageToVideoPipeline, WanPipeline
 
+    phases.mark("import diffusers")
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
     parts = {
         "tokenizer": checkpoint.load_tokenizer(resolved.tokenizer),  # first, because it is the quickest to fail
         "text_encoder": None,
         "scheduler": RCMScheduler(resolved.spec.sigma_max),
     }
+    phases.mark("load the tokenizer")
     experts = [
         checkpoint.load_transformer(
             contents,
@@ -293,11 +301,14 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
         for number, contents in enumerate(resolved.transformers)
     ]
     lora.require_changed(resolved.loras)
+    phases.mark("load the transformer")
     parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
+    phases.mark("load the VAE")
     if plan.device != "cpu":
         for expert in experts:
             fused_transformer.fuse(expert, plan.device)
     fused_vae.fuse(parts["vae"])
+    phases.mark("fuse")
     if resolved.spec.task == "i2v":
         pipeline = WanImageToVideoPipeline(
             **parts, transformer=experts[0], transformer_2=experts[1], boundary_ratio=resolved.spec.boundary
