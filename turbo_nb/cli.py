@@ -282,6 +282,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) 
             prompts=[clip.prompt],
             on_plan=lambda plan: plan.name == "resident" or console.print(str(plan)),
             on_progress=_shows_download(progress, bar),
+            on_compile=lambda done, total: progress.update(bar, description="compile", completed=done, total=total),
         )
         if outlook := generation.outlook(pipeline.LoadedModel.of(loaded), prepared.clip):
             console.print(f"a video takes {outlook}")

@@ -28,7 +28,6 @@ from .text import embedding_cache
 from .text.prompt_encoder import PromptEncoder
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     from .files.lora import Applied
@@ -189,6 +188,7 @@ def load_pipeline(
     prompts: Sequence[str] = (),
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[hub.Progress], None] | None = None,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """Load a model as a diffusers pipeline with an `RCMScheduler`.
 
@@ -199,6 +199,7 @@ def load_pipeline(
             of them are on disk.
         on_plan: called with the memory plan before anything is loaded. None: the plan is logged.
         on_progress: called as bytes of a download arrive.
+        on_compile: called as on_compile(done, total) while kernels are compiled.
 
     Returns:
         The pipeline; `pipeline.turbo_nb` is its `LoadedModel`.
@@ -208,7 +209,8 @@ def load_pipeline(
         DownloadError: a file cannot be fetched.
         CheckpointError: a file is not what it was taken for.
     """
-    return load(resolve(options), clip=clip, prompts=prompts, on_plan=on_plan, on_progress=on_progress)
+    more = {"on_plan": on_plan, "on_progress": on_progress, "on_compile": on_compile}
+    return load(resolve(options), clip=clip, prompts=prompts, **more)
 
 
 def set_loras(pipeline: "WanPipeline | WanImageToVideoPipeline", loras: Any = ()) -> None:
@@ -238,6 +240,7 @@ def load(
     prompts: Sequence[str] = (),
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[hub.Progress], None] | None = None,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> "WanPipeline | WanImageToVideoPipeline":
     """Load a model that `files.resolve.resolve` found; arguments, result and errors as those of `load_pipeline`."""
     backends.check_variables()
@@ -259,7 +262,7 @@ def load(
     place(pipeline, plan)
     phases.mark("place")
     if plan.device != "cpu" and plan.offload == "none":
-        _warm_up(transformers(pipeline)[0], plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames))
+        _warm_up(pipeline, plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames), on_compile)
     phases.mark("warm up")
     model._weights_at_load = model._fingerprint()
     phases.mark("fingerprint")
@@ -327,16 +330,16 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     return pipeline, encoder
 
 
-def _warm_up(transformer: "torch.nn.Module", device: str, size: tuple[int, int, int]) -> None:
-    """Compile the transformer's kernels for a clip's size, and log it where that took long"""
+def _warm_up(
+    pipeline: "WanPipeline", device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None] | None
+) -> None:
+    """Compile the kernels for a clip's size, and log it where that took long"""
     import torch
 
-    from .fused.transformer import warm_up
+    from .runtime.warm_up import warm_up
 
-    width, height, frames = size
     begin = time.perf_counter()
     with suppress(torch.OutOfMemoryError), current_device(device):  # the clip itself can fall back to the next plan
-        warm_up(transformer, (1 + (frames - 1) // 4, height // 8, width // 8))
-        torch.cuda.synchronize(device)
+        warm_up(pipeline, size, on_compile or (lambda done, total: None))
     if (seconds := time.perf_counter() - begin) > WARM_UP_LOGGED:
         log.info("compiled the kernels for this GPU in %.0f s; later starts find them", seconds)

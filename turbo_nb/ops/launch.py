@@ -7,6 +7,9 @@
 - Kernels that need contiguous channels or aligned rows get them from `channels_inside` and `aligned`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -32,6 +35,9 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     Raises:
         InputError: the tensors are on several devices, or have more heads or clips than a launch takes.
     """
+    if _compiling_only.get():
+        _compile(kernel, grid, arguments, options)
+        return
     if max(grid[1:], default=0) > MAX_GRID:
         raise InputError(
             f"{kernel.__name__} has {max(grid[1:]):,} heads or clips at once. Expected at most {MAX_GRID:,}. "
@@ -47,6 +53,26 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         return
     with torch.cuda.device(device):
         kernel[grid](*arguments, **options)
+
+
+_compiling_only: ContextVar[bool] = ContextVar("compiling_only", default=False)
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Let launches of this thread compile their kernel and compute nothing. Outputs keep what their memory held."""
+    token = _compiling_only.set(True)
+    try:
+        yield
+    finally:
+        _compiling_only.reset(token)
+
+
+def _compile(kernel, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+    for x in arguments:
+        if isinstance(x, Tensor) and x.dtype is torch.int32:
+            x.zero_()  # because torch may use them as indices
+    kernel.warmup(*arguments, grid=grid, **options)
 
 
 _gpu_count = cache(torch.cuda.device_count)

@@ -1,0 +1,105 @@
+"""Kernels are compiled at the same time, before the first step, and are those that a clip launches."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from turbo_nb.ops import launch
+from turbo_nb.runtime import warm_up
+
+
+class Kernel:
+    """Notes its launches and its compilations"""
+
+    __name__ = "kernel"
+
+    def __init__(self):
+        self.launched, self.compiled = [], []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.append((grid, options))
+
+    def warmup(self, *arguments, grid, **options):
+        self.compiled.append((grid, options))
+
+
+def test_launches_only_compile_inside_the_context_and_in_its_thread():
+    kernel, indices, x = Kernel(), torch.full((4,), 9, dtype=torch.int32), torch.ones(4)
+    with launch.compiling_only():
+        launch.launch(kernel, (2, 3), x, indices, 5, BLOCK=64, num_warps=4)
+        other = threading.Thread(target=lambda: launch.launch(kernel, (1,), x))
+        other.start()
+        other.join()
+    assert kernel.compiled == [((2, 3), {"BLOCK": 64, "num_warps": 4})] and kernel.launched == [((1,), {})]
+    assert not indices.any() and x.all()  # torch may use integers as indices
+    launch.launch(kernel, (1,), x)
+    assert len(kernel.launched) == 2
+
+
+def test_an_error_ends_the_context():
+    with pytest.raises(ValueError, match="x"), launch.compiling_only():
+        raise ValueError("x")
+    kernel = Kernel()
+    launch.launch(kernel, (1,), torch.ones(1))
+    assert kernel.launched
+
+
+@pytest.mark.parametrize(("frames", "chunks"), [(1, [1]), (9, [1, 2]), (17, [1, 4]), (25, [1, 4, 2]), (81, [1, 4])])
+def test_the_vae_decodes_a_chunk_of_every_length(monkeypatch, frames, chunks):
+    decoded = []
+
+    def chunked(vae, z):
+        assert z.shape == (1, 16, sum(chunks), 60, 104)
+        decoded.append(z.shape)
+        yield z
+
+    monkeypatch.setattr(warm_up.fused_vae, "chunks", chunked)
+    vae = SimpleNamespace(config=SimpleNamespace(z_dim=16), device="cpu", dtype=torch.float32)
+    warm_up._decode(vae, (1 + (frames - 1) // 4, 60, 104))
+    assert decoded
+
+
+def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
+    class Mode:
+        def __init__(self, executor, ignore_errors):
+            assert ignore_errors
+            self.raw_futures = [executor.submit(int) for _ in range(3)]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    seen, inside = [], []
+    monkeypatch.setattr(warm_up, "_async_mode", lambda: Mode)
+    monkeypatch.setattr(warm_up, "_decode", lambda *_: inside.append(launch._compiling_only.get()))
+    monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_: None)
+    pipeline = SimpleNamespace(transformer=None, vae=None)
+    warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
+    assert inside == [True] and seen == []
+    monkeypatch.setattr(warm_up, "QUIET", -1.0)
+    warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_older_triton_compiles_one_after_the_other(monkeypatch):
+    ran = []
+    monkeypatch.setattr(warm_up, "_async_mode", lambda: None)
+    monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda transformer, size: ran.append(size))
+    warm_up.warm_up(SimpleNamespace(transformer=None), (832, 480, 81))
+    assert ran == [(21, 60, 104)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_clip_compiles_nothing_after_the_warm_up(monkeypatch, tmp_path):
+    import turbo_nb
+    from turbo_nb.runtime.compilations import compilations
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pipeline = turbo_nb.load_pipeline("nano", device="cuda", text_cache=False)
+    with compilations("cuda") as names:
+        turbo_nb.generate(pipeline, "a large red circle")
+    assert names == []
