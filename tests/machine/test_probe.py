@@ -78,7 +78,6 @@ def test_a_machine_without_a_gpu_does_not_warn(gpu, tmp_path):
 def trials(monkeypatch, tmp_path):
     """Count the trials of Triton on a machine with a GPU, which give `answers` in turn"""
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     monkeypatch.setattr(probe, "_probe_triton", lambda: (ran.append(1), answers.pop(0) if answers else None)[1])
     ran, answers = [], []
     return ran, answers
@@ -108,6 +107,12 @@ def test_another_machine_is_tried_again(trials, changed, monkeypatch):
     for name in [name for name in changed if name.isupper()]:
         monkeypatch.setenv(name, changed.pop(name))
     probe._try_triton(facts(**changed), version)
+    assert len(trials[0]) == 2
+
+
+def test_an_unknown_driver_is_tried_every_time(trials):
+    for _ in range(2):
+        assert probe._try_triton(facts(driver=None), "3.6.0") is None
     assert len(trials[0]) == 2
 
 

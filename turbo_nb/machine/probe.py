@@ -255,12 +255,12 @@ def _try_triton(facts: dict, version: str | None) -> str | None:
 
     Only success is kept, because a failure can have a cause that no circumstance shows.
     """
-    import torch
-
-    compiler = facts["compiler"]
+    compiler, driver = facts["compiler"], facts["driver"]
+    if driver is None:  # nvidia-smi did not tell it
+        return _probe_triton()
     circumstances = {
         "gpus": [[card.name, list(card.arch)] for card in facts["gpus"]],
-        "driver": [facts["driver"], torch._C._cuda_getDriverVersion()],
+        "driver": driver,
         "torch": [facts["torch"], facts["cuda"]],
         "triton": [version, recall.stamp(getattr(find_spec("triton"), "origin", None))],
         "compiler": [compiler and shutil.which(compiler), recall.stamp(compiler and shutil.which(compiler))],

@@ -1,7 +1,7 @@
 """Compile the kernels of a clip before its first step, all at the same time.
 
-A block of the transformer and the VAE run once with launches that only compile (`ops.launch.compiling_only`), so the
-kernels are those of the clip: the same numbers, shapes and alignments. Triton's AsyncCompileMode hands each compilation
+A block of the transformer and the VAE run once with launches that only compile (`ops.launch.compiling_only`). They have
+the clip's shapes and alignments, because kernels are specialised for these. Triton's AsyncCompileMode hands each compilation
 to a thread; most of the work is in LLVM and ptxas, which run beside Python. Triton keeps what it compiles on disk.
 """
 
