@@ -274,13 +274,13 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     """Load and fuse the modules; return the pipeline and its prompt encoder"""
     import torch
 
-    from . import checkpoint
+    from . import checkpoint, wan
     from .files import lora
     from .fused import transformer as fused_transformer
     from .fused import vae as fused_vae
     from .scheduler import RCMScheduler
-    from .wan import WanImageToVideoPipeline, WanPipeline
 
+    make = wan.WanImageToVideoPipeline if resolved.spec.task == "i2v" else wan.WanPipeline
     phases.mark("import diffusers")
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
     parts = {
@@ -313,11 +313,11 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     fused_vae.fuse(parts["vae"])
     phases.mark("fuse")
     if resolved.spec.task == "i2v":
-        pipeline = WanImageToVideoPipeline(
+        pipeline = make(
             **parts, transformer=experts[0], transformer_2=experts[1], boundary_ratio=resolved.spec.boundary
         )
     else:
-        pipeline = WanPipeline(**parts, transformer=experts[0])
+        pipeline = make(**parts, transformer=experts[0])
     pipeline.set_progress_bar_config(disable=True)
     cached = embedding_cache.uses_cache(resolved.options.text_cache)
     tokenizer = getattr(resolved.tokenizer, "path", resolved.tokenizer)

@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .runtime.place import held_still
 from .scheduler import MAX_STEPS, RCMScheduler
 from .settings import with_home
 
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 SIZE = {"width": None, "height": None, "num_frames": None}  # None: the model's own
 DEFAULTS = SIZE | {"num_inference_steps": MAX_STEPS, "guidance_scale": 1.0}
 
@@ -135,16 +136,14 @@ class _Placed:
             return super()._get_t5_prompt_embeds(*args, **kwargs)
 
 
-class WanPipeline(_Placed, diffusers.WanPipeline):
-    """diffusers' `WanPipeline`, placed by a memory plan."""
-
-    __call__ = _few_steps(diffusers.WanPipeline.__call__)
-
-
-class WanImageToVideoPipeline(_Placed, diffusers.WanImageToVideoPipeline):
-    """diffusers' `WanImageToVideoPipeline`, placed by a memory plan."""
-
-    __call__ = _few_steps(diffusers.WanImageToVideoPipeline.__call__)
+@cache
+def __getattr__(name: str) -> type:
+    """Make the class of this name when it is first used, because importing a pipeline of diffusers takes a second"""
+    if name not in PIPELINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    theirs = getattr(diffusers, name)
+    body = {"__doc__": f"diffusers' `{name}`, placed by a memory plan.", "__module__": __name__}
+    return type(name, (_Placed, theirs), body | {"__call__": _few_steps(theirs.__call__)})
 
 
 class SavedTransformer(ModelMixin):
