@@ -207,6 +207,24 @@ def e2e(
     raise typer.Exit(harness.run(jobs, device, csv))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def startup(
+    context: typer.Context,
+    mode: Modes = "cold,warm",
+    runs: Runs = 3,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Measure turbo-nb t2v from the start of the process to the mp4, by phase. Other options go to turbo-nb t2v."""
+    from turbo_nb.machine.probe import device_of
+
+    from . import harness
+    from . import startup as benchmark
+
+    device = device_of(device)
+    raise typer.Exit(harness.run(benchmark.jobs(context.args, device, mode.split(","), runs), device, csv))
+
+
 @app.command()
 def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> None:
     """Print the latest row of each work, shape and mode as a Markdown table."""
