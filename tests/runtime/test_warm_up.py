@@ -1,6 +1,7 @@
 """Kernels are compiled at the same time, before the first step, and are those that a clip launches."""
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -62,10 +63,15 @@ def test_the_vae_decodes_a_chunk_of_every_length(monkeypatch, frames, chunks):
 
 
 def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
+    class Compiled:
+        @property
+        def run(self):
+            loaded.append(self)
+
     class Mode:
         def __init__(self, executor, ignore_errors):
             assert ignore_errors
-            self.raw_futures = [executor.submit(int) for _ in range(3)]
+            self.raw_futures = [executor.submit(Compiled) for _ in range(3)]
 
         def __enter__(self):
             return self
@@ -73,13 +79,15 @@ def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    seen, inside = [], []
+    seen, inside, loaded = [], [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(warm_up, "_async_mode", lambda: Mode)
     monkeypatch.setattr(warm_up, "_decode", lambda *_: inside.append(launch._compiling_only.get()))
-    monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_: None)
+    monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_, **more: None)
     pipeline = SimpleNamespace(transformer=None, vae=None)
     warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
-    assert inside == [True] and seen == []
+    assert inside == [True] and seen == [] and len(loaded) == 3
     monkeypatch.setattr(warm_up, "QUIET", -1.0)
     warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -6,6 +6,7 @@ keep working. Where the kernels do not take the tensors (a CPU, float32, a times
 runs. q, k and v are fused in `sla.SLAProcessor`.
 """
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ..sla import SLAProcessor
 from .cache import TensorCache
 
 TEXT_TOKENS = 512  # of a prompt with its padding
+_recorded: ContextVar[bool] = ContextVar("recorded", default=False)  # whether to run the kernels of a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ def unfuse(transformer: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def warm_up(transformer: nn.Module, size: tuple[int, int, int]) -> None:
+def warm_up(transformer: nn.Module, size: tuple[int, int, int], recorded: bool = False) -> None:
     """Run a fused transformer's first block once, so that no step has to wait while its kernels compile.
 
     Args:
         transformer: a fused one; nothing happens for another.
         size: of the latents, (T, H, W).
+        recorded: run the kernels of a CUDA graph, of which one differs.
     """
     block, dtype = transformer.blocks[0], transformer.patch_embedding.weight.dtype
     if not isinstance(block, FusedBlock):
@@ -91,12 +94,16 @@ def warm_up(transformer: nn.Module, size: tuple[int, int, int]) -> None:
     device, width = block.scale_shift_table.device, block.scale_shift_table.shape[-1]
     tables = transformer.rope(torch.empty(1, 1, *size, device=device, dtype=dtype))
     rows = (tables[0].shape[1], TEXT_TOKENS, 6)
-    block(*(torch.zeros(1, count, width, device=device, dtype=dtype) for count in rows), tables)
+    token = _recorded.set(recorded)
+    try:
+        block(*(torch.zeros(1, count, width, device=device, dtype=dtype) for count in rows), tables)
+    finally:
+        _recorded.reset(token)
 
 
 def is_recorded(x: Tensor) -> bool:
     """Return whether work on a tensor goes into a CUDA graph now."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _recorded.get() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def prepare_prompt(transformer: nn.Module, text: Tensor) -> list[Tensor]:

@@ -1,15 +1,16 @@
 """Compile the kernels of a clip before its first step, all at the same time.
 
 A block of the transformer and the VAE run once with launches that only compile (`ops.launch.compiling_only`). They have
-the clip's shapes and alignments, because kernels are specialised for these. Triton's AsyncCompileMode hands each compilation
-to a thread; most of the work is in LLVM and ptxas, which run beside Python. Triton keeps what it compiles on disk.
+the clip's shapes and alignments, because kernels are specialised for these. Triton's AsyncCompileMode hands each
+compilation to a thread. Most of the work is in LLVM, ptxas and the C compiler, which run beside Python. Triton keeps
+what it compiles on disk.
 """
 
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,14 +47,30 @@ def warm_up(
         fused_transformer.warm_up(pipeline.transformer, latents)
         return
     # a kernel that fails to compile raises when it is launched
-    with ThreadPoolExecutor(THREADS) as executor, mode(executor, ignore_errors=True) as compilations:
+    with _Loading(THREADS) as executor, mode(executor, ignore_errors=True) as compilations:
         with compiling_only():
             fused_transformer.warm_up(pipeline.transformer, latents)
+            fused_transformer.warm_up(pipeline.transformer, latents, recorded=True)
             _decode(pipeline.vae, latents)
         begin, futures = time.perf_counter(), list(compilations.raw_futures)
         for done, _ in enumerate(as_completed(futures), 1):
             if time.perf_counter() - begin > QUIET:
                 on_compile(done, len(futures))
+
+
+class _Loading(ThreadPoolExecutor):
+    """Compiles kernels and loads them, because Triton's launcher of a kernel is C that the first launch compiles"""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future:
+        device = torch.cuda.current_device()
+
+        def work() -> Any:
+            with torch.cuda.device(device):
+                kernel = compile_kernel()
+                kernel.run  # noqa: B018 because the property loads
+                return kernel
+
+        return super().submit(work)
 
 
 @torch.inference_mode()
