@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, harness, kernels, lora, step, switch, vae
+from benchmarks import e2e, harness, kernels, lora, startup, step, switch, vae
 from turbo_nb.catalog import NANO
-from turbo_nb.errors import InputError
+from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.ops.norms import reference as norms_reference
 from turbo_nb.video import mp4
@@ -214,7 +214,7 @@ def test_a_clip_is_a_row_a_stage(bench, monkeypatch, options, weights):
     taken, add = [], mp4.Encoder.add
     monkeypatch.setattr(mp4.Encoder, "add", lambda self, frames: taken.append(len(frames)) or add(self, frames))
     code, rows = bench(*E2E, *options)
-    assert code == 0 and taken == [1, 4] * 4  # the first run and three; what is decoded is encoded
+    assert code == 0 and taken == [1, 4] * 4  # the first run and three more; decoded frames are encoded
     assert [row["work"].split()[0] for row in rows] == ["text", "denoise", "decode", "step", "write", "all"]
     assert {(row["weights"], row["shape"], row["n"]) for row in rows} == {(weights, "64x64x5", "3")}
     text, denoise, decode, one, write, whole = (float(row["ms"]) for row in rows)
@@ -329,3 +329,21 @@ def test_the_commit_is_the_checkouts_or_unknown(monkeypatch, tmp_path):
 def test_help_needs_no_torch():
     code = "import sys, benchmarks.__main__; assert not {'torch', 'diffusers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_start_is_a_row_a_phase(bench, monkeypatch, tmp_path):
+    clip = ("--model", "nano", "--prompt", "a large red circle", "--resolution", "64x64", "--num_frames", 5)
+    code, rows = bench("startup", "--device", "cpu", "--runs", 1, *clip, "--num_steps", 1)
+    assert code == 0 and {row["mode"] for row in rows} == {"cold", "warm"}
+    warm = {row["work"]: float(row["ms"]) for row in rows if row["mode"] == "warm"}
+    whole = warm.pop("startup, all")
+    assert list(warm)[:3] == ["startup, start Python", "startup, import", "startup, resolve"]
+    assert warm["startup, clip"] > 0 and sum(warm.values()) == pytest.approx(whole, rel=0.01)
+    assert {row["shape"] for row in rows} == {"64x64x5"} and rows[0]["error"] == "0"
+
+
+def test_a_start_that_fails_is_an_error():
+    with pytest.raises(TurboNbError, match="failed with code 2"):
+        list(startup.jobs(["--prompt", ""], "cpu", ["warm"], 1))
+    with pytest.raises(InputError, match="mode is 'hot'"):
+        list(startup.jobs([], "cpu", ["hot"], 1))

@@ -149,6 +149,8 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     """Return noise in float64 on a device, drawn in float32 where the generator is"""
     drawn_on = generator.device if generator else torch.device("cpu")
     from_cpu = drawn_on.type == "cpu" and torch.device(device).type == "cuda"
-    noise = torch.empty(shape, dtype=torch.float32, device=drawn_on, pin_memory=from_cpu)
-    # pinned, because a copy from pageable memory waits for all earlier steps
+    try:  # pinned, because a copy from pageable memory waits for all earlier steps
+        noise = torch.empty(shape, dtype=torch.float32, device=drawn_on, pin_memory=from_cpu)
+    except RuntimeError:  # the system refuses to pin more
+        noise = torch.empty(shape, dtype=torch.float32, device=drawn_on)
     return noise.normal_(generator=generator).to(device, non_blocking=True).double()
