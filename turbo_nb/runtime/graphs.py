@@ -5,8 +5,8 @@
     first step of every clip     the prompt's graph, then the step's
     every other step             the step's graph
 
-Recording takes 0.04 to 0.2 s (H100), which is more than one clip saves where the GPU is the bottleneck. So the first clip
-of a shape is plain.
+Recording takes 0.04 to 0.2 s (H100), which is more than one clip saves where the GPU is the bottleneck. So the first
+clip of a shape is plain.
 
 A graph replays kernels with the addresses and numbers that they had. So the latents, the timestep and the prompt are
 copied into the tensors that it was recorded with. What else decides the kernels (weights' addresses, modules, top-k,
