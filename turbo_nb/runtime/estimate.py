@@ -72,12 +72,14 @@ class Estimate:
         load: seconds of loading the model. None: not known.
         after: the number of earlier clips that it is learned from. 0: a first guess.
         warm: False where all earlier clips compiled kernels too, so that `seconds` is an upper limit.
+        stages: `seconds` by stage.
     """
 
     seconds: float
     load: float | None
     after: int
     warm: bool = True
+    stages: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         words = in_words(self.seconds)
@@ -92,10 +94,13 @@ def _videos(count: int) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Return seconds as "8.2 s", "1.5 min" or "less than 0.1 s"."""
+    """Return seconds as "8.2 s", "1.5 min", "3.0 h", "12 days" or "less than 0.1 s"."""
     if seconds < TINY:
         return "less than 0.1 s"
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+    for most, unit, size in ((60, "s", 1), (3600, "min", 60), (2 * 86400, "h", 3600)):
+        if seconds < most:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def machine(device: str | None = None) -> str:
@@ -234,11 +239,14 @@ def estimate(
     step = median(
         seconds * work / row.work for row in clips[:LATEST] for seconds in (row.steps if row.warm else [min(row.steps)])
     )
-    stages = [list(_scaled(stage, known, pixels)) for stage in {s for row in known for s in row.timings} - {"load"}]
+    names = {name for row in known for name in row.timings} - {"load"}
+    stages = {name: median(list(_scaled(name, known, pixels))[:LATEST]) for name in names}
+    stages["denoise"] = stages.get("denoise", 0) + step * wanted["num_steps"]
     return Estimate(
-        seconds=step * wanted["num_steps"] + sum(median(seconds[:LATEST]) for seconds in stages),
+        seconds=sum(stages.values()),
         load=median(load[:LATEST]) if load else None,
         after=len(clips),
+        stages=stages,
         warm=any(row.warm for row in clips),
     )
 
@@ -269,6 +277,6 @@ def _guess(work: float, num_steps: int, pixels: float, device: str | None) -> Es
         return None
     gpu = torch.cuda.get_device_properties(device)
     share = gpu.multi_processor_count / MULTIPROCESSORS * EACH.get((gpu.major, gpu.minor), OTHERS)
-    step = max(work / RATE / share, HOST_STEP)
-    stages = max(pixels * DECODE / share + pixels * WRITE, HOST_STAGES)
-    return Estimate(seconds=step * num_steps + stages, load=None, after=0)
+    denoise = num_steps * max(work / RATE / share, HOST_STEP)
+    others = max(pixels * DECODE / share + pixels * WRITE, HOST_STAGES)
+    return Estimate(seconds=denoise + others, load=None, after=0, stages={"denoise": denoise, "decode": others})
