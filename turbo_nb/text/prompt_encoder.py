@@ -4,6 +4,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import warn
@@ -14,7 +15,26 @@ from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
+
 REMEMBERED = 64  # prompts; an embedding of umT5-xxl takes 4 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """The tokens of a prompt, and the words that the text encoder does not read, because they come after 512 tokens."""
+
+    tokens: int
+    lost: str
+
+
+def length(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> Length:
+    """Count the tokens of a prompt as the text encoder gets them."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    tokens = tokenizer(prompt_clean(prompt), verbose=False).input_ids
+    lost = tokens[TEXT_LENGTH - 1 :] if len(tokens) > TEXT_LENGTH else []  # the kept end takes a token
+    return Length(tokens=len(tokens), lost=tokenizer.decode(lost, skip_special_tokens=True) if lost else "")
 
 
 class PromptEncoder:
@@ -67,15 +87,11 @@ class PromptEncoder:
     def _warn_of_lost_words(self, prompt: str) -> None:
         if len(prompt.encode()) < TEXT_LENGTH:  # a token has a byte at least, and one token ends the prompt
             return
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-        tokenizer = self._pipeline.tokenizer
-        tokens = tokenizer(prompt_clean(prompt), verbose=False).input_ids
-        if len(tokens) > TEXT_LENGTH:
-            lost = tokenizer.decode(tokens[TEXT_LENGTH - 1 :], skip_special_tokens=True)  # the kept end takes a token
+        found = length(prompt, self._pipeline.tokenizer)
+        if found.lost:
             warn(
-                f"the prompt has {len(tokens)} tokens, and the text encoder reads {TEXT_LENGTH}. It does not read "
-                f"the last {len(lost)} characters, which begin with {shown(lost)}. Shorten the prompt.",
+                f"the prompt has {found.tokens} tokens, and the text encoder reads {TEXT_LENGTH}. It does not read "
+                f"the last {len(found.lost)} characters, which begin with {shown(found.lost)}. Shorten the prompt.",
                 stacklevel=3,
             )
 
