@@ -55,11 +55,8 @@ def fit(spec: catalog.ModelSpec, quantized: bool, machine: Machine, free: int, h
         free: free bytes on the disk of the Hub's cache, for the files that are missing.
         host: free bytes of main memory. None: not known, so not checked.
     """
-    sizes = plan.sizes(spec, quantized=quantized)
-    missing = _missing(spec, quantized)
-    shared = {catalog.VAE: sizes.vae, catalog.TEXT_ENCODER: sizes.text_encoder}
-    weights = dict.fromkeys(spec.quant_files if quantized else spec.files, sizes.transformer)
-    to_fetch = int(sum((shared | weights).get(file, 0) for file in missing))
+    missing, sizes = _missing(spec, quantized), plan.file_sizes(spec, quantized=quantized)
+    to_fetch = int(sum(sizes.get(file, 0) for file in missing))
     common = {"model": spec.name, "int8": quantized, "downloaded": not missing, "to_fetch": to_fetch}
     if not machine.arch:
         return Fit(fits=False, text="needs a CUDA GPU", **common)

@@ -48,13 +48,18 @@ class DownloadPlan:
         """Bytes that are not in the cache."""
         return sum(file.size for file in self.files if not file.cached)
 
-    def __str__(self) -> str:
+    @property
+    def line(self) -> str:
+        """The plan in one line."""
         if not self.files:
             return f"{self.model} comes with the package: nothing to download"
         size = f"{self.model}: {len(self.files)} files, {decimal(sum(file.size for file in self.files))}"
         what = f"{decimal(self.to_fetch)} to fetch, {decimal(self.free)} free" if self.to_fetch else "nothing to fetch"
+        return f"{size}; {what} in {self.cache}"
+
+    def __str__(self) -> str:
         lines = [f"{'cached' if f.cached else 'fetch':6} {decimal(f.size):>10}  {f}" for f in self.files]
-        return "\n".join([f"{size}; {what} in {self.cache}", *lines])
+        return "\n".join([self.line, *lines])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ receive that object. `resolve` downloads no weights; `ResolvedModel.fetch` does.
 `resolve` reads the heads, so a file that cannot be loaded is refused before it is downloaded.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from .decide import asked, decide
 from .fingerprint import fingerprint
 from .recognise import Contents
 
+log = logging.getLogger("turbo_nb")
 DEFAULTS = {"vae": catalog.VAE, "text_encoder": catalog.TEXT_ENCODER, "tokenizer": catalog.TOKENIZER}
 
 
@@ -68,6 +70,16 @@ class ResolvedModel:
         parts = (*self.transformers, self.vae, self.text_encoder, self.tokenizer)
         return tuple(dict.fromkeys(part for part in parts if isinstance(part, HubFile)))
 
+    @property
+    def to_fetch(self) -> int:
+        """Bytes of `downloads`, estimated from the shapes of the parts."""
+        heads = {
+            file: sum(one.numel() for one in head.tensors.values()) * (1 if head.quantized else 2)
+            for file, head in self.heads.items()
+        }
+        known = plan.file_sizes(self.spec, quantized=self.quant_linear) | heads
+        return int(sum(known.get(file, 0) for file in self.downloads))
+
     def fetch(self, on_progress: Callable[[hub.Progress], None] | None = None) -> "ResolvedModel":
         """Download the parts that are missing, as one plan with one check of the disk.
 
@@ -92,7 +104,10 @@ class ResolvedModel:
             if file in self.transformers:
                 recognise.require(parts[file], "transformer", self.spec)
 
-        hub.fetch(hub.plan(self.spec.name, self.downloads), on_progress=on_progress, on_part=read)
+        planned = hub.plan(self.spec.name, self.downloads)
+        if planned.to_fetch:
+            log.info("%s", planned.line)
+        hub.fetch(planned, on_progress=on_progress, on_part=read)
 
         def here(part: Contents | Path | HubFile) -> Contents | Path:
             return parts[part] if isinstance(part, HubFile) else part
@@ -351,7 +366,7 @@ def spec_of(contents: Contents, file: Path | HubFile, name: str | None) -> Model
     if isinstance(file, HubFile) and (known := catalog.of_file(file)) and known.arch == contents.arch:
         return known
     if known := catalog.of_arch(contents.arch):
-        return replace(known, name=name) if name else known
+        return replace(known, name=name, license=None) if name else known
     if contents.arch.task is None:
         raise CheckpointError(
             f"{str(file)!r} is {contents}. Expected 16 input channels (text-to-video) or 36 (image-to-video)."

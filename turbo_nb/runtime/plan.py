@@ -129,6 +129,13 @@ def sizes(spec: catalog.ModelSpec, *, quantized: bool = False) -> Sizes:
     )
 
 
+def file_sizes(spec: catalog.ModelSpec, *, quantized: bool = False) -> dict[catalog.HubFile, float]:
+    """Estimate the bytes of a released model's files on the Hub, without the small tokenizer."""
+    found = sizes(spec, quantized=quantized)
+    weights = dict.fromkeys(spec.quant_files if quantized else spec.files, found.transformer)
+    return weights | {catalog.VAE: found.vae, catalog.TEXT_ENCODER: found.text_encoder}
+
+
 def for_model(spec: catalog.ModelSpec, *, quantized: bool = False, **given) -> Plan:
     """Choose the plan of a model of the catalogue for a clip of its own size; the rest is given as to `choose`."""
     return choose(sizes(spec, quantized=quantized), spec.arch, *spec.size, spec.num_frames, **given)
