@@ -93,6 +93,7 @@ class ModelSpec:
         folder: of the weights in diffusers layout; None: they are on the Hub.
         files: on the Hub: one, or (high-noise, low-noise).
         quant_files: the same with int8 linears.
+        license: of the weights; None: that of the files, which the package does not know.
     """
 
     name: str
@@ -107,6 +108,7 @@ class ModelSpec:
     folder: Path | None = None
     files: tuple[HubFile, ...] = ()
     quant_files: tuple[HubFile, ...] = ()
+    license: str | None = None
 
     def needs(self, quantized: bool = False) -> tuple[HubFile, ...]:
         """Return the files on the Hub that the model is made of; with 8-bit linears if `quantized`."""
@@ -147,6 +149,7 @@ NANO = ModelSpec(
     fps=16,
     sla_topk=0.15,
     sigma_max=80.0,
+    license="Apache-2.0",
 )
 ARCH_1_3B = Arch(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 ARCH_14B = Arch(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
@@ -167,6 +170,7 @@ def _released(
         files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}.pth") for stem in stems),
         quant_files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}-quant.pth") for stem in stems),
         sigma_max=sigma_max,
+        license="Apache-2.0",  # as the cards of TurboDiffusion's, Wan-AI's and google's repositories have it
         **more,
     )
 
@@ -242,4 +246,5 @@ def of_arch(arch: Arch) -> ModelSpec | None:
 def unnamed(name: str, arch: Arch, task: str) -> ModelSpec:
     """Return Wan's defaults for a model of another shape."""
     like = find("Wan2.2-A14B" if task == "i2v" else "Wan2.1-1.3B")
-    return replace(like, name=name, arch=arch, size=RESOLUTIONS["480p"]["16:9"], files=(), quant_files=())
+    return replace(like, name=name, arch=arch, size=RESOLUTIONS["480p"]["16:9"], files=(), quant_files=(),
+                   license=None)  # fmt: skip
