@@ -529,6 +529,42 @@ def build(cls: type, values: Mapping[str, Any], **more: Any) -> Any:
     return cls(**values)
 
 
+def asked(values: Any) -> dict[str, Any]:
+    """Return the options of an instance that differ from their defaults, as JSON takes them; see `build_known`."""
+    given = {name: getattr(values, name) for name in options(type(values))}
+    defaults = {name: one.default for name, one in type(values).__dataclass_fields__.items()}
+    return {name: _as_json(value) for name, value in given.items() if value is not None and value != defaults[name]}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_json(one) for one in value]
+    return str(value) if isinstance(value, os.PathLike | LoRAFile) else value
+
+
+def build_known(cls: type, values: Any) -> tuple[Any, list[str]]:
+    """Make an instance of a class of options from parsed JSON of any origin, such as `asked` gives.
+
+    Args:
+        cls: LoadOptions or ClipSettings.
+        values: options by name.
+
+    Returns:
+        The instance, and the names of what was left out: unknown options, and those with a value that cannot be used.
+        The instance is None where a required option is missing.
+    """
+    known, left_out = {}, []
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        try:
+            known[str(name)] = options(cls)[name].check(str(name), value)
+        except (KeyError, InputError):
+            left_out.append(str(name))
+    try:
+        return build(cls, known), left_out
+    except InputError:
+        return None, left_out
+
+
 def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise InputError for the first name that is not known; `what` says what the names are of."""
     for name in names:

@@ -75,11 +75,14 @@ def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
     Raises:
         OutputError: the file cannot be read.
     """
-    folder = Path(with_home(output_dir))
-    path = folder / MANIFEST
-    with as_output_error(folder):
+    return read_rows(Path(with_home(output_dir)) / MANIFEST, JobRecord)
+
+
+def read_rows(path: Path, cls: type[records.Record]) -> list[records.Record]:
+    """Return the lines of a file as records. Warns of lines that are torn or foreign. Raises OutputError."""
+    with as_output_error(path.parent):
         lines = _lines(path)
-    found = [records.read(JobRecord, data) for _, data in lines]
+    found = [records.read(cls, data) for _, data in lines]
     skipped = [n for n, record in enumerate(found) if record is None and lines[n][0].strip()]
     if skipped:
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
@@ -112,7 +115,11 @@ def mend(path: Path) -> None:
 
 def append(path: Path, record: JobRecord) -> None:
     """Add a line to a manifest with one write, and wait until the disk has it."""
-    data = records.write(record) | {"settings": records.write(record.settings)}
+    append_row(path, records.write(record) | {"settings": records.write(record.settings)})
+
+
+def append_row(path: Path, data: dict) -> None:
+    """Add an object as a line to a file, as `append` does."""
     line = json.dumps(data).encode() + b"\n"
     with as_output_error(path), path.open("ab", buffering=0) as file:
         if file.write(line) != len(line):
@@ -145,26 +152,29 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     with as_output_error(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_held(folder, LOCK))
+        stack.enter_context(held(folder, LOCK))
         for path in folder.glob(f"{WORKER_LOCK}*"):
-            with _held(folder, path.name, timeout=WORKERS_END):
+            with held(folder, path.name, timeout=WORKERS_END):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # only the error of a second run reads it
             atomic.write(folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
             stack.callback((folder / OWNER).unlink, missing_ok=True)
-        held = stack.pop_all()
-    with held:
+        locks = stack.pop_all()
+    with locks:
         yield
 
 
 def worker_lock(folder: Path, place: int):
     """Keep new runs out of a folder until a worker process has ended, even where its run was killed."""
-    return _held(folder, f"{WORKER_LOCK}{place}")
+    return held(folder, f"{WORKER_LOCK}{place}")
 
 
 @contextmanager
-def _held(folder: Path, name: str, timeout: float = 0) -> Iterator[None]:
-    """Hold one lock file, for which it waits some seconds. Warn on a file system without locks."""
+def held(folder: Path, name: str, timeout: float = 0) -> Iterator[None]:
+    """Hold one lock file of a folder, for which it waits some seconds. Raises OutputError where it is held.
+
+    Warns on a file system without locks.
+    """
     # Without soft fallback, because a soft lock outlives a process that was killed
     lock = FileLock(folder / name, timeout=timeout, fallback_to_soft=False)
     with ExitStack() as stack:
