@@ -7,7 +7,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory(prefix="turbo_nb-")
-os.environ["TURBO_NB_CACHE"] = _cache.name  # nothing of the user's is read or written
+os.environ["TURBO_NB_CACHE"] = os.environ["TURBO_NB_CONFIG"] = _cache.name  # nothing of the user's is read or written
 if not shutil.which("nvidia-smi"):  # before anything imports Triton: its kernels run on the CPU, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # run in the background, the tests' children would ignore it

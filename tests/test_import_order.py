@@ -15,7 +15,7 @@ ORDER = [
     ("linear",), ("sla",), ("fused",), ("files",), ("layerwise",), ("checkpoint",), ("files.convert",),
     ("text", "video"),
     ("runtime",), ("files.hub",), ("files.remote",), ("files.decide", "files.locate"), ("files.resolve",),
-    ("files.download",), ("wan",), ("pipeline",), ("generation",),
+    ("files.download",), ("wan",), ("presets", "pipeline"), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

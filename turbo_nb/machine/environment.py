@@ -165,15 +165,30 @@ def cache() -> Path:
     It is $TURBO_NB_CACHE, else `cache` in $TURBO_NB_HOME or on a pod's volume, else in the user's own cache. A user
     without a home gets a temporary folder.
     """
-    if path := os.environ.get("TURBO_NB_CACHE"):
+    return _own_folder("cache")
+
+
+def config() -> Path:
+    """Return the folder for what the user keeps, such as presets.
+
+    It is $TURBO_NB_CONFIG, else `config` in $TURBO_NB_HOME or on a pod's volume, else in the user's own configuration.
+    A user without a home gets a temporary folder.
+    """
+    return _own_folder("config")
+
+
+def _own_folder(kind: str) -> Path:
+    """Return the folder of this package for "cache" or "config" """
+    if path := os.environ.get(f"TURBO_NB_{kind.upper()}"):
         return _expanded(path)
     lasting = volume()
     if home := os.environ.get("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
-        return _expanded(home) / "cache"
+        return _expanded(home) / kind
     import platformdirs
 
+    find = {"cache": platformdirs.user_cache_path, "config": platformdirs.user_config_path}[kind]
     with suppress(RuntimeError):  # without a home platformdirs raises, and its older versions return "~/.cache"
-        if (path := platformdirs.user_cache_path("turbo_nb", appauthor=False)).is_absolute():
+        if (path := find("turbo_nb", appauthor=False)).is_absolute():
             return path
     return Path(tempfile.gettempdir(), "turbo_nb")
 
