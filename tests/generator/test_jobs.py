@@ -3,13 +3,15 @@
 import threading
 import time
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from turbo_nb import catalog, generation
-from turbo_nb.errors import InputError, TurboNbError, warn
+from turbo_nb.batch import queue
+from turbo_nb.errors import InputError, OutputError, TurboNbError, warn
 from turbo_nb.files import hub
 from turbo_nb.generator import jobs
 from turbo_nb.generator.jobs import JobRunner, Request
@@ -17,6 +19,7 @@ from turbo_nb.machine import probe
 from turbo_nb.pipeline import LoadedModel
 from turbo_nb.runtime import estimate, plan
 from turbo_nb.runtime.plan import GB
+from turbo_nb.runtime.progress import STAGES
 from turbo_nb.settings import LoadOptions, adaptive_size
 from turbo_nb.video import mp4, preview
 
@@ -32,13 +35,14 @@ def made(tmp_path, nano):
 
 def test_a_clip_is_made_and_found_again(made):
     events = []
-    made.listen(lambda job: events.append((job.state, job.stage, job.done, job.total, bool(job.preview))))
+    made.listen(lambda job: events.append((job.state, job.stage, job.done, job.progress.total, bool(job.preview))))
     made.submit(Request.of(**SMALL))
     job = made.wait(60)
     assert (job.state, job.error) == ("finished", "")
     order = list(dict.fromkeys(stage for _, stage, *_ in events))
-    assert order == list(jobs.STAGES)
-    assert ("running", "denoise", 1, 2, True) in events and events[-1] == ("finished", "write", 0, 0, False)
+    assert order == list(STAGES)
+    assert events[0][0] == "waiting" and events[-1] == ("finished", "write", 0, 0, False)
+    assert ("running", "denoise", 1, 2, True) in events and ("running", "decode", 1, 5, True) in events
     found = JobRunner(made.gallery.folder).gallery.clips()
     timings, steps = job.clip.record.timings, job.clip.record.steps
     assert set(timings) == {"load", "text", "denoise", "decode", "write"} and len(steps) == 2
@@ -90,22 +94,117 @@ def test_frames_are_encoded_while_others_are_decoded(made, monkeypatch):
 def test_cancelled_while_it_is_decoded_it_leaves_no_file(made):
     made.listen(lambda job: job.stage == "decode" and made.cancel())
     made.submit(Request.of(**SMALL))
-    assert made.wait(60).state == "cancelled" and not list(made.gallery.folder.iterdir())
+    assert made.wait(60).state == "cancelled" and [path.name for path in made.gallery.folder.iterdir()] == [".queue"]
 
 
-def test_one_at_a_time(tmp_path, nano):
+@pytest.fixture
+def slow(tmp_path, nano):
+    """A runner that waits for `go` before its first clip"""
     go = threading.Event()
 
-    def slow(*_, **__):
+    def load(*_, **__):
         go.wait(30)
         return nano
 
-    made = JobRunner(tmp_path, load=slow)
-    made.submit(Request.of(**SMALL))
-    with pytest.raises(InputError, match="Wait for it or cancel"):
-        made.submit(Request.of(**SMALL))
+    made = JobRunner(tmp_path / "clips", load=load)
+    made.go = go
+    yield made
     go.set()
-    assert made.wait(60).state == "finished"
+    made.wait(60)
+
+
+def test_jobs_wait_in_order(slow):
+    request = Request.of(**SMALL)
+    added = slow.submit_all(request.spread(["a red circle", "a blue square"], 2))
+    assert [(job.request.clip.prompt, job.request.clip.seed) for job in added] == [
+        ("a red circle", 3), ("a red circle", 4), ("a blue square", 3), ("a blue square", 4)
+    ]  # fmt: skip
+    assert slow.jobs == added
+    slow.cancel(added[1])
+    assert slow.jobs == [added[0], *added[2:]] and added[1].state == "cancelled"
+    slow.go.set()
+    slow.wait(60)
+    assert [job.state for job in added] == ["finished", "cancelled", "finished", "finished"] and slow.jobs == []
+    assert [clip.record.prompt for clip in reversed(slow.gallery.clips())] == [
+        "a red circle", "a blue square", "a blue square"
+    ]  # fmt: skip
+    assert slow.submit(request).state in ("waiting", "running")  # the worker starts again
+
+
+def test_clear_leaves_the_running_job(slow):
+    added = slow.submit_all(Request.of(**SMALL | {"seed": None}).spread(["a red circle"], 3))
+    assert len({job.request.clip.seed for job in added}) == 3
+    while not added[0].running:
+        time.sleep(0.01)
+    slow.clear()
+    assert slow.jobs == added[:1]
+    slow.go.set()
+    slow.wait(60)
+    assert [job.state for job in added] == ["finished", "cancelled", "cancelled"]
+
+
+def test_a_job_that_failed_stays_with_its_reason(tmp_path, nano):
+    made = JobRunner(tmp_path, load=lambda *_, **__: nano)
+    generate = made._generate
+    made._generate = lambda *_, **__: 1 / 0
+    failed = made.submit(Request.of(**SMALL))
+    made.wait(60)
+    made._generate = generate
+    assert made.jobs == [failed] and "ZeroDivisionError" in failed.error
+    assert made.make(**SMALL).path.exists() and made.jobs == [failed]
+    made.forget(failed)
+    assert made.jobs == []
+
+
+def test_one_wrong_job_of_several_adds_none(made):
+    wrong = replace(Request.of(**SMALL), load=LoadOptions(model="nona"))
+    with pytest.raises(InputError, match="unknown model"):
+        made.submit_all([Request.of(**SMALL), wrong])
+    assert made.jobs == [] and made.job is None
+
+
+def test_another_kernel_goes_on_with_the_queue(slow, nano, tmp_path):
+    image = np.full((64, 64, 3), 200, np.uint8)
+    kept = slow._kept(image)
+    assert kept.endswith(".png") and slow._kept(image) == kept and slow._kept("cat.png") == "cat.png"
+    added = slow.submit_all(Request.of(**SMALL | {"seed": 2**60, "sla_topk": 0.005}).spread(["a red circle"], 3))
+    while not added[0].running:
+        time.sleep(0.01)
+    later = JobRunner(tmp_path / "clips", load=lambda *_, **__: nano)
+    assert later.left_over() == 0
+    rows = slow._rows.path.read_bytes()  # as a kernel that is killed leaves them
+    slow.clear()
+    slow.cancel()
+    slow.go.set()
+    slow.wait(60)
+    slow._rows.path.write_bytes(rows)
+    slow._rows.close()
+    assert later.left_over() == 3
+    taken = later.take_over()
+    assert later.left_over() == 0 and [job.request for job in taken] == [job.request for job in added]
+    later.wait(60)
+    assert [job.state for job in taken] == ["finished"] * 3
+    assert next(clip.record.seed for clip in later.gallery.clips()) == 2**60 + 2
+
+
+def test_a_folder_that_takes_no_rows_still_makes_clips(made, monkeypatch):
+    monkeypatch.setattr(queue, "append_row", lambda *_: (_ for _ in ()).throw(OutputError("full")))
+    assert made.make(**SMALL).path.exists()
+
+
+def test_a_page_that_cannot_show_a_job_does_not_end_it(made):
+    made.listen(lambda job: 1 / 0)
+    assert made.make(**SMALL).path.exists() and made.make(**SMALL).path.exists()
+
+
+def test_nothing_is_downloaded_without_being_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloads"))
+    made = JobRunner(tmp_path)
+    request = Request.of("x", model=SMALLER)
+    assert made.outlook(request).to_fetch == pytest.approx(2.6e9 + 11.4e9 + 0.25e9, rel=0.1)
+    with pytest.raises(InputError, match=r"not downloaded .* Download it first"):
+        made.submit(request)
+    assert made.jobs == []
 
 
 def test_wrong_settings_raise_before_anything_starts(made):
@@ -214,7 +313,7 @@ class FakeModels:
         raise TurboNbError("enough")
 
     def make(self, runner: JobRunner, **options) -> None:
-        runner.submit(Request.of("x", **options))
+        runner.submit(Request.of("x", **options), download=True)
         runner.wait(60)
 
 

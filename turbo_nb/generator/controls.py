@@ -1,24 +1,50 @@
-"""Controls for the options of settings.py, which gives their defaults, choices, limits and tooltips."""
+"""Controls for the options of settings.py, which gives their defaults, choices, limits and explanations."""
 
+import html
+import re
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ipywidgets as w
+from traitlets import TraitError
 
 from .. import backends, settings
-from ..settings import Choice, Flag, Number, Whole
+from ..errors import InputError
+from ..settings import Choice, ClipSettings, Flag, LoadOptions, Number, Whole
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
 BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to
-COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(280px, 1fr))", "grid_gap": "0 16px"}
+COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(230px, 1fr))", "grid_gap": "4px 16px"}
 LABELS = {
     "num_frames": "Frames", "num_steps": "Steps", "attention_type": "Attention", "sla_topk": "SLA top-k",
-    "quant_linear": "Linears",
+    "quant_linear": "Linears", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
+    "sigma_max": "First noise level", "boundary": "Expert boundary", "adaptive_resolution": "Keep the image's aspect",
+    "checkpoint": "Model",
 }  # fmt: skip
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number
 ENTRIES = {
     "attention_type": {OWN: "the model's own", "sla": "SLA", "sagesla": "SageSLA", "original": "dense"},
     "quant_linear": {"auto": "as the file has them", True: "8-bit", False: "16-bit or more"},
 }
+MISSING = {"sagesla": "SageSLA cannot run here: it needs an NVIDIA GPU of sm_80 or newer with a working Triton."}
+
+
+def label_of(name: str) -> str:
+    """Return what the page calls an option."""
+    return LABELS.get(name) or name.replace("_", " ").capitalize()
+
+
+def in_page_words(text: str) -> str:
+    """Return a message with the page's labels in place of the names of options and flags."""
+    for name in {**settings.options(LoadOptions), **settings.options(ClipSettings)}:
+        spelled, label = "[-_]".join(name.split("_")), label_of(name)
+        text = re.sub(rf" ?\(--{spelled}\)", "", text)
+        text = re.sub(rf"--{spelled}\b", label, text)
+        text = re.sub(rf"^{name}(?= is )", label, text)  # only there, because many names are English words as well
+        if "_" in name:
+            text = re.sub(rf"\b{name}\b", label, text)
+    return text
 
 
 def styled(kind: type, description: str, **more) -> w.Widget:
@@ -27,32 +53,87 @@ def styled(kind: type, description: str, **more) -> w.Widget:
     return kind(description=description, style={"description_width": "92px"}, layout=layout, **more)
 
 
-def control(cls: type, name: str) -> w.Widget:
-    """Make the control of an option: its kind by the option's check, its value by the default.
+class Field:
+    """The control of one option: its kind by the option's check, its value by the default.
 
     Args:
         cls: a class of options.
         name: of one of its options.
+        changed: called when the person has changed it.
+
+    `own` is the control's value that stands for None: the model's own, or the option's default.
     """
-    option, default = settings.options(cls)[name], cls.__dataclass_fields__[name].default
-    check, label = option.check, LABELS.get(name) or name.replace("_", " ").capitalize()
-    more = {"tooltip": option.help} | ({} if default is None else {"value": default})
-    if isinstance(check, Flag):
-        return styled(w.Checkbox, option.help.rstrip("."), indent=False, **more)  # because it shows no tooltip
-    if isinstance(check, Choice):
-        values = [*([OWN] if default is None else []), *check.words, *check.more]
-        return styled(w.Dropdown, label, options=[(_entry(name, value), value) for value in values], **more)
-    if isinstance(check, Whole) and check.most - check.least < 10:
-        return styled(w.Dropdown, label, options=list(range(check.least, check.most + 1)), **more)
-    if isinstance(check, Whole):
-        limits = {"min": check.least, "max": min(check.most, BROWSER_INT)}
-        return styled(w.BoundedIntText, label, step=STEPS.get(name, 1), **limits, **more)
-    if isinstance(check, Number):
-        return styled(w.FloatText, label, step=STEPS.get(name, 1), **more)
-    return styled(w.Text, label, **more)
+
+    def __init__(self, cls: type, name: str, changed: Callable[[], None]):
+        self.name, self._option = name, settings.options(cls)[name]
+        self._default = cls.__dataclass_fields__[name].default
+        self.widget = self._control()
+        self.own = self.widget.value
+        explained = [self._option.help, *(MISSING[value] for value in self._choices if not _can_run(value))]
+        self._help = w.HTML(f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>')
+        self.box = w.VBox([self.widget, self._help], layout=w.Layout(min_width="0"))
+        self.widget.observe(lambda _: changed(), "value")
+
+    @property
+    def value(self) -> Any:
+        """The option's value, None for the model's own or the default. Raises InputError for text that is none."""
+        value = self.widget.value
+        if self.widget.disabled or value in ("", self.own):
+            return None
+        return self._option.parse(self.name, value) if isinstance(value, str) and self._is_typed else value
+
+    def put(self, value: Any) -> bool:
+        """Show a value of the option; return False where the control cannot show it, and show the model's own."""
+        if value is not None:
+            with suppress(TraitError, InputError):
+                checked = self._option.check(self.name, value)
+                self.widget.value = str(checked) if self._is_typed else checked
+                if self.widget.value == (str(checked) if self._is_typed else checked):
+                    return True  # a control with limits would take the nearest value
+        self.widget.value = self.own
+        return value is None
+
+    def show_own(self, own: Any) -> None:
+        """Show the model's own value in the place of None."""
+        self.widget.value = own
+        self.own = self.widget.value
+
+    def enable(self, enabled: bool) -> None:
+        """Let the person change the control, or not."""
+        self.widget.disabled = not enabled
+
+    @property
+    def _is_typed(self) -> bool:
+        """Whether the control is a text that is parsed, because a browser would round the number"""
+        return isinstance(self._option.check, Whole) and self._option.check.most > BROWSER_INT
+
+    @property
+    def _choices(self) -> tuple:
+        check = self._option.check
+        return (*check.words, *check.more) if isinstance(check, Choice) else ()
+
+    def _control(self) -> w.Widget:
+        check, label, default = self._option.check, label_of(self.name), self._default
+        more = {"tooltip": self._option.help} | ({} if default is None else {"value": default})
+        if isinstance(check, Flag):
+            return styled(w.Checkbox, label, indent=False, **more)
+        if isinstance(check, Choice):
+            values = [*([OWN] if default is None else []), *filter(_can_run, self._choices)]
+            entries = [(ENTRIES.get(self.name, {}).get(value, str(value)), value) for value in values]
+            return styled(w.Dropdown, label, options=entries, **more)
+        if isinstance(check, Whole) and check.most - check.least < 10:
+            return styled(w.Dropdown, label, options=list(range(check.least, check.most + 1)), **more)
+        if self._is_typed:
+            return styled(w.Text, label, **more | {"value": str(default)})
+        if isinstance(check, Whole):
+            return styled(
+                w.BoundedIntText, label, step=STEPS.get(self.name, 1), min=check.least, max=check.most, **more
+            )
+        if isinstance(check, Number):
+            return styled(w.FloatText, label, step=STEPS.get(self.name, 1), **more)
+        return styled(w.Text, label, **more)
 
 
-def _entry(name: str, value: Any) -> str:
-    """Return the words for a value of an option; of SageSLA also that it cannot run here"""
-    words = ENTRIES.get(name, {}).get(value, str(value))
-    return f"{words} (cannot run here)" if value == "sagesla" and backends.choose(value).chosen is None else words
+def _can_run(value: Any) -> bool:
+    """Return whether a choice can be made here"""
+    return value != "sagesla" or backends.choose(value).chosen is not None

@@ -1,35 +1,47 @@
-"""One clip at a time in the background: a request becomes a job, and a job becomes an mp4. No widgets here.
+"""Clips made in the background, one after the other: a request becomes a job, a job becomes an mp4. No widgets here.
 
-`JobRunner.of(folder)` returns the same object however often a cell runs, because a job outlives the cell and the page
-that began it. A page calls `listen` to hear of every change.
+`JobRunner.of(folder)` returns the same object however often a cell runs, because jobs outlive the cell and the page
+that began them. A page calls `listen` to hear of every change. The jobs are rows on disk (`batch.queue`), so that the
+next kernel can go on with them.
 """
 
 import gc
+import hashlib
+import io
+import logging
 import os
 import random
+import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .. import catalog, generation, pipeline, settings, sla
-from ..errors import InputError, TurboNbError, collect_warnings
+from ..batch.queue import QueueFile, QueueRecord
+from ..errors import InputError, OutputError, TurboNbError, collect_warnings
 from ..files import lora
 from ..files.resolve import ResolvedModel, resolve
-from ..machine import probe
+from ..machine import atomic, probe
 from ..pipeline import LoadedModel
 from ..runtime import estimate
 from ..runtime.place import transformers
 from ..runtime.plan import Plan
+from ..runtime.progress import Progress
 from ..settings import ClipSettings, LoadOptions
 from ..video import preview
 from ..video.gallery import Clip, Gallery
+from .downloads import Download
 
-STAGES = ("load", "text", "denoise", "decode", "write")
+log = logging.getLogger("turbo_nb")
 RANDOM_SEEDS = 2**31
+IMAGES = "images"  # folder of the pictures that were uploaded, because a job needs its picture after a restart, too
+STATUS = {"waiting": "waiting", "running": "running", "finished": "done", "failed": "failed", "cancelled": "cancelled"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +74,23 @@ class Request:
         clip = settings.build(ClipSettings, options, prompt=prompt, seed=seed)
         return cls(load=settings.build(LoadOptions, load), clip=clip, random_seed=seed is None)
 
+    def spread(self, prompts: Sequence[str], count: int) -> "list[Request]":
+        """Return a request for each prompt and each of `count` seeds: random ones, or those that follow the clip's."""
+        seeds = [self.clip.seed] * count if self.random_seed else settings.seeds(self.clip.seed, count)
+        return [
+            replace(self, clip=replace(self.clip, prompt=prompt, seed=seed)) for prompt in prompts for seed in seeds
+        ]
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class Job:
-    """A request at work or done.
+    """A request that waits, is at work, or has ended.
 
     Args:
-        state: "running", "finished", "cancelled" or "failed".
-        stage: one of STAGES.
-        done, total: steps, or bytes of a download. total 0: not known.
+        id: the name of its rows on disk.
+        download: whether files of the model that are missing are downloaded.
+        state: "waiting", "running", "finished", "cancelled" or "failed".
+        progress: where it is, once it runs.
         preview: an animated WebP of the clip so far.
         notes: warnings, and where the memory plan puts the model.
         error: why the job failed. trace: the traceback of an error that this package does not raise on purpose.
@@ -78,22 +98,31 @@ class Job:
     """
 
     request: Request
-    state: str = "running"
-    stage: str = "load"
-    done: int = 0
-    total: int = 0
+    id: str = field(default_factory=lambda: secrets.token_hex(6))
+    download: bool = False
+    state: str = "waiting"
+    progress: Progress = field(default_factory=Progress)
     preview: bytes | None = None
     notes: list[str] = field(default_factory=list)
     error: str = ""
     trace: str = ""
     clip: Clip | None = None
-    began: float = field(default_factory=time.monotonic)
     cancelling: threading.Event = field(default_factory=threading.Event)
 
     @property
     def running(self) -> bool:
         """Whether the job is at work."""
         return self.state == "running"
+
+    @property
+    def stage(self) -> str:
+        """The stage that the job is at, one of `runtime.progress.STAGES`."""
+        return self.progress.stage
+
+    @property
+    def done(self) -> int:
+        """Steps, frames or bytes of the stage."""
+        return self.progress.done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +135,7 @@ class Outlook:
         time: None where nothing is known about this machine.
         loaded: whether the model is in memory.
         has_preview: whether the clip can be shown while it is made.
+        to_fetch: bytes of the model that have to be downloaded first.
         notes: warnings about the choice of model.
     """
 
@@ -117,6 +147,7 @@ class Outlook:
     time: estimate.Estimate | None
     loaded: bool
     has_preview: bool
+    to_fetch: int
     notes: tuple[str, ...]
 
 
@@ -145,7 +176,9 @@ class JobRunner:
 
     def __init__(self, folder: str | os.PathLike, *, load: Callable | None = None, generate: Callable | None = None):
         self.gallery = Gallery(folder)
-        self.job: Job | None = None
+        self.jobs: list[Job] = []  # those that wait, the one at work, and those that failed
+        self.downloading: Download | None = None  # the latest download
+        self.job: Job | None = None  # the one that began last
         self.model: LoadedModel | None = None
         self._load, self._generate = load or pipeline.load, generate or generation.generate
         self._choices: dict[LoadOptions, tuple[ResolvedModel, tuple[str, ...]]] = {}  # and their warnings
@@ -153,17 +186,23 @@ class JobRunner:
         self._loaded: LoadOptions | None = None  # what `model` is, as `_identity` describes it
         self._before: _Free | None = None
         self._learned: dict[tuple, list[list[float]]] = {}  # factors of previews, by the VAE's means
-        self._listeners: list[Callable[[Job], None]] = []
+        self._tokenizers: dict[Any, Any] = {}
+        self._listeners: list[Callable[[Job | Download], None]] = []
+        self._rows = QueueFile(self.gallery.folder)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._working = False
 
     @classmethod
     def of(cls, folder: str | os.PathLike) -> "JobRunner":
         """Return the runner of a folder, which is the same for all callers in this process."""
         return cls._all.setdefault(Path(settings.with_home(folder)).resolve(), cls(folder))
 
-    def listen(self, listener: Callable[[Job], None]) -> Callable[[], None]:
-        """Call listener(job) at every change, from the worker's thread. Returns a function that ends this."""
+    def listen(self, listener: Callable[[Job | Download], None]) -> Callable[[], None]:
+        """Call listener(job) at every change of a job, and listener(download) when a download begins or ends.
+
+        The calls come from the threads of the worker and of the download. Returns a function that ends this.
+        """
         self._listeners.append(listener)
 
         def stop() -> None:
@@ -182,35 +221,117 @@ class JobRunner:
     def refresh(self) -> None:
         """Forget what was resolved, because files may have come or gone. A loaded model keeps its choices."""
         if self.model is None and not (self.job and self.job.running):
-            self._choices.clear()
+            self.forget_choices()
 
-    def submit(self, request: Request) -> Job:
-        """Start a job in the background.
+    def forget_choices(self) -> None:
+        """Resolve every choice of model anew, because files came or went."""
+        self._choices.clear()
+
+    def submit(self, request: Request, *, download: bool = False) -> Job:
+        """Put a job at the end of the queue.
+
+        Args:
+            request: the clip.
+            download: download what is missing of the model.
 
         Raises:
             UnknownModelError, InputError, BackendError, CheckpointError: the request cannot be met.
-            InputError: another job is running.
+            InputError: the model is not downloaded, and `download` is False.
         """
-        generation.preflight(request.clip, lambda: self.resolve(request.load), [self.gallery.folder / "clip.mp4"])
-        if request.random_seed:
-            clip = replace(request.clip, seed=random.randrange(RANDOM_SEEDS))
-            request = replace(request, clip=clip, random_seed=False)
-        with self._lock:
-            if self.job and self.job.running:
-                raise InputError("job is running. Expected one clip at a time. Wait for it or cancel it first.")
-            job = self.job = Job(request=request)
-            self._thread = threading.Thread(target=self._work, args=(job,), name="turbo_nb jobs", daemon=True)
-        self._thread.start()
-        return job
+        return self.submit_all([request], download=download)[0]
 
-    def cancel(self) -> None:
-        """Ask the running job to end. It ends after the present step."""
-        if self.job and self.job.running and not self.job.cancelling.is_set():
-            self.job.cancelling.set()
-            self._notify(self.job)
+    def submit_all(self, requests: Sequence[Request], *, download: bool = False) -> list[Job]:
+        """Put several jobs at the end of the queue, or none where one cannot be made; else as `submit`."""
+        made = []
+        for request in requests:
+            paths = [self.gallery.folder / "clip.mp4"]
+            resolved, _ = generation.preflight(request.clip, lambda one=request: self.resolve(one.load), paths)
+            if not download:
+                require_downloaded(resolved)
+            seed = random.randrange(RANDOM_SEEDS) if request.random_seed else request.clip.seed
+            clip = replace(request.clip, seed=seed, image=self._kept(request.clip.image))
+            made.append(Job(request=replace(request, clip=clip, random_seed=False), download=download))
+        self._add(made)
+        return made
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job or a download is at work."""
+        return bool((self.job and self.job.running) or (self.downloading and self.downloading.running))
+
+    def download(self, options: LoadOptions) -> Download:
+        """Download what is missing of a model, in the background. Raises InputError while another download runs."""
+        if self.downloading and self.downloading.running:
+            raise InputError(
+                f"a download of {self.downloading.model.spec.name} is at work. Expected one download at a time. Wait "
+                "for it or cancel it."
+            )
+        self.downloading = Download(self.resolve(options), self._on_download)
+        self.downloading.start()
+        return self.downloading
+
+    def _on_download(self, download: Download) -> None:
+        if not download.running:
+            self.forget_choices()
+        self._notify(download)
+
+    def tokenizer(self, options: LoadOptions) -> Any:
+        """Return the tokenizer of a model, None where it is not on the disk. Each is loaded once, which takes seconds.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+        """
+        from ..checkpoint import load_tokenizer
+
+        part = self.resolve(options).tokenizer
+        if isinstance(part, catalog.HubFile):
+            return None
+        key = getattr(part, "path", part)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(part)
+        return self._tokenizers[key]
+
+    def left_over(self) -> int:
+        """Return how many jobs earlier kernels left in the queue."""
+        return len(self._rows.left_over())
+
+    def take_over(self) -> list[Job]:
+        """Put the jobs that earlier kernels left at the end of the queue."""
+        jobs = []
+        for record in self._rows.take_over():
+            load, clip = record.options()
+            jobs.append(Job(request=Request(load=load, clip=clip), id=record.id))
+        self._add(jobs)
+        return jobs
+
+    def cancel(self, job: Job | None = None) -> None:
+        """Cancel a job that waits, or ask the running one to end, which it does after the present step.
+
+        Args:
+            job: None: the running one.
+        """
+        with self._lock:
+            job = job or self.job
+            if job is None or job.state not in ("waiting", "running") or job.cancelling.is_set():
+                return
+            job.cancelling.set()
+            if job.state == "waiting":
+                self._end(job, "cancelled")
+        self._notify(job)
+
+    def clear(self) -> None:
+        """Cancel all jobs that wait, and forget those that failed."""
+        for job in tuple(self.jobs):
+            self.forget(job) if job.state == "failed" else self.cancel(job) if job.state == "waiting" else None
+
+    def forget(self, job: Job) -> None:
+        """Take a job that failed off the list."""
+        with self._lock, suppress(ValueError):
+            self.jobs.remove(job)
+        self._notify(job)
 
     def wait(self, timeout: float | None = None) -> Job | None:
-        """Wait until the job has ended, or for `timeout` seconds."""
+        """Wait until no job is left, or for `timeout` seconds; return the job that began last."""
         if self._thread:
             self._thread.join(timeout)
         return self.job
@@ -224,8 +345,8 @@ class JobRunner:
         Raises:
             TurboNbError: the job failed or was cancelled.
         """
-        self.submit(Request.of(prompt, **options))
-        job = self.wait()
+        job = self.submit(Request.of(prompt, **options), download=True)
+        self.wait()
         if job.clip is None:
             raise TurboNbError(job.error or "The job was cancelled. Nothing was written.")
         return job.clip
@@ -252,6 +373,7 @@ class JobRunner:
             time=generation.outlook(resolved, clip, self.model.plan.name if loaded else memory.name),
             loaded=loaded,
             has_preview=self._factors() is not None if loaded else _has_known_colours(resolved),
+            to_fetch=resolved.to_fetch if resolved.downloads else 0,
             notes=notes,
         )
 
@@ -293,35 +415,114 @@ class JobRunner:
             device=_with_index(resolved.device),
         )
 
-    def _notify(self, job: Job) -> None:
+    def _notify(self, job: Job | Download) -> None:
         for listener in tuple(self._listeners):
-            listener(job)
+            try:
+                listener(job)
+            except Exception:  # because a page that cannot show a job must not end it
+                log.exception("the page cannot show a change of the job")
+
+    def _add(self, jobs: Sequence[Job]) -> None:
+        """Put jobs into the queue, and start the worker unless it is at work"""
+        with self._lock:
+            self.jobs += jobs
+            for job in jobs:
+                self._record(job)
+            if jobs and not (self._thread and self._thread.is_alive() and self._working):
+                self._working = True
+                self._thread = threading.Thread(target=self._work, name="turbo_nb jobs", daemon=True)
+                self._thread.start()
+        for job in jobs:
+            self._notify(job)
+
+    def _work(self) -> None:
+        """Make the jobs that wait, in order"""
+        while True:
+            with self._lock:
+                job = next((one for one in self.jobs if one.state == "waiting"), None)
+                if job is None:
+                    self._working = False
+                    return
+                job.state, self.job = "running", job
+            self._run(job)
+
+    def _end(self, job: Job, state: str) -> None:
+        """Note how a job ended; one that failed stays in the list"""
+        job.state, job.preview = state, None
+        if state != "failed":
+            self.jobs.remove(job)
+        self._record(job)
+
+    def _record(self, job: Job) -> None:
+        """Add a row of the job to those on disk. Without them the next kernel cannot go on, and nothing else is lost"""
+        with suppress(OutputError):
+            self._rows.add(
+                QueueRecord(
+                    id=job.id,
+                    status=STATUS[job.state],
+                    load=settings.asked(job.request.load),
+                    clip=settings.asked(job.request.clip),
+                    file=job.clip.path.name if job.clip else None,
+                    error=job.error or None,
+                )
+            )
+
+    def _kept(self, image: Any) -> Any:
+        """Return a picture's path; one that has none is saved beside the clips under a name by its content"""
+        if image is None or isinstance(image, str | Path):
+            return image
+        from ..video import images
+
+        picture, file = images.load_image(image), io.BytesIO()
+        picture.save(file, "PNG")
+        path = self.gallery.folder / IMAGES / f"{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}.png"
+        try:
+            if not path.exists():
+                atomic.write(path, file.getvalue())
+        except OSError as error:
+            raise OutputError(f"{str(path)!r} cannot be written ({error}). Free some space.") from error
+        return str(path)
 
     def _advance(self, job: Job, stage: str, done: int = 0, total: int = 0) -> None:
         """Record where the job is; a cancelled job ends here"""
         if job.cancelling.is_set():
             raise _Cancelled
-        job.stage, job.done, job.total = stage, done, total
+        job.progress.at(stage, done, total)
         self._notify(job)
 
-    def _work(self, job: Job) -> None:
+    def _run(self, job: Job) -> None:
+        state = "failed"
         try:
             with collect_warnings() as job.notes:
+                job.progress = Progress(self._expected(job))
+                self._record(job)
                 job.clip = self._make(job)
-            job.state = "finished"
+            state = "finished"
         except _Cancelled:
-            job.state = "cancelled"
+            state = "cancelled"
         except TurboNbError as error:
-            job.state, job.error = "failed", str(error)
+            job.error = str(error)
         except BaseException as error:  # because nobody else sees an exception of a thread
-            job.state, job.error, job.trace = "failed", _in_words(error), traceback.format_exc()
-        job.preview = None
+            job.error, job.trace = _in_words(error), traceback.format_exc()
+        with self._lock:
+            self._end(job, state)
         self._notify(job)
+
+    def _expected(self, job: Job) -> dict[str, float]:
+        """Return the seconds that each stage is expected to take; empty where nothing is known"""
+        image = generation.prepare(job.request.clip, self.resolve(job.request.load).spec).image
+        outlook = self.outlook(job.request, image and image.size)
+        if outlook.time is None:
+            return {}
+        load = 0.0 if outlook.loaded else outlook.time.load
+        return outlook.time.stages | {"load": outlook.time.seconds / 4 if load is None else load}
 
     def _make(self, job: Job) -> Clip:
         request, timings = job.request, {}
         self._advance(job, "load")
         resolved = self.resolve(request.load)
+        if not job.download:
+            require_downloaded(resolved)
         if self._identity(resolved) != self._loaded:
             begin = time.perf_counter()
             self._replace_model(job, resolved)
@@ -339,14 +540,22 @@ class JobRunner:
                 job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
-        steps = request.clip.num_steps
+        steps, frames, decoded = request.clip.num_steps, request.clip.num_frames or model.spec.num_frames, 0
+
+        def after_chunk(encoder, chunk) -> None:
+            nonlocal decoded
+            encoder.add(chunk)
+            decoded += len(chunk)
+            self._advance(job, "decode", decoded, frames)
+
+        totals = {"denoise": steps, "decode": frames}
         with self.gallery.encoder(model.spec.fps) as encoder:
             video = self._generate(
                 model.pipeline,
                 **vars(request.clip),
-                on_stage=lambda name: self._advance(job, name, total=steps if name == "denoise" else 0),
+                on_stage=lambda name: self._advance(job, name, total=totals.get(name, 0)),
                 on_step=after_step,
-                on_frames=encoder.add,
+                on_frames=partial(after_chunk, encoder),
             )
             self._advance(job, "write")
             clip = self.gallery.save(video, estimate.machine(model.device), timings, encoder)
@@ -397,6 +606,15 @@ class JobRunner:
 
     def _vae_key(self) -> tuple:
         return tuple(self.model.pipeline.vae.config.latents_mean)
+
+
+def require_downloaded(model: ResolvedModel) -> None:
+    """Raise InputError for a model that is not on the disk."""
+    if model.downloads:
+        raise InputError(
+            f"model is {model.spec.name}, which is not downloaded ({model.to_fetch / 1e9:.1f} GB). Expected one on the "
+            "disk. Download it first."
+        )
 
 
 def _without_changeable(options: LoadOptions) -> LoadOptions:

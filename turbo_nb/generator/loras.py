@@ -6,11 +6,12 @@ For a model with two experts a row also chooses the expert.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as w
 
 from .. import settings
-from ..errors import listed
+from ..errors import InputError, listed
 from ..files import lora
 from ..files.fingerprint import fingerprint
 from ..records import LoRARecord
@@ -142,6 +143,23 @@ class LoRAList:
         self._two_experts = two_experts
         for row in self.rows:
             row.offer_experts(two_experts)
+
+    def put(self, loras: Any) -> dict[str, str]:
+        """Show LoRAs as `LoadOptions.loras` has them; return the reasons why some could not be shown."""
+        try:
+            wanted = settings.options(LoadOptions)["loras"].check("loras", loras)
+        except InputError as error:
+            return {"loras": str(error)}
+        with self._holding():
+            for row in tuple(self.rows):
+                self.remove(row)
+            self.refresh()
+            here = {str(path): path for path in self.listing.files.values()}
+            for one in wanted:
+                if one.file in here:
+                    self.add(here[one.file], one.strength, one.expert)
+        missing = [f"{one.file} is not in {str(self.listing.folder)!r}" for one in wanted if one.file not in here]
+        return {"loras": ", ".join(missing)} if missing else {}
 
     def restore(self, records: Iterable[LoRARecord]) -> dict[str, str]:
         """Put the LoRAs of a clip into the list.

@@ -20,31 +20,57 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 STYLE = """<style>
-.tnb { max-width: 1080px; --tnb-soft: color-mix(in srgb, currentColor 12%, transparent); }
+.tnb { container-type: inline-size; --tnb-line: color-mix(in srgb, currentColor 18%, transparent);
+  --tnb-soft: color-mix(in srgb, currentColor 8%, transparent); --tnb-accent: var(--jp-brand-color1, #1976d2); }
 .tnb .widget-label { min-width: 0; }
-.tnb-card { border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-radius: 8px; padding: 10px 12px;
-  box-sizing: border-box; }
+.tnb .widget-html, .tnb .widget-html-content { height: auto; line-height: 1.45; }
+.tnb-columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 14px; align-items: start; }
+@container (max-width: 820px) { .tnb-columns { grid-template-columns: minmax(0, 1fr); } }
+.tnb-card { border: 1px solid var(--tnb-line); border-radius: 10px; padding: 12px 14px; box-sizing: border-box; }
 .tnb h3 { margin: 0 0 4px; font-size: 1.05em; }
-.tnb p { margin: 2px 0; line-height: 1.4; }
+.tnb p { margin: 2px 0; line-height: 1.45; }
 .tnb .tnb-dim { opacity: .75; }
-.tnb-stages { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; padding: 0; margin: 6px 0; }
-.tnb-stages li { padding: 1px 10px; border-radius: 99px; background: var(--tnb-soft); opacity: .7; }
-.tnb-stages li[aria-current] { opacity: 1; font-weight: 600; outline: 1px solid currentColor; }
-.tnb-stages li.tnb-done { opacity: 1; }
-.tnb progress { width: 100%; height: 10px; }
-.tnb img, .tnb video { display: block; max-width: 100%; border-radius: 6px; background: #0002; }
-.tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; }
+.tnb .tnb-help { margin: -2px 2px 8px 4px; font-size: .9em; opacity: .75; }
+.tnb details { margin: 2px 0; }
+.tnb summary { cursor: pointer; }
+.tnb .tnb-cut { background: #c6282830; text-decoration: line-through; overflow-wrap: anywhere; }
+.tnb textarea { font-size: 1.05em; line-height: 1.4; resize: vertical; }
+.tnb .tnb-go { height: 36px; min-width: 140px; font-weight: 600; }
+.tnb .tnb-bar { height: 10px; border-radius: 99px; background: var(--tnb-soft); overflow: hidden; margin: 6px 0; }
+.tnb .tnb-bar > div { height: 100%; border-radius: 99px; background: var(--tnb-accent); transition: width 1s linear; }
+.tnb .tnb-model { padding: 8px 12px; background: var(--tnb-soft); border-radius: 8px; }
+.tnb .tnb-tag { display: inline-block; padding: 0 9px; margin: 2px 4px 2px 0; border-radius: 99px;
+  border: 1px solid var(--tnb-line); }
+.tnb .tnb-good { border-color: #2e7d32; } .tnb .tnb-bad { border-color: #c62828; }
+.tnb table { border-collapse: collapse; width: 100%; }
+.tnb th, .tnb td { text-align: left; vertical-align: top; padding: 3px 8px 3px 0;
+  border-top: 1px solid var(--tnb-line); }
+.tnb .tnb-job { border-top: 1px solid var(--tnb-line); padding: 3px 0; align-items: center; }
+.tnb .tnb-line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tnb .tnb-stage { background: var(--tnb-soft); border-radius: 8px; min-height: 220px; display: flex;
+  align-items: center; justify-content: center; text-align: center; padding: 16px; box-sizing: border-box; }
+.tnb img, .tnb video { display: block; max-width: 100%; border-radius: 8px; background: #0002; }
+.tnb .tnb-large img, .tnb .tnb-large video { width: 100%; max-height: 70vh; object-fit: contain; }
+.tnb .tnb-preview img { image-rendering: auto; filter: saturate(1.1); }
+.tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; border-radius: 4px; }
 .tnb .tnb-prompt { overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; }
+.jp-OutputArea:has(.tnb) .tnb-advice { display: none; }
 </style>"""
+# stands under the page, and shows only where the page is gone, as it is after a restart of the kernel
+ADVICE = (
+    '<p class="tnb-advice">If the generator does not show here, its kernel has ended. Run this cell again: the prompt, '
+    "the settings and the clips are kept.</p>"
+)
 
 
-def player(clip: Clip, width: int = 0) -> "HTML":
+def player(clip: Clip, width: int = 0, plays: bool = False) -> "HTML":
     """Return a finished clip for IPython's `display`. It is linked by its relative path, so the notebook stays small.
 
     Args:
         clip: the clip.
         width: in pixels of the page; 0: the video's own.
+        plays: whether it begins at once.
     """
     from IPython.display import HTML
 
@@ -52,7 +78,7 @@ def player(clip: Clip, width: int = 0) -> "HTML":
     label = html.escape(f"Video: {clip.record.prompt}")
     return HTML(
         f'<video src="{_address(clip.path)}"{limit} aria-label="{label}" controls loop muted playsinline '
-        'preload="metadata"></video>'
+        f'preload="metadata"{" autoplay" if plays else ""}></video>'
     )
 
 
@@ -68,10 +94,11 @@ def _address(path: Path) -> str:
     return html.escape(quote(Path(os.path.relpath(path)).as_posix()))
 
 
-def image_tag(data: bytes, kind: str, label: str, width: int) -> str:
-    """Return an <img> that contains its bytes."""
+def image_tag(data: bytes, kind: str, label: str, width: int = 0) -> str:
+    """Return an <img> that contains its bytes. width: in pixels; 0: as the style has it."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return f'<img src="{source}" alt="{html.escape(label)}" style="width:{width}px">'
+    limit = f' style="width:{width}px"' if width else ""
+    return f'<img src="{source}" alt="{html.escape(label)}"{limit}>'
 
 
 def thumbnail(image: "Image", name: str) -> str:
@@ -94,8 +121,9 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def card(title: str, *children: w.Widget) -> w.VBox:
-    """Return a box with a frame and a heading."""
-    box = w.VBox([w.HTML(f"<h3>{title}</h3>"), *children], layout=w.Layout(min_width="0"))
+    """Return a box with a frame and a heading. title: empty for none."""
+    heading = [w.HTML(f"<h3>{title}</h3>")] if title else []
+    box = w.VBox([*heading, *children], layout=w.Layout(min_width="0"))
     box.add_class("tnb-card")
     return box
 
@@ -103,6 +131,26 @@ def card(title: str, *children: w.Widget) -> w.VBox:
 def button(text: str, **more) -> w.Button:
     """Return a button as wide as its text."""
     return w.Button(description=text, layout=w.Layout(width="auto"), **more)
+
+
+def fold(text: str, content: w.Widget, tooltip: str) -> w.VBox:
+    """Return a button that folds a widget, folded at first; the keyboard does not reach the title of an Accordion."""
+    toggle = w.ToggleButton(description=f"{text} ▸", tooltip=tooltip, layout=w.Layout(width="auto"))
+
+    def show(_=None) -> None:
+        content.layout.display = None if toggle.value else "none"
+        toggle.description = f"{text} {'▾' if toggle.value else '▸'}"
+
+    toggle.observe(show, "value")
+    show()
+    box = w.VBox([toggle, content])
+    box.toggle = toggle
+    return box
+
+
+def visible(widget: w.Widget, shown: bool) -> None:
+    """Show a widget, or take its place away."""
+    widget.layout.display = None if shown else "none"
 
 
 def put(output: w.Output, *things) -> None:

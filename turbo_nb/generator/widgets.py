@@ -1,11 +1,14 @@
 """The generator: ipywidgets over a `JobRunner`.
 
 Everything that matters is in the runner and on disk, so the widgets can go and come back. Showing the generator again
-finds the running job and the clips. Every control has a description, which is its accessible name.
+finds the jobs, the settings and the clips. Every control has a description, which is its accessible name.
 """
 
 import os
 import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import InputError
 
@@ -15,13 +18,22 @@ except ImportError as error:
     raise InputError(
         "ipywidgets is not installed, and the generator needs it. pip install 'turbo-nb[notebook]'"
     ) from error
+from .. import presets
 from ..settings import Weights
+from .comms import answer_on_any_page
+from .downloads import Download
 from .form import Form
 from .jobs import Job, JobRunner
-from .page import STYLE, close, family, player
-from .panels import GalleryPanel, OutlookPanel, RunPanel
+from .models import ModelCard
+from .page import ADVICE, STYLE, card, close, family, player
+from .panels import GalleryPanel, ResultPanel
+from .preset_bar import PresetBar
+from .run import RunPanel
+from .waiting import QueuePanel
 
 __all__ = ["Generator", "has_front_end", "player", "show"]
+
+TICK = 1.0  # seconds between two looks at the progress
 
 
 def has_front_end() -> bool:
@@ -36,17 +48,19 @@ def has_front_end() -> bool:
 
 
 def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "Generator":
-    """Show the generator. A second call closes the first one's widgets and finds its job and clips.
+    """Show the generator. A second call closes the first one's widgets and finds its jobs, settings and clips.
 
     Args:
         folder: of the clips. It lies in or under the notebook's folder, because a page can play only those files.
-        model: the model chosen at first; a name or a path.
+        model: the model chosen at first; a name or a path. "auto": that of the latest session, else the best here.
     """
     runner = JobRunner.of(folder)
-    if earlier := _shown.pop(runner, None):
+    state, earlier = presets.latest(), _shown.pop(runner, None)
+    if earlier:
+        state = earlier.state or state
         earlier.close()
     runner.refresh()
-    _shown[runner] = generator = Generator(runner, model)
+    _shown[runner] = generator = Generator(runner, model, state)
     return generator
 
 
@@ -54,37 +68,92 @@ _shown: "dict[JobRunner, Generator]" = {}
 
 
 class Generator:
-    """The page: a form and three panels. `root` is the widget that is displayed."""
+    """The page. `root` is the widget that is displayed.
 
-    def __init__(self, runner: JobRunner, model: Weights = "auto"):
+    Args:
+        runner: makes the clips.
+        model: the model chosen at first.
+        state: the settings to begin with, as `Form.state` has them.
+    """
+
+    def __init__(self, runner: JobRunner, model: Weights = "auto", state: Mapping[str, Any] | None = None):
         self.runner = runner
-        self.form = Form(runner, model)
-        self.outlook = OutlookPanel(runner, self.form)
-        self.run = RunPanel(runner, self.form, self.outlook)
-        self.clips = GalleryPanel(runner, self.form, self.run)
-        self.root = w.VBox(
-            [w.HTML(STYLE), *self.form.cards, self.run.card, self.clips.card],
-            layout=w.Layout(width="100%", grid_gap="10px"),
-        )
+        self.form = form = Form(runner, model)
+        if state:
+            form.put(state if model == "auto" else {name: state[name] for name in state if name != "model"})
+        self.result, self.presets = ResultPanel(), PresetBar(form)
+        self.models, self.queue = ModelCard(runner, form), QueuePanel(runner)
+        self.run = RunPanel(runner, form, self.result.preview)
+        self.clips = GalleryPanel(runner, form, self.run)
+        left = card(
+            "", form.prompt.box, form.image.box, self.run.box, form.model, self.models.box, self.presets.box,
+            form.front, form.lora_fold, form.advanced, self.presets.own,
+        )  # fmt: skip
+        right = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
+        columns = w.Box([left, right])
+        columns.add_class("tnb-columns")
+        self.root = w.VBox([w.HTML(STYLE), columns, self.clips.card], layout=w.Layout(width="100%", grid_gap="14px"))
         self.root.add_class("tnb")
-        self.form.on_change, self.form.on_prompt = self.outlook.update, self.outlook.restore
-        self.form.on_model = self.clips.show
-        self._stop = runner.listen(self._on_job)
-        self.outlook.update()
+        if runner.job and runner.job.clip:
+            self.result.show(runner.job.clip)
+        form.on_change, form.on_model = self.run.update, self._on_model
+        self._closed = threading.Event()
+        self._stop = runner.listen(self._on_change)
+        answer_on_any_page(self.root)
+        if runner.busy:
+            self._tick()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The settings in the form; empty where one of them cannot be used."""
+        try:
+            return self.form.state
+        except InputError:
+            return {}
 
     def close(self) -> None:
-        """Take the widgets off the page. The runner, its job and its clips stay."""
+        """Take the widgets off the page. The runner, its jobs and its clips stay."""
         self._stop()
+        self._closed.set()
+        self.run.close()
         close(family(self.root))
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
+        from IPython.display import HTML, display
 
         display(self.root)
+        display(HTML(ADVICE))
 
-    def _on_job(self, job: Job) -> None:
-        """Show a change of the job; the worker's thread calls this"""
-        self.run.show(job)
-        if not job.running:
-            self.outlook.update()
-            self.clips.show()
+    def _on_model(self) -> None:
+        self.models.show()
+        self.clips.show()
+
+    def _on_change(self, change: Job | Download) -> None:
+        """Show a change of a job or a download; their threads call this"""
+        if isinstance(change, Download):
+            self.form.show_model()
+        else:
+            self.queue.show()
+            if change is self.runner.job:
+                self.run.show(change)
+            if change.clip and not change.running:
+                self.result.show(change.clip)
+                self.clips.add(change.clip)
+            if change.state in ("finished", "failed"):
+                self.run.update()
+        if self.runner.busy:
+            self._tick()
+
+    def _tick(self) -> None:
+        """Show the progress every second, until nothing is at work"""
+        if not (self._ticker and self._ticker.is_alive()):
+            self._ticker = threading.Thread(target=self._show_progress, name="turbo_nb page", daemon=True)
+            self._ticker.start()
+
+    _ticker: threading.Thread | None = None
+
+    def _show_progress(self) -> None:
+        while not self._closed.wait(TICK) and self.runner.busy:
+            self.models.show_download()
+            if (job := self.runner.job) and job.running:
+                self.run.show(job)

@@ -1,0 +1,146 @@
+"""The card of the chosen model: what it makes, whether it fits, and its download."""
+
+import html
+
+import ipywidgets as w
+from rich.filesize import decimal
+
+from .. import catalog
+from ..catalog import ModelSpec
+from ..checkup import fits
+from ..errors import TurboNbError
+from ..files import hub_cache
+from ..files.resolve import ResolvedModel
+from ..machine import environment, probe
+from ..runtime.estimate import in_words
+from ..settings import LoadOptions
+from .controls import in_page_words
+from .downloads import Download
+from .form import Form
+from .jobs import JobRunner
+from .page import button, error_box, fold, paragraph, visible
+
+
+class ModelCard:
+    """The chosen model, the button that downloads it, and a table of all models."""
+
+    def __init__(self, runner: JobRunner, form: Form):
+        self._runner, self._form = runner, form
+        self.facts = w.HTML()
+        self.download, self.cancel = button("Download", button_style="primary"), button("Cancel download")
+        self.progress, self.table = w.HTML(), w.HTML()
+        self.compare = fold("Compare models", self.table, "What each model makes, and whether it fits this machine")
+        self.box = w.VBox([self.facts, w.HBox([self.download, self.cancel]), self.progress, self.compare])
+        self.facts.add_class("tnb-model")
+        self.download.on_click(lambda _: self._on_download())
+        self.cancel.on_click(lambda _: self._on_cancel())
+        self.compare.toggle.observe(lambda change: change["new"] and self._show_table(), "value")
+        self.show()
+
+    def show(self) -> None:
+        """Show the chosen model anew."""
+        try:
+            model = self._runner.resolve(LoadOptions(model=self._form.model.value))
+        except TurboNbError as error:
+            self.facts.value = error_box(in_page_words(str(error)))
+            visible(self.download, False)
+        else:
+            free = hub_cache.free_bytes()
+            self.facts.value = _facts(model, free)
+            visible(self.download, bool(model.downloads))
+            self.download.description = f"Download {decimal(model.to_fetch)}"
+            self.download.disabled = model.to_fetch > free
+            self.download.tooltip = f"Download {model.spec.name}"
+        self.show_download()
+
+    def show_download(self) -> None:
+        """Show the running or latest download; called every second while it runs."""
+        download = self._runner.downloading
+        running = bool(download and download.running)
+        if running:
+            self.download.disabled = True
+        visible(self.cancel, running)
+        self.progress.value = _progress(download) if download else ""
+
+    def _on_download(self) -> None:
+        try:
+            self._runner.download(LoadOptions(model=self._form.model.value))
+        except TurboNbError as error:
+            self.progress.value = error_box(in_page_words(str(error)))
+
+    def _on_cancel(self) -> None:
+        if self._runner.downloading:
+            self._runner.downloading.cancel()
+
+    def _show_table(self) -> None:
+        host = environment.memory().available
+        rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "makes", "here", "disk"))
+        self.table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def makes(spec: ModelSpec) -> str:
+    """Return what a model makes, in words."""
+    width, height = spec.size
+    source = "a picture and text" if spec.task == "i2v" else "text"
+    return f"clips of {spec.num_frames / spec.fps:.1f} s in {width}×{height} from {source}"
+
+
+def _facts(model: ResolvedModel, free: int) -> str:
+    spec, tags = model.spec, []
+    plan = model.plan()
+    if spec.folder:
+        tags.append(("good", f"runs here, on the {'CPU' if model.device == 'cpu' else 'GPU'}"))
+    elif model.device == "cpu":
+        tags.append(("bad", "needs a GPU: on this CPU a clip takes hours"))
+    elif plan.fits:
+        tags.append(("good", f"fits this GPU: plan {plan.name}"))
+    else:
+        tags.append(("bad", f"does not fit this GPU: needs {plan.needs / 1e9:.1f} of {plan.budget / 1e9:.1f} GB"))
+    if model.quant_linear:
+        tags.append(("", "8-bit"))
+    if spec.folder:
+        tags.append(("good", "comes with turbo_nb"))
+    elif not model.downloads:
+        tags.append(("good", "on disk"))
+    else:
+        enough = model.to_fetch <= free
+        words = f"{decimal(model.to_fetch)} to download, {decimal(free)} free"
+        tags.append(("" if enough else "bad", words if enough else f"{words}: too little"))
+    tags.append(("", f"licence {spec.license}" if spec.license else "licence: that of its files"))
+    shown = "".join(f'<span class="tnb-tag{f" tnb-{kind}" * bool(kind)}">{html.escape(text)}</span>'
+                    for kind, text in tags)  # fmt: skip
+    return f"{paragraph('Makes ' + makes(spec) + '.')}{shown}"
+
+
+def _row(fit: fits.Fit) -> str:
+    spec = catalog.MODELS[fit.model]
+    name = fit.model + (" (8-bit)" if fit.int8 else "")
+    disk = "on disk" if fit.downloaded else f"{decimal(fit.to_fetch)} to download"
+    here = ("✓ " if fit.fits else "✗ ") + fit.text + (f"; {fit.time}" if fit.time else "")
+    cells = (makes(spec), here, disk)
+    return f'<tr><th scope="row">{html.escape(name)}</th>' + "".join(f"<td>{html.escape(one)}</td>" for one in cells)
+
+
+def _progress(download: Download) -> str:
+    """Return HTML of a download: how much is here, how fast it comes, and how long it will take"""
+    name = download.model.spec.name
+    if download.state == "failed":
+        return error_box(in_page_words(download.error))
+    if download.state == "cancelled":
+        return paragraph(f"The download of {name} was cancelled. What is here stays.", "tnb-dim")
+    if download.state == "finished":
+        return f'<p role="status">{html.escape(name)} is downloaded.</p>'
+    share = min(1.0, download.done / download.total) if download.total else 0.0
+    words = [f"{decimal(download.done)} of {decimal(download.total)}"]
+    if download.stage == "check":
+        words.append("checking a file")
+    elif (speed := download.rate.speed) is not None:
+        words.append(f"{decimal(int(speed))}/s")
+        if (left := download.rate.left(download.total)) is not None:
+            words.append(f"about {in_words(left)} left")
+    return (
+        f'<p role="status">Downloading {html.escape(name)}: {", ".join(words)}</p><div class="tnb-bar" '
+        f'role="progressbar" aria-label="Download of the model" aria-valuenow="{share * 100:.0f}" aria-valuemin="0" '
+        f'aria-valuemax="100"><div style="width:{share:.1%}"></div></div>'
+    )

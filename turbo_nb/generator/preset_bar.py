@@ -1,0 +1,84 @@
+"""Presets: fast, normal, best, and those that the user saved."""
+
+from typing import Any
+
+import ipywidgets as w
+
+from .. import presets
+from ..errors import TurboNbError
+from .controls import in_page_words, styled
+from .form import LOAD, MORE, Form
+from .page import button, error_box, paragraph, visible
+
+# options that a preset of the user keeps: how a clip is made, and not what it shows
+KEPT = ("resolution", "aspect_ratio", "num_frames", "num_steps", *LOAD, *MORE)
+
+
+class PresetBar:
+    """The list of presets, and a field to save the present settings under a name."""
+
+    def __init__(self, form: Form):
+        self._form = form
+        self.choice = styled(w.Dropdown, "Preset")
+        self.name = styled(w.Text, "Save as", placeholder="a name for the present settings", continuous_update=False)
+        self.save, self.delete = button("Save preset"), button("Delete preset")
+        self.note = w.HTML()
+        more = w.HBox([self.name, self.save, self.delete], layout=w.Layout(flex_flow="row wrap"))
+        self.name.layout.flex = "1 1 180px"
+        self.box = w.VBox([self.choice, self.note])
+        self.own = more
+        self.list()
+        self.choice.observe(lambda change: self._use(change["new"]), "value")
+        self.save.on_click(lambda _: self._on_save())
+        self.delete.on_click(lambda _: self._on_delete())
+        self.show()
+
+    def list(self, chosen: str | None = None) -> None:
+        """List the presets again, and choose one without using it."""
+        entries = [("choose one…", ""), *((name, name) for name in (*presets.BUILT_IN, *presets.own()))]
+        self._listing = True
+        self.choice.options = entries
+        self.choice.value = chosen if chosen in [value for _, value in entries] else ""
+        self._listing = False
+
+    def show(self) -> None:
+        """Show what the chosen preset does."""
+        name = self.choice.value
+        words = presets.BUILT_IN.get(name, "your own settings" if name else "")
+        self.note.value = paragraph(words, "tnb-help") if words else ""
+        visible(self.delete, bool(name) and name not in presets.BUILT_IN)
+
+    def _use(self, name: str) -> None:
+        self.show()
+        if not name or self._listing:
+            return
+        if name in presets.BUILT_IN:
+            values = presets.built_in(name, self._form.spec) if self._form.spec else {}
+        else:
+            kept: dict[str, Any] = dict.fromkeys(KEPT)
+            values = kept | presets.own().get(name, {})
+        lost = self._form.put(values)
+        if lost:
+            words = ", ".join(f"{one} ({reason})" for one, reason in lost.items())
+            self.note.value = error_box(in_page_words(f"Not set: {words}."))
+
+    def _on_save(self) -> None:
+        name = self.name.value.strip()
+        try:
+            state = self._form.state
+            presets.save(name, {option: state[option] for option in KEPT if option in state})
+        except TurboNbError as error:
+            self.note.value = error_box(in_page_words(str(error)))
+            return
+        self.name.value = ""
+        self.list(name)
+        self.show()
+
+    def _on_delete(self) -> None:
+        try:
+            presets.delete(self.choice.value)
+        except TurboNbError as error:
+            self.note.value = error_box(str(error))
+            return
+        self.list()
+        self.show()

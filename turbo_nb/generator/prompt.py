@@ -1,0 +1,126 @@
+"""The prompt: its text, examples, and how much of it the text encoder reads."""
+
+import html
+import threading
+from collections.abc import Callable
+
+import ipywidgets as w
+
+from .. import settings
+from ..catalog import ModelSpec
+from ..errors import TurboNbError
+from ..settings import ClipSettings, LoadOptions
+from ..text.embedding_cache import TEXT_LENGTH
+from ..text.prompt_encoder import length
+from .controls import styled
+from .jobs import JobRunner
+from .page import paragraph
+
+EXAMPLES = {
+    "nano": (
+        "a large red circle moving from left to right on a black background",
+        "a small yellow triangle growing on a navy background",
+        "a big blue square falling from top to bottom on a white background",
+    ),
+    "wan": (
+        "A ginger cat in a tiny raincoat walks along a wet cobblestone street at dusk, neon signs mirrored in the "
+        "puddles. The camera follows low behind it, shallow depth of field, soft rain, cinematic light.",
+        "Aerial shot of a steam train that crosses a stone viaduct in an autumn valley, mist drifting between red and "
+        "golden trees, early sunlight from the left, the smoke trailing slowly behind it.",
+        "Close-up of a potter's hands shaping a clay bowl on a spinning wheel, wet clay glistening, warm window light, "
+        "dust in the air, a calm and steady camera.",
+    ),
+}
+NO_NEGATIVE = (
+    "<details><summary>Why is there no negative prompt?</summary><p>These models were trained to need no guidance, and "
+    "a negative prompt works through guidance alone. Say what you want to see in its place.</p></details>"
+)
+
+
+class PromptInput:
+    """The text of the prompt, and what the page says about it.
+
+    Args:
+        runner: has the tokenizers.
+        changed: called when the prompt has changed.
+    """
+
+    def __init__(self, runner: JobRunner, changed: Callable[[], None]):
+        self._runner, self._changed = runner, changed
+        self._spec: ModelSpec | None = None
+        self._tokenizer = None
+        self.text = styled(
+            w.Textarea,
+            "Prompt",
+            rows=4,
+            placeholder="What to show",
+            tooltip=settings.options(ClipSettings)["prompt"].help,
+        )
+        self.text.style.description_width = "56px"
+        self.lines = styled(w.Checkbox, "Each line is a prompt of its own", indent=False)
+        self.examples = styled(w.Dropdown, "Examples", options=[("choose one…", "")])
+        self.hint = w.HTML()
+        self.box = w.VBox([self.text, self.lines, self.hint, self.examples])
+        self.text.observe(lambda _: self.show(), "value")
+        self.lines.observe(lambda _: changed(), "value")
+        self.examples.observe(self._on_example, "value")
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts that the text stands for: one, or one a line."""
+        lines = [line.strip() for line in self.text.value.splitlines() if line.strip()]
+        return lines if self.lines.value and len(lines) > 1 else [self.text.value]
+
+    def show_model(self, spec: ModelSpec, options: LoadOptions) -> None:
+        """Show what suits a model, and read its tokenizer in the background."""
+        self._spec, self._tokenizer = spec, None
+        examples = EXAMPLES["wan" if spec.vocabulary is None else "nano"]
+        shown = [(text if len(text) < 80 else text[:78] + "…", text) for text in examples]
+        self.examples.options = [("choose one…", ""), *shown]
+        if not self.text.value:
+            self.text.value = examples[0]
+        threading.Thread(target=self._read_tokenizer, args=(spec, options), daemon=True).start()
+        self.show()
+
+    def show(self) -> None:
+        """Show what there is to say about the text."""
+        several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
+        self.lines.layout.display = None if several else "none"
+        self.hint.value = self._advice() + self._length() + NO_NEGATIVE
+        self._changed()
+
+    def _advice(self) -> str:
+        if self._spec is None:
+            return ""
+        if self._spec.vocabulary is None:
+            words = "Long English prompts work best: say what is seen, how it moves, the light and the camera."
+        elif self._spec.understands(self.text.value):
+            words = f"{self._spec.name} knows moving shapes: size, colour, shape, motion and background."
+        else:
+            words = f"{self._spec.name} only knows moving shapes. Name a shape and its colour, as the examples do."
+        return paragraph(words, "tnb-dim")
+
+    def _length(self) -> str:
+        """Return the tokens of the longest prompt, and its words that are not read"""
+        if self._tokenizer is None:
+            return ""
+        longest = max((length(prompt, self._tokenizer) for prompt in self.prompts), key=lambda one: one.tokens)
+        if not longest.lost:
+            return paragraph(f"{longest.tokens} of {TEXT_LENGTH} tokens", "tnb-dim")
+        return (
+            f'<p role="status">{longest.tokens} tokens, and the model reads {TEXT_LENGTH}. It does not read: '
+            f'<span class="tnb-cut">{html.escape(longest.lost)}</span></p>'
+        )
+
+    def _read_tokenizer(self, spec: ModelSpec, options: LoadOptions) -> None:
+        try:
+            tokenizer = self._runner.tokenizer(options)
+        except TurboNbError:  # the run itself will report it
+            return
+        if tokenizer is not None and spec is self._spec:
+            self._tokenizer = tokenizer
+            self.show()
+
+    def _on_example(self, change) -> None:
+        if change["new"]:
+            self.text.value = change["new"]

@@ -1,0 +1,194 @@
+"""What a clip will take, the buttons that start and cancel it, and its progress."""
+
+import html
+import threading
+
+import ipywidgets as w
+from rich.filesize import decimal
+
+from .. import presets
+from ..errors import TurboNbError
+from ..machine import environment
+from ..runtime.estimate import in_words
+from ..video.gallery import Clip
+from .controls import in_page_words
+from .form import Form
+from .jobs import Job, JobRunner, Outlook
+from .page import button, error_box, image_tag, paragraph
+
+NAMES = {
+    "load": "Load the model", "text": "Read the prompt", "denoise": "Denoise", "switch": "Switch experts",
+    "decode": "Decode", "write": "Write",
+}  # fmt: skip
+MOST_SEEDS = 100
+ABSURD = 7 * 86400  # seconds of a clip from which on it is a mistake
+KEEP_AFTER = 1.0  # seconds after a change before the settings are kept on disk
+
+
+class RunPanel:
+    """The outlook, the buttons, and where the running job is.
+
+    Args:
+        preview: shows the clip while it is made.
+    """
+
+    def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
+        self._runner, self._form, self._keeping = runner, form, None
+        self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
+        self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
+        self.seeds = w.BoundedIntText(
+            description="Clips", value=1, min=1, max=MOST_SEEDS, tooltip="How many clips, each with a seed of its own",
+            style={"description_width": "40px"}, layout=w.Layout(width="110px"),
+        )  # fmt: skip
+        self.outlook, self.status, self.preview = w.HTML(), w.HTML(), preview
+        self.generate.add_class("tnb-go")
+        buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(align_items="center"))
+        self.box = w.VBox([buttons, self.outlook, self.status])
+        self.generate.on_click(lambda _: self.start())
+        self.cancel.on_click(lambda _: runner.cancel())
+        self.seeds.observe(lambda _: self.update(), "value")
+        self.preview.add_class("tnb-preview")
+        self.update()
+        self.show(runner.job)
+
+    def start(self) -> bool:
+        """Add the clips that the form asks for to the queue; return whether that was possible."""
+        try:
+            requests = self._form.request.spread(self._form.prompt.prompts, self.seeds.value)
+            jobs = self._runner.submit_all(requests)
+        except TurboNbError as error:
+            self.show_error(error)
+            return False
+        self._form.seed_of(jobs[0].request.clip.seed)
+        return True
+
+    def update(self) -> None:
+        """Show what the clip will take, because the form or the loaded model has changed, or why it cannot be made."""
+        form = self._form
+        try:
+            outlook = self._runner.outlook(form.outline, form.image.size)
+            problem = _problem(outlook, form)
+        except TurboNbError as error:
+            self.generate.disabled = True
+            self.outlook.value = error_box(in_page_words(str(error)))
+            return
+        self.generate.disabled = bool(problem)
+        count = self.seeds.value * len(form.prompt.prompts)
+        self.generate.description = "Generate" if count == 1 else f"Generate {count}"
+        lines = [paragraph(line, "tnb-dim") for line in _lines(outlook, count)]
+        lines += [paragraph(in_page_words(note), "tnb-dim") for note in outlook.notes]
+        self.outlook.value = (error_box(problem) if problem else "") + "".join(lines)
+        self._keep()
+
+    def show_error(self, error: TurboNbError) -> None:
+        """Show why no job was added."""
+        self.outlook.value = ""  # because a screen reader reads out only what is new
+        self.outlook.value = error_box(in_page_words(str(error)))
+
+    def show(self, job: Job | None) -> None:
+        """Show where a job is. The worker's thread calls this at every change, and the ticker every second."""
+        if job is None:
+            self.status.value = '<p role="status" class="tnb-dim">Ready.</p>'
+            return
+        self.cancel.disabled = not job.running or job.cancelling.is_set()
+        self.status.value = _status(job)
+        picture = job.preview if job.running else None
+        shown = image_tag(picture, "webp", "Preview of the clip being made") if picture else ""
+        if shown != self.preview.value:  # because a picture is large
+            self.preview.value = shown
+
+    def _keep(self) -> None:
+        """Keep the settings for the next kernel, a moment after the last change"""
+        if self._keeping:
+            self._keeping.cancel()
+        self._keeping = threading.Timer(KEEP_AFTER, self.keep)
+        self._keeping.daemon = True
+        self._keeping.start()
+
+    def keep(self) -> None:
+        """Keep the settings on disk for the next kernel."""
+        try:
+            state = self._form.state
+        except TurboNbError:
+            return
+        presets.remember(state)
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        if self._keeping:
+            self._keeping.cancel()
+
+
+def _problem(outlook: Outlook, form: Form) -> str:
+    """Return why Generate cannot be pressed, in words; empty where it can"""
+    if outlook.to_fetch:
+        return f"This model is not on the disk. Press Download first ({decimal(outlook.to_fetch)})."
+    if form.spec and form.spec.task == "i2v" and form.image.picture is None:
+        return "This model begins with an image. Choose one."
+    if not form.prompt.text.value.strip():
+        return "The prompt is empty. Say what to show."
+    if outlook.time and outlook.time.seconds > ABSURD:
+        return f"A clip of this size takes {in_words(outlook.time.seconds)}. Take a smaller size or fewer frames."
+    return ""
+
+
+def _lines(outlook: Outlook, count: int) -> list[str]:
+    """Return size, time and memory of a clip"""
+    seconds = outlook.num_frames / outlook.fps
+    clip = f"{outlook.num_frames} frames of {outlook.width}x{outlook.height}, {seconds:.1f} s"
+    if outlook.time is None:
+        duration = "time: not known before the first run of this model on this machine"
+    else:
+        duration = str(outlook.time)
+        if count > 1:
+            duration += f"; {in_words(count * outlook.time.seconds)} for {count} clips"
+    if not outlook.loaded:
+        load = outlook.time and outlook.time.load
+        duration += f", and {in_words(load) if load else 'more'} to load the model"
+    memory = outlook.memory
+    needs = f"memory: {memory.needs / 1e9:.1f} GB of {memory.budget / 1e9:.1f} GB free"
+    lines = [f"{clip}; {duration}", needs if memory.name == "resident" and memory.fits else str(memory)]
+    if not outlook.has_preview:
+        lines.append("no live preview for the first clip of this model: its colours are learned from that one")
+    return lines
+
+
+def _status(job: Job) -> str:
+    """Return HTML that shows where a job is: in words, and as one bar over all stages"""
+    notes = "".join(paragraph(in_page_words(note), "tnb-dim") for note in job.notes)
+    if job.state == "failed":
+        return error_box(in_page_words(job.error), job.trace) + notes
+    if job.state == "cancelled":
+        return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
+    if job.state == "finished":
+        return f'<p role="status">Done with seed {job.request.clip.seed}: {_times(job.clip)}.</p>{notes}'
+    progress, words = job.progress, [NAMES.get(job.stage, job.stage)]
+    if progress.total:
+        done, total = progress.done, progress.total
+        words[0] += {
+            "denoise": f", step {min(done + 1, total)} of {total}",
+            "decode": f", {done} of {total} frames",
+            "load": f", {done / total:.0%} downloaded",
+        }.get(job.stage, "")
+    if job.cancelling.is_set():
+        words.append("cancelling after this step")
+    elif (left := progress.remaining) is not None:
+        words.append(f"about {in_words(max(left, 1.0))} left")
+    words.append(f"{in_words(progress.seconds)} so far")
+    share = progress.fraction * 100
+    return (
+        f'<div role="status"><p>{html.escape(", ".join(words))}</p></div><div class="tnb-bar" role="progressbar" '
+        f'aria-label="Progress of the clip" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}">'
+        f'<div style="width:{share:.1f}%"></div></div>{notes}'
+    )
+
+
+def _times(clip: Clip) -> str:
+    """Return the seconds of each stage, and the cost"""
+    record = clip.record
+    each = f" (steps {', '.join(f'{seconds:.2f}' for seconds in record.steps)})" if record.steps else ""
+    times = (
+        f"{NAMES.get(stage, stage).lower()} {in_words(seconds)}{each if stage == 'denoise' else ''}"
+        for stage, seconds in record.timings.items()
+    )
+    return html.escape(", ".join(times) + environment.dollars(record.cost))
