@@ -71,7 +71,11 @@ def generator(runner):
 
 def fill(generator, **values):
     for name, value in values.items():
-        (generator.form.controls.get(name) or getattr(generator.form, name)).value = value
+        field = generator.form.fields.get(name)
+        control = (
+            field.widget if field else generator.form.prompt.text if name == "prompt" else getattr(generator.form, name)
+        )
+        control.value = str(value) if name == "seed" else value
 
 
 def add(generator, strength=1.0):
@@ -178,14 +182,15 @@ def test_choice_of_model_and_estimate_know_no_lora(generator, tmp_path, monkeypa
     monkeypatch.setattr(jobs, "resolve", lambda options, **more: resolved.append(options) or resolve(options, **more))
     monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloads"))
     make(generator)
-    before = generator.outlook.estimate.value
+    before = generator.run.outlook.value
     row = add(generator, 0.3)
-    assert generator.outlook.estimate.value == before and "from 1 earlier video" in before
+    assert generator.run.outlook.value == before and "from 1 earlier video" in before
     fill(generator, model=I2V)
     assert "blue.safetensors' is made for a tensor of shape" in alerts(generator)[0]
     assert [one.loras for one in resolved] == [()] * len(resolved)
     row.remove.click()
-    assert alerts(generator) == [] and "81 frames of 1280x720" in generator.outlook.estimate.value
+    (words,) = alerts(generator)
+    assert "not on the disk" in words and "81 frames of 1280x720" in generator.run.outlook.value
 
 
 def test_error_of_a_lora_is_on_the_page_and_the_earlier_loras_stay(generator, folder, loads):
@@ -263,7 +268,7 @@ def test_missing_file_of_a_clip_is_named(generator, folder):
     os.rename(folder / "blue.safetensors", folder / "azure.safetensors")
     generator.clips._use(clip)
     (words,) = alerts(generator)
-    assert f"Not restored: loras (blue.safetensors is not in {str(folder)!r})." in words
+    assert f"Not restored: LoRAs (blue.safetensors is not in {str(folder)!r})." in words
     assert generator.form.loras.rows == [] and len(generator.form.loras.listing.files) == 1
     job = generator.runner.job
     generator.clips._vary(clip)

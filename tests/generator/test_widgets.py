@@ -7,19 +7,25 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime
 
+import comm
 import ipywidgets as w
 import numpy as np
 import pytest
 from helpers import write_upstream
 from PIL import Image
 
-from turbo_nb import settings
-from turbo_nb.files import recognise
+from turbo_nb import backends, presets, settings
+from turbo_nb.batch.queue import QueueFile, QueueRecord
+from turbo_nb.errors import DownloadError, InputError
+from turbo_nb.files import hub, hub_cache, recognise
+from turbo_nb.files.resolve import ResolvedModel
 from turbo_nb.generation import Video
-from turbo_nb.generator import form, widgets
+from turbo_nb.generator import controls, form, run, widgets
 from turbo_nb.generator.controls import OWN
 from turbo_nb.generator.form import CUSTOM
 from turbo_nb.generator.jobs import JobRunner, Request
@@ -44,13 +50,22 @@ def generator(runner):
     fill(made, prompt="a large red circle", resolution=CUSTOM, custom="64x64", num_frames=5, num_steps=1)
     fill(made, random_seed=False, seed=7)
     yield made
+    made.runner.clear()
+    made.runner.cancel()
+    made.runner.wait(60)
     made.close()
 
 
 def fill(generator: Generator, **values) -> None:
     """Set controls, by the option's name or the form's own"""
+    form = generator.form
     for name, value in values.items():
-        (generator.form.controls.get(name) or getattr(generator.form, name)).value = value
+        if name in form.fields:
+            form.fields[name].widget.value = str(value) if name == "seed" else value
+        elif name == "prompt":
+            form.prompt.text.value = value
+        else:
+            getattr(form, name).value = value
 
 
 def make(generator: Generator) -> None:
@@ -78,9 +93,10 @@ def test_generate_makes_a_clip_and_shows_it_by_a_relative_path(generator):
     times = r"denoise (less than )?\d+\.\d s \(steps (\d+\.\d\d, )*\d+\.\d\d\), decode .*, write "
     assert re.search(times, generator.run.status.value)
     assert not generator.run.generate.disabled and generator.run.cancel.disabled and generator.run.preview.value == ""
-    (shown,) = generator.run.result.outputs
+    (shown,) = generator.result.result.outputs
     path = generator.runner.job.clip.path
     assert f'src="clips/{path.name}"' in shown["data"]["text/html"] and len(str(shown)) < 2000
+    assert all(word in shown["data"]["text/html"] for word in (" loop ", " muted ", " autoplay"))
     assert mp4.read_metadata(path)["num_frames"] == 5
     assert len(generator.clips.gallery.children) == 1
 
@@ -90,10 +106,26 @@ def test_the_page_shows_what_is_going_on(generator):
     fill(generator, num_steps=2)
     generator.runner.listen(lambda job: seen.append((generator.run.status.value, generator.run.preview.value)))
     make(generator)
-    running = [status for status, _ in seen if "<progress" in status]
-    assert "Denoise, step 1 of 2" in "".join(running) and 'value="1" max="2"' in "".join(running)
+    running = [status for status, _ in seen if "progressbar" in status]
+    assert "Denoise, step 2 of 2" in "".join(running) and "Decode, 5 of 5 frames" in "".join(running)
     assert all('aria-label="Progress of the clip"' in status and 'role="status"' in status for status in running)
+    shares = [float(re.search(r"width:([\d.]+)%", status)[1]) for status in running]
+    assert shares == sorted(shares) and len(set(shares)) > 4
     assert any("data:image/webp" in preview and "alt=" in preview for _, preview in seen)
+
+
+def test_the_bar_moves_every_second(generator, monkeypatch):
+    monkeypatch.setattr(widgets, "TICK", 0.02)
+    go, generate = threading.Event(), generator.runner._generate
+    generator.runner._generate = lambda *args, **more: go.wait(30) and generate(*args, **more)
+    generator.run.generate.click()
+    seen = set()
+    deadline = time.monotonic() + 30
+    while len(seen) < 4 and time.monotonic() < deadline:
+        seen.add(generator.run.status.value)
+    go.set()
+    generator.runner.wait(60)
+    assert len(seen) >= 4 and "Done" in generator.run.status.value
 
 
 def test_cancel(generator):
@@ -104,33 +136,53 @@ def test_cancel(generator):
 
 
 def test_errors_are_words_on_the_page(generator):
-    fill(generator, num_frames=6)
-    assert "Expected 4n + 1" in generator.outlook.estimate.value and "Take 5" in generator.outlook.estimate.value
-    fill(generator, num_frames=5, custom="<b>")
-    assert "&lt;b&gt;" in generator.outlook.estimate.value and "<b>" not in generator.outlook.estimate.value
+    fill(generator, custom="<b>")
+    assert "&lt;b&gt;" in generator.run.outlook.value and "<b>" not in generator.run.outlook.value
 
 
 @pytest.mark.parametrize(
     ("control", "wrong", "right", "words"),
     [
-        (
-            "prompt",
-            "  ",
-            "a red circle",
-            "prompt is '  '. Expected text that says what to show. Write a prompt,",
-        ),
-        ("num_frames", 6, 9, "num_frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."),
+        ("prompt", "  ", "a red circle", "The prompt is empty"),
+        ("num_frames", 6, 9, "Frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."),
+        ("seed", "12 34", 12, "Seed is '12 34'. Expected a whole number"),
+        ("seed", -1, 12, "Seed is -1. Expected a whole number"),
+        ("sigma_max", 1.0, 80.0, "First noise level is 1.0. Expected a number above"),
+        ("custom", "100000x100000", "64x64", "Size is '100000x100000'. Expected sides"),
+        ("custom", "a x b", "64 × 64", "Size is 'a x b'. Expected 480p, 720p or WIDTHxHEIGHT"),
     ],
 )
-def test_an_error_is_shown_once_and_goes_with_its_cause(generator, control, wrong, right, words):
+def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(generator, control, wrong, right, words):
     make(generator)
     fill(generator, **{control: wrong})
-    generator.run.generate.click()
     shown = html.unescape(page(generator.root))
-    assert shown.count('role="alert"') == shown.count(words) == 1
-    assert words in html.unescape(generator.outlook.estimate.value) and "Done" not in generator.run.status.value
+    assert shown.count('role="alert"') == shown.count(words) == 1 and generator.run.generate.disabled
+    assert words in html.unescape(generator.run.outlook.value)
+    generator.run.start()
+    assert generator.runner.jobs == [] and len(generator.runner.gallery.clips()) == 1
     fill(generator, **{control: right})
-    assert 'role="alert"' not in page(generator.root)
+    assert 'role="alert"' not in page(generator.root) and not generator.run.generate.disabled
+
+
+@pytest.mark.parametrize("text", ["128x64", "128 x 64", "128×64", " 128 X 64 "])
+def test_a_size_in_any_spelling(generator, text):
+    fill(generator, custom=text)
+    assert "5 frames of 128x64" in generator.run.outlook.value and not generator.run.generate.disabled
+
+
+def test_a_clip_that_takes_weeks_is_refused(generator):
+    make(generator)
+    fill(generator, custom="16384x16384", num_frames=4093, num_steps=4)
+    assert "days. Take a smaller size" in generator.run.outlook.value and generator.run.generate.disabled
+
+
+def test_no_message_has_the_name_of_a_flag():
+    for text in (
+        "num_frames is 6. Expected 4n + 1.", "image is None. Expected a picture (--image_path), because nano",
+        "attention_type 'sagesla' cannot run here. Use --attention_type sla", "adaptive_resolution keeps its aspect",
+        "boundary is 0.9. Leave it out.",
+    ):  # fmt: skip
+        assert not re.search(r"--|[a-z]_[a-z]|^[a-z]", controls.in_page_words(text)), controls.in_page_words(text)
 
 
 def test_what_was_typed_is_escaped(generator, tmp_path):
@@ -147,17 +199,17 @@ def test_what_was_typed_is_escaped(generator, tmp_path):
 def test_the_outlook_is_shown_before_the_run(tmp_path, monkeypatch, generator):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
     fill(generator, num_steps=2)
-    estimate = generator.outlook.estimate
+    estimate = generator.run.outlook
     assert "5 frames of 64x64" in estimate.value and "not known before the first run" in estimate.value
     assert "memory:" in estimate.value
     make(generator)
     assert re.search(r"(about |less than )\d+\.\d s, from 1 earlier video here", estimate.value)
     fill(generator, model="TurboWan2.1-T2V-14B-720P")
     assert "81 frames of 1280x720" in estimate.value and "no live preview" not in estimate.value
-    assert "Long English prompts" in generator.form.hint.value
+    assert "Long English prompts" in generator.form.prompt.hint.value
     fill(generator, model="nano")
     fill(generator, prompt="a cat")
-    assert "only knows moving shapes" in generator.form.hint.value
+    assert "only knows moving shapes" in generator.form.prompt.hint.value
 
 
 @pytest.mark.parametrize("kind", images.FORMATS)
@@ -171,12 +223,13 @@ def test_the_upload_offers_every_kind_of_image_that_opens(generator, kind):
     assert "image/*" in offered if known else {".heic", ".heif"} <= {*suffixes} & {*offered}
 
 
-def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
-    assert generator.form.image.upload.disabled and generator.form.image.tabs.selected_index == 0
-    assert "makes videos from text alone" in generator.form.image.note.value
+def test_an_image_has_a_place_where_the_model_takes_one(generator, tmp_path, monkeypatch):
+    image, needed = generator.form.image, "This model begins with an image"
+    assert image.box.layout.display == "none"
+    monkeypatch.setattr(ResolvedModel, "downloads", ())
     fill(generator, model="TurboWan2.2-I2V-A14B-720P")
-    assert not generator.form.image.upload.disabled and generator.form.image.tabs.selected_index == 1
-    assert generator.form.request.clip.image is None
+    assert image.box.layout.display is None and generator.form.request.clip.image is None
+    assert needed in generator.run.outlook.value and generator.run.generate.disabled
     file = io.BytesIO()
     Image.new("RGB", (64, 32), "red").save(file, "PNG")
     entry = {
@@ -186,16 +239,13 @@ def test_image_to_video_waits_for_a_model_that_can(generator, tmp_path):
         "last_modified": datetime.now(),
         "content": file.getvalue(),
     }
-    generator.form.image.upload.set_trait("value", (entry,))
-    assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in generator.form.image.note.value
-    heif = pytest.importorskip("pillow_heif")
-    heif.from_pillow(Image.new("RGB", (32, 64), "red")).save(photo := io.BytesIO())
-    generator.form.image.upload.set_trait(
-        "value", ({**entry, "name": "IMG_1.HEIC", "type": "", "content": photo.getvalue()},)
-    )
-    assert generator.form.request.clip.image.size == (32, 64) and "IMG_1.HEIC" in generator.form.image.note.value
-    generator.form.image.path.value = str(tmp_path / "none.png")
-    assert generator.form.request.clip.image is None and "Expected a png" in generator.form.image.note.value
+    image.upload.set_trait("value", (entry,))
+    assert generator.form.request.clip.image.size == (64, 32) and "&lt;b&gt;.png" in image.note.value
+    assert needed not in generator.run.outlook.value
+    fill(generator, model="nano")
+    assert generator.form.request.clip.image is None and generator.form.image.size is None
+    image.path.value = str(tmp_path / "none.png")
+    assert image.picture is None and "Expected a png" in image.note.value
 
 
 def test_the_gallery_gives_settings_back(generator):
@@ -212,7 +262,7 @@ def test_the_gallery_gives_settings_back(generator):
     vary.click()
     generator.runner.wait(60)
     seeds = [run.settings["seed"] for run in generator.runner.gallery.clips()]
-    assert len(seeds) == 2 and seeds[0] != 7 and generator.form.controls["seed"].value == seeds[0]
+    assert len(seeds) == 2 and seeds[0] != 7 and int(generator.form.fields["seed"].widget.value) == seeds[0]
 
 
 def test_every_setting_of_a_clip_comes_back(generator):
@@ -254,7 +304,7 @@ def test_dense_attention_has_no_topk_to_restore(generator):
 
 
 def test_the_attention_is_at_first_the_models_own(generator):
-    assert generator.form.controls["attention_type"].label == "the model's own"
+    assert generator.form.fields["attention_type"].widget.label == "the model's own"
     assert generator.form.request.load.attention_type is None
 
 
@@ -271,15 +321,15 @@ def test_a_grid_gives_the_size_of_a_clip_and_the_first_seed_and_names_the_others
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"model": "mine"}, "model ('mine' is not in this list"),
-        ({"seed": 2**60}, f"seed ({2**60} is not on the page)"),
-        ({"num_steps": 50}, "num_steps (50 is not on the page)"),
-        ({"attention_type": "flash"}, "attention_type (flash is not on the page)"),
-        ({"seed": []}, "seed (the file does not give it)"),
-        ({"width": None}, "resolution (the file does not give it)"),
-        ({"attention_type": None}, "attention_type (the file does not give it)"),
-        ({"sla_topk": None}, "sla_topk (the file does not give it)"),
-        ({"sigma_max": "loud"}, "sigma_max (the file does not give it)"),
+        ({"model": "mine"}, "Model ('mine' is not in this list"),
+        ({"num_steps": 50}, "Steps (50 is not on the page)"),
+        ({"attention_type": "flash"}, "Attention (flash is not on the page)"),
+        ({"attention_type": "sagesla"}, "Attention (sagesla is not on the page)"),
+        ({"seed": []}, "Seed (the file does not give it)"),
+        ({"width": None}, "Size (the file does not give it)"),
+        ({"attention_type": None}, "Attention (the file does not give it)"),
+        ({"sla_topk": None}, "SLA top-k (the file does not give it)"),
+        ({"sigma_max": "loud"}, "First noise level (the file does not give it)"),
     ],
 )
 def test_what_cannot_be_restored_is_on_the_page(generator, more, words):
@@ -288,6 +338,20 @@ def test_what_cannot_be_restored_is_on_the_page(generator, more, words):
     message = html.unescape(generator.clips.message.value)
     assert words in message and message.count("(") == 1
     assert generator.form.request.clip.ode
+    buttons(generator, "Vary seed")[0].click()
+    message = html.unescape(generator.clips.message.value)
+    if "seed" in more:
+        generator.runner.wait(60)
+    else:
+        assert "Not started" in message and words in message and generator.runner.job is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 2**53 + 1), ("seed", 1125899906842624123), ("sla_topk", 0.005)])
+def test_a_number_survives_the_page_exactly(generator, name, value):
+    put_clip(generator, **WHOLE | {name: value})
+    buttons(generator, "Use these settings")[0].click()
+    request = generator.form.request
+    assert vars(request.clip).get(name, vars(request.load).get(name)) == value and generator.clips.message.value == ""
 
 
 @pytest.mark.parametrize(
@@ -297,7 +361,7 @@ def test_foreign_metadata_raise_nothing(generator, metadata):
     put_clip(generator, **metadata)
     for text in ("Use these settings", "Vary seed"):
         buttons(generator, text)[0].click()
-    assert "model (the file does not give it)" in page(generator.clips.message) and generator.runner.job is None
+    assert "Model (the file does not give it)" in page(generator.clips.message) and generator.runner.job is None
 
 
 @pytest.mark.parametrize(
@@ -312,7 +376,7 @@ def test_foreign_metadata_raise_nothing(generator, metadata):
 def test_a_reason_for_foreign_metadata_is_short(generator, metadata):
     put_clip(generator, **WHOLE | metadata)
     buttons(generator, "Use these settings")[0].click()
-    assert f"{next(iter(metadata))} (" in generator.clips.message.value and len(generator.clips.message.value) < 2000
+    assert len(generator.clips.message.value) < 2000
 
 
 def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp_path):
@@ -325,25 +389,32 @@ def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp
     assert generator.form.image.size == (64, 32) and generator.clips.message.value == ""
     (tmp_path / "red.png").unlink()
     buttons(generator, "Use these settings")[0].click()
-    assert "image (choose it again)" in generator.clips.message.value and generator.form.request.clip.image is None
+    assert "Image (choose it again)" in generator.clips.message.value and generator.form.request.clip.image is None
 
 
-def test_every_option_of_a_clip_has_a_control_by_its_declaration(generator):
-    controls = generator.form.controls
-    assert set(settings.options(ClipSettings)) - set(controls) == {
+def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
+    fields = generator.form.fields
+    assert set(settings.options(ClipSettings)) - set(fields) == {
         "prompt", "image", "adaptive_resolution", "resolution", "aspect_ratio"
     }  # fmt: skip
     for cls, names in ((ClipSettings, None), (LoadOptions, ("attention_type", "sla_topk", "quant_linear"))):
-        for name in names or (name for name in settings.options(cls) if name in controls):
-            assert controls[name].tooltip == settings.options(cls)[name].help
-    assert controls["num_frames"].max == settings.MAX_FRAMES
-    assert [value for _, value in controls["noise_device"].options] == ["cpu", "cuda"]
-    assert generator.form.folded.layout.display == "none"
-    fill(generator, more=True)
-    assert generator.form.folded.layout.display is None
-    assert controls["boundary"].disabled and generator.form.request.clip.boundary is None
-    fill(generator, sigma_max=1.0)
-    assert "sigma_max is 1.0. Expected" in generator.outlook.estimate.value
+        for name in names or (name for name in settings.options(cls) if name in fields):
+            assert fields[name].widget.tooltip == settings.options(cls)[name].help
+            assert settings.options(cls)[name].help in html.unescape(fields[name].box.children[1].value)
+    assert fields["num_frames"].widget.max == settings.MAX_FRAMES
+    assert [value for _, value in fields["noise_device"].widget.options] == ["cpu", "cuda"]
+    toggle, content = generator.form.advanced.children
+    assert content.layout.display == "none"
+    toggle.value = True
+    assert content.layout.display is None
+    assert fields["boundary"].widget.disabled and generator.form.request.clip.boundary is None
+
+
+def test_sagesla_is_offered_where_it_runs(generator):
+    field = generator.form.fields["attention_type"]
+    offered = [value for _, value in field.widget.options]
+    can = backends.choose("sagesla").chosen is not None
+    assert ("sagesla" in offered) == can and ("SageSLA cannot run here" in field.box.children[1].value) == (not can)
 
 
 @pytest.mark.parametrize("model", ["nope", "gone/mine.pth"])
@@ -351,16 +422,17 @@ def test_a_model_that_cannot_be_read_is_the_error_on_the_page(tmp_path, monkeypa
     words = f"unknown model {model!r}"
     monkeypatch.chdir(tmp_path)
     made = widgets.show("clips", model=model)
-    assert words in html.unescape(made.outlook.estimate.value)
+    assert made.run.generate.disabled
+    assert words in html.unescape(made.run.outlook.value)
     own = ("num_frames", "sigma_max", "boundary", "resolution")
     assert [getattr(made.form.outline.clip, name) for name in own] == [None] * 4
     assert made.form.outline.load.sla_topk is None
     fill(made, sigma_max=100.0)
     assert made.form.outline.clip.sigma_max == 100.0
     fill(made, model="nano")
-    assert made.form.controls["sigma_max"].value == made.form.spec.sigma_max
+    assert made.form.fields["sigma_max"].widget.value == made.form.spec.sigma_max
     fill(made, model=model)
-    assert words in html.unescape(made.outlook.estimate.value) and made.form.outline.clip.sigma_max is None
+    assert words in html.unescape(made.run.outlook.value) and made.form.outline.clip.sigma_max is None
     made.close()
 
 
@@ -375,7 +447,7 @@ def test_an_empty_optional_text_stands_for_none(runner, monkeypatch):
     monkeypatch.setattr(form, "MORE", (*form.MORE, "negative_prompt"))
     made = Generator(runner)
     fill(made, prompt="a large red circle")
-    assert isinstance(made.form.controls["negative_prompt"], w.Text) and 'role="alert"' not in page(made.root)
+    assert isinstance(made.form.fields["negative_prompt"].widget, w.Text) and 'role="alert"' not in page(made.root)
     for text, value in (("a cat", "a cat"), ("", None)):
         fill(made, negative_prompt=text)
         assert made.form.request.clip.negative_prompt == value
@@ -391,6 +463,7 @@ def test_typing_opens_no_file_and_a_choice_reads_a_checkpoint_once(runner, tmp_p
     path, reads, opened = write_upstream(tmp_path / "mine.pth"), [], []
     read = recognise.read
     monkeypatch.setattr(recognise, "read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(run, "KEEP_AFTER", 60)
     made = Generator(runner, path)
     assert made.form.spec.name == "mine" and reads == [path]
     for module, name in ((io, "open"), (builtins, "open"), (os, "open")):
@@ -459,9 +532,9 @@ def test_shown_again_it_finds_the_job_and_the_clips(tmp_path, nano, monkeypatch)
     first.runner.submit(Request.of("a red circle", num_frames=5, resolution="64x64", num_steps=4))
     second = widgets.show("clips")
     assert second.runner is first.runner and second is not first and first.root.comm is None
-    assert "<progress" in second.run.status.value or "Done" in second.run.status.value
+    assert "progressbar" in second.run.status.value or "Done" in second.run.status.value
     second.runner.wait(60)
-    assert len(second.clips.gallery.children) == 1 and second.run.result.outputs
+    assert len(second.clips.gallery.children) == 1 and second.result.result.outputs
     third = widgets.show("clips")
     assert len(third.clips.gallery.children) == 1 and "Done" in third.run.status.value
     third.close()
@@ -495,3 +568,189 @@ def test_without_ipywidgets_it_says_what_to_install():
 
 def test_no_front_end_outside_a_notebook():
     assert not widgets.has_front_end()
+
+
+def test_the_settings_come_back_when_the_cell_runs_again_and_after_a_restart(tmp_path, nano, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = widgets.show("clips")
+    seed = 2**60 + 1
+    fill(
+        first, prompt="a blue square", custom="64 x 64", resolution=CUSTOM, random_seed=False, seed=seed, sla_topk=0.005
+    )
+    second = widgets.show("clips")
+    second.run.keep()
+    widgets._shown.clear()  # as in another kernel
+    third = widgets.show("clips")
+    for made in (second, third):
+        request = made.form.request
+        assert (request.clip.prompt, request.clip.resolution, request.clip.seed) == ("a blue square", "64 x 64", seed)
+        assert request.load.sla_topk == 0.005 and not request.random_seed
+    fill(third, num_frames=6)  # a setting that cannot be used
+    fourth = widgets.show("clips")
+    assert fourth.form.request.clip.prompt == "a blue square"
+    fourth.close()
+
+
+@pytest.mark.parametrize(
+    "state", [{"prompt": "x", "model": "gone.pth"}, {"num_steps": 99}, {"loras": ["gone"]}, {"image": "gone.png"},
+              {"resolution": "5x5"}, {"seed": "x", "ode": 3, "loras": 5, "attention_type": "sagesla"}],
+)  # fmt: skip
+def test_settings_of_another_machine_do_not_stop_the_page(runner, state):
+    made = Generator(runner, state=state)
+    assert made.form.spec.name == "nano" and made.run.outlook.value
+    made.close()
+
+
+def test_presets_are_used_saved_and_deleted(generator):
+    bar, steps = generator.presets, generator.form.fields["num_steps"].widget
+    bar.choice.value = "fast"
+    assert steps.value == 2 and "half the time" in bar.note.value
+    bar.choice.value = "best"
+    assert steps.value == 4 and generator.form.request.load.sla_topk == 0.225
+    bar.name.value = "mine"
+    bar.save.click()
+    assert bar.choice.value == "mine" and presets.own()["mine"] == {
+        "resolution": "64x64",
+        "num_frames": 5,
+        "sla_topk": 0.225,
+    }
+    bar.choice.value = "normal"
+    fill(generator, prompt="a green square", num_frames=9, resolution=OWN)
+    assert generator.form.request.load.sla_topk is None
+    bar.choice.value = "mine"
+    request = generator.form.request
+    assert (request.clip.num_frames, request.clip.resolution, request.load.sla_topk) == (5, "64x64", 0.225)
+    assert request.clip.prompt == "a green square"
+    bar.name.value = "a/b"
+    bar.save.click()
+    assert "Expected up to" in bar.note.value
+    bar.choice.value = "mine"
+    bar.delete.click()
+    assert presets.own() == {} and bar.choice.value == ""
+
+
+def test_the_length_of_the_prompt_and_what_is_cut(generator):
+    wait_for(lambda: "of 512 tokens" in generator.form.prompt.hint.value)
+    fill(generator, prompt="a red circle " * 60 + "<b>")
+    hint = generator.form.prompt.hint.value
+    assert "the model reads 512" in hint and 'class="tnb-cut"' in hint and "&lt;b&gt;" in hint
+    assert "Why is there no negative prompt?" in hint
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def waiting(generator):
+    """The generator with a runner whose first clip waits"""
+    go, generate = threading.Event(), generator.runner._generate
+    generator.runner._generate = lambda *args, **more: go.wait(30) and generate(*args, **more)
+    generator.go = go
+    yield generator
+    go.set()
+
+
+def test_generate_adds_to_the_queue(waiting):
+    fill(waiting, prompt="a red circle\na blue square", random_seed=False)
+    assert waiting.form.prompt.lines.layout.display is None
+    waiting.form.prompt.lines.value = True
+    waiting.run.seeds.value = 2
+    assert waiting.run.generate.description == "Generate 4" and not waiting.run.generate.disabled
+    waiting.run.generate.click()
+    assert len(waiting.queue.rows.children) == 4 and "a blue square · seed 8" in page(waiting.queue.rows)
+    assert not waiting.run.generate.disabled  # more can be added
+    wait_for(lambda: "▶ a red circle" in page(waiting.queue.rows))
+    buttons(waiting, "Cancel")[-1].click()
+    assert len(waiting.queue.rows.children) == 3
+    waiting.queue.clear.click()
+    assert len(waiting.queue.rows.children) == 1
+    waiting.go.set()
+    waiting.runner.wait(60)
+    assert waiting.queue.card.layout.display == "none" and len(waiting.runner.gallery.clips()) == 1
+
+
+def test_a_long_queue_is_counted(waiting):
+    waiting.run.seeds.value = 20
+    waiting.run.generate.click()
+    assert len(waiting.queue.rows.children) == 8 and "and 12 more" in waiting.queue.note.value
+    waiting.queue.clear.click()
+
+
+def test_a_failed_job_stays_with_its_reason(generator):
+    generator.runner._generate = lambda *_, **__: (_ for _ in ()).throw(InputError("num_steps is <9>."))
+    make(generator)
+    assert "Steps is &lt;9&gt;." in page(generator.queue.rows) and generator.queue.card.layout.display is None
+    (dismiss,) = buttons(generator, "Dismiss")
+    dismiss.click()
+    assert generator.queue.rows.children == () and generator.queue.card.layout.display == "none"
+
+
+def test_the_queue_of_the_last_session_goes_on(runner, nano):
+    rows = QueueFile(runner.gallery.folder)
+    for name in "ab":
+        clip = {"prompt": "a red circle", "num_frames": 5, "num_steps": 1, "resolution": "64x64"}
+        rows.add(QueueRecord(id=name, status="waiting", clip=clip, load={"model": "nano"}))
+    rows.close()
+    made = Generator(runner)
+    assert made.queue.resume.description == "Continue 2 jobs of the last session"
+    made.queue.resume.click()
+    assert made.queue.resume.layout.display == "none"
+    runner.wait(60)
+    assert len(runner.gallery.clips()) == 2
+    made.close()
+
+
+def test_a_model_is_downloaded_by_its_button_alone(generator, monkeypatch):
+    card, go, begun = generator.models, threading.Event(), threading.Event()
+
+    def fetch(model, on_progress):
+        for done in range(0, 10**9, 10**8):
+            on_progress(hub.Progress(file=None, stage="fetch", file_done=done, done=done, total=10**9))
+            begun.set()
+        go.wait(30)
+        raise DownloadError("num_steps is lost")
+
+    assert card.download.layout.display == "none" and "comes with turbo_nb" in card.facts.value
+    monkeypatch.setattr(ResolvedModel, "fetch", fetch)
+    monkeypatch.setattr(hub_cache, "free_bytes", lambda: 10**12)
+    fill(generator, model="TurboWan2.1-T2V-1.3B-480P")
+    facts = html.unescape(card.facts.value)
+    assert "832×480 from text" in facts and "to download, 1.0 TB free" in facts and "licence Apache-2.0" in facts
+    assert "needs a GPU" in facts and card.download.description == "Download 14.4 GB"
+    assert generator.run.generate.disabled and "Press Download first (14.4 GB)" in generator.run.outlook.value
+    card.download.click()
+    begun.wait(30)
+    card.show_download()
+    assert "900.0 MB of 1.0 GB" in card.progress.value and 'aria-valuenow="90"' in card.progress.value
+    assert card.download.disabled and card.cancel.layout.display is None
+    go.set()
+    generator.runner.downloading.wait(30)
+    assert "Steps is lost" in card.progress.value and card.cancel.layout.display == "none"
+    monkeypatch.setattr(hub_cache, "free_bytes", lambda: 10**9)
+    card.show()
+    assert card.download.disabled and "too little" in card.facts.value
+
+
+def test_models_are_compared(generator):
+    assert generator.models.table.value == ""
+    generator.models.compare.toggle.value = True
+    rows = re.findall(r'scope="row">([^<]*)', generator.models.table.value)
+    assert rows[0] == "nano" and "TurboWan2.2-I2V-A14B-720P (8-bit)" in rows and len(rows) == 9
+
+
+def test_every_widget_answers_on_the_subshell_of_its_page(generator):
+    make(generator)
+    manager = comm.get_comm_manager()
+    for one in family(generator.root):
+        if type(one) in (w.Button, w.Text, w.Dropdown, w.Checkbox, w.Textarea):
+            registered = manager.get_comm(one.comm.comm_id)
+            assert registered.target_name == "jupyter.widget" and not hasattr(registered, "_reply_subshell_for")
+    seen = []
+    generator.run.generate.on_msg(lambda widget, content, buffers: seen.append(content))
+    data = {"method": "custom", "content": {"event": "none"}}
+    manager.get_comm(generator.run.generate.comm.comm_id).handle_msg({"content": {"data": data}, "buffers": []})
+    assert seen == [{"event": "none"}]

@@ -37,10 +37,12 @@ def label_of(name: str) -> str:
 
 def in_page_words(text: str) -> str:
     """Return a message with the page's labels in place of the names of options and flags."""
-    for name in {**settings.options(LoadOptions), **settings.options(ClipSettings)}:
-        spelled, label = "[-_]".join(name.split("_")), label_of(name)
-        text = re.sub(rf" ?\(--{spelled}\)", "", text)
-        text = re.sub(rf"--{spelled}\b", label, text)
+    for name, option in {**settings.options(LoadOptions), **settings.options(ClipSettings)}.items():
+        label = label_of(name)
+        for flag in filter(None, (option.flag, f"--{name}")):
+            spelled = re.sub("(?<!^)(?<!-)[-_]", "[-_]", flag)
+            text = re.sub(rf" ?\({spelled}\)", "", text)
+            text = re.sub(rf"{spelled}\b", label, text)
         text = re.sub(rf"^{name}(?= is )", label, text)  # only there, because many names are English words as well
         if "_" in name:
             text = re.sub(rf"\b{name}\b", label, text)

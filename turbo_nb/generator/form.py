@@ -36,12 +36,13 @@ class Form:
         runner: resolves the models.
         model: the model chosen at first.
 
-    `fields` are the controls that stand for one option each, by its name. The form calls `on_change` when anything has
-    changed, and `on_model` when another model is chosen.
+    `fields` are the controls that stand for one option each, by its name. The form calls `on_prompt` when the prompt has
+    changed, `on_change` when anything else has, and `on_model` when another model is chosen.
     """
 
     def __init__(self, runner: JobRunner, model: Weights = "auto"):
         self.on_change: Callable[[], None] = lambda: None
+        self.on_prompt: Callable[[], None] = lambda: None
         self.on_model: Callable[[], None] = lambda: None
         self.spec: ModelSpec | None = None  # None: the model cannot be read
         self._runner, self._holds = runner, 0
@@ -50,7 +51,7 @@ class Form:
         self.show_model()
 
     def _build(self, model: Weights) -> None:
-        self.prompt, self.image = PromptInput(self._runner, self._changed), ImageInput(self._changed)
+        self.prompt, self.image = PromptInput(self._runner, self._prompt_changed), ImageInput(self._changed)
         entries, chosen = self._models(model)
         self.model = styled(w.Dropdown, "Model", options=entries, value=chosen)
         self.resolution = styled(w.Dropdown, "Size", options=[("", OWN)])
@@ -190,6 +191,10 @@ class Form:
             self._holds -= 1
         self._changed()
 
+    def _prompt_changed(self) -> None:
+        if not self._holds:
+            self.on_prompt()
+
     def _changed(self) -> None:
         if self._holds:
             return
@@ -216,10 +221,10 @@ class Form:
         self.on_model()
 
     def _show_spec(self, spec: ModelSpec) -> None:
-        size, chosen = "{}x{}".format(*spec.size), self.resolution.value
+        size = "{}x{}".format(*spec.size)
         names = [(name, name) for name in catalog.RESOLUTIONS]
         self.resolution.options = [(f"the model's: {size}", OWN), *names, ("other…", CUSTOM)]
-        self.resolution.value = OWN if chosen is None else chosen
+        self.resolution.value = OWN
         for name, field in self.fields.items():
             if (own := getattr(spec, name, None)) is not None:
                 field.show_own(own)

@@ -48,6 +48,7 @@ class PromptInput:
     def __init__(self, runner: JobRunner, changed: Callable[[], None]):
         self._runner, self._changed = runner, changed
         self._spec: ModelSpec | None = None
+        self._options = LoadOptions()
         self._tokenizer = None
         self.text = styled(
             w.Textarea,
@@ -73,14 +74,19 @@ class PromptInput:
 
     def show_model(self, spec: ModelSpec, options: LoadOptions) -> None:
         """Show what suits a model, and read its tokenizer in the background."""
-        self._spec, self._tokenizer = spec, None
+        self._spec, self._options, self._tokenizer = spec, options, None
         examples = EXAMPLES["wan" if spec.vocabulary is None else "nano"]
         shown = [(text if len(text) < 80 else text[:78] + "…", text) for text in examples]
         self.examples.options = [("choose one…", ""), *shown]
         if not self.text.value:
             self.text.value = examples[0]
-        threading.Thread(target=self._read_tokenizer, args=(spec, options), daemon=True).start()
+        self.read_tokenizer()
         self.show()
+
+    def read_tokenizer(self) -> None:
+        """Read the model's tokenizer in the background, if it is on the disk."""
+        if self._spec is not None:
+            threading.Thread(target=self._read_tokenizer, args=(self._spec, self._options), daemon=True).start()
 
     def show(self) -> None:
         """Show what there is to say about the text."""

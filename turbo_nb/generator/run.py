@@ -33,7 +33,9 @@ class RunPanel:
     """
 
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
-        self._runner, self._form, self._keeping = runner, form, None
+        self._runner, self._form = runner, form
+        self._outlook: Outlook | None = None
+        self._keeping: threading.Timer | None = None
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
         self.seeds = w.BoundedIntText(
@@ -62,11 +64,18 @@ class RunPanel:
         self._form.seed_of(jobs[0].request.clip.seed)
         return True
 
-    def update(self) -> None:
-        """Show what the clip will take, because the form or the loaded model has changed, or why it cannot be made."""
+    def update(self, prompt_only: bool = False) -> None:
+        """Show what the clip will take, or why it cannot be made.
+
+        Args:
+            prompt_only: only the prompt has changed, which changes neither size nor time.
+        """
         form = self._form
         try:
-            outlook = self._runner.outlook(form.outline, form.image.size)
+            if not (prompt_only and self._outlook):
+                self._outlook = None
+                self._outlook = self._runner.outlook(form.outline, form.image.size)
+            outlook = self._outlook
             problem = _problem(outlook, form)
         except TurboNbError as error:
             self.generate.disabled = True

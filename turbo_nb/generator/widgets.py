@@ -97,6 +97,7 @@ class Generator:
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
         form.on_change, form.on_model = self.run.update, self._on_model
+        form.on_prompt = lambda: self.run.update(prompt_only=True)
         self._closed = threading.Event()
         self._stop = runner.listen(self._on_change)
         answer_on_any_page(self.root)
@@ -131,7 +132,9 @@ class Generator:
     def _on_change(self, change: Job | Download) -> None:
         """Show a change of a job or a download; their threads call this"""
         if isinstance(change, Download):
-            self.form.show_model()
+            self.models.show()
+            self.form.prompt.read_tokenizer()
+            self.run.update()
         else:
             self.queue.show()
             if change is self.runner.job:
