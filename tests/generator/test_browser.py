@@ -57,6 +57,7 @@ def lab(tmp_path, nano):
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
+    folders["TURBO_NB_CONFIG"] = str(tmp_path / "presets")
     server = subprocess.Popen(
         [
             sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
@@ -96,21 +97,38 @@ def page():
         browser.close()
 
 
-def test_a_person_at_the_generator(page, lab, tmp_path):
-    from playwright.sync_api import expect
+@pytest.fixture
+def shots(tmp_path):
+    return Path(os.environ.get("TURBO_NB_SCREENSHOTS") or tmp_path)
 
-    shots = Path(os.environ.get("TURBO_NB_SCREENSHOTS") or tmp_path)
-    generate = page.get_by_role("button", name="Generate", exact=True)
-    cancel = page.get_by_role("button", name="Cancel", exact=True)
-    clips = page.get_by_role("button", name="Use these settings")
 
-    def command(name: str) -> None:
-        page.evaluate(f"() => {{ window.jupyterapp.commands.execute({name!r}) }}")
+ROLES = "button|textbox|combobox|spinbutton|checkbox|tab|link|progressbar"
 
-    def opened() -> None:
-        page.wait_for_function("window.jupyterapp && window.jupyterapp.restored.then(() => true)")
-        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
-        page.evaluate(
+
+class Notebook:
+    """Notebook 04 on a page, as a person sees it."""
+
+    def __init__(self, page, address: str):
+        self.page, self.tnb = page, page.locator(".tnb")
+        self.generate = page.get_by_role("button", name=re.compile("^Generate( [0-9]+)?$"))
+        self.cancel = page.get_by_role("button", name="Cancel", exact=True).first
+        self.clips = page.get_by_role("button", name="Use these settings")
+        page.goto(address)
+        self.opened()
+        self.command("application:toggle-left-area")
+        self.command("notebook:run-all-cells")
+        self.generate.wait_for()
+        self.says("Ready.")
+
+    def command(self, name: str, **arguments) -> None:
+        script = "([name, arguments]) => { window.jupyterapp.commands.execute(name, arguments) }"
+        self.page.evaluate(script, [name, arguments])
+
+    def opened(self) -> None:
+        """Wait until the notebook is connected to its kernel"""
+        self.page.wait_for_function("window.jupyterapp && window.jupyterapp.restored.then(() => true)")
+        self.page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        self.page.evaluate(
             """async () => {
                 const panel = window.jupyterapp.shell.currentWidget;
                 await panel.context.ready;
@@ -120,52 +138,50 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
             }"""
         )
 
-    def shoot(name: str) -> None:
-        page.locator(".tnb").screenshot(path=shots / f"04-{name}.png")
+    def reload(self) -> None:
+        self.page.reload()
+        self.opened()
+        self.generate.wait_for()
 
-    def play(count: int) -> None:
-        """All videos can be played; they are, slowly from their middle, and the browser takes its controls away"""
-        videos = "[...document.querySelectorAll('.tnb video')]"
-        page.wait_for_function(f"n => {videos}.filter(v => v.readyState >= 2).length == n", arg=count)
-        middle = "v.currentTime = v.duration / 2, v.playbackRate = 1 / 16, v.play()"
-        page.evaluate(f"() => Promise.all({videos}.map(v => ({middle})))")
-        page.wait_for_function(f"() => {videos}.every(v => v.currentTime > v.duration / 2 && v.readyState >= 2)")
-        page.wait_for_timeout(3500)
+    def says(self, text: str) -> None:
+        self.tnb.get_by_text(text).first.wait_for()
 
-    def says(text: str) -> None:
-        page.locator(".tnb").get_by_text(text).first.wait_for()
+    def fill(self, label: str, text: str) -> None:
+        self.tnb.get_by_label(label, exact=True).fill(text)
+        self.page.keyboard.press("Tab")
 
-    page.goto(lab)
-    opened()
-    command("application:toggle-left-area")
-    command("notebook:run-all-cells")
-    generate.wait_for()
-    says("Ready.")
-    shoot("idle")
+    def nameless(self) -> list[str]:
+        """Controls without an accessible name"""
+        return re.findall(rf"- (?:{ROLES})\b(?! \")[^\n]*", self.tnb.aria_snapshot())
+
+    def wait_for_clips(self, count: int) -> None:
+        self.page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length == n", arg=count)
+
+
+@pytest.fixture
+def notebook(page, lab):
+    return Notebook(page, lab)
+
+
+def test_a_person_at_the_generator(page, notebook, shots):
+    tnb, generate = notebook.tnb, notebook.generate
+    tnb.screenshot(path=shots / "04-idle.png")
+    assert page.get_by_text("If the generator does not show here").is_hidden()
 
     # every control has a name, and the keyboard alone makes a clip
-    page.get_by_label("Prompt").fill("a small cyan triangle growing on a navy background")
-    page.get_by_role("tab", name="Text to video").focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    says("it makes videos from text alone")
-    named = page.locator(".tnb").aria_snapshot()
-    roles = "button|textbox|combobox|spinbutton|checkbox|tab|link"
-    assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", named), named
-    page.get_by_role("tab", name="Text to video").click()
-    page.get_by_role("button", name="More settings").press("Enter")
+    page.get_by_label("Prompt", exact=True).fill("a small cyan triangle growing on a navy background")
+    assert notebook.nameless() == []
+    page.get_by_role("button", name="Advanced settings").press("Enter")
     page.get_by_label("Noise device").wait_for()
     page.get_by_role("checkbox", name="ODE").wait_for()
-    assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", page.locator(".tnb").aria_snapshot())
-    shoot("more")
-    page.get_by_role("button", name="Fewer settings").click()
-    page.get_by_label("Noise device").wait_for(state="hidden")
+    notebook.says("Share of the key blocks that SLA attends to")
+    page.get_by_role("button", name="LoRAs ▸").press("Enter")
     page.get_by_role("button", name="Add LoRA").press("Enter")
     strength = page.get_by_role("spinbutton", name="Strength 1 as a number")
     strength.fill("0.33")
     strength.press("Tab")
-    assert not re.findall(rf"- (?:{roles})\b(?! \")[^\n]*", page.locator(".tnb").aria_snapshot())
-    shoot("lora")
+    assert notebook.nameless() == []
+    tnb.screenshot(path=shots / "04-more.png")
     assert strength.input_value() == "0.33"
     slider = page.get_by_role("slider")  # which the kernel moves after the number
     page.wait_for_function("s => s.getAttribute('aria-valuenow') < 0.5", arg=slider.element_handle())
@@ -173,45 +189,86 @@ def test_a_person_at_the_generator(page, lab, tmp_path):
     page.wait_for_function("n => n.value == '0.4'", arg=strength.element_handle())
     page.get_by_role("button", name="Remove").press("Enter")
     strength.wait_for(state="detached")
+    page.get_by_role("button", name="Advanced settings").press("Enter")
     generate.focus()
     page.keyboard.press("Enter")
-    page.get_by_role("img", name="Preview of the clip being made").wait_for()
     page.get_by_role("progressbar", name="Progress of the clip").wait_for()
-    shoot("running")
-    says("Done with seed")
-    clips.first.wait_for()
-    play(len(EARLIER) + 2)
-    shoot("finished")
+    page.get_by_role("img", name="Preview of the clip being made").wait_for()
+    assert notebook.nameless() == []
+    tnb.screenshot(path=shots / "04-running.png")
+    notebook.says("Done with seed")
+    notebook.wait_for_clips(len(EARLIER) + 1)
+    large = page.locator(".tnb-large video")
+    page.wait_for_function("v => !v.paused && v.loop && v.currentTime > 0", arg=large.element_handle())
+    page.wait_for_timeout(3500)  # until the browser takes its controls away
+    tnb.screenshot(path=shots / "04-finished.png")
 
     # another is cancelled
-    page.get_by_label("Frames").fill("121")
-    page.keyboard.press("Tab")
-    says("121 frames of")
+    notebook.fill("Frames", "121")
+    notebook.says("121 frames of")
     generate.click()
-    cancel.click()
-    says("Cancelled; nothing was written")
-    assert clips.count() == len(EARLIER) + 1
+    notebook.says("▶ a small cyan triangle")
+    notebook.cancel.click()
+    notebook.says("Cancelled; nothing was written")
+    assert notebook.clips.count() == len(EARLIER) + 1
 
     # an error in words
-    page.get_by_label("Frames").fill("6")
-    page.keyboard.press("Tab")
-    says("num_frames is 6")
-    generate.click()
-    page.locator(".tnb").get_by_text("Cancelled; nothing was written").wait_for(state="detached")
+    notebook.fill("Frames", "6")
+    notebook.says("Frames is 6")
     alert = page.locator(".tnb [role=alert]")
-    expect(alert).to_have_count(1)
-    assert alert.inner_text() == "num_frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."
-    shoot("error")
+    assert alert.inner_text() == "Frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5." and generate.is_disabled()
+    tnb.screenshot(path=shots / "04-error.png")
 
-    # a reloaded page finds the running clip, and then both
-    page.get_by_label("Frames").fill("49")
-    page.keyboard.press("Tab")
-    says("49 frames of")
-    command("docmanager:save")
-    generate.click()
-    says("Load")
-    page.reload()
-    opened()
-    says("Done with seed")
-    page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length == n", arg=len(EARLIER) + 2)
-    assert clips.count() == len(EARLIER) + 2
+
+def test_the_page_outlives_reloads_while_a_clip_runs(page, notebook):
+    """A reload takes the page's subshell away, and a close its tab; the widgets answer the next page all the same"""
+    notebook.command("docmanager:save")
+    notebook.fill("Frames", "49")
+    notebook.says("49 frames of")
+    for count in range(1, 4):
+        notebook.generate.click()
+        notebook.says("so far")
+        if count == 2:
+            address = page.url
+            page.goto("about:blank")
+            page.goto(address)
+            notebook.opened()
+        else:
+            notebook.reload()
+        notebook.wait_for_clips(len(EARLIER) + count)
+    notebook.fill("Frames", "9")
+    notebook.says("9 frames of")
+
+
+def test_the_queue_on_the_page(page, notebook, shots):
+    notebook.fill("Frames", "49")
+    notebook.fill("Clips", "3")
+    page.get_by_role("button", name="Generate 3").click()
+    notebook.says("▶ a large red circle")
+    tnb = notebook.tnb
+    assert tnb.locator(".tnb-job").count() == 3 and notebook.nameless() == []
+    tnb.screenshot(path=shots / "04-queue.png")
+    tnb.locator(".tnb-job").nth(1).get_by_role("button").click()
+    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 2")
+    page.get_by_role("button", name="Clear the queue").click()
+    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length <= 1")
+    notebook.wait_for_clips(len(EARLIER) + 1)
+
+
+@pytest.mark.parametrize("theme", ["Light", "Dark"])
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (800, 1)])
+def test_the_layout(page, notebook, shots, theme, width, columns):
+    notebook.command("apputils:change-theme", theme=f"JupyterLab {theme}")
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_timeout(2000)
+    notebook.tnb.evaluate("one => one.scrollIntoView()")
+    page.wait_for_timeout(500)
+    page.screenshot(path=shots / f"04-{width}-{theme.lower()}.png")
+    style = "one => getComputedStyle(one).gridTemplateColumns.split(' ').length"
+    assert page.locator(".tnb-columns").evaluate(style) == columns
+    box = notebook.generate.bounding_box()
+    assert box["y"] > 0 and box["y"] + box["height"] < 900
+    assert page.locator(".tnb").evaluate("one => one.scrollWidth <= one.clientWidth + 1")
+    dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
+    light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128
+    assert light == (theme == "Dark")

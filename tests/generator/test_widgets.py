@@ -633,7 +633,7 @@ def test_the_length_of_the_prompt_and_what_is_cut(generator):
     wait_for(lambda: "of 512 tokens" in generator.form.prompt.hint.value)
     fill(generator, prompt="a red circle " * 60 + "<b>")
     hint = generator.form.prompt.hint.value
-    assert "the model reads 512" in hint and 'class="tnb-cut"' in hint and "&lt;b&gt;" in hint
+    assert "The model reads 512" in hint and 'class="tnb-cut"' in hint and "&lt;b&gt;" in hint
     assert "Why is there no negative prompt?" in hint
 
 

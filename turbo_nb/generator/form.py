@@ -36,8 +36,8 @@ class Form:
         runner: resolves the models.
         model: the model chosen at first.
 
-    `fields` are the controls that stand for one option each, by its name. The form calls `on_prompt` when the prompt has
-    changed, `on_change` when anything else has, and `on_model` when another model is chosen.
+    `fields` are the controls that stand for one option each, by its name. The form calls `on_prompt` when the prompt
+    has changed, `on_change` when anything else has, and `on_model` when another model is chosen.
     """
 
     def __init__(self, runner: JobRunner, model: Weights = "auto"):

@@ -75,7 +75,7 @@ class ModelCard:
     def _show_table(self) -> None:
         host = environment.memory().available
         rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
-        head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "makes", "here", "disk"))
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "on this machine", "disk"))
         self.table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
@@ -118,8 +118,8 @@ def _row(fit: fits.Fit) -> str:
     name = fit.model + (" (8-bit)" if fit.int8 else "")
     disk = "on disk" if fit.downloaded else f"{decimal(fit.to_fetch)} to download"
     here = ("✓ " if fit.fits else "✗ ") + fit.text + (f"; {fit.time}" if fit.time else "")
-    cells = (makes(spec), here, disk)
-    return f'<tr><th scope="row">{html.escape(name)}</th>' + "".join(f"<td>{html.escape(one)}</td>" for one in cells)
+    title = f'<th scope="row">{html.escape(name)}{paragraph(makes(spec), "tnb-help")}</th>'
+    return f"<tr>{title}" + "".join(f"<td>{html.escape(one)}</td>" for one in (here, disk)) + "</tr>"
 
 
 def _progress(download: Download) -> str:

@@ -34,8 +34,11 @@ STYLE = """<style>
 .tnb details { margin: 2px 0; }
 .tnb summary { cursor: pointer; }
 .tnb .tnb-cut { background: #c6282830; text-decoration: line-through; overflow-wrap: anywhere; }
-.tnb textarea { font-size: 1.05em; line-height: 1.4; resize: vertical; }
+.tnb .widget-textarea textarea { font: inherit; font-size: 1.1em; line-height: 1.4; resize: vertical; }
+.tnb input, .tnb select, .tnb textarea, .tnb button { border-radius: 6px; }
 .tnb .tnb-go { height: 36px; min-width: 140px; font-weight: 600; }
+.tnb .tnb-fold > button { background: none; text-align: left; padding: 0 2px; font-weight: 600; box-shadow: none; }
+.tnb .tnb-fold > button:hover { background: var(--tnb-soft); }
 .tnb .tnb-bar { height: 10px; border-radius: 99px; background: var(--tnb-soft); overflow: hidden; margin: 6px 0; }
 .tnb .tnb-bar > div { height: 100%; border-radius: 99px; background: var(--tnb-accent); transition: width 1s linear; }
 .tnb .tnb-model { padding: 8px 12px; background: var(--tnb-soft); border-radius: 8px; }
@@ -46,6 +49,7 @@ STYLE = """<style>
 .tnb th, .tnb td { text-align: left; vertical-align: top; padding: 3px 8px 3px 0;
   border-top: 1px solid var(--tnb-line); }
 .tnb .tnb-job { border-top: 1px solid var(--tnb-line); padding: 3px 0; align-items: center; }
+.tnb .tnb-job > .widget-html { overflow: hidden; }
 .tnb .tnb-line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .tnb .tnb-stage { background: var(--tnb-soft); border-radius: 8px; min-height: 220px; display: flex;
   align-items: center; justify-content: center; text-align: center; padding: 16px; box-sizing: border-box; }
@@ -144,6 +148,7 @@ def fold(text: str, content: w.Widget, tooltip: str) -> w.VBox:
     toggle.observe(show, "value")
     show()
     box = w.VBox([toggle, content])
+    box.add_class("tnb-fold")
     box.toggle = toggle
     return box
 

@@ -11,7 +11,7 @@ from ..catalog import ModelSpec
 from ..errors import TurboNbError
 from ..settings import ClipSettings, LoadOptions
 from ..text.embedding_cache import TEXT_LENGTH
-from ..text.prompt_encoder import length
+from ..text.prompt_encoder import Length, length
 from .controls import styled
 from .jobs import JobRunner
 from .page import paragraph
@@ -92,10 +92,11 @@ class PromptInput:
         """Show what there is to say about the text."""
         several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
         self.lines.layout.display = None if several else "none"
-        self.hint.value = self._advice() + self._length() + NO_NEGATIVE
+        self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
         self._changed()
 
     def _advice(self) -> str:
+        """Return what suits the model, and the tokens of the longest prompt"""
         if self._spec is None:
             return ""
         if self._spec.vocabulary is None:
@@ -104,19 +105,17 @@ class PromptInput:
             words = f"{self._spec.name} knows moving shapes: size, colour, shape, motion and background."
         else:
             words = f"{self._spec.name} only knows moving shapes. Name a shape and its colour, as the examples do."
-        return paragraph(words, "tnb-dim")
+        return words if self._tokenizer is None else f"{words} {self._longest().tokens} of {TEXT_LENGTH} tokens."
 
-    def _length(self) -> str:
-        """Return the tokens of the longest prompt, and its words that are not read"""
-        if self._tokenizer is None:
+    def _lost(self) -> str:
+        """Return the words that the model does not read"""
+        if self._tokenizer is None or not (lost := self._longest().lost):
             return ""
-        longest = max((length(prompt, self._tokenizer) for prompt in self.prompts), key=lambda one: one.tokens)
-        if not longest.lost:
-            return paragraph(f"{longest.tokens} of {TEXT_LENGTH} tokens", "tnb-dim")
-        return (
-            f'<p role="status">{longest.tokens} tokens, and the model reads {TEXT_LENGTH}. It does not read: '
-            f'<span class="tnb-cut">{html.escape(longest.lost)}</span></p>'
-        )
+        words = f"The model reads {TEXT_LENGTH} tokens. It does not read:"
+        return f'<p role="status">{words} <span class="tnb-cut">{html.escape(lost)}</span></p>'
+
+    def _longest(self) -> Length:
+        return max((length(prompt, self._tokenizer) for prompt in self.prompts), key=lambda one: one.tokens)
 
     def _read_tokenizer(self, spec: ModelSpec, options: LoadOptions) -> None:
         try:
