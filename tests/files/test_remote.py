@@ -243,7 +243,7 @@ def test_download_follows_a_branch_and_loading_does_not(hub, cache, repository):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_single_file(hub, cache, monkeypatch, parts, name, file):
+def test_a_single_file(hub, cache, monkeypatch, caplog, parts, name, file):
     hub.add("o/r", {name: file(), "README.md": b""})
     monkeypatch.setattr(remote, "HEAD", 1 << 16)  # so that the file is larger than its head
     monkeypatch.setattr(remote, "TAIL", 1 << 16)
@@ -252,7 +252,10 @@ def test_a_single_file(hub, cache, monkeypatch, parts, name, file):
     assert bytes_sent(hub, "o/r") < 0.5 * len(hub.repos["o/r"][name])
     if "/" not in name:
         assert found("o/r", **parts).downloads == model.downloads
-    after = model.fetch()
+    assert 0.4 * len(hub.repos["o/r"][name]) < model.to_fetch < 1.1 * len(hub.repos["o/r"][name])
+    with caplog.at_level("INFO", "turbo_nb"):
+        after = model.fetch()
+    assert "1 files" in caplog.text and "to fetch" in caplog.text  # before the first byte
     assert hub.fetched() == [Path(name).name] and after.identity == model.identity
     assert torch.equal(after.transformers[0].tensors["blocks.1.attn2.to_q.weight"].bfloat16(),
                        state()["blocks.1.attn2.to_q.weight"])  # fmt: skip

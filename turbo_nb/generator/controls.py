@@ -78,7 +78,7 @@ class Field:
 
     @property
     def value(self) -> Any:
-        """The option's value, None for the model's own or the default. Raises InputError for text that is none."""
+        """The option's value, None for the model's own or the default. Raises InputError for unreadable text."""
         value = self.widget.value
         if self.widget.disabled or value in ("", self.own):
             return None

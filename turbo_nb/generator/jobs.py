@@ -468,7 +468,7 @@ class JobRunner:
             )
 
     def _kept(self, image: Any) -> Any:
-        """Return a picture's path; one that has none is saved beside the clips under a name by its content"""
+        """Return a picture's path. A picture without a path is saved beside the clips, under a name by its content"""
         if image is None or isinstance(image, str | Path):
             return image
         from ..video import images
