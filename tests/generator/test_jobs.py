@@ -1,5 +1,6 @@
 """Jobs in the background with nano: progress, preview, cancelling, errors in words, and finding them again."""
 
+import io
 import threading
 import time
 import warnings
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from turbo_nb import catalog, generation
 from turbo_nb.batch import queue
@@ -271,8 +273,23 @@ def test_a_model_without_colours_learns_them_from_its_first_clip(tmp_path, nano,
     made = JobRunner(tmp_path, load=lambda *_, **__: nano)
     previews = []
     made.listen(lambda job: previews.append(job.preview))
+    assert made.outlook(Request.of(**SMALL)).has_preview
+    clip = made.make(**SMALL)
+    with Image.open(io.BytesIO(next(filter(None, reversed(previews))))) as shown:
+        shown.seek(1)
+        small = np.asarray(shown.convert("RGB")).astype(float)
+    frames = mp4.read_frames(clip.path, 64, 64)[1:5].astype(float)
+    assert np.abs(small - frames.mean(0).reshape(8, 8, 8, 8, 3).mean((1, 3))).mean() < 20
+
+
+def test_a_plan_that_offloads_has_its_preview_after_the_first_clip(tmp_path, nano, monkeypatch):
+    monkeypatch.setitem(vars(catalog.NANO), "preview", None)
+    made = JobRunner(tmp_path, load=lambda *_, **__: nano)
+    monkeypatch.setattr(nano.turbo_nb, "plan", replace(nano.turbo_nb.plan, offload="group"))
+    previews = []
+    made.listen(lambda job: previews.append(job.preview))
     made.make(**SMALL)
-    assert not any(previews) and made.outlook(Request.of(**SMALL)).has_preview
+    assert not any(previews)
     made.make(**SMALL)
     assert any(previews)
 

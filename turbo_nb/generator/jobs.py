@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import catalog, generation, pipeline, settings, sla
 from ..batch.queue import QueueFile, QueueRecord
@@ -38,8 +38,12 @@ from ..video import preview
 from ..video.gallery import Clip, Gallery
 from .downloads import Download
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger("turbo_nb")
 RANDOM_SEEDS = 2**31
+PART = 32  # sides of the part of a latent frame from which colours are learned before the first clip is decoded
 IMAGES = "images"  # folder of the pictures that were uploaded, because a job needs its picture after a restart, too
 STATUS = {"waiting": "waiting", "running": "running", "finished": "done", "failed": "failed", "cancelled": "cancelled"}
 
@@ -372,7 +376,8 @@ class JobRunner:
             memory=memory,
             time=generation.outlook(resolved, clip, self.model.plan.name if loaded else memory.name),
             loaded=loaded,
-            has_preview=self._factors() is not None if loaded else _has_known_colours(resolved),
+            has_preview=memory.offload == "none"
+            or (self._factors() is not None if loaded else _has_known_colours(resolved)),
             to_fetch=resolved.to_fetch if resolved.downloads else 0,
             notes=notes,
         )
@@ -536,7 +541,7 @@ class JobRunner:
         def after_step(done: int, total: int, latents) -> None:
             nonlocal denoised
             denoised = model.pipeline.scheduler.denoised
-            if factors := self._factors():
+            if factors := self._factors() or self._learn_early(denoised):
                 job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
@@ -603,6 +608,18 @@ class JobRunner:
         """Return the colours of the loaded model's latents: known ones, or those learned from its first clip"""
         config = self.model.pipeline.vae.config
         return preview.factors_for(self.model.spec, config) or self._learned.get(self._vae_key())
+
+    def _learn_early(self, denoised: "torch.Tensor") -> list[list[float]] | None:
+        """Learn the colours of the latents (1, C, T, h, w) from a decoded part of their first frame.
+
+        A plan that offloads models would move the transformer for it, so there the first clip has no preview.
+        """
+        if self.model.plan.offload != "none":
+            return None
+        top, left = (max(0, (side - PART) // 2) for side in denoised.shape[-2:])
+        part = denoised[:, :, :1, top : top + PART, left : left + PART]
+        frames = generation.decode(self.model.pipeline, part)
+        return preview.fit_preview(part, frames)
 
     def _vae_key(self) -> tuple:
         return tuple(self.model.pipeline.vae.config.latents_mean)
