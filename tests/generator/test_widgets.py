@@ -661,9 +661,9 @@ def test_generate_adds_to_the_queue(waiting):
     waiting.run.seeds.value = 2
     assert waiting.run.generate.description == "Generate 4" and not waiting.run.generate.disabled
     waiting.run.generate.click()
-    assert len(waiting.queue.rows.children) == 4 and "a blue square · seed 8" in page(waiting.queue.rows)
+    assert len(waiting.queue.rows.children) == 4 and "seed 8 · a blue square" in page(waiting.queue.rows)
     assert not waiting.run.generate.disabled  # more can be added
-    wait_for(lambda: "▶ a red circle" in page(waiting.queue.rows))
+    wait_for(lambda: "▶ seed 7 · a red circle" in page(waiting.queue.rows))
     buttons(waiting, "Cancel")[-1].click()
     assert len(waiting.queue.rows.children) == 3
     waiting.queue.clear.click()

@@ -59,12 +59,15 @@ STYLE = """<style>
 .tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; border-radius: 4px; }
 .tnb .tnb-prompt { overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; }
-.jp-OutputArea:has(.tnb) .tnb-advice { display: none; }
+.tnb-advice { border-left: 4px solid #ef6c00; padding: 6px 10px; background: #ef6c0018; }
+.jp-OutputArea:has(.tnb:not(.jupyter-widgets-disconnected)) .tnb-advice { display: none; }
+.tnb.jupyter-widgets-disconnected { opacity: .45; pointer-events: none; }
+.tnb.jupyter-widgets-disconnected::before, .tnb .jupyter-widgets-disconnected::before { display: none; }
 </style>"""
-# stands under the page, and shows only where the page is gone, as it is after a restart of the kernel
+# stands above the page, and shows only where the page is gone or cut off, as it is after a restart of the kernel
 ADVICE = (
-    '<p class="tnb-advice">If the generator does not show here, its kernel has ended. Run this cell again: the prompt, '
-    "the settings and the clips are kept.</p>"
+    '<p class="tnb-advice">The generator\'s kernel has ended. Run this cell again: the prompt, the settings, the clips '
+    "and the queue are kept.</p>"
 )
 
 

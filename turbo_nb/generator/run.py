@@ -35,6 +35,7 @@ class RunPanel:
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
         self._runner, self._form = runner, form
         self._outlook: Outlook | None = None
+        self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
@@ -99,12 +100,11 @@ class RunPanel:
         if job is None:
             self.status.value = '<p role="status" class="tnb-dim">Ready.</p>'
             return
-        self.cancel.disabled = not job.running or job.cancelling.is_set()
-        self.status.value = _status(job)
-        picture = job.preview if job.running else None
-        shown = image_tag(picture, "webp", "Preview of the clip being made") if picture else ""
-        if shown != self.preview.value:  # because a picture is large
-            self.preview.value = shown
+        with self._showing:
+            self.cancel.disabled = not job.running or job.cancelling.is_set()
+            self.status.value = _status(job)
+            picture = job.preview if job.running else None
+            self.preview.value = image_tag(picture, "webp", "Preview of the clip being made") if picture else ""
 
     def _keep(self) -> None:
         """Keep the settings for the next kernel, a moment after the last change"""

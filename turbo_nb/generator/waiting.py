@@ -52,11 +52,13 @@ class QueuePanel:
 
     def _row(self, number: int, job: Job) -> w.HBox:
         clip = job.request.clip
-        what = f"{html.escape(clip.prompt)} · seed {clip.seed}"
+        what = f"seed {clip.seed} · {html.escape(clip.prompt)}"
         state = {"waiting": f"{number}.", "running": "▶"}.get(job.state, "✗")
         words = f'<div class="tnb-line" title="{html.escape(clip.prompt)}">{state} {what}</div>'
         if job.state == "failed":
-            words += error_box(in_page_words(job.error))
+            words += (
+                f'<div class="tnb-error">{html.escape(in_page_words(job.error))}</div>'  # read out by the run panel
+            )
         text = w.HTML(words, layout=w.Layout(flex="1 1 0", min_width="0"))
         if job.state == "failed":
             action = button("Dismiss", tooltip=f"Dismiss: {clip.prompt}")

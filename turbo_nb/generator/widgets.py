@@ -92,7 +92,7 @@ class Generator:
         right = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
         columns = w.Box([left, right])
         columns.add_class("tnb-columns")
-        self.root = w.VBox([w.HTML(STYLE), columns, self.clips.card], layout=w.Layout(width="100%", grid_gap="14px"))
+        self.root = w.VBox([columns, self.clips.card], layout=w.Layout(width="100%", grid_gap="14px"))
         self.root.add_class("tnb")
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
@@ -122,8 +122,8 @@ class Generator:
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
+        display(HTML(STYLE + ADVICE))
         display(self.root)
-        display(HTML(ADVICE))
 
     def _on_model(self) -> None:
         self.models.show()
