@@ -63,6 +63,7 @@ class RunPanel:
             self.show_error(error)
             return False
         self._form.seed_of(jobs[0].request.clip.seed)
+        self.keep()
         return True
 
     def update(self, prompt_only: bool = False) -> None:

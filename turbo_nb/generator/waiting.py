@@ -56,9 +56,8 @@ class QueuePanel:
         state = {"waiting": f"{number}.", "running": "▶"}.get(job.state, "✗")
         words = f'<div class="tnb-line" title="{html.escape(clip.prompt)}">{state} {what}</div>'
         if job.state == "failed":
-            words += (
-                f'<div class="tnb-error">{html.escape(in_page_words(job.error))}</div>'  # read out by the run panel
-            )
+            # without role=alert, because the run panel reads it out
+            words += f'<div class="tnb-error">{html.escape(in_page_words(job.error))}</div>'
         text = w.HTML(words, layout=w.Layout(flex="1 1 0", min_width="0"))
         if job.state == "failed":
             action = button("Dismiss", tooltip=f"Dismiss: {clip.prompt}")
