@@ -16,7 +16,8 @@ from turbo_nb.batch import queue
 from turbo_nb.errors import InputError, OutputError, TurboNbError, warn
 from turbo_nb.files import hub
 from turbo_nb.generator import jobs
-from turbo_nb.generator.jobs import JobRunner, Request
+from turbo_nb.generator.jobs import JobRunner
+from turbo_nb.generator.request import Request
 from turbo_nb.machine import probe
 from turbo_nb.pipeline import LoadedModel
 from turbo_nb.runtime import estimate, plan

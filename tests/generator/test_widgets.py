@@ -28,9 +28,10 @@ from turbo_nb.generation import Video
 from turbo_nb.generator import controls, form, run, widgets
 from turbo_nb.generator.controls import OWN
 from turbo_nb.generator.form import CUSTOM
-from turbo_nb.generator.jobs import JobRunner, Request
+from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.generator.page import family
 from turbo_nb.generator.panels import PAGE
+from turbo_nb.generator.request import Request
 from turbo_nb.generator.widgets import Generator
 from turbo_nb.records import VideoRecord
 from turbo_nb.settings import ClipSettings, LoadOptions

@@ -122,6 +122,18 @@ def test_the_hubs_cache_is_where_huggingface_hub_has_it(monkeypatch, variables):
     assert environment.hub_cache() == environment.Path(result.stdout.strip())
 
 
+def test_what_a_user_keeps_has_a_folder_of_its_own(monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CONFIG", "~/mine")
+    assert environment.config() == environment.Path.home() / "mine"
+    monkeypatch.delenv("TURBO_NB_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/x")
+    monkeypatch.delenv("TURBO_NB_HOME", raising=False)
+    monkeypatch.setattr(environment, "volume", lambda: None)
+    assert environment.config() == environment.Path("/x/turbo_nb")
+    monkeypatch.setenv("TURBO_NB_HOME", "/home/kept")
+    assert environment.config() == environment.Path("/home/kept/config")
+
+
 def test_a_user_without_a_home_gets_a_temporary_cache(tmp_path):
     code = (
         "import os, pwd, tempfile\nos.environ.pop('HOME', None)\npwd.getpwuid = lambda uid: {}['no such user']\n"

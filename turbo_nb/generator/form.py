@@ -17,10 +17,11 @@ from ..errors import TurboNbError
 from ..settings import ClipSettings, LoadOptions, Weights
 from .controls import COLUMNS, OWN, Field, styled
 from .image import ImageInput
-from .jobs import JobRunner, Request
+from .jobs import JobRunner
 from .loras import LoRAList
 from .page import fold, visible
 from .prompt import PromptInput
+from .request import Request
 
 CUSTOM = "custom"  # among the resolutions
 LOAD = ("attention_type", "sla_topk", "quant_linear")  # options of loading that have a control

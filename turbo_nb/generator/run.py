@@ -13,8 +13,9 @@ from ..runtime.estimate import in_words
 from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
-from .jobs import Job, JobRunner, Outlook
+from .jobs import JobRunner
 from .page import button, error_box, image_tag, paragraph
+from .request import Job, Outlook
 
 NAMES = {
     "load": "Load the model", "text": "Read the prompt", "denoise": "Denoise", "switch": "Switch experts",

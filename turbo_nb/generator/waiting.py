@@ -7,8 +7,9 @@ import ipywidgets as w
 
 from ..errors import TurboNbError
 from .controls import in_page_words
-from .jobs import Job, JobRunner
+from .jobs import JobRunner
 from .page import button, card, close, error_box, family, paragraph, visible
+from .request import Job
 
 SHOWN = 8  # rows; a longer queue is counted
 

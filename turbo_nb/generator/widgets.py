@@ -23,11 +23,12 @@ from ..settings import Weights
 from .comms import answer_on_any_page
 from .downloads import Download
 from .form import Form
-from .jobs import Job, JobRunner
+from .jobs import JobRunner
 from .models import ModelCard
 from .page import ADVICE, STYLE, card, close, family, player
 from .panels import GalleryPanel, ResultPanel
 from .preset_bar import PresetBar
+from .request import Job
 from .run import RunPanel
 from .waiting import QueuePanel
 
