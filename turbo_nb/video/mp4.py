@@ -1,4 +1,4 @@
-"""mp4 files: frames and metadata are written and read by imageio-ffmpeg's ffmpeg."""
+"""mp4 files: imageio-ffmpeg's ffmpeg writes and reads them. `atoms.py` reads their metadata."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ from .. import records
 from ..errors import InputError, OutputError, TurboNbError, first_line
 from ..machine import atomic, environment
 from ..settings import shown, with_home
+from . import atoms
 from .sheet import GROUND
 
 if TYPE_CHECKING:
@@ -396,9 +397,7 @@ def _run(*arguments: str | Path, stdin: bytes = b"", timeout: float | None = Non
 
 def _read(path: str | os.PathLike, *arguments: str, before: tuple[str, ...] = ()) -> bytes:
     """Return what ffmpeg makes of an mp4, nothing where it fails. Raises InputError for a missing file."""
-    place = Path(with_home(path))
-    if not environment.is_file(place):
-        raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
+    place = _existing(path)
     try:
         result = _run(*before, *SOURCE, place.absolute(), *arguments, "-", timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -416,24 +415,49 @@ def _reason(text: bytes) -> str:
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """Read the metadata that `write_mp4` put into a file.
+    """Read the metadata that `write_mp4` put into a file. Starts no process.
 
     Raises:
         InputError: the file does not exist, or has no metadata of turbo-nb, or damaged metadata.
-        OutputError: ffmpeg does not work on this machine.
     """
-    text = _read(path, "-f", "ffmetadata").decode(errors="replace")
-    # ffmetadata escapes =, ;, #, \ and line ends with a backslash
-    match = re.search(rf"^{METADATA_KEY}=((?:[^\\\n]|\\.)*)$", text, re.MULTILINE | re.DOTALL)
-    found = None
-    with suppress(ValueError, RecursionError):
-        found = json.loads(re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)) if match else None
-    if not isinstance(found, dict):
+    place = _existing(path)
+    try:
+        with place.open("rb") as file:
+            moov = atoms.read_moov(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"path is {shown(str(path), 300)}, which cannot be read ({reason}). Expected an mp4. Check its permissions."
+        ) from error
+    if (found := metadata_of(moov)) is None:
         raise InputError(
             f"path is {shown(str(path), 300)}, which says nothing of how it was made. Expected an mp4 that turbo-nb "
             "wrote. Give the file as it was written: other programs drop the metadata."
         )
     return found
+
+
+def metadata_of(moov: bytes) -> dict | None:
+    """Return the metadata that `write_mp4` put into a file.
+
+    Args:
+        moov: the content of the file's `moov` box.
+
+    Returns:
+        None where the box has no metadata of turbo-nb, or damaged metadata.
+    """
+    with suppress(ValueError, RecursionError):
+        found = json.loads(atoms.tags(moov).get(METADATA_KEY, "null"))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    """Return a file's path with "~" expanded. Raises InputError for a missing file"""
+    place = Path(with_home(path))
+    if not environment.is_file(place):
+        raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
+    return place
 
 
 def read_record(path: str | os.PathLike) -> records.VideoRecord:
