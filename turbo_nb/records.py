@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
@@ -109,7 +110,7 @@ def read(cls: type[Record], data: Any) -> Record | None:
     """
     if not isinstance(data, Mapping):
         return None
-    hints, known = get_type_hints(cls), {}
+    hints, known = _hints(cls), {}
     for one in fields(cls):
         if one.name in data:
             fits, value = _fitted(hints[one.name], data[one.name])
@@ -124,6 +125,12 @@ def read(cls: type[Record], data: Any) -> Record | None:
 def write(record: Any) -> dict:
     """Return a record as JSON takes it, without the fields that say nothing (None, and empty ones)."""
     return {name: value for name, value in asdict(record).items() if value not in (None, "", [], {})}
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of a record's fields, once, because a gallery reads thousands of records"""
+    return get_type_hints(cls)
 
 
 def _is_flat(value: Any, levels: int = DEEPEST) -> bool:
