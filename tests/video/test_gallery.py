@@ -171,3 +171,97 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="full"):
         Gallery(tmp_path).save(video())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Five clips with prompts, and a file of another program between them, oldest first"""
+    gallery = Gallery(tmp_path)
+    prompts = ["A red cat", "a dog", "a Red dog", "Zebra", "a red cat, large"]
+    for age, prompt in enumerate(prompts):
+        made = video(prompt, seed=age)
+        made.record.timings["denoise"] = (3.0, 9.0, 1.0, 2.0, 5.0)[age]
+        os.utime(gallery.save(made).path, (1e9 + 2 * age, 1e9 + 2 * age))
+    (tmp_path / "page.mp4").write_text("<html>")
+    os.utime(tmp_path / "page.mp4", (1e9 + 7, 1e9 + 7))
+    return gallery
+
+
+def seeds(found) -> list[int]:
+    return [clip.record.seed for clip in found[0]]
+
+
+def test_clips_in_parts_in_each_order_and_by_words(five):
+    assert seeds(five.find(count=2)) == [4, 3] and seeds(five.find(first=2, count=2)) == [2, 1]
+    assert seeds(five.find(order="oldest", first=1, count=2)) == [1, 2]
+    assert five.find(order="prompt") == (five.find(order="prompt", words="a")[0], 5)
+    assert seeds(five.find(order="prompt")) == [1, 0, 4, 2, 3] and seeds(five.find(order="slowest")) == [1, 4, 0, 3, 2]
+    assert seeds(five.find(words="red  CAT")) == [4, 0] and five.find(words="red", first=1, count=1)[1] == 3
+    assert seeds(five.find(first=9, count=3)) == []
+
+
+def test_a_part_by_time_reads_only_what_it_returns(five, monkeypatch):
+    read, opened = mp4.read_record, []
+    monkeypatch.setattr(mp4, "read_record", lambda path: opened.append(path.name) or read(path))
+    assert five.find(count=1)[1] == 6 and len(opened) == 1  # page.mp4 counts until it is read
+    assert five.find(count=4)[1] == 5 and "page.mp4" in opened and len(opened) == 5
+    five.find(count=4)
+    assert len(opened) == 5
+
+
+def test_stars_stay_and_belong_to_clips(five):
+    first, second = five.clips(2)
+    five.star(first)
+    five.star(second)
+    assert Gallery(five.folder).find(starred=True) == ([first, second], 2)
+    five.delete(second)
+    five.star(first, False)
+    assert Gallery(five.folder).stars() == set() and five.find(starred=True) == ([], 0)
+    assert first in five.clips() and len(list(five.folder.glob(".*"))) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "7", "null", '{"a": 1}', "[1, null, []]", "[" * 5000, "\ud800"])
+def test_a_damaged_file_of_stars_has_no_stars_and_is_replaced(five, text):
+    (five.folder / ".stars.json").write_bytes(text.encode(errors="surrogatepass"))
+    assert five.stars() == set() and five.find(starred=True) == ([], 0)
+    five.star(five.clips(1)[0])
+    assert len(five.stars()) == 1
+
+
+def test_stars_that_cannot_be_written_are_an_error(five):
+    (five.folder / ".stars.json").mkdir()
+    with pytest.raises(OutputError, match=r"\.stars\.json"):
+        five.star(five.clips(1)[0])
+
+
+def test_a_poster_is_made_once_until_the_file_changes(five, monkeypatch):
+    poster, made = mp4.poster, []
+    monkeypatch.setattr(mp4, "poster", lambda path, width: made.append(path) or poster(path, width))
+    clip = five.clips(1)[0]
+    assert five.poster(clip) == five.poster(clip) and five.poster(clip).startswith(b"\xff\xd8") and len(made) == 1
+    os.utime(clip.path, (2e9, 2e9))
+    five.poster(clip)
+    assert len(made) == 2
+    monkeypatch.setattr("turbo_nb.video.gallery.POSTERS", 1)
+    five.poster(five.clips(2)[1])
+    assert len(five._posters) == 1
+    clip.path.unlink()
+    with pytest.raises(InputError, match="not a file"):
+        five.poster(clip)
+
+
+def test_clips_that_are_gone_are_forgotten(five):
+    for clip in five.clips():
+        five.delete(clip)
+    assert five.clips() == [] and not any(five._known.values())
+
+
+def test_a_clip_is_found_by_its_name_and_nothing_else_is(five, tmp_path):
+    clip = five.clips(1)[0]
+    assert five.named(clip.path.name) == clip
+    outside = Gallery(tmp_path.parent).save(video()).path
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    names = ["", ".", "..", f"../{outside.name}", str(outside), str(clip.path), "page.mp4", ".stars.json", "a\0.mp4"]
+    assert [five.named(name) for name in [*names, "loop.mp4", "folder.mp4", "gone.mp4", ".mp4"]] == [None] * 13
+    outside.unlink()

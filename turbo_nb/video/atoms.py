@@ -1,7 +1,8 @@
 """Tags of an mp4, read from its boxes ("atoms") without a process.
 
-An mp4 is a row of boxes: 4 bytes of length, 4 of kind, and the content. The box `moov` describes the clip. In it, `keys`
-has the names of the tags and `ilst` their values. ffmpeg writes both into `moov/udta/meta` (QuickTime: `moov/meta`).
+An mp4 is a row of boxes: 4 bytes of length, 4 of kind, and the content. The box `moov` describes the clip. In it,
+`keys` has the names of the tags and `ilst` their values. ffmpeg writes both into `moov/udta/meta`, for QuickTime into
+`moov/meta`.
 Source: ISO/IEC 14496-12, and Apple's QuickTime File Format Specification, "Metadata".
 """
 

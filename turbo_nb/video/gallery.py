@@ -3,11 +3,14 @@
 The gallery has no index, because an index could disagree with the files. It ignores files without metadata.
 """
 
+import json
 import os
 import re
 import stat
+import threading
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +23,10 @@ from ..settings import with_home
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
+STARS = ".stars.json"  # a list of names
+ORDERS = ("newest", "oldest", "prompt", "slowest")
+POSTER = 320  # pixels: the width of a poster
+POSTERS = 1000  # posters in memory, of about 10 KB each
 STALE = 86400  # seconds after which a temporary file is one of a process that was killed
 
 
@@ -47,6 +54,8 @@ class Gallery:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(with_home(folder)).absolute()
         self._known: dict[tuple[str, int, int], Clip | None] = {}  # by path, time of change and size
+        self._posters: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
+        self._lock = threading.RLock()  # because a page and the thread that makes clips look at the same time
 
     def clips(self, most: int | None = None) -> list[Clip]:
         """Return the clips, the latest first. Each file is read once until it changes.
@@ -54,23 +63,111 @@ class Gallery:
         Args:
             most: how many clips to return. None: all.
         """
-        found = []
-        for path, status in sorted(self._files(), key=lambda file: (file[1].st_mtime_ns, file[0]), reverse=True):
-            if most is not None and len(found) >= most:
-                break
-            key = (path, status.st_mtime_ns, status.st_size)
-            if key not in self._known:
-                self._known[key] = _read(Path(path))
-            if self._known[key]:
-                found.append(self._known[key])
-        return found
+        return self.find(count=most)[0]
+
+    def find(
+        self, *, first: int = 0, count: int | None = None, order: str = "newest", words: str = "", starred: bool = False
+    ) -> tuple[list[Clip], int]:
+        """Return some of the clips, and how many there are.
+
+        By time and without words, it reads only the files up to the last clip that it returns.
+
+        Args:
+            first, count: the part to return. count None: all from the first on.
+            order: one of `ORDERS`.
+            words: those that a prompt contains, in any order. Case does not matter.
+            starred: leave out clips without a star.
+
+        Returns:
+            The clips, and the number of all that fit. Files that have not been read count as clips.
+        """
+        with self._lock:
+            files = [(path, status.st_mtime_ns, status.st_size) for path, status in self._files()]
+            kept = set(files)
+            self._known = {key: clip for key, clip in self._known.items() if key in kept}
+            if starred:
+                stars = self.stars()
+                files = [key for key in files if os.path.basename(key[0]) in stars]
+            files = sorted(files, key=lambda key: (key[1], key[0]), reverse=order != "oldest")
+            end = None if count is None else first + count
+            if words or order not in ("newest", "oldest"):
+                found = [clip for key in files if (clip := self._clip(key)) and _has(clip.record.prompt, words)]
+                if order == "prompt":
+                    found.sort(key=lambda clip: clip.record.prompt.casefold())
+                elif order == "slowest":
+                    found.sort(key=lambda clip: clip.seconds, reverse=True)
+                return found[first:end], len(found)
+            found, files = [], iter(files)
+            while end is None or len(found) < end:
+                if (key := next(files, None)) is None:
+                    break
+                if clip := self._clip(key):
+                    found.append(clip)
+            return found[first:], len(found) + sum(self._known.get(key, True) is not None for key in files)
+
+    def _clip(self, key: tuple[str, int, int]) -> Clip | None:
+        if key not in self._known:
+            self._known[key] = _read(Path(key[0]))
+        return self._known[key]
+
+    def named(self, name: str) -> Clip | None:
+        """Return the clip with this file name; None for a name that is not of a clip in the folder."""
+        path = self.folder / name
+        if path.parent == self.folder and path.name == name and _is_clip(name):
+            with suppress(OSError, ValueError), self._lock:  # ValueError: NUL in the name
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    return self._clip((str(path), status.st_mtime_ns, status.st_size))
+        return None
+
+    def poster(self, clip: Clip) -> bytes:
+        """Return a clip's first frame as a JPEG, which is made once until the file changes.
+
+        Raises:
+            InputError: the file is gone, or cannot be decoded.
+            OutputError: ffmpeg does not work on this machine.
+        """
+        key = key_of(clip)
+        with self._lock:
+            if key in self._posters:
+                self._posters.move_to_end(key)
+                return self._posters[key]
+        data = mp4.poster(clip.path, POSTER)
+        with self._lock:
+            self._posters[key] = data
+            while len(self._posters) > POSTERS:
+                self._posters.popitem(last=False)
+        return data
+
+    def stars(self) -> set[str]:
+        """Return the names of the files with a star. A file of stars that is damaged has no stars."""
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads((self.folder / STARS).read_text(encoding="utf-8"))
+            return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+        return set()
+
+    def star(self, clip: Clip, on: bool = True) -> None:
+        """Give a clip a star or take it away. The stars are in a hidden file beside the clips.
+
+        Raises:
+            OutputError: the file of stars cannot be written.
+        """
+        with self._lock:
+            stars, name = self.stars(), clip.path.name
+            stars = {one for one in stars if (self.folder / one).exists()} - {name} | ({name} if on else set())
+            try:
+                atomic.write(self.folder / STARS, json.dumps(sorted(stars), ensure_ascii=False))
+            except (OSError, ValueError) as error:
+                raise OutputError(
+                    f"cannot write {str(self.folder / STARS)!r}: {error}. Look at the permissions of the folder."
+                ) from error
 
     def _files(self) -> list[tuple[str, os.stat_result]]:
         """Return the mp4s that can be seen and are not temporary"""
         found = []
         with suppress(OSError):  # the folder does not exist yet, or cannot be read
             for entry in os.scandir(self.folder):
-                if entry.name.lower().endswith(".mp4") and not entry.name.startswith("."):
+                if _is_clip(entry.name):
                     with suppress(OSError):  # deleted since it was listed, or a link that leads nowhere
                         status = entry.stat()
                         if stat.S_ISREG(status.st_mode):
@@ -178,9 +275,26 @@ class Gallery:
         return path
 
 
+def key_of(clip: Clip) -> tuple[str, int, int]:
+    """Return a clip's path, time of change in ns and size in bytes, which are 0 for a file that is gone."""
+    with suppress(OSError):
+        status = clip.path.stat()
+        return str(clip.path), status.st_mtime_ns, status.st_size
+    return str(clip.path), 0, 0
+
+
+def _is_clip(name: str) -> bool:
+    return name.lower().endswith(".mp4") and not name.startswith(".")
+
+
+def _has(prompt: str, words: str) -> bool:
+    prompt = prompt.casefold()
+    return all(word in prompt for word in words.casefold().split())
+
+
 def _read(path: Path) -> Clip | None:
     """Return a clip, None for a file that does not carry how it was made"""
     try:
         return Clip(path=path, record=mp4.read_record(path))
-    except (InputError, OutputError):  # OutputError: ffmpeg does not work here, which the next save reports
+    except InputError:
         return None
