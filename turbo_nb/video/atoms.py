@@ -15,7 +15,7 @@ MOST = 64  # boxes at the top of a file; a clip has four
 
 
 def read_moov(file: BinaryIO) -> bytes:
-    """Return the content of a file's `moov` box, nothing where the file has none or is damaged. Raises OSError."""
+    """Return the content of a file's `moov` box, or nothing where the file lacks one or is damaged. Raises OSError."""
     end, at = file.seek(0, os.SEEK_END), 0
     for _ in range(MOST):
         file.seek(at)
