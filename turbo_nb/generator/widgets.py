@@ -23,10 +23,11 @@ from ..settings import Weights
 from .comms import answer_on_any_page
 from .downloads import Download
 from .form import Form
+from .gallery import GalleryPanel, ResultPanel
 from .jobs import JobRunner
 from .models import ModelCard
 from .page import ADVICE, STYLE, card, close, family, player
-from .panels import GalleryPanel, ResultPanel
+from .parts.controls import Keys
 from .preset_bar import PresetBar
 from .request import Job
 from .run import RunPanel
@@ -85,7 +86,8 @@ class Generator:
         self.result, self.presets = ResultPanel(), PresetBar(form)
         self.models, self.queue = ModelCard(runner, form), QueuePanel(runner)
         self.run = RunPanel(runner, form, self.result.preview)
-        self.clips = GalleryPanel(runner, form, self.run)
+        self.clips = GalleryPanel(runner, form, self.run, self.result)
+        self.keys = Keys(self._on_ctrl_enter, runner.cancel, form.prompt.text)
         left = card(
             "", form.prompt.box, form.image.box, self.run.box, form.model, self.models.box, self.presets.box,
             form.front, form.lora_fold, form.advanced, self.presets.own,
@@ -93,7 +95,8 @@ class Generator:
         right = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
         columns = w.Box([left, right])
         columns.add_class("tnb-columns")
-        self.root = w.VBox([columns, self.clips.card], layout=w.Layout(width="100%", grid_gap="14px"))
+        parts = [self.keys, columns, self.clips.card]
+        self.root = w.VBox(parts, layout=w.Layout(width="100%", grid_gap="14px"))
         self.root.add_class("tnb")
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
@@ -126,6 +129,16 @@ class Generator:
         display(HTML(STYLE + ADVICE))
         display(self.root)
 
+    def _on_ctrl_enter(self) -> None:
+        if not self.run.generate.disabled:
+            self.run.start()
+
+    def _show_in_tab(self) -> None:
+        """Show the progress in the title of the browser's tab"""
+        job = self.runner.job
+        self.keys.running = bool(job and job.running)
+        self.keys.title = f"{job.progress.fraction:.0%}" if self.keys.running else ""
+
     def _on_model(self) -> None:
         self.models.show()
         self.clips.show()
@@ -140,6 +153,7 @@ class Generator:
             self.queue.show()
             if change is self.runner.job:
                 self.run.show(change)
+                self._show_in_tab()
             if change.clip and not change.running:
                 self.result.show(change.clip)
                 self.clips.add(change.clip)
@@ -161,3 +175,4 @@ class Generator:
             self.models.show_download()
             if (job := self.runner.job) and job.running:
                 self.run.show(job)
+                self._show_in_tab()

@@ -1,0 +1,138 @@
+"""The clip that was made last, large, and the clips made so far."""
+
+from collections.abc import Callable
+
+import ipywidgets as w
+
+from ..errors import TurboNbError, first_line
+from ..records import VideoRecord
+from ..video import mp4
+from ..video.gallery import Clip
+from .controls import in_page_words
+from .form import Form
+from .jobs import JobRunner
+from .page import card, visible
+from .parts.clips import GalleryView, ResultPlayer
+from .parts.controls import ClipDrop
+from .restore import in_words, restore
+from .run import RunPanel
+
+
+class ResultPanel:
+    """The large picture: the preview of the clip that is being made, else the clip that was made or opened last."""
+
+    def __init__(self):
+        self.preview, self.player = w.HTML(), ResultPlayer()
+        self.box = w.VBox([self.preview, self.player], layout=w.Layout(min_width="0"))
+        self.box.add_class("tnb-large")
+        self.preview.observe(lambda _: self._arrange(), "value")
+        self._arrange()
+
+    def show(self, clip: Clip) -> None:
+        """Play a clip."""
+        self.player.show(clip)
+
+    def _arrange(self) -> None:
+        visible(self.preview, bool(self.preview.value))
+        visible(self.player, not self.preview.value)
+
+
+class GalleryPanel:
+    """The clips of the folder, and what a person can do with them.
+
+    Args:
+        runner: has the clips.
+        form: takes a clip's settings.
+        run: starts a clip.
+        result: plays a clip large.
+    """
+
+    def __init__(self, runner: JobRunner, form: Form, run: RunPanel, result: ResultPanel):
+        self._gallery, self._form, self._run, self._result = runner.gallery, form, run, result
+        self.view = GalleryView(
+            runner.gallery, on_act=self._act, on_delete=self._delete, on_zip=self._zip, on_error=self._show_error
+        )
+        self.drop = ClipDrop(self._on_drop)
+        self.card = card("Clips", self.drop, self.view)
+        self._does: dict[str, Callable[[Clip], object]] = {
+            "open": result.show, "use": self._use, "vary": self._vary, "continue": self._continue,
+        }  # fmt: skip
+        self.show()
+
+    def add(self, clip: Clip) -> None:
+        """Show a clip that was just made."""
+        self.show()
+
+    def show(self) -> None:
+        """Show the clips as the folder has them now, with the actions that suit the form's model."""
+        actions = [("use", "Use these settings"), ("vary", "Vary seed")]
+        if self._form.spec and self._form.spec.task == "i2v":
+            actions.append(("continue", "Continue from last frame"))
+        self.view.actions = [list(action) for action in actions]
+        self.view.show()
+
+    def _act(self, name: str, clip: Clip) -> None:
+        if does := self._does.get(name):
+            does(clip)
+
+    def _restore(self, record: VideoRecord, name: str) -> tuple[dict[str, str], str]:
+        """Put settings into the form; return what was lost, and what the page says"""
+        lost = restore(self._form, record)
+        return lost, f"Not restored: {in_words(lost)}." if lost else f"The form has the settings of {name}."
+
+    def _use(self, clip: Clip) -> None:
+        lost, words = self._restore(clip.record, clip.path.name)
+        self.view.say(words, alert=bool(lost))
+
+    def _on_drop(self, name: str, record: VideoRecord) -> tuple[str, bool]:
+        lost, words = self._restore(record, name)
+        return words, bool(lost)
+
+    def _vary(self, clip: Clip) -> None:
+        lost, _ = self._restore(clip.record, clip.path.name)
+        lost.pop("seed", None)
+        self._form.random_seed.value = True
+        if lost:  # it would be another clip
+            self.view.say(
+                f"Not started, because the clip would differ in more than its seed: {in_words(lost)}. Press "
+                "Generate to make it all the same.",
+                alert=True,
+            )
+        else:
+            self.view.say("")
+            self._run.start()
+
+    def _continue(self, clip: Clip) -> None:
+        frame = mp4.last_frame(clip.path)
+        self._form.image.take(frame, f"the last frame of {clip.path.name}", "; say in the prompt what happens next")
+        self.view.say(f"The next clip begins with the last frame of {clip.path.name}.")
+
+    def _delete(self, clips: list[Clip]) -> None:
+        gone = []
+        try:
+            for clip in clips:
+                self._gallery.delete(clip)
+                gone.append(clip.path.name)
+        except TurboNbError as error:
+            self._show_error(error)
+        else:
+            self.view.say("")
+        self.view.gone = gone
+        self.view.show()
+
+    def _zip(self, clips: list[Clip]) -> None:
+        self.view.say(f"Packing {len(clips)} clips…" if len(clips) > 1 else "Packing…")
+        self.view.in_background(self._pack, clips)
+
+    def _pack(self, clips: list[Clip]) -> None:
+        """Write the zip in the view's thread, because gigabytes take a while"""
+        try:
+            self.view.offer(self._gallery.archive(clips))
+            self.view.say("")
+        except TurboNbError as error:
+            self._show_error(error)
+        except OSError as error:  # the zip is gone already
+            self.view.say(first_line(error), alert=True)
+
+    def _show_error(self, error: TurboNbError) -> None:
+        self.view.say(in_page_words(str(error)), alert=True)
