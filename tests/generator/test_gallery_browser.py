@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab import WAIT, browser, command, jupyter_lab, notebook, wait_until_opened
+from lab import browser, command, jupyter_lab, notebook, wait_until_opened
 
 from turbo_nb.generation import Video
 from turbo_nb.records import VideoRecord
@@ -52,7 +52,7 @@ def opened(tmp_path_factory):
         browser() as chromium,
     ):
         page = chromium.new_page(viewport={"width": 1280, "height": 1900})
-        page.set_default_timeout(WAIT)
+        page.set_default_timeout(60_000)
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(address)
@@ -229,10 +229,10 @@ def test_calm_pages_play_only_when_asked(page):
     page.locator(".tnb-poster").nth(1).hover()
     page.get_by_role("button", name="Show large: a white bar that moves to the right").click()
     page.locator(".tnb-result .tnb-words", has_text="right").wait_for()
-    page.wait_for_function("document.querySelector('.tnb-result video').readyState >= 2")
-    assert (
-        page.locator(".tnb-result video").evaluate("v => v.paused") and page.locator(".tnb-poster video").count() == 0
+    page.wait_for_function(
+        "() => { const v = document.querySelector('.tnb-result video'); return v.readyState >= 2 && v.paused }"
     )
+    assert page.locator(".tnb-poster video").count() == 0
     page.emulate_media(reduced_motion="no-preference")
 
 

@@ -88,11 +88,12 @@ class ResultPlayer(Player):
     def __init__(self):
         super().__init__(self._path)
         self._shown: Clip | None = None
+        self._turn = 0  # makes the page play a clip that it shows already and that a person has stopped
 
     def show(self, clip: Clip | None) -> None:
-        """Play a clip; None: none. Works from any thread. A clip that plays already plays on."""
-        self._shown = clip
-        self.clip = describe(clip) if clip else {}
+        """Play a clip. None: show none. A clip that plays already plays on. Works from any thread."""
+        self._shown, self._turn = clip, self._turn + 1
+        self.clip = describe(clip) | {"turn": self._turn} if clip else {}
 
     def _path(self, wanted: str) -> Path | None:
         return self._shown.path if self._shown and wanted == key(self._shown) else None

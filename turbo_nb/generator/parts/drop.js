@@ -25,8 +25,8 @@ export default {
     } });
     const note = element("span", { class: "tnb-note", role: "status" });
     el.classList.add("tnb-part", "tnb-drop");
-    el.append(element("label", { class: "tnb-pickfile" }, pick, element("span", { text: "Restore from a file…" })), note,
-      element("span", { class: "tnb-hint", text: "or drop an mp4 on the page" }));
+    el.append(element("label", { class: "tnb-pickfile" }, pick, element("span", { text: "Restore settings from a file…" })),
+      element("span", { class: "tnb-hint", text: "or drop an mp4 on the page" }), note);
 
     async function take(file) {
       if (!file) return;

@@ -8,9 +8,7 @@ export default () => {
       return () => transfer.close();
     },
     render({ model, el }) {
-      const video = element("video", {
-        controls: true, loop: true, playsinline: true, autoplay: !isCalm(), hidden: true,
-      });
+      const video = element("video", { controls: true, loop: true, playsinline: true, hidden: true });
       video.muted = true;
       const empty = element("p", { class: "tnb-empty", text: "The clip plays here." });
       const note = element("p", { class: "tnb-note", role: "status" });
@@ -28,7 +26,10 @@ export default () => {
         save.hidden = !key;
         save.setAttribute("aria-label", `Download ${name}`);
         video.setAttribute("aria-label", label);
-        if (key === shown) return;
+        if (key === shown) {
+          if (key && video.paused && !isCalm()) plays(video); // it was opened again
+          return;
+        }
         empty.hidden = Boolean(key);
         const wanted = () => model.get("clip").key === key;
         if (!key) {
