@@ -45,8 +45,11 @@ def opened(tmp_path_factory):
         )  # fmt: skip
         clip = gallery.save(Video(frames=frames(prompt, count), record=record))
         os.utime(clip.path, (1.7e9 - age, 1.7e9 - age))
+    small = (
+        "from turbo_nb.generator.parts import clips\nclips.PIECE = 1500"  # so that each clip comes in several pieces
+    )
     shown = f"from turbo_nb.generator import widgets\nwidgets.show({str(gallery.folder)!r}, model='nano')"
-    notebook(root / "page.ipynb", shown)
+    notebook(root / "page.ipynb", small, shown)
     with (
         jupyter_lab(root, folder, "page.ipynb", TURBO_NB_CONFIG=str(folder / "settings")) as address,
         browser() as chromium,
