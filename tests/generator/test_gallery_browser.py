@@ -150,7 +150,7 @@ def test_find_star_delete_and_zip(page, tmp_path):
     page.get_by_role("searchbox").fill("")
     page.locator(".tnb-count", has_text="3 clips").wait_for()
     page.get_by_role("combobox", name="Order of the clips").select_option("prompt")
-    page.wait_for_function("document.querySelector('.tnb-clip .tnb-words').textContent.includes('red flash')")
+    page.wait_for_function("document.querySelector('.tnb-clip .tnb-prompt').textContent.includes('red flash')")
     page.get_by_role("combobox", name="Order of the clips").select_option("newest")
     star = page.get_by_role("button", name="Star: a white bar that moves down")
     star.click()

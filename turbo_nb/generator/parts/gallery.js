@@ -160,7 +160,7 @@ function render(model, el, transfer) {
         selection();
       },
     });
-    const words = element("p", { class: "tnb-words" });
+    const words = element("p", { class: "tnb-prompt" });
     const facts = element("p", { class: "tnb-facts" });
     const actions = element("div", { class: "tnb-row" });
     const more = element("details", {}, element("summary", { text: "More" }));
