@@ -1,4 +1,4 @@
-"""What the panels of the generator share: HTML, players and links, and drawing widgets anew.
+"""What the panels of the generator share: HTML, and boxes and buttons in one style.
 
 Text that people typed, and text from files, is escaped here or by the caller before it enters HTML.
 """
@@ -6,17 +6,11 @@ Text that people typed, and text from files, is escaped here or by the caller be
 import base64
 import html
 import io
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import ipywidgets as w
 
-from ..video.gallery import Clip
-
 if TYPE_CHECKING:
-    from IPython.display import HTML
     from PIL.Image import Image
 
 STYLE = """<style>
@@ -69,36 +63,6 @@ ADVICE = (
     '<p class="tnb-advice">The generator\'s kernel has ended. Run this cell again: the prompt, the settings, the clips '
     "and the queue are kept.</p>"
 )
-
-
-def player(clip: Clip, width: int = 0, plays: bool = False) -> "HTML":
-    """Return a finished clip for IPython's `display`. It is linked by its relative path, so the notebook stays small.
-
-    Args:
-        clip: the clip.
-        width: in pixels of the page; 0: the video's own.
-        plays: whether it begins at once.
-    """
-    from IPython.display import HTML
-
-    limit = f' style="width:{width}px"' if width else ""
-    label = html.escape(f"Video: {clip.record.prompt}")
-    return HTML(
-        f'<video src="{_address(clip.path)}"{limit} aria-label="{label}" controls loop muted playsinline '
-        f'preload="metadata"{" autoplay" if plays else ""}></video>'
-    )
-
-
-def link(path: Path, text: str) -> "HTML":
-    """Return a link that downloads a file."""
-    from IPython.display import HTML
-
-    return HTML(f'<a href="{_address(path)}" download="{html.escape(path.name)}">{html.escape(text)}</a>')
-
-
-def _address(path: Path) -> str:
-    """Return the path from the notebook's folder as an escaped URL"""
-    return html.escape(quote(Path(os.path.relpath(path)).as_posix()))
 
 
 def image_tag(data: bytes, kind: str, label: str, width: int = 0) -> str:
@@ -159,13 +123,6 @@ def fold(text: str, content: w.Widget, tooltip: str) -> w.VBox:
 def visible(widget: w.Widget, shown: bool) -> None:
     """Show a widget, or take its place away."""
     widget.layout.display = None if shown else "none"
-
-
-def put(output: w.Output, *things) -> None:
-    """Show things in an output area. Works from any thread, unlike `with output`."""
-    output.outputs = ()
-    for thing in things:
-        output.append_display_data(thing)
 
 
 def family(widget: w.Widget) -> list[w.Widget]:

@@ -26,14 +26,14 @@ from .form import Form
 from .gallery import GalleryPanel, ResultPanel
 from .jobs import JobRunner
 from .models import ModelCard
-from .page import ADVICE, STYLE, card, close, family, player
+from .page import ADVICE, STYLE, card, close, family
 from .parts.controls import Keys
 from .preset_bar import PresetBar
 from .request import Job
 from .run import RunPanel
 from .waiting import QueuePanel
 
-__all__ = ["Generator", "has_front_end", "player", "show"]
+__all__ = ["Generator", "has_front_end", "show"]
 
 TICK = 1.0  # seconds between two looks at the progress
 
@@ -53,7 +53,7 @@ def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "
     """Show the generator. A second call closes the first one's widgets and finds its jobs, settings and clips.
 
     Args:
-        folder: of the clips. It lies in or under the notebook's folder, because a page can play only those files.
+        folder: of the clips.
         model: the model chosen at first; a name or a path. "auto": that of the latest session, else the best here.
     """
     runner = JobRunner.of(folder)
