@@ -469,6 +469,26 @@ def test_foreign_shapes_of_vae_and_text_encoder_raise_checkpoint_error(tmp_path,
     assert str(caught.value).count("Download the file again") <= 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.popitem(),
+        lambda state: state.update({name: state[name][:1].clone() for name in list(state)[-1:]}),
+        lambda state: [state.pop(name) for name in list(state) if ".resnets.1." in name],
+    ],
+    ids=["a tensor less", "another shape", "fewer blocks"],
+)
+def test_a_vae_of_another_model_is_not_called_a_bad_download(tmp_path, change):
+    state = load_file(catalog.NANO.folder / "vae" / "diffusion_pytorch_model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "vae.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"Give Wan2\.1's vae, or for another one its folder with config\.json"
+    ) as caught:
+        load_vae(tmp_path / "vae.safetensors")
+    assert "ownload" not in str(caught.value)
+
+
 BUCKETS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 

@@ -313,16 +313,20 @@ def require_tensors(
         CheckpointError: a tensor is missing or does not fit.
     """
     path = str(contents.path)
+    # because a download that broke off loses no single tensors: the file is of another model, or was written in part
+    advice = f"Give a {contents.kind} of this model."
+    if contents.kind == "vae":
+        advice = "Give Wan2.1's vae, or for another one its folder with config.json."
     if missing := wanted.keys() - tensors.keys():
         raise CheckpointError(
             f"{path!r} looks like {contents}. Expected {len(wanted)} tensors, but {len(missing)} are missing: "
-            f"{listed(missing)}. Download the file again."
+            f"{listed(missing)}. {advice}"
         )
     for key, shape in wanted.items():
         if tuple(tensors[key].shape) != tuple(shape):
             raise CheckpointError(
                 f"{key} in {path!r} has shape {tuple(tensors[key].shape)}. Expected {tuple(shape)}, as in "
-                f"{contents}. Download the file again."
+                f"{contents}. {advice}"
             )
 
 
