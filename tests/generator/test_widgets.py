@@ -163,7 +163,7 @@ def test_errors_are_words_on_the_page(generator):
         ("seed", -1, 12, "Seed is -1. Expected a whole number"),
         ("sigma_max", 1.0, 80.0, "First noise level is 1.0. Expected a number above"),
         ("custom", "100000x100000", "64x64", "Size is '100000x100000'. Expected sides"),
-        ("custom", "a x b", "64 × 64", "Size is 'a x b'. Expected 480p, 720p or WIDTHxHEIGHT"),
+        ("custom", "a x b", "64 × 64", "Size is 'a x b'. Expected 480p, 720p, WIDTHxHEIGHT"),
     ],
 )
 def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(generator, control, wrong, right, words):
