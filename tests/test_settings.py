@@ -1,5 +1,6 @@
 """Options: declared once, checked when they are made, and the same wherever they appear."""
 
+import enum
 import inspect
 import json
 import typing
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -89,6 +91,37 @@ def test_values_of_numpy_count_and_become_python_s():
     )
     assert json.loads(json.dumps(vars(clip)))["seed"] == 3
     assert (type(clip.seed), type(clip.ode), type(clip.sigma_max)) == (int, bool, float)
+
+
+class Word(str, enum.Enum):  # noqa: UP042  str() of a StrEnum's member is its value already
+    PROMPT, SIZE, DENSE, CPU = "a red ball", "64x64", "original", "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "word"),
+    [
+        (ClipSettings, "prompt", Word.PROMPT),
+        (ClipSettings, "resolution", Word.SIZE),
+        (ClipSettings, "noise_device", Word.CPU),
+        (LoadOptions, "attention_type", Word.DENSE),
+        (LoadOptions, "device", Word.CPU),
+    ],
+)
+def test_a_member_of_an_enum_of_text_stands_for_its_value(cls, name, word):
+    value = getattr(build(cls, {"prompt": "x", name: word} if cls is ClipSettings else {name: word}), name)
+    assert type(value) is str and value == word.value
+
+
+@pytest.mark.parametrize("kind", [bool, np.bool_, np.array, torch.tensor])
+@pytest.mark.parametrize("name", ["seed", "num_frames", "boundary"])
+def test_a_truth_value_is_not_a_number(kind, name):
+    with pytest.raises(InputError, match=f"^{name} is "):
+        ClipSettings(prompt="x", **{name: kind(True)})
+
+
+def test_the_number_of_a_gpu_has_ascii_digits():
+    with pytest.raises(InputError, match=r"^device is "):
+        LoadOptions(device="cuda:\u0663")
 
 
 def test_a_home_is_expanded_in_every_option_that_is_a_path(monkeypatch, tmp_path):

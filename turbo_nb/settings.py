@@ -50,7 +50,7 @@ class Whole:
 
     def __call__(self, name: str, value: Any) -> int:
         try:
-            number = None if _is_bool(value) else operator.index(value)
+            number = None if _is_boolean(value) else operator.index(value)
         except TypeError:
             number = None
         if number is None or not self.least <= number <= self.most:
@@ -69,7 +69,7 @@ class Number:
 
     def __call__(self, name: str, value: Any) -> float:
         try:
-            number = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
+            number = math.nan if _is_boolean(value) or isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not (math.isfinite(number) and self.inside(number)):
@@ -107,7 +107,7 @@ class Choice:
         if not isinstance(value, str) or value not in self.words:
             allowed = ", ".join([*self.words, *map(str, self.more)])
             raise _wrong(name, value, f"one of {allowed}", self.fix or _close(value, self.words))
-        return str(value)
+        return _plain(value)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Text:
             raise _wrong(name, value, self.words, self.fix)
         if re.search("[\ud800-\udfff]", value):
             raise _wrong(name, value, "text that UTF-8 can encode", "Remove the lone surrogates, such as '\\ud800'.")
-        return str(value)
+        return _plain(value)
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,16 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's own type counts
 
 
+def _is_boolean(value: Any) -> bool:
+    """Return whether a value is a bool, or an array or a tensor of them, which Python takes for 0 and 1"""
+    return _is_bool(value) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+
+
+def _plain(text: str) -> str:
+    """Return text as str itself, because str() of an Enum's member is the member's name"""
+    return str.__str__(text)
+
+
 def _close(value: Any, words: Iterable[str]) -> str:
     close = get_close_matches(str(value), list(words), n=1, cutoff=0.7)
     return f"Did you mean {close[0]!r}?" if close else ""
@@ -399,7 +409,7 @@ class LoadOptions(_Checked):
     )
     device: str = _option(
         "auto",
-        Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:\d{1,3}"),
+        Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:[0-9]{1,3}"),
         "auto, cpu, cuda, or one GPU such as cuda:1.",
         "memory",
     )
