@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -117,6 +118,48 @@ def test_every_kind_of_transparency_shows_the_white_ground(mode):
         source = stored(picture, "PNG", transparency=index if mode != "1" else 0)
     pixels = loaded(source, "white")
     assert (pixels[0, 0] == 255).all() and (mode == "1" or np.abs(pixels[1, 0] - 100).max() <= 2)
+
+
+def png(depth: int, kind: int, pixel: bytes, key: bytes) -> io.BytesIO:
+    """One pixel of a PNG's colour type and depth, which a tRNS chunk makes transparent"""
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 1, 1, depth, kind, 0, 0, 0), b"tRNS": key}
+    parts |= {b"IDAT": zlib.compress(b"\0" + pixel), b"IEND": b""}
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items())
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "pixel", "key"),
+    [
+        (1, 0, b"\x80", b"\0\1"),
+        (2, 0, b"\x40", b"\0\1"),
+        (4, 0, b"\x40", b"\0\4"),
+        (8, 0, b"\x40", b"\0\x40"),
+        (16, 0, b"\x12\x34", b"\x12\x34"),
+        (8, 2, b"\x12\x56\x9a", b"\0\x12\0\x56\0\x9a"),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc", b"\x12\x34\x56\x78\x9a\xbc"),
+    ],
+)
+def test_a_transparent_value_of_any_depth_is_found(depth, kind, pixel, key):
+    assert (loaded(png(depth, kind, pixel, key), "white") == 255).all()
+
+
+@pytest.mark.parametrize(("most", "value", "shown"), [(1023, 1023, 255), (65535, 257, 1), (65535, 32896, 128)])
+def test_a_pgm_of_16_bits_is_scaled_by_its_maximum(most, value, shown):
+    assert loaded(io.BytesIO(f"P5 1 1 {most}\n".encode() + struct.pack(">H", value)))[0, 0].tolist() == [shown] * 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_further_frames_of_an_image_are_reported(kind):
+    first, second = Image.new("RGB", (16, 16), RED), Image.new("RGB", (16, 16), "blue")
+    data = stored(first, kind, save_all=True, append_images=[second])
+    assert np.abs(loaded(data, "2 frames") - RED).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(size):
+    with pytest.raises(InputError, match="Expected at least 1x1"):
+        images.load_image(Image.new("RGB", size))
 
 
 def test_an_alpha_that_hides_nothing_is_not_reported():

@@ -21,6 +21,7 @@ KEPT_BYTES = 512_000_000  # of decoded images, about 14 photos of 12 megapixels
 MOST_PIXELS = 64_000_000  # a png of this size takes 5 s on a busy core of a CPU, and with alpha 1 GB
 # Pillow's names. Others are left out, because EPS and WMF run programs, and old formats' readers are little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO")
+FILMS = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")  # formats whose further frames are no thumbnails or depth maps
 ACCEPT = "image/*,.heic,.heif"  # for a browser, which may not know HEIC as an image
 ALLOWED = "Expected a png, jpg or webp file."
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
@@ -178,12 +179,27 @@ def _opened(picture: "Image", name: str) -> "Image":
 
     if picture.width * picture.height > MOST_PIXELS:
         raise _too_large(name, f"a picture of {picture.width}x{picture.height}")
+    if 0 in picture.size:
+        raise InputError(f"image is {name} of {picture.width}x{picture.height}. Expected at least 1x1. Give another.")
     try:
+        _unpack_transparency(picture)
+        if picture.format in FILMS and getattr(picture, "n_frames", 1) > 1:
+            warn(f"image is {name} with {picture.n_frames} frames. The clip begins with the first one.")
         return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format))
     except InputError:
         raise
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+def _unpack_transparency(picture: "Image") -> None:
+    """Scale a PNG's transparent value as Pillow scales its pixels, which it does not do itself"""
+    key, tile = picture.info.get("transparency"), getattr(picture, "tile", None)
+    layout = tile[0][3] if picture.format == "PNG" and tile else None  # before the pixels are read
+    if isinstance(key, int) and layout in ("L;2", "L;4"):
+        picture.info["transparency"] = key * (85 if layout == "L;2" else 17)
+    elif isinstance(key, tuple) and layout == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _eight_bits(picture: "Image", kind: str | None) -> "Image":
@@ -194,7 +210,7 @@ def _eight_bits(picture: "Image", kind: str | None) -> "Image":
     mode, key = picture.mode, picture.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
         values = np.asarray(picture)
-        if mode == "I" and kind == "PNG":  # as Pillow before version 11 opens 16 bits
+        if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG in Pillow before version 11, PPM in every version
             values = values.astype(np.uint16)
         picture = Image.fromarray(_scaled(values))
         if isinstance(key, int):  # the value that is transparent
