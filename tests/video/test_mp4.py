@@ -1,5 +1,6 @@
 """mp4 files: what goes in comes out, and nothing half-written stays."""
 
+import errno
 import json
 import os
 import re
@@ -388,3 +389,16 @@ def test_a_file_has_the_permissions_of_the_umask_which_never_changes(tmp_path, f
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_pipe_keeps_its_place(tmp_path):
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="a pipe or a device"):
+        mp4.check_output(pipe)
+    assert pipe.is_fifo()
+
+
+def test_too_many_open_files_are_named_as_such():
+    error = mp4._unwritable(Path("a.mp4"), OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    assert "Too many open files" in str(error) and "ulimit -n" in str(error)

@@ -130,6 +130,8 @@ def _named(path: str | os.PathLike) -> Path:
         raise OutputError(
             f"save_path is {str(path)!r}, which is a folder. Expected a file's name. Take {str(path / path.name)!r}."
         )
+    if environment.exists(path) and not environment.is_file(path):  # whose place the mp4 would take
+        raise OutputError(f"save_path is {str(path)!r}, a pipe or a device. Expected a file's name. Choose another.")
     return path
 
 
@@ -316,6 +318,8 @@ def _unwritable(path: Path, error: Exception) -> OutputError:
     number, text = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
     if number == errno.EFBIG or "File too large" in text or is_full(error):
         fix = "Free some space, or choose another folder."
+    elif number in (errno.EMFILE, errno.ENFILE):
+        fix = "Close other files of this process, or raise the limit (ulimit -n)."
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         fix = "Choose another folder."
     elif "ffmpeg" in text:
