@@ -21,7 +21,7 @@ KEPT_BYTES = 512_000_000  # of decoded images, about 14 photos of 12 megapixels
 MOST_PIXELS = 64_000_000  # a png of this size takes 5 s on a busy core of a CPU, and with alpha 1 GB
 # Pillow's names. Others are left out, because EPS and WMF run programs, and old formats' readers are little tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO")
-FILMS = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")  # formats whose further frames are no thumbnails or depth maps
+FILMS = ("PNG", "WEBP", "AVIF", "GIF", "TIFF")  # formats in which further frames are whole pictures
 ACCEPT = "image/*,.heic,.heif"  # for a browser, which may not know HEIC as an image
 ALLOWED = "Expected a png, jpg or webp file."
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
