@@ -402,3 +402,14 @@ def test_a_pipe_keeps_its_place(tmp_path):
 def test_too_many_open_files_are_named_as_such():
     error = mp4._unwritable(Path("a.mp4"), OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     assert "Too many open files" in str(error) and "ulimit -n" in str(error)
+
+
+def test_a_link_that_leads_to_itself_is_refused_and_stays(tmp_path):
+    loop = tmp_path / "loop.mp4"
+    loop.symlink_to(loop)
+    with pytest.raises(OutputError, match=r"loop\.mp4.*symbolic links"):
+        mp4.check_output(loop)
+    assert loop.is_symlink()
+    gone = tmp_path / "gone.mp4"
+    gone.symlink_to(tmp_path / "target.mp4")  # which the video makes
+    assert mp4.check_output(gone) == gone

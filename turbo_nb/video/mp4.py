@@ -100,7 +100,7 @@ def check_output(path: str | os.PathLike) -> Path:
         if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
             raise OSError(errno.ENAMETOOLONG, f"a name in it has more than {NAME_BYTES} bytes")
         with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()
+            path.stat()  # of the file behind a link, because a link to itself has no file
         parent = _target(path).parent
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
