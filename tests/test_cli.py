@@ -227,6 +227,14 @@ def test_help_fits_80_columns_with_whole_names(command, monkeypatch):
     assert (shown_panels := [place for place in places if place >= 0]) == sorted(shown_panels)
 
 
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [("red", "red"), ("é 红", "é 红"), ("\udcc3\udca9.mp4", "é.mp4"), ("\udcff.mp4", "\udcff.mp4")],
+)
+def test_an_argument_is_utf8_whatever_the_locale(argument, text):
+    assert cli._decoded(argument) == text
+
+
 def test_version_is_that_of_the_installed_package():
     result = CliRunner().invoke(cli.app, ["--version"])
     assert result.exit_code == 0 and re.fullmatch(r"turbo-nb (\d+\.\d+\.\d+\S*|\(not installed.*\))\n", result.output)

@@ -557,6 +557,7 @@ def main() -> None:
         logging.getLogger("turbo_nb").setLevel(logging.INFO)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # because our own bar is on the screen
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # because its advice is for programmers
+        sys.argv[1:] = map(_decoded, sys.argv[1:])
         try:
             _run()
         finally:
@@ -564,6 +565,14 @@ def main() -> None:
                 stream.flush()
             if out and out.error and not isinstance(out.error, BrokenPipeError):
                 print(f"note: standard output cannot be written ({out.error}). Files are not affected.", file=err)
+
+
+def _decoded(argument: str) -> str:
+    """Return an argument in UTF-8, where Python decoded it by the encoding of a locale such as C"""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except ValueError:  # not UTF-8, so it can only be a path
+        return argument
 
 
 def _run() -> None:
