@@ -9,7 +9,7 @@ import mmap
 import sys
 from contextlib import suppress
 
-BATCH = 64 << 20  # bytes that are collected before the mappings are looked up
+BATCH = 16 << 20  # bytes that are collected before the mappings are looked up; more would raise the peak
 DONTNEED = 4  # MADV_DONTNEED of Linux
 
 
