@@ -62,7 +62,7 @@ def opened(tmp_path_factory):
         wait_until_opened(page)
         command(page, "application:toggle-left-area")
         command(page, "notebook:run-all-cells")
-        page.get_by_role("list", name="Clips").locator("li").nth(len(CLIPS) - 1).wait_for()
+        page.get_by_role("list", name="Finished clips").locator("li").nth(len(CLIPS) - 1).wait_for()
         page.gallery = gallery
         yield page
 

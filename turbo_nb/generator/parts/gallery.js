@@ -66,7 +66,7 @@ function render(model, el, transfer) {
   const message = element("p", { class: "tnb-note" });
   const archive = element("p", { class: "tnb-row", hidden: true });
   const stage = element("div");
-  const list = element("ul", { class: "tnb-clips", "aria-label": "Clips" });
+  const list = element("ul", { class: "tnb-clips", "aria-label": "Finished clips" });
   el.classList.add("tnb-part", "tnb-gallery");
   el.append(
     element("div", { class: "tnb-row", role: "group", "aria-label": "Find clips" }, search, order, starred, count),
