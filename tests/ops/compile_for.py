@@ -41,8 +41,8 @@ KERNELS = {
     ),
     "cross": (
         triton_cross._cross,
-        {"q": B, "k": B, "v": B, "out": B, "last_weight": "fp32"},
-        {"BLOCK_Q": triton_cross.BLOCK_Q, "BLOCK_K": triton_cross.BLOCK_K, "D": 128},
+        {"q": B, "k": B, "v": B, "out": B, "counts": "*fp32", "last_weight": "fp32"},
+        {"COUNTED": True, "BLOCK_Q": triton_cross.BLOCK_Q, "BLOCK_K": triton_cross.BLOCK_K, "D": 128},
         {"num_warps": 4, "num_stages": 3},
     ),
     "int8": (
