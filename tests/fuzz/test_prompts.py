@@ -82,7 +82,9 @@ def test_files_of_prompts_are_jobs_or_errors_with_file_and_line(folder, nano):
         try:
             read = prompts.read_rows(path)
         except InputError as error:
-            of_the_file = "Rename or convert" in str(error) or "holds no prompt" in str(error)
+            of_the_file = (
+                "Rename or convert" in str(error) or "holds no prompt" in str(error) or "in UTF-16" in str(error)
+            )
             assert str(error).startswith("prompts is" if of_the_file else str(path)), str(error)
             require_short(str(error))
             return

@@ -209,4 +209,4 @@ def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
     pictures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == 7
     text = (tmp_path / "out.ipynb").read_text()
-    assert "SageSLA (" in text and "of 2 clips" in text  # the prompt is one of more_prompts
+    assert "SageSLA (" in text and "so the same clips" in text  # the clip has one block
