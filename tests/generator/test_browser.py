@@ -4,31 +4,17 @@ Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROW
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
 
-import importlib.util
 import os
 import re
-import secrets
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from lab import ROOT, WAIT, browser, jupyter_lab
 
 from turbo_nb.generator.jobs import JobRunner
 
-ROOT = Path(__file__).parents[2]
-WAIT = 120_000  # ms
 RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "3"))  # of a page while a clip runs
-
-
-def missing(reason: str) -> None:
-    if os.environ.get("TURBO_NB_BROWSER") == "required":
-        pytest.fail(f"{reason}, and TURBO_NB_BROWSER=required")
-    pytest.skip(reason)
 
 
 EARLIER = (
@@ -40,9 +26,7 @@ EARLIER = (
 @pytest.fixture
 def lab(tmp_path, nano):
     """A JupyterLab with a token over a folder with 04 and earlier clips: its address."""
-    if importlib.util.find_spec("jupyterlab") is None:
-        missing("JupyterLab is not installed")
-    root, token = tmp_path / "root", secrets.token_hex(16)
+    root = tmp_path / "root"
     root.mkdir()
     shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", root)
     (root / "loras").mkdir()
@@ -50,52 +34,17 @@ def lab(tmp_path, nano):
     runner = JobRunner(root / "outputs", load=lambda *_, **__: nano)
     for prompt in EARLIER:
         runner.make(prompt, num_frames=9, seed=0)
-    news = tmp_path / "CONFIG/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false"}')  # else the page asks
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
-    folders["TURBO_NB_CONFIG"] = str(tmp_path / "presets")
-    server = subprocess.Popen(
-        [
-            sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
-            f"--port={address.rsplit(':', 1)[1]}", f"--ServerApp.root_dir={root}", "--expose-app-in-browser",
-        ],
-        env=os.environ | folders | {"JUPYTER_TOKEN": token, "PYTHONPATH": path},
-        stdout=(tmp_path / "lab.log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/api", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "lab.log").read_text()
-                time.sleep(0.5)
-        yield f"{address}/lab/tree/04_generate.ipynb?token={token}"
-    finally:
-        server.terminate()
-        server.wait(30)
+    presets = str(tmp_path / "presets")
+    with jupyter_lab(root, tmp_path, "04_generate.ipynb", TURBO_NB_CONFIG=presets) as address:
+        yield address
 
 
 @pytest.fixture
 def page():
-    try:
-        from playwright import sync_api
-    except ImportError:
-        missing("playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        missing("no chromium on the PATH (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1750})
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1280, "height": 1750})
         page.set_default_timeout(WAIT)
         yield page
-        browser.close()
 
 
 @pytest.fixture
