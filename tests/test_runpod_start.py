@@ -357,7 +357,7 @@ def test_starting_twice_starts_one_jupyterlab(machine):
 def test_jupyterlab_is_up_before_anything_is_installed(machine):
     machine.start(TURBO_NB_MODELS="one")
     machine.wait_until_said("download one: done")
-    assert machine.calls("jupyter") and machine.calls("turbo-nb download one")
+    assert machine.jupyter() and machine.calls("turbo-nb download one")
     said = machine.said
     assert said.index("JupyterLab: https://") < said.index("setup: begun") < said.index("download one: begun")
 
@@ -443,7 +443,7 @@ def test_models_are_fetched_one_after_the_other_and_a_failing_one_is_told(machin
     assert machine.calls("turbo-nb") == [f"turbo-nb download {name}" for name in ("first", "missing", "last")]
     assert "download missing, exit 2: error: unknown model 'missing'" in machine.failures
     assert str(machine.home / "logs/download.log") in machine.failures
-    assert process.poll() is None and len(machine.calls("jupyter")) == 1
+    assert machine.jupyter() and process.poll() is None and len(machine.calls("jupyter")) == 1
 
 
 def test_a_failing_setup_keeps_jupyterlab_and_the_next_start_tries_again(machine):
@@ -469,7 +469,7 @@ def test_what_failed_is_tried_again_beside_a_running_jupyterlab(machine):
     kernel = json.loads((machine.run_folder / "jupyter/kernels/python3/kernel.json").read_text())
     assert kernel["display_name"] == "turbo_nb" and kernel["argv"][0] == f"{machine.home}/venv/bin/python"
     assert machine.failures == "" and machine.calls("turbo-nb") == ["turbo-nb download first"]
-    assert process.poll() is None and len(machine.calls("jupyter")) == 1
+    assert machine.jupyter() and process.poll() is None and len(machine.calls("jupyter")) == 1
 
 
 def test_two_setups_wait_for_each_other(machine):
