@@ -38,6 +38,7 @@ from .machine import environment
 from .machine.mapped import PageReleaser
 from .settings import with_home
 from .sla import set_attention_type
+from .tiny_decoder import TinyDecoder
 
 ROWS = 1024  # of a weight that are quantised at once
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -278,6 +279,27 @@ def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "base_dim": tensors["encoder.conv_in.weight"].shape[0],
         "z_dim": tensors["decoder.conv_in.weight"].shape[1],
     }
+
+
+def load_tiny_decoder(
+    path: str | Path | Contents, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> TinyDecoder:
+    """Load TAEHV's decoder for Wan2.1: `taew2_1.safetensors` or `taew2_1.pth`.
+
+    Args:
+        path: the file, or what `recognise.read` returned for it.
+        device: of the weights.
+        dtype: of the weights. None: the file's own.
+
+    Raises:
+        CheckpointError: as `load_transformer`. The tiny decoders of other models mostly have other shapes.
+    """
+    contents = path if isinstance(path, Contents) else read(path)
+    require(contents, "tiny decoder")
+    with init_empty_weights():
+        model = TinyDecoder()
+    _fill(model, contents, device, dtype)
+    return model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 def load_text_encoder(

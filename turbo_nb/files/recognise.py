@@ -44,7 +44,7 @@ class Contents:
 
     Attributes:
         path: the file or folder.
-        kind: "transformer", "vae", "text encoder", "LoRA" or "unknown".
+        kind: "transformer", "vae", "text encoder", "tiny decoder", "LoRA" or "unknown".
         names: whose names the file has: "upstream", "diffusers", "SGLang", "FastVideo", "transformers" and others.
         copy: which of several copies of the model in the file this is; None for a file with one.
         tensors: by diffusers' names; by transformers' names for a text encoder.
@@ -176,7 +176,8 @@ def recognise(
     if found.kind == "transformer":
         return _recognise_transformer(common, config or {})
     if found.kind == "unknown" and {"decoder.1.weight", "encoder.1.weight"} & tensors.keys():
-        return Contents(kind="unknown", family="of a tiny decoder (TAEHV), which is not a VAE", **common)
+        common["tensors"] = {name: tensor for name, tensor in decoded.items() if name.startswith("decoder.")}
+        return Contents(kind="tiny decoder", **common | {"names": "TAEHV's"})
     return Contents(kind=found.kind, **common)
 
 
