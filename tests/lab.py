@@ -80,6 +80,17 @@ def jupyter_lab(root: Path, folder: Path, name: str, **environment: str) -> Iter
         server.wait(30)
 
 
+def end_kernels(address: str) -> None:
+    """End the notebooks' kernels of the JupyterLab at an address"""
+    base, token = address.split("/lab/")[0], address.partition("?token=")[2]
+    head = {"Authorization": f"token {token}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{base}/api/sessions", headers=head), timeout=60) as answer:
+        sessions = json.load(answer)
+    for one in sessions:
+        ended = urllib.request.Request(f"{base}/api/sessions/{one['id']}", headers=head, method="DELETE")
+        urllib.request.urlopen(ended, timeout=60).close()
+
+
 @contextmanager
 def browser() -> Iterator:
     """Start a headless Chromium: playwright's browser"""

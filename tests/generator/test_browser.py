@@ -4,13 +4,14 @@ Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROW
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
 
+import itertools
 import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from lab import ROOT, WAIT, browser, jupyter_lab
+from lab import ROOT, WAIT, browser, end_kernels, jupyter_lab
 
 from turbo_nb.generator.jobs import JobRunner
 
@@ -23,28 +24,45 @@ EARLIER = (
 )
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A JupyterLab with a token: the folder that it shows, its address and its generator's settings"""
+    folder = tmp_path_factory.mktemp("lab")
+    (root := folder / "root").mkdir()
+    with jupyter_lab(root, folder, "{folder}/04_generate.ipynb", TURBO_NB_CONFIG=str(folder / "presets")) as address:
+        yield root, address, folder / "presets"
+
+
 @pytest.fixture
-def lab(tmp_path, nano):
-    """A JupyterLab with a token over a folder with 04 and earlier clips: its address."""
-    root = tmp_path / "root"
-    root.mkdir()
-    shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", root)
-    (root / "loras").mkdir()
-    shutil.copy(ROOT / "tests/files/nano_lora.safetensors", root / "loras")
-    runner = JobRunner(root / "outputs", load=lambda *_, **__: nano)
+def lab(server, request, nano):
+    """A folder of its own with 04 and earlier clips: its address in the JupyterLab."""
+    root, address, presets = server
+    name = re.sub(r"\W", "-", request.node.name)
+    (own := root / name).mkdir()
+    shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", own)
+    (own / "loras").mkdir()
+    shutil.copy(ROOT / "tests/files/nano_lora.safetensors", own / "loras")
+    runner = JobRunner(own / "outputs", load=lambda *_, **__: nano)
     for prompt in EARLIER:
         runner.make(prompt, num_frames=9, seed=0)
-    presets = str(tmp_path / "presets")
-    with jupyter_lab(root, tmp_path, "04_generate.ipynb", TURBO_NB_CONFIG=presets) as address:
-        yield address
+    # a workspace of its own, because JupyterLab opens again what a workspace had open
+    yield address.format(folder=name).replace("/lab/", f"/lab/workspaces/{name}/")
+    end_kernels(address)
+    shutil.rmtree(presets, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as chromium:
+        yield chromium
 
 
 @pytest.fixture
-def page():
-    with browser() as chromium:
-        page = chromium.new_page(viewport={"width": 1280, "height": 1750})
-        page.set_default_timeout(WAIT)
-        yield page
+def page(chromium):
+    page = chromium.new_page(viewport={"width": 1280, "height": 1750})
+    page.set_default_timeout(WAIT)
+    yield page
+    page.close()
 
 
 @pytest.fixture
@@ -233,20 +251,19 @@ def test_after_a_restart_of_the_kernel_the_page_goes_on(page, notebook, shots):
     page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length > n", arg=len(EARLIER))
 
 
-@pytest.mark.parametrize("theme", ["Light", "Dark"])
-@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (800, 1)])
-def test_the_layout(page, notebook, shots, theme, width, columns):
-    notebook.command("apputils:change-theme", theme=f"JupyterLab {theme}")
-    page.set_viewport_size({"width": width, "height": 900})
-    page.wait_for_timeout(2000)
-    notebook.tnb.evaluate("one => one.scrollIntoView()")
-    page.wait_for_timeout(500)
-    page.screenshot(path=shots / f"04-{width}-{theme.lower()}.png")
-    style = "one => getComputedStyle(one).gridTemplateColumns.split(' ').length"
-    assert page.locator(".tnb-columns").evaluate(style) == columns
-    box = notebook.generate.bounding_box()
-    assert box["y"] > 0 and box["y"] + box["height"] < 900
-    assert page.locator(".tnb").evaluate("one => one.scrollWidth <= one.clientWidth + 1")
-    dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
-    light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128
-    assert light == (theme == "Dark")
+def test_the_layout(page, notebook, shots):
+    for theme, (width, columns) in itertools.product(("Light", "Dark"), ((1280, 2), (800, 1))):
+        notebook.command("apputils:change-theme", theme=f"JupyterLab {theme}")
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(2000)
+        notebook.tnb.evaluate("one => one.scrollIntoView()")
+        page.wait_for_timeout(500)
+        page.screenshot(path=shots / f"04-{width}-{theme.lower()}.png")
+        style = "one => getComputedStyle(one).gridTemplateColumns.split(' ').length"
+        assert page.locator(".tnb-columns").evaluate(style) == columns, (theme, width)
+        box = notebook.generate.bounding_box()
+        assert box["y"] > 0 and box["y"] + box["height"] < 900, (theme, width)
+        assert page.locator(".tnb").evaluate("one => one.scrollWidth <= one.clientWidth + 1"), (theme, width)
+        dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
+        light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128
+        assert light == (theme == "Dark"), width
