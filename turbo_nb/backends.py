@@ -13,7 +13,7 @@ from .errors import BackendError, InputError
 from .machine import probe
 from .machine.probe import Machine
 from .ops import registry
-from .ops.registry import Implementation, no_triton, sm
+from .ops.registry import Implementation, no_bfloat16, no_triton, sm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHOWN", "VARIABLES", "Backends", "Choice",
-    "choose", "detect", "function", "kernel", "load_kernels", "no_triton", "sm",
+    "choose", "detect", "function", "kernel", "load_kernels", "no_bfloat16", "no_triton", "sm",
 ]  # fmt: skip
 
 # What the doctor shows → the operation whose choice stands for the group

@@ -40,6 +40,7 @@ H100 = Machine(
     torch="2.9.0+cu130", cuda="13.0", compiler="/usr/bin/gcc", libraries=TRITON,
 )  # fmt: skip
 CPU = Machine(torch="2.9.0+cpu")
+T4 = replace(H100, gpu="Tesla T4", arch=(7, 5), free_memory=14.4 * GIB, total_memory=14.6 * GIB)
 
 
 def surroundings(tmp_path, **changes):
@@ -110,6 +111,8 @@ def libraries(**named):
         (CPU, {"place": "Colab"}, "warning", "this machine has no GPU", "Change runtime type"),
         (replace(H100, free_memory=9 * GIB), {}, "warning",
          "other work takes 71.0 GiB of the GPU's 80.0 GiB", "nvidia-smi"),
+        (T4, {"place": "Colab"}, "warning",
+         "only nano is fast enough here: this GPU (sm_75) has no bfloat16", "Change runtime type"),
         (replace(H100, libraries={}), {}, "warning", "Triton not installed", "pip install triton"),
         (libraries(triton=Library(version="3.5", error="its trial kernel failed: Python.h: No such file")), {},
          "warning", "Python.h", "apt-get install -y python3."),

@@ -103,6 +103,16 @@ def test_nothing_is_said_where_nothing_would_be_better(machine):
     taken()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("arch", "taken_model"), [((7, 5), "nano"), ((8, 0), SMALL)], ids=["T4", "A100"])
+def test_auto_takes_no_released_model_on_a_gpu_without_bfloat16(machine, monkeypatch, arch, taken_model):
+    machine(15, (SMALL, False), host=12)
+    monkeypatch.setattr(probe, "probe", lambda device=None: probe.Machine(gpu="a card", gpu_count=1, arch=arch))
+    found = resolve.resolve(LoadOptions())
+    assert found.spec.name == taken_model and ("no bfloat16" in found.reason) == (arch == (7, 5))
+    assert resolve.resolve(LoadOptions(model=SMALL)).spec.name == SMALL  # a name is obeyed
+
+
 @pytest.mark.filterwarnings("ignore:model auto takes")
 def test_device_memory_and_linears_that_are_asked_for_count(machine):
     machine(80, (LARGE, True), (LARGE, False), (SMALL, False))

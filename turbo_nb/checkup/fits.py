@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .. import catalog
+from .. import backends, catalog
 from ..machine.probe import Machine
 from ..runtime import estimate, plan
 from .tables import decimal
@@ -65,6 +65,8 @@ def fit(spec: catalog.ModelSpec, quantized: bool, machine: Machine, free: int, h
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **common)
+    if slow := backends.no_bfloat16(machine):  # estimates and guesses are of newer GPUs
+        return Fit(fits=chosen.fits, plan=chosen.name, text=f"{chosen}; very slow, because {slow}", **common)
     takes = _time(spec, quantized, chosen.name, machine) if chosen.fits else ""
     return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), time=takes, **common)
 

@@ -77,6 +77,11 @@ def of_gpu(found: Backends) -> Iterator[Problem]:
             f"other work takes {taken} of the GPU's {gib(found.total_memory)}",
             "find the process with nvidia-smi, and restart the notebook's kernel if it is this one's",
         )
+    if reason := backends.no_bfloat16(found):
+        yield _warning(
+            f"only {catalog.NANO.name} is fast enough here: {reason}",
+            "take a GPU of sm_80 or newer, such as an L4 or an A100; in Colab: Runtime > Change runtime type",
+        )
     if reason := backends.no_triton(found):
         yield _warning(f"Triton kernels cannot run: {reason}", _triton_fix(reason, found))
     for name in ("flash_attn", "spas_sage_attn"):

@@ -57,6 +57,16 @@ def no_kernels(machine: Machine) -> str | None:
     return _old_triton(machine, KERNELS_TRITON)
 
 
+def no_bfloat16(machine: Machine) -> str | None:
+    """Return why the released models are too slow on a machine's GPU, None where they are not, or without a GPU.
+
+    PyTorch emulates bfloat16 before sm_80, and runs its convolutions without cuDNN.
+    """
+    if machine.arch is None or machine.arch >= KERNELS_FROM:
+        return None
+    return f"this GPU ({sm(machine.arch)}) has no bfloat16, and the kernels need {sm(KERNELS_FROM)} or newer"
+
+
 def no_gluon(machine: Machine) -> str | None:
     """Return why our Gluon kernels do not run on this machine, None where they run."""
     if reason := no_kernels(machine):
