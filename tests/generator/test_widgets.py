@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
+from types import SimpleNamespace
 
 import comm
 import ipywidgets as w
@@ -603,6 +604,30 @@ def test_without_ipywidgets_it_says_what_to_install():
 
 def test_no_front_end_outside_a_notebook():
     assert not widgets.has_front_end()
+
+
+@pytest.mark.parametrize(("colab", "calls"), [(True, 1), (False, 0)])
+def test_colab_is_asked_for_its_custom_widgets_where_the_page_is_shown(generator, monkeypatch, colab, calls):
+    """A stand-in for Colab's module: without its widget manager the players of the page stay empty."""
+    asked = []
+    output = SimpleNamespace(enable_custom_widget_manager=lambda: asked.append("enabled"))
+    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    for name in ("RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "RUNPOD_WEBHOOK_GET_JOB", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    if colab:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-external_20260819")
+    generator._ipython_display_()
+    assert len(asked) == calls
+    monkeypatch.delitem(sys.modules, "google.colab.output")
+    generator._ipython_display_()  # a kernel without the module, such as a local runtime
+
+
+@pytest.mark.parametrize(("metadata", "person"), [({"colab": {"cell_id": "a1"}}, True), ({}, False)])
+def test_a_cell_that_colab_sends_has_a_person_before_it(monkeypatch, metadata, person):
+    kernel = SimpleNamespace(get_parent=lambda channel: {"metadata": metadata})
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert widgets.has_front_end() is person
 
 
 def test_the_settings_come_back_when_the_cell_runs_again_and_after_a_restart(tmp_path, nano, monkeypatch):

@@ -19,6 +19,7 @@ except ImportError as error:
         "ipywidgets is not installed, and the generator needs it. pip install 'turbo-nb[notebook]'"
     ) from error
 from .. import presets
+from ..machine import environment
 from ..settings import Weights
 from .comms import answer_on_any_page
 from .downloads import Download
@@ -47,6 +48,12 @@ def has_front_end() -> bool:
     kernel = getattr(shell, "kernel", None)
     # a page sends metadata with the cells that it runs; nbclient, which the others use, sends nothing
     return bool(kernel and (kernel.get_parent("shell") or {}).get("metadata"))
+
+
+def _allow_widgets_in_colab() -> None:
+    """Let Colab show widgets of other packages, whose scripts it then loads from its own server"""
+    if environment.place() == "Colab" and (output := sys.modules.get("google.colab.output")):
+        output.enable_custom_widget_manager()
 
 
 def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "Generator":
@@ -126,6 +133,7 @@ class Generator:
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
+        _allow_widgets_in_colab()
         display(HTML(STYLE + ADVICE))
         display(self.root)
 
