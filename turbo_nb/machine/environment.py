@@ -265,6 +265,8 @@ def memory(root: Path = Path("/")) -> Memory:
 def needed_packages() -> tuple[Package, ...]:
     """Return Python and every package that turbo_nb requires, in a notebook those of its extra `notebook` too.
 
+    In Colab they are those of the extra `colab`, because Colab pins a server and a kernel of its own.
+
     Returns:
         One entry for each package. Empty where turbo_nb is imported from a folder and not installed.
     """
@@ -275,7 +277,7 @@ def needed_packages() -> tuple[Package, ...]:
         ours = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return ()
-    extra = {"extra": "notebook" if in_notebook() else ""}
+    extra = {"extra": ("colab" if place() == "Colab" else "notebook") if in_notebook() else ""}
     needed = [Requirement(line) for line in ours.requires or ()]
     found = {r.name: (r.specifier, version(r.name)) for r in needed if r.marker is None or r.marker.evaluate(extra)}
     found = {"Python": (SpecifierSet(ours.metadata["Requires-Python"]), platform.python_version()), **found}
