@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import dropwhile, zip_longest
+from itertools import dropwhile, pairwise, zip_longest
 from pathlib import Path
 
 import pytest
@@ -256,3 +256,12 @@ def test_a_fault_is_found(check, old, new, words):
 def test_ci_without_a_test_command_or_with_another_is_seen(tmp_path):
     assert ci_test_command(planted("&& pytest", "; pytest"), tmp_path) == ""
     assert ci_test_command("Say `x && pytest`.\n" + read(ENGLISH), tmp_path) == "Say `x && pytest`."
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "docs").glob("*.md")))
+def test_tables_and_links_of_the_docs_are_whole(name):
+    text = read(f"docs/{name}")
+    rows = [line for section in parse(text) for line in tables(section)]
+    assert rows and all(a == b or "end" in (a, b) for a, b in pairwise(rows)), rows
+    targets = [link.split(" ", 1)[1].partition("#")[0] for section in parse(text) for link in links(section)]
+    assert [t for t in targets if not re.match(r"[a-z]+:", t) and not (REPOSITORY / "docs" / t).exists()] == []
