@@ -1,5 +1,6 @@
 """The choice of backends: a table of machines that nobody has all of, and the probes against real failures."""
 
+import gc
 import inspect
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from dataclasses import FrozenInstanceError
 from itertools import product
 from pathlib import Path
@@ -416,3 +418,22 @@ def test_memory_is_released_on_a_gpu(monkeypatch, gpu):
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: released.append("pinned"), raising=False)
     probe.release_memory()
     assert released == (["GPU", "pinned"] if gpu else [])
+
+
+def test_memory_of_modules_that_refer_to_each_other_is_released():
+    """A pipeline and its hooks do, and its memory stayed until Python happened to look for such circles."""
+
+    class Module:
+        pass
+
+    module = Module()
+    module.hook = [module]
+    left = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert left() is not None
+        probe.release_memory()
+        assert left() is None
+    finally:
+        gc.enable()

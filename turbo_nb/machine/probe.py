@@ -4,6 +4,7 @@ A library counts as working because something real ran: its import, or for Trito
 is a fact with a reason, not an exception.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -375,9 +376,10 @@ def free_memory(device: str) -> float:
 
 
 def release_memory() -> None:
-    """Return unused GPU memory and unused pinned memory to the system."""
+    """Return unused GPU memory and pinned memory to the system, also that of modules that refer to each other."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         getattr(torch._C, "_host_emptyCache", lambda: None)()  # torch has no public name for this
