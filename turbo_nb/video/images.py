@@ -1,4 +1,7 @@
-"""The image that a clip begins with: opened from whatever a user gives, and cropped to the clip's size."""
+"""The pictures that a clip begins and ends with: opened from whatever a user gives, and cropped to the clip's size.
+
+`what` is the beginning of a message about a picture, such as "image is 'cat.png'".
+"""
 
 import hashlib
 import io
@@ -29,7 +32,7 @@ QUOTES = "'\"`“”‘’«»"
 ADDRESS = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
 
 
-def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> "Image":
+def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", name: str = "image") -> "Image":
     """Open an image, upright and in 8-bit RGB.
 
     Values of uint16 are scaled from 0…65535. Wider integers and floats are scaled from the first range that has them
@@ -39,6 +42,7 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> 
     Args:
         image: a file or its bytes, a PIL image, or an array (H, W) or (H, W, C) of bool, integers or floats. C is 1
             (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
+        name: of the option that it is the value of, for messages.
 
     Raises:
         InputError: it cannot be read as an image, or has more than 64 million pixels.
@@ -47,17 +51,19 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray") -> 
     from PIL import Image
 
     if isinstance(image, np.ndarray):
-        return _on_white(_from_array(image))
+        what = f"{name} is {image.dtype} {image.shape}"
+        return _on_white(_from_array(image, what), what)
     if isinstance(image, Image.Image):
-        return _opened(image, f"a PIL image of mode {image.mode}")
+        return _opened(image, f"{name} is a PIL image of mode {image.mode}")
     if isinstance(image, io.BytesIO):
-        return _read(image, "an upload")
+        return _read(image, f"{name} is an upload")
     if not isinstance(image, str | os.PathLike):
         raise InputError(
-            f"image is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
+            f"{name} is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
             "(height, width, 3). Convert it."
         )
-    return _read(_file(image), shown(str(image)))
+    what = f"{name} is {shown(str(image))}"
+    return _read(_file(image, what), what)
 
 
 class Pictures:
@@ -66,20 +72,20 @@ class Pictures:
     def __init__(self):
         self._kept: dict[str, Image] = {}
 
-    def open(self, image: Any, *, evict: bool = True) -> "Image":
+    def open(self, image: Any, name: str = "image", *, evict: bool = True) -> "Image":
         """Open an image as `load_image` does.
 
         Args:
-            image: as of `load_image`. Only files are kept.
+            image, name: as of `load_image`. Only files are kept.
             evict: forget those that were used longest ago to make room. False: keep this one only where room is left.
 
         Raises:
             InputError: it cannot be read as an image.
         """
         if not isinstance(image, str | os.PathLike):
-            return load_image(image)
+            return load_image(image, name)
         key = os.fspath(image)
-        picture = self._kept.pop(key, None) or load_image(image)
+        picture = self._kept.pop(key, None) or load_image(image, name)
         room = KEPT_BYTES - 3 * picture.width * picture.height
         while evict and self._kept and self._size() > room:
             del self._kept[next(iter(self._kept))]
@@ -101,7 +107,7 @@ def is_address(image: Any) -> bool:
     return isinstance(image, str) and bool(ADDRESS.match(image))
 
 
-def _file(image: str | os.PathLike) -> Path:
+def _file(image: str | os.PathLike, what: str) -> Path:
     """Return the path of a file. Raises InputError with a hint where it is one in another form"""
     path = Path(with_home(image))
     if str(image) and environment.is_file(path):
@@ -112,15 +118,13 @@ def _file(image: str | os.PathLike) -> Path:
         bare = url2pathname(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", bare))
     bare = with_home(bare)
     if bare != text and environment.is_file(bare):
-        raise InputError(f"image is {shown(text)}. Expected the path alone. Take {bare!r}.")
+        raise InputError(f"{what}. Expected the path alone. Take {bare!r}.")
     if ADDRESS.match(text) and not text.strip().lower().startswith("file:"):
-        raise InputError(
-            f"image is {shown(text)}, which is an address. Expected a file on this machine. Download it first."
-        )
-    raise InputError(f"image is {shown(text)}, which is not a file. {ALLOWED} Check the path.")
+        raise InputError(f"{what}, which is an address. Expected a file on this machine. Download it first.")
+    raise InputError(f"{what}, which is not a file. {ALLOWED} Check the path.")
 
 
-def _read(source: "Path | io.BytesIO", name: str) -> "Image":
+def _read(source: "Path | io.BytesIO", what: str) -> "Image":
     """Open a file"""
     from PIL import Image
 
@@ -134,28 +138,26 @@ def _read(source: "Path | io.BytesIO", name: str) -> "Image":
                 pillow_heif.register_heif_opener()
         Image.init()  # fills Image.ID
         with Image.open(source, formats=[one for one in FORMATS if one in Image.ID]) as opened:
-            return _opened(opened, name)
+            return _opened(opened, what)
     except InputError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, about three times ours
-        raise _too_large(name, "which has too many pixels") from error
+        raise _too_large(what, "which has too many pixels") from error
     except Exception as error:  # decoders raise errors of many types on bytes that are not an image
         if is_heic and "HEIF" not in Image.ID:
             raise InputError(
-                f"image is {name}, a HEIC picture, and pillow-heif is not installed. {ALLOWED} Run: pip install "
+                f"{what}, a HEIC picture, and pillow-heif is not installed. {ALLOWED} Run: pip install "
                 "pillow-heif, or save the picture as jpg."
             ) from error
-        raise _unreadable(name, error) from error
+        raise _unreadable(what, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> InputError:
+def _unreadable(what: str, error: Exception) -> InputError:
     from PIL import UnidentifiedImageError
 
     # Pillow's own words would be the path once more, or the address of a BytesIO
     reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else first_line(error)
-    return InputError(
-        f"image is {name}, which cannot be read as an image ({reason}). {ALLOWED} Save it as one of these."
-    )
+    return InputError(f"{what}, which cannot be read as an image ({reason}). {ALLOWED} Save it as one of these.")
 
 
 def _is_heic(source: "Path | io.BytesIO") -> bool:
@@ -166,30 +168,30 @@ def _is_heic(source: "Path | io.BytesIO") -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in HEIC
 
 
-def _too_large(name: str, what: str) -> InputError:
+def _too_large(what: str, how: str) -> InputError:
     return InputError(
-        f"image is {name}, {what}. Expected at most {MOST_PIXELS // 10**6} million pixels. Make it smaller: a clip "
+        f"{what}, {how}. Expected at most {MOST_PIXELS // 10**6} million pixels. Make it smaller: a clip "
         "shows less than 1 million."
     )
 
 
-def _opened(picture: "Image", name: str) -> "Image":
+def _opened(picture: "Image", what: str) -> "Image":
     """Return a picture upright and in RGB, after a look at its size, because decoding is what takes long"""
     from PIL import ImageOps
 
     if picture.width * picture.height > MOST_PIXELS:
-        raise _too_large(name, f"a picture of {picture.width}x{picture.height}")
+        raise _too_large(what, f"a picture of {picture.width}x{picture.height}")
     if 0 in picture.size:
-        raise InputError(f"image is {name} of {picture.width}x{picture.height}. Expected at least 1x1. Give another.")
+        raise InputError(f"{what} of {picture.width}x{picture.height}. Expected at least 1x1. Give another.")
     try:
         _unpack_transparency(picture)
         if picture.format in FILMS and getattr(picture, "n_frames", 1) > 1:
-            warn(f"image is {name} with {picture.n_frames} frames. The clip begins with the first one.")
-        return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format))
+            warn(f"{what} with {picture.n_frames} frames. The first one is taken.")
+        return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format, what), what)
     except InputError:
         raise
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise _unreadable(what, error) from error
 
 
 def _unpack_transparency(picture: "Image") -> None:
@@ -202,7 +204,7 @@ def _unpack_transparency(picture: "Image") -> None:
         picture.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _eight_bits(picture: "Image", kind: str | None) -> "Image":
+def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
     """Return a picture as L, LA, RGB or RGBA. Pillow's own conversion clips the values of wider modes at 255"""
     import numpy as np
     from PIL import Image
@@ -212,7 +214,7 @@ def _eight_bits(picture: "Image", kind: str | None) -> "Image":
         values = np.asarray(picture)
         if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG in Pillow before version 11, PPM in every version
             values = values.astype(np.uint16)
-        picture = Image.fromarray(_scaled(values))
+        picture = Image.fromarray(_scaled(values, what))
         if isinstance(key, int):  # the value that is transparent
             picture.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
         return picture
@@ -221,23 +223,22 @@ def _eight_bits(picture: "Image", kind: str | None) -> "Image":
     return picture.convert("RGBA" if key is not None or mode in ("LA", "PA", "RGBA", "RGBa") else "RGB")
 
 
-def _from_array(array: "np.ndarray") -> "Image":
+def _from_array(array: "np.ndarray", what: str) -> "Image":
     """Return an array as L, LA, RGB or RGBA"""
     from PIL import Image
 
-    got = f"{array.dtype} {array.shape}"
     channels = 1 if array.ndim == 2 else array.shape[-1] if array.ndim == 3 else 0
     if channels not in (1, 2, 3, 4) or 0 in array.shape or array.dtype.kind not in "buif":
         fix = "Call its transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3, 4) else "Convert it."
-        raise InputError(f"image is {got}. Expected a number array (height, width) or (height, width, 1 to 4). {fix}")
+        raise InputError(f"{what}. Expected a number array (height, width) or (height, width, 1 to 4). {fix}")
     height, width = array.shape[:2]
     if height * width > MOST_PIXELS:
-        raise _too_large(got, f"a picture of {width}x{height}")
-    values = _scaled(array).reshape(height, width, channels)
+        raise _too_large(what, f"a picture of {width}x{height}")
+    values = _scaled(array, what).reshape(height, width, channels)
     return Image.fromarray(values[..., 0] if channels == 1 else values)
 
 
-def _scaled(values: "np.ndarray") -> "np.ndarray":
+def _scaled(values: "np.ndarray", what: str) -> "np.ndarray":
     """Return values as uint8, scaled as `load_image` documents"""
     import numpy as np
 
@@ -250,14 +251,14 @@ def _scaled(values: "np.ndarray") -> "np.ndarray":
     is_float = values.dtype.kind == "f"
     least, most = values.min(), values.max()
     if is_float and not (np.isfinite(least) and np.isfinite(most)):
-        raise InputError(f"image is {values.dtype} with values that are not finite. Expected numbers. Replace them.")
+        raise InputError(f"{what} with values that are not finite. Expected numbers. Replace them.")
     least, most = float(least), float(most)
     slack = 0.05 if is_float else 0  # filters overshoot a range a little
     ranges = [(0, 1), (-1, 1)] if is_float else []
     for low, high in [*ranges, (0, 255), (0, 65535), (0, 2**31 - 1), (least, most)]:
         if low - slack * high <= least and most <= high * (1 + slack):
             break
-    warn(f"image has {values.dtype} values from {least:g} to {most:g}. They were scaled as a range of {low} to {high}.")
+    warn(f"{what} with values from {least:g} to {most:g}. They were scaled as a range of {low} to {high}.")
     scaled = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), 256):  # in parts, because float64 takes 8 bytes a value
         part = (values[start : start + 256].astype(np.float64) - low) * (255 / ((high - low) or 1))
@@ -265,17 +266,17 @@ def _scaled(values: "np.ndarray") -> "np.ndarray":
     return scaled
 
 
-def _on_white(picture: "Image") -> "Image":
+def _on_white(picture: "Image", what: str) -> "Image":
     """Return a picture in RGB, with what is transparent on white"""
     from PIL import Image
 
     if picture.mode in ("LA", "RGBA") and picture.getchannel("A").getextrema()[0] < 255:
-        warn("image has transparent parts, which were put on white. Give a picture without transparency to choose.")
+        warn(f"{what} with transparent parts, which were put on white. Give a picture without transparency to choose.")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
-def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
+def crop(image: "Image", width: int, height: int, name: str = "image") -> "tuple[Image, str | None]":
     """Crop an image to the middle that has the aspect of width × height, and resize it.
 
     Returns:
@@ -289,7 +290,7 @@ def crop(image: "Image", width: int, height: int) -> "tuple[Image, str | None]":
     if max(lost_x, lost_y) > 0.02:
         sides = "left and right" if lost_x > lost_y else "top and bottom"
         note = (
-            f"the image of {image.width}x{image.height} was cropped to {width}x{height}: {max(lost_x, lost_y):.0%} cut"
-            f" at {sides}"
+            f"the {name.replace('_', ' ')} of {image.width}x{image.height} was cropped to {width}x{height}: "
+            f"{max(lost_x, lost_y):.0%} cut at {sides}"
         )
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), note
