@@ -12,17 +12,18 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from helpers import command_line, golden, to_upstream, upstream_names
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli
+from turbo_nb import catalog, cli, generation, settings
 from turbo_nb.checkpoint import load_transformer
-from turbo_nb.errors import CheckpointError, InputError, TurboNbError
+from turbo_nb.errors import CheckpointError, InputError, TurboNbError, collect_warnings
 from turbo_nb.files.convert import convert
 from turbo_nb.fused import vae
 from turbo_nb.runtime import expert_swap, plan
+from turbo_nb.video import mp4
 
 NANO = catalog.NANO.folder
 TINY = catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256)
@@ -203,6 +204,155 @@ def test_only_an_image_to_video_model_extends_a_clip(nano, i2v, folder):
         turbo_nb.generate(i2v, "x", image=folder / "picture.png", extend=1, **CLIP | {"num_frames": 1})
     with pytest.raises(InputError, match="samples or parts"):
         turbo_nb.generate(i2v, "x", image=folder / "picture.png", extend=2, seed=2**63 - 2)
+
+
+def theirs(i2v, folder, *, seed=0, **pictures):
+    """Frames (T, H, W, 3) uint8 of diffusers' own pipeline, called as its documentation says"""
+    from turbo_nb.scheduler import RCMScheduler
+
+    scheduler = RCMScheduler(200.0, False)
+    scheduler.seed(seed, "cpu")
+    with torch.inference_mode():
+        pipeline = WanImageToVideoPipeline(
+            vae=i2v.vae, transformer=i2v.transformer, transformer_2=i2v.transformer_2, scheduler=scheduler,
+            text_encoder=None, tokenizer=None, boundary_ratio=0.9,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        frames = pipeline(
+            **{name: ImageOps.fit(picture, (64, 48), Image.Resampling.LANCZOS) for name, picture in pictures.items()},
+            prompt_embeds=i2v.turbo_nb.prompt_encoder("x"), latents=scheduler.start_latents((1, 16, 2, 6, 8)),
+            height=48, width=64, num_frames=5, num_inference_steps=2, guidance_scale=1.0, output_type="np",
+        ).frames  # fmt: skip
+    return (frames[0] * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    """The first frame, and a last frame of another aspect"""
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (90, 60, 3), np.uint8)).save(folder / "last.png")
+    return {"image": folder / "picture.png", "last_image": folder / "last.png"}
+
+
+def test_a_last_image_is_that_of_diffusers_own_pipeline(i2v, folder, pictures):
+    seen = []
+    hook = i2v.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"][0, 16:20, :, 0, 0]), with_kwargs=True
+    )
+    with collect_warnings() as warned:
+        video = turbo_nb.generate(i2v, "x", **pictures, **CLIP, seed=3)
+    hook.remove()
+    assert seen[0].T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]  # the first frame, and the last of the next four
+    opened = {name: Image.open(path) for name, path in pictures.items()}
+    expected = theirs(i2v, folder, seed=3, **opened)
+    assert np.abs(video.frames.astype(int) - expected).max() <= 1
+    plain = theirs(i2v, folder, seed=3, image=opened["image"])
+    assert np.abs(plain.astype(int) - expected).max() > 10
+    assert [words for words in warned if "not trained for a given last frame" in words]
+    assert [words for words in warned if words.startswith("the last image of 60x90 was cropped to 64x48: 50% cut at")]
+
+
+def test_a_last_image_ends_the_last_part_of_a_clip_that_is_extended(i2v, folder, pictures, tmp_path):
+    with collect_warnings():
+        video = turbo_nb.generate(i2v, "x", **pictures, **CLIP, extend=1, seed=5)
+        first = turbo_nb.generate(i2v, "x", image=pictures["image"], **CLIP, seed=5).frames
+    last = Image.open(pictures["last_image"])
+    second = theirs(i2v, folder, seed=6, image=Image.fromarray(first[-1]), last_image=last)
+    assert np.abs(video.frames.astype(int) - np.concatenate([first, second[1:]])).max() <= 1
+    saved = turbo_nb.read_metadata(video.save(tmp_path / "v.mp4"))
+    assert saved["image"] == str(pictures["image"]) and saved["last_image"] == str(pictures["last_image"])
+    with collect_warnings():
+        kept = turbo_nb.generate(i2v, "x", **pictures | {"last_image": last}, **CLIP).record.last_image
+    assert kept == "a picture in memory"
+
+
+@pytest.fixture(scope="module")
+def finished(i2v, folder, tmp_path_factory):
+    """A finished mp4, and its frames as they are decoded"""
+    with collect_warnings():
+        video = turbo_nb.generate(i2v, "x", image=folder / "picture.png", **CLIP, seed=2)
+    path = video.save(tmp_path_factory.mktemp("finished") / "clip.mp4")
+    return path, mp4.read_frames(path, 64, 48)
+
+
+def test_a_finished_clip_is_extended(i2v, finished, pictures, tmp_path):
+    path, before = finished
+    given, options = [], {"num_frames": 5, "num_steps": 2}
+    with collect_warnings():
+        video = turbo_nb.generate(
+            i2v, "on", extend_clip=path, extend=2, seed=8, last_image=pictures["last_image"], on_frames=given.append,
+            **options,
+        )  # fmt: skip
+        expected, size = before, {"resolution": "64x48"}
+        for seed, last in ((8, {}), (9, {"last_image": pictures["last_image"]})):
+            part = turbo_nb.generate(i2v, "on", image=expected[-1], seed=seed, **options, **size, **last)
+            expected = np.concatenate([expected, part.frames[1:]])
+    assert len(expected) == 5 + 2 * 4 and np.array_equal(video.frames, expected)
+    assert np.array_equal(np.concatenate(given), expected)
+    longer = video.save(tmp_path / "longer.mp4")
+    saved = turbo_nb.read_metadata(longer)
+    assert (saved["seed"], saved["prompt"]) == (8, "on") and saved["more"] == {"extend": 2, "extend_clip": str(path)}
+    assert [(part["seed"], part["prompt"]) for part in saved["parts"]] == [(2, "x")]
+    assert mp4.count_frames(longer) == 13
+    with collect_warnings():  # a second time, and once where extend is left out
+        again = turbo_nb.generate(i2v, "then", extend_clip=str(longer), **options)
+    assert len(again.frames) == 17 and [part["prompt"] for part in again.settings["parts"]] == ["x", "on"]
+    assert np.abs(again.frames[:5].astype(int) - before).mean() < 4  # the clip's own frames, encoded twice
+
+
+WRONG = {
+    "no i2v": ({"model": "nano"}, "extend_clip is given. Expected none, because nano"),
+    "an image": ({"image": "picture.png"}, "image is given. Expected none beside extend_clip"),
+    "another size": ({"resolution": "80x48"}, "resolution is '80x48'. Expected 64x48, the size of"),
+    "one frame": ({"num_frames": 1}, "num_frames is 1"),
+    "missing": ({"extend_clip": "none.mp4"}, "extend_clip is 'none.mp4', which is not a file"),
+    "an address": ({"extend_clip": "https://example.org/a.mp4"}, "extend_clip is .* which is not a file"),
+    "a device": ({"extend_clip": "/dev/zero"}, "extend_clip is '/dev/zero', which is not a file"),
+    "not ours": ({"extend_clip": "foreign.mp4"}, "extend_clip is .*says nothing of how it was made"),
+    "damaged": ({"extend_clip": "damaged.mp4"}, "extend_clip is .*cannot be read as a video"),
+    "another rate": ({"extend_clip": "fast.mp4"}, "extend_clip is .* of 30 frames a second. Expected 16"),
+    "an odd size": ({"extend_clip": "odd.mp4"}, "resolution is '36x20'.*cannot be extended"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_clip_that_cannot_be_extended_is_refused_before_the_model_works(finished, folder, monkeypatch, fault):
+    monkeypatch.chdir(folder)
+    path, frames = finished
+    record = turbo_nb.read_metadata(path)
+    mp4.write_mp4("foreign.mp4", frames, 16)
+    mp4.write_mp4("fast.mp4", frames, 30, record | {"fps": 30})
+    mp4.write_mp4("odd.mp4", frames[:, :20, :36], 16, record)
+    data = path.read_bytes()
+    (folder / "damaged.mp4").write_bytes(data[: data.index(b"mdat")] + bytes(len(data) - data.index(b"mdat")))
+    more, words = WRONG[fault]
+    more = {"prompt": "x", "extend_clip": path} | more
+    spec = catalog.NANO if more.pop("model", None) else catalog.find("Wan2.2-A14B")
+    with pytest.raises(InputError, match=words):
+        generation.prepare(settings.build(settings.ClipSettings, more), spec)
+
+
+def test_the_shell_extends_a_finished_clip(folder, finished, tmp_path):
+    line = [
+        "i2v",
+        "--model",
+        "auto",
+        "--prompt",
+        "on",
+        "--num_frames",
+        5,
+        "--num_steps",
+        1,
+        "--device",
+        "cpu",
+        *SHELL_PARTS,
+    ]
+    line += ["--high_noise_model_path", folder / "high.pth", "--low_noise_model_path", folder / "low.pth"]
+    line += ["--vae_path", folder / "Wan2.1_VAE.pth", "--save_path", tmp_path / "v.mp4"]
+    neither = CliRunner().invoke(cli.app, list(map(str, line)))
+    assert str(neither.exception).startswith("--image_path is missing. Expected a picture, or an mp4 to continue")
+    result = CliRunner().invoke(cli.app, list(map(str, [*line, "--extend_clip", finished[0]])))
+    assert "v.mp4: 9 frames of 64x48 at 16 fps" in result.output, result.exception
+    assert "extend 1, extend_clip " in CliRunner().invoke(cli.app, ["info", str(tmp_path / "v.mp4")]).output
 
 
 def test_sde_and_ode_differ_and_a_seed_is_a_clip(i2v, folder):

@@ -287,9 +287,19 @@ def test_the_command_line_has_every_option_where_it_makes_sense():
     known = {name: {p.name: p for p in command.params} for name, command in commands.items()}
     everything = [name for cls in (LoadOptions, ClipSettings, RunOptions) for name in options(cls)]
     without = {
-        "t2v": {"image", "adaptive_resolution", "boundary", "extend", "text_cache", "output_dir", "workers"},
+        "t2v": {
+            "image",
+            "last_image",
+            "adaptive_resolution",
+            "boundary",
+            "extend",
+            "extend_clip",
+            "text_cache",
+            "output_dir",
+            "workers",
+        },
         "i2v": {"checkpoint", "text_cache", "output_dir", "workers"},
-        "batch": {"prompt", "text_cache", "save_path", "grid"},
+        "batch": {"prompt", "extend_clip", "text_cache", "save_path", "grid"},
     }
     for command, missing in without.items():
         assert {name for name in everything if name not in known[command]} == missing, command

@@ -225,8 +225,8 @@ Timing = Annotated[
 
 
 @command(ClipSettings, LoadOptions, RunOptions,
-         skip=("image", "adaptive_resolution", "boundary", "extend", "text_cache", "output_dir",
-               "workers"))  # fmt: skip
+         skip=("image", "last_image", "adaptive_resolution", "boundary", "extend", "extend_clip", "text_cache",
+               "output_dir", "workers"))  # fmt: skip
 def t2v(
     clip: ClipSettings, load: LoadOptions, run: RunOptions, default_norm: DefaultNorm = False, timing: Timing = False
 ) -> None:
@@ -234,7 +234,7 @@ def t2v(
     _make(clip, load, run, timing)
 
 
-@command(ClipSettings, LoadOptions, RunOptions, image=MISSING, model="Wan2.2-A14B",
+@command(ClipSettings, LoadOptions, RunOptions, model="Wan2.2-A14B",
          skip=("checkpoint", "text_cache", "output_dir", "workers"))  # fmt: skip
 def i2v(
     clip: ClipSettings,
@@ -245,7 +245,9 @@ def i2v(
     default_norm: DefaultNorm = False,
     timing: Timing = False,
 ) -> None:
-    """Make a video from a picture and a prompt."""
+    """Make a video from a picture and a prompt, or continue one (--extend_clip)."""
+    if clip.image is None and clip.extend_clip is None:
+        raise InputError("--image_path is missing. Expected a picture, or an mp4 to continue (--extend_clip).")
     _make(clip, _with_experts(load, high_noise_model, low_noise_model), run, timing)
 
 
@@ -364,7 +366,7 @@ def _report(path: Path, seed: int, video, more: dict[str, float]) -> None:
     print("  ".join(parts) + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
-@command(LoadOptions, ClipSettings, RunOptions, skip=("prompt", "text_cache", "save_path", "grid"))
+@command(LoadOptions, ClipSettings, RunOptions, skip=("prompt", "extend_clip", "text_cache", "save_path", "grid"))
 def batch(
     load: LoadOptions,
     settings: dict,

@@ -6,7 +6,7 @@ with the next memory plan.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from .errors import InputError, TurboNbError, warn
 from .files.resolve import ResolvedModel, resolve
 from .machine import environment
 from .pipeline import LoadedModel
-from .records import GraphRecord, VideoRecord, write
+from .records import IN_MEMORY, GraphRecord, VideoRecord, write
 from .runtime import estimate, plan
 from .runtime.compilations import compilations
 from .runtime.pinned import pinned_empty
 from .runtime.place import transformers
 from .runtime.stages import StageRunner, current_device
 from .runtime.steps import StepTimer, Tally
-from .settings import ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip
+from .settings import PICTURES, ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip, shown
 from .video import images, mp4
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
     from .scheduler import RCMScheduler
 
+UNTRAINED = {  # what no released model was trained for, and what may come of it
+    "extend": "was not trained to extend clips, so movements may jump where two parts meet.",
+    "last_image": "was not trained for a given last frame, so the movement may jump before it.",
+}
 PACKAGES = ("turbo-nb", "torch", "diffusers", "transformers")  # whose versions a clip records
 
 
@@ -106,10 +110,21 @@ class Video:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedClip:
-    """A clip that can be made: its settings with the model's defaults, and the image that it begins with."""
+    """A clip that can be made: its settings with the model's defaults, and its pictures.
+
+    Args:
+        pictures: the first frame as `image`, and the last one as `last_image`, as they were given.
+        earlier: how the clip that is extended was made. None: a new clip.
+    """
 
     clip: ResolvedClip
-    image: "Image | None"
+    pictures: "dict[str, Image]"
+    earlier: VideoRecord | None = None
+
+    @property
+    def image(self) -> "Image | None":
+        """The picture that the clip begins with."""
+        return self.pictures.get("image")
 
 
 def preflight(
@@ -117,7 +132,7 @@ def preflight(
 ) -> tuple[ResolvedModel, PreparedClip]:
     """Check everything that can stop a run, before anything is downloaded or loaded.
 
-    The options were checked when they were made. First come the encoder, the files to write and the image. Then come
+    The options were checked when they were made. First come the encoder, the files to write and the pictures. Then come
     the model and whether its parts fit together, of which a reference asks the Hub for heads. Last come the clip's
     settings against the model, the memory plan, and the space for a clip. `ResolvedModel.fetch` checks the space for
     the download before its first byte.
@@ -128,43 +143,61 @@ def preflight(
         paths: of the mp4 files to write.
 
     Returns:
-        The model, and the clip with its image.
+        The model, and the clip with its pictures.
 
     Raises:
         InputError, OutputError, UnknownModelError, CheckpointError, BackendError: the run cannot end well.
         DownloadError: a reference names something that neither the Hub nor the cache has.
     """
     paths = [mp4.check_output(path) for path in paths]
-    image = _opened(settings)
+    opened = _opened(settings)
     resolved = resolve(load) if isinstance(load, LoadOptions) else load()
-    prepared = prepare(settings, resolved.spec, image)
+    prepared = prepare(settings, resolved.spec, opened)
     resolved.plan(prepared.clip.size)
-    clip = prepared.clip
-    mp4.check_space(paths[0], clip.width, clip.height, clip.all_frames)
+    mp4.check_space(paths[0], *prepared.clip.size[:2], count_frames(settings, resolved.spec))
     return resolved, prepared
 
 
-def prepare(settings: ClipSettings, spec: ModelSpec, image: "Image | None" = None) -> PreparedClip:
+def count_frames(settings: ClipSettings, spec: ModelSpec) -> int:
+    """Return how many frames a clip will have, with those of the clip that it extends."""
+    clip = resolve_clip(settings, spec)
+    if settings.extend_clip is None:
+        return clip.all_frames
+    return mp4.count_frames(settings.extend_clip) + clip.all_frames - 1  # the parts begin with its last frame
+
+
+def prepare(
+    settings: ClipSettings, spec: ModelSpec, opened: "tuple[dict[str, Image], VideoRecord | None] | None" = None
+) -> PreparedClip:
     """Check a clip against a model; no model is loaded.
 
     Args:
         settings: the clip.
         spec: the model.
-        image: the settings' image, where it was opened before. None: it is opened now.
+        opened: the settings' pictures and the record of the clip to extend, where they were opened before. None: they
+            are opened now.
 
     Raises:
-        InputError: a setting does not suit the model, or the image is missing, unwanted or cannot be read.
+        InputError: a setting does not suit the model, or a picture is missing, unwanted or cannot be read.
     """
     check(settings, spec)
-    image = image or _opened(settings)
-    return PreparedClip(clip=resolve_clip(settings, spec, image and image.size), image=image)
+    pictures, earlier = opened or _opened(settings)
+    image = pictures.get("image")
+    clip = resolve_clip(settings, spec, image and image.size)
+    if earlier and earlier.fps != spec.fps:
+        raise InputError(
+            f"extend_clip is {shown(str(settings.extend_clip))} of {earlier.fps} frames a second. Expected {spec.fps}, "
+            f"as {spec.name} makes them. Choose another clip or model."
+        )
+    return PreparedClip(clip=clip, pictures=pictures, earlier=earlier)
 
 
 def check(settings: ClipSettings, spec: ModelSpec) -> None:
-    """Check what neither the image's pixels nor the clip's size decide. Raises InputError."""
-    if spec.task == "t2v" and settings.image is not None:
-        raise InputError(f"image is given. Expected none, because {spec.name} makes videos from text alone.")
-    if spec.task == "i2v" and settings.image is None:
+    """Check what neither the pictures' pixels nor the clip's size decide. Raises InputError."""
+    for name in (*PICTURES, "extend_clip"):
+        if spec.task == "t2v" and getattr(settings, name) is not None:
+            raise InputError(f"{name} is given. Expected none, because {spec.name} makes videos from text alone.")
+    if spec.task == "i2v" and settings.image is None and settings.extend_clip is None:
         raise InputError(f"image is None. Expected a picture (--image_path), because {spec.name} begins with one.")
     if settings.extend and spec.task != "i2v":
         raise InputError(
@@ -173,6 +206,8 @@ def check(settings: ClipSettings, spec: ModelSpec) -> None:
         )
     if settings.extend and settings.num_frames == 1:
         raise InputError("num_frames is 1. Expected 5 or more to extend, because parts share a frame.")
+    if settings.last_image is not None and settings.num_frames == 1:
+        raise InputError("num_frames is 1. Expected 5 or more with last_image, because a clip begins with another one.")
     _check_noise(settings)
 
 
@@ -184,10 +219,25 @@ def _check_noise(settings: ClipSettings) -> None:
             raise InputError("noise_device is 'cuda', and torch sees no GPU here. Expected cpu.")
 
 
-def _opened(settings: ClipSettings) -> "Image | None":
-    """Open the image, after the one check of a setting that needs this machine and no model"""
+def _opened(settings: ClipSettings) -> "tuple[dict[str, Image], VideoRecord | None]":
+    """Open the pictures and the clip to extend, after the one check that needs this machine and no model"""
     _check_noise(settings)
-    return None if settings.image is None else images.load_image(settings.image)
+    given = {name: value for name in PICTURES if (value := getattr(settings, name)) is not None}
+    pictures, earlier = {name: images.load_image(value, name) for name, value in given.items()}, None
+    if settings.extend_clip is not None:
+        with _named_extend_clip():
+            earlier = mp4.read_record(settings.extend_clip)
+            pictures["image"] = mp4.last_frame(settings.extend_clip)
+    return pictures, earlier
+
+
+@contextmanager
+def _named_extend_clip() -> Iterator[None]:
+    """Let errors about a clip's path name the option"""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"extend_clip {str(error).removeprefix('path ')}") from error
 
 
 @accepts(ClipSettings)
@@ -203,6 +253,10 @@ def generate(
 
     A callback that raises ends the run: that is how to cancel it. If memory runs out, `generate` warns and goes on
     with the next memory plan, once.
+
+    With extend, each part begins with the last frame of the part before it, which the clip has once. With extend_clip,
+    the first part is a finished mp4, whose frames are decoded; writing them encodes them a second time. last_image is
+    the last frame of the last part. Both pictures are cropped to the clip's aspect and resized.
 
     Args:
         pipeline: what `load_pipeline` returned.
@@ -223,19 +277,24 @@ def generate(
 
     model = LoadedModel.of(pipeline)
     prepared = prepare(settings, model.spec)
-    clip, image = prepared.clip, _image(prepared, settings, model.spec)
-    if settings.extend:
-        warn(
-            f"{model.spec.name} was not trained to extend clips, so movements may jump where two parts meet.",
-            stacklevel=3,
-        )
-    video = _part(model, settings, clip, image, on_stage, on_step, _in_order(on_frames))
-    parts, record = [video.frames], video.record
-    for number in range(1, clip.parts):
-        last, own = Image.fromarray(parts[-1][-1]), replace(clip, seed=clip.seed + number)
-        video = _part(model, settings, own, last, on_stage, on_step, _in_order(on_frames, given=1))
-        parts.append(video.frames[1:])  # without the frame that it begins with, which is there already
-        record = _joined(record, video.record)
+    clip, pictures = prepared.clip, _pictures(prepared, settings, model.spec)
+    last, parts, record = pictures.pop("last_image", None), [], None
+    if prepared.earlier:
+        with _named_extend_clip():
+            parts.append(mp4.read_frames(settings.extend_clip, clip.width, clip.height))
+    for number in range(clip.parts):
+        own, given = replace(clip, seed=clip.seed + number), min(1, len(parts))
+        if parts:
+            pictures["image"] = Image.fromarray(parts[-1][-1])
+        if last and number == clip.parts - 1:
+            pictures["last_image"] = last
+        # the frames of an earlier clip follow the first part's stages, which may fail
+        before = parts[0] if prepared.earlier and not number else None
+        video = _part(model, settings, own, pictures, on_stage, on_step, _in_order(on_frames, given, before))
+        parts.append(video.frames[given:])  # without a frame that is there already
+        record = _joined(record, video.record) if record else video.record
+    if prepared.earlier:
+        record = replace(record, parts=[*prepared.earlier.parts, _as_part(prepared.earlier)])
     return Video(frames=parts[0] if len(parts) == 1 else np.concatenate(parts), record=record)
 
 
@@ -243,7 +302,7 @@ def _part(
     model: LoadedModel,
     settings: ClipSettings,
     clip: ResolvedClip,
-    image: "Image | None",
+    pictures: "dict[str, Image]",
     on_stage: Callable | None,
     on_step: Callable | None,
     on_frames: Callable,
@@ -261,7 +320,7 @@ def _part(
             compilations(model.device) as compiled,
         ):
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
-            latents = runner.run("denoise", lambda: denoise(model, embedding, clip, image, timer, on_step, graph))
+            latents = runner.run("denoise", lambda: denoise(model, embedding, clip, pictures, timer, on_step, graph))
             if model.plan.offload == "model":
                 runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
             frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames))
@@ -288,21 +347,33 @@ def _joined(first: VideoRecord, second: VideoRecord) -> VideoRecord:
     return replace(first, timings=timings, peaks=peaks, steps=first.steps + second.steps)
 
 
-def _image(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -> "Image | None":
-    """Return the image, cropped to the clip's size; warn of what is lost, and of a prompt that the model cannot read"""
-    clip, image = prepared.clip, prepared.image
+def _as_part(earlier: VideoRecord) -> dict:
+    """Return the record of a clip that is extended, as a part of another record"""
+    return write(replace(earlier.without_measurements(), parts=[], versions={}))
+
+
+def _pictures(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -> "dict[str, Image]":
+    """Return the pictures, cropped to the clip's size.
+
+    Warns of what is lost, of a prompt that the model cannot read, and of what the model was not trained for.
+    """
+    clip, cropped = prepared.clip, {}
     if not spec.understands(clip.prompt):
         warn(
             f"{spec.name} only knows moving shapes, so the video will not show what this prompt describes. An example "
             "that it knows: a large red circle moving from left to right on a black background",
             stacklevel=4,
         )
-    if image is None:
-        return None
-    image, note = images.crop(image, clip.width, clip.height)
-    if note:
-        warn(note + ("" if settings.adaptive_resolution else "; adaptive_resolution keeps its aspect"), stacklevel=4)
-    return image
+    for name, picture in prepared.pictures.items():
+        cropped[name], note = images.crop(picture, clip.width, clip.height, name)
+        if note:
+            hint = "" if settings.adaptive_resolution or name != "image" else "; adaptive_resolution keeps its aspect"
+            warn(note + hint, stacklevel=4)
+    if settings.extend:
+        warn(f"{spec.name} {UNTRAINED['extend']}", stacklevel=4)
+    if "last_image" in cropped:
+        warn(f"{spec.name} {UNTRAINED['last_image']}", stacklevel=4)
+    return cropped
 
 
 def encode(model: LoadedModel, prompt: str) -> "torch.Tensor":
@@ -314,7 +385,7 @@ def denoise(
     model: LoadedModel,
     embedding: "torch.Tensor",
     clip: ResolvedClip,
-    image: "Image | None",
+    pictures: "Mapping[str, Image]",
     timer: StepTimer,
     on_step: "Callable[[int, int, torch.Tensor], None] | None" = None,
     graph: Tally | None = None,
@@ -325,7 +396,7 @@ def denoise(
         model: what to sample with.
         embedding: of the prompt, (1, 512, text_dim).
         clip: its size, steps, noise levels and seed.
-        image: the picture that it begins with, in the clip's size.
+        pictures: the frames that are given, in the clip's size, as the pipeline calls them: image, last_image.
         timer: entered for the steps.
         on_step: as in `generate`.
         graph: gets what CUDA graphs did. None: every step is plain.
@@ -357,7 +428,7 @@ def denoise(
 
     with _graphs(model, clip, timer, graph), timer, _sampling_as(pipeline, scheduler, clip.boundary):
         latents = pipeline(
-            **({} if image is None else {"image": image}),
+            **pictures,
             prompt_embeds=embedding.to(pipeline._execution_device),
             latents=scheduler.start_latents(shape),
             height=clip.height,
@@ -455,11 +526,19 @@ def decode(
     return frames.numpy()
 
 
-def _in_order(on_frames: "Callable[[np.ndarray], None] | None", given: int = 0) -> "Callable[[np.ndarray], None]":
-    """Return a function that takes all frames so far and hands on those after `given`, each once, even after a retry"""
+def _in_order(
+    on_frames: "Callable[[np.ndarray], None] | None", given: int, before: "np.ndarray | None"
+) -> "Callable[[np.ndarray], None]":
+    """Return a function that takes all frames so far and hands on those after `given`, each once, even after a retry.
+
+    It hands on the frames `before` them first.
+    """
 
     def deliver(frames: "np.ndarray") -> None:
-        nonlocal given
+        nonlocal given, before
+        if on_frames and before is not None:
+            on_frames(before)
+            before = None
         if on_frames and len(frames) > given:
             on_frames(frames[given:])
             given = len(frames)
@@ -479,12 +558,18 @@ def _record(
         memory_plan=model.plan.name,
         device=model.device,
         image=str(settings.image) if isinstance(settings.image, str | Path) else None,
+        last_image=_origin(settings.last_image),
         timings=runner.timings,
         steps=list(timer.steps),
         peaks=runner.peaks,
         graph=graph.record,
         versions={name: environment.version(name) or "not installed" for name in PACKAGES},
     )
+
+
+def _origin(picture: "str | Path | Image | np.ndarray | None") -> str | None:
+    """Return where a picture came from"""
+    return str(picture) if isinstance(picture, str | Path) else None if picture is None else IN_MEMORY
 
 
 def outlook(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Record = TypeVar("Record")
 DEEPEST = 32  # levels of a value of any kind
+IN_MEMORY = "a picture in memory"
 MEASURED = ("timings", "steps", "peaks", "graph", "machine", "cost")  # fields that differ between equal clips
 
 
@@ -59,6 +60,8 @@ class VideoRecord:
         machine: what made the clip. cost: in dollars, None where no price was set.
         job: id of the batch job that made it.
         image: path of the image that the clip begins with, where it came from a file.
+        last_image: path of the picture that the clip ends with, `IN_MEMORY` where it did not come from a file.
+        parts: the records of the earlier clips that this one extends, in order.
         more: values of other options, by name.
         versions: of this package, torch, diffusers and transformers.
     """
@@ -76,6 +79,7 @@ class VideoRecord:
     noise_device: str = "cpu"
     boundary: float | None = None
     image: str | None = None
+    last_image: str | None = None
     attention_type: str | None = None
     sla_topk: float | None = None
     quant_linear: bool | None = None
@@ -89,6 +93,7 @@ class VideoRecord:
     machine: str = ""
     cost: float | None = None
     job: str | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

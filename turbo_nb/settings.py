@@ -32,6 +32,7 @@ MAX_POSITIONS = 1024  # length of diffusers' rotary tables, in latent patches al
 MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
 SIGMA_MAX_ABOVE = math.tan(1.5)  # the second trig-flow time of rCM is 1.5, and noise levels must fall
 ATTENTION_TYPES = ("sla", "sagesla", "original")
+PICTURES = ("image", "last_image")  # options of a clip that are pictures
 PLAN_NAMES = ("auto", "resident", "free-text", "cpu-text", "offload", "offload-cpu-text", "offload-tiled", "group")
 Weights = str | Path | tuple[str | Path, str | Path]  # a file or a folder; or (high-noise, low-noise)
 
@@ -441,6 +442,9 @@ class ClipSettings(_Checked):
     image: Any = _option(
         None, Anything(), "The picture that the clip begins with.", "clip", flag="--image-path", row=True
     )
+    last_image: Any = _option(
+        None, Anything(), "The picture that the clip, or its last extension, ends with.", "clip", row=True
+    )
     num_frames: int | None = _option(
         None, Whole(1, MAX_FRAMES), "4n + 1; the model's own if left out.", "clip", row=True
     )
@@ -478,6 +482,12 @@ class ClipSettings(_Checked):
         "clip",
         row=True,
     )
+    extend_clip: Path | None = _option(
+        None,
+        PathLike(),
+        "A finished mp4 to continue in place of an image: once, or as often as extend says.",
+        "clip",
+    )
     sigma_max: float | None = _option(
         None,
         Number(lambda x: x > SIGMA_MAX_ABOVE, f"above {SIGMA_MAX_ABOVE:.1f}, such as 80"),
@@ -499,6 +509,13 @@ class ClipSettings(_Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.extend_clip is not None:
+            if self.image is not None:
+                raise InputError(
+                    "image is given. Expected none beside extend_clip, because the clip's last frame is the image. "
+                    "Leave one out."
+                )
+            object.__setattr__(self, "extend", self.extend or 1)
         if self.num_frames is not None and self.num_frames % 4 != 1:
             near = 4 * max(0, round((self.num_frames - 1) / 4)) + 1
             raise _wrong("num_frames", self.num_frames, "4n + 1 (1, 5, 9, …)", f"Take {near}.")
@@ -614,12 +631,12 @@ class ResolvedClip:
 
     @property
     def parts(self) -> int:
-        """How many times the model makes `num_frames` frames: 1, and one for each extension."""
-        return 1 + self.more.get("extend", 0)
+        """How many times the model makes `num_frames` frames: once for a new clip, and once for each extension."""
+        return self.more.get("extend", 0) + ("extend_clip" not in self.more)
 
     @property
     def all_frames(self) -> int:
-        """Number of frames of the whole clip. A part begins with the last frame of the part before it."""
+        """Number of frames of all parts. A part begins with the last frame of the part before it."""
         return 1 + self.parts * (self.num_frames - 1)
 
 
@@ -631,7 +648,8 @@ def resolve_clip(
     Args:
         settings: the clip as it was asked for.
         spec: the model.
-        image_size: width and height of the image that the clip begins with; None without an image.
+        image_size: width and height of the image that the clip begins with; None without an image. A finished clip
+            that is extended gives its own size.
 
     Returns:
         The clip.
@@ -642,11 +660,13 @@ def resolve_clip(
     if settings.boundary is not None and spec.boundary is None:
         raise _wrong("boundary", settings.boundary, f"None for {spec.name}, which has one expert", "Leave it out.")
     width, height = size_of(spec, settings.resolution, settings.aspect_ratio)
-    if image_size and settings.adaptive_resolution:
+    if image_size and settings.extend_clip:
+        width, height = _size_of_extended(settings, width, height, *image_size)
+    elif image_size and settings.adaptive_resolution:
         width, height = adaptive_size(width * height, *image_size)
         _check_sides(f"{width}x{height}", width, height, "Crop the image, or leave adaptive_resolution out.")
-    held = {*ResolvedClip.__dataclass_fields__, "image", "resolution", "aspect_ratio", "adaptive_resolution"}
-    more = {name: getattr(settings, name) for name in options(type(settings)) if name not in held}
+    held = {*ResolvedClip.__dataclass_fields__, *PICTURES, "resolution", "aspect_ratio", "adaptive_resolution"}
+    more = {name: _as_json(getattr(settings, name)) for name in options(type(settings)) if name not in held}
     return ResolvedClip(
         more={name: value for name, value in more.items() if value is not None},
         model=spec.name,
@@ -661,6 +681,19 @@ def resolve_clip(
         noise_device=settings.noise_device,
         boundary=spec.boundary if settings.boundary is None else settings.boundary,
     )
+
+
+def _size_of_extended(settings: ClipSettings, width: int, height: int, *own: int) -> tuple[int, int]:
+    """Return the size of a finished clip. Raises InputError where another one was asked for"""
+    name, size = shown(str(settings.extend_clip)), "{}x{}".format(*own)
+    if settings.resolution is None:
+        _check_sides(size, *own, f"{name} cannot be extended.")
+    elif (width, height) != own:
+        raise InputError(
+            f"resolution is {settings.resolution!r}. Expected {size}, the size of {name}, which is extended. Leave it "
+            "out."
+        )
+    return own
 
 
 def seeds(first: int, count: int) -> range:

@@ -86,17 +86,19 @@ def test_rows_set_what_is_theirs(tmp_path):
         assert jobs[1].source == f"{tmp_path / name}:{second}"
 
 
-def test_a_rows_image_may_be_in_the_home_and_an_address_stays_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", settings.PICTURES)
+def test_a_rows_image_may_be_in_the_home_and_an_address_stays_whole(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "p.jsonl").write_text(
-        "".join(f'{{"prompt": "red", "image": "{image}"}}\n' for image in ("~/a.png", "https://b.org/c.png", "d.png"))
+        "".join(f'{{"prompt": "red", "{name}": "{image}"}}\n' for image in ("~/a.png", "https://b.org/c.png", "d.png"))
     )
-    found = [job.settings["image"] for job in prompts.read_prompts(tmp_path / "p.jsonl")]
+    found = [job.settings[name] for job in prompts.read_prompts(tmp_path / "p.jsonl")]
     assert found == ["/home/me/a.png", "https://b.org/c.png", str(tmp_path / "d.png")]
 
 
 def test_rows_may_set_all_that_generate_takes():
-    taken = signature(generation.generate).parameters.keys() - {"pipeline", "prompt"}
+    # extend_clip is left out, because an id would have to know the content of the mp4
+    taken = signature(generation.generate).parameters.keys() - {"pipeline", "prompt", "extend_clip"}
     assert {name for name in taken if not name.startswith("on_")} == prompts.ROW_OPTIONS.keys()
 
 
@@ -615,8 +617,14 @@ def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
         for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
     )
     assert red.id == copy.id != blue.id
+    # the id of this clip before clips could have a last frame
+    assert jobs._task(red.settings, red.clip, {}, {"image": (64, 64, "0")}, tmp_path, "", None).id == "e64480bc9225"
+    rows = [{"prompt": "it moves", "image": tmp_path / "red.png", "last_image": tmp_path / name}
+            for name in ("red.png", "copy.bmp", "blue.png")]  # fmt: skip
+    ids = [task.id for task in jobs.tasks_of(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {})]
+    assert ids[0] == ids[1] != ids[2] and red.id not in ids
     opened = []
-    monkeypatch.setattr(images, "load_image", lambda path: opened.append(path) or Image.open(path))
+    monkeypatch.setattr(images, "load_image", lambda path, name: opened.append(path) or Image.open(path))
     rows = [*picture("red.png", "red"), *picture("blue.png", "blue")] * 2
     tasks = jobs.tasks_of(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)
     assert len(tasks) == 8 and opened == [tmp_path / "red.png", tmp_path / "blue.png"]  # each file once
@@ -773,7 +781,7 @@ def test_the_notebook_has_the_options_and_their_defaults():
     }
     found = parameters()
     assert found.keys() - declared.keys() == {"prompts", "prompts_path"}
-    assert found.keys() >= {"model", "output_dir", "num_samples", *prompts.ROW_OPTIONS} - {"image"}
+    assert found.keys() >= {"model", "output_dir", "num_samples", *prompts.ROW_OPTIONS} - {*settings.PICTURES}
     for name in found.keys() & declared.keys():
         assert str(found[name]) == str(declared[name]), name
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from turbo_nb import batch, generation, pipeline
+from turbo_nb import batch, generation, pipeline, settings
 from turbo_nb.batch import jobs, manifest, prompts, runner
 from turbo_nb.errors import InputError, OutputError, TurboNbWarning, collect_warnings
 from turbo_nb.pipeline import LoadedModel
@@ -269,16 +269,17 @@ def test_a_manifest_that_cannot_be_written_is_found_before_the_work(nano, made, 
 
 @pytest.fixture
 def i2v(monkeypatch):
-    """Image-to-video without weights: the sizes of the images of its clips, and the names of the opened files"""
+    """Image-to-video without weights: the sizes of the pictures of its clips, and the names of the opened files"""
     import stand_in
 
     begun, opened, load_image = [], [], images.load_image
 
-    def generate(loaded, prompt, *, image, **options):
-        begun.append(load_image(image).size)
+    def generate(loaded, prompt, *, image, last_image, **options):
+        begun.extend(load_image(one).size for one in (image, last_image) if one is not None)
         return stand_in.generate(loaded, prompt, **options)
 
-    monkeypatch.setattr(images, "load_image", lambda image: opened.append(Path(image).name) or load_image(image))
+    opens = lambda image, name: opened.append(Path(image).name) or load_image(image, name)  # noqa: E731
+    monkeypatch.setattr(images, "load_image", opens)
     monkeypatch.setattr(pipeline, "load", stand_in.load)
     monkeypatch.setattr(generation, "generate", generate)
     return begun, opened
@@ -292,16 +293,18 @@ def picture(path, size=(64, 48)):
 
 
 MODEL = {"model": "Wan2.2-A14B", "device": "cpu"}
+PAIR = TINY | {"num_frames": 5}  # because a clip of one frame has no last one
 
 
 def test_an_image_is_decoded_once_in_a_run(i2v, tmp_path):
     begun, opened = i2v
     files = [picture(tmp_path / "a.png"), picture(tmp_path / "b.png", (32, 32))]
-    rows = [{"prompt": f"it moves {n}", "image": files[n % 2]} for n in range(10)]
-    summary = runner.run(rows, MODEL, tmp_path / "out", **TINY)
-    assert (summary.made, opened) == (10, ["a.png", "b.png"]) and sorted(begun) == [(32, 32)] * 5 + [(64, 48)] * 5
-    record = mp4.read_record(tmp_path / "out" / summary.records[0].file)
-    assert record.image == summary.records[0].image == str(files[0])
+    rows = [{"prompt": f"it moves {n}", "image": files[n % 2], "last_image": files[0]} for n in range(10)]
+    summary = runner.run(rows, MODEL, tmp_path / "out", **PAIR)
+    assert (summary.made, opened) == (10, ["a.png", "b.png"]) and sorted(begun) == [(32, 32)] * 5 + [(64, 48)] * 15
+    record = mp4.read_record(tmp_path / "out" / summary.records[1].file)
+    assert record.image == summary.records[1].image == str(files[1])
+    assert record.last_image == summary.records[1].last_image == str(files[0])
 
 
 def test_many_images_are_not_held_at_once(monkeypatch, tmp_path):
@@ -316,23 +319,25 @@ def test_many_images_are_not_held_at_once(monkeypatch, tmp_path):
     assert [Path(one).name for one in pictures._kept] == ["6.png", "7.png", "8.png"]
 
 
-def test_a_bad_image_fails_its_own_row(i2v, tmp_path):
+@pytest.mark.parametrize("name", settings.PICTURES)
+def test_a_bad_image_fails_its_own_row(i2v, tmp_path, name):
     begun, _ = i2v
     write(tmp_path / "torn.png", picture(tmp_path / "a.png").read_bytes()[:60])
     picture(tmp_path / "wide.png", (3000, 2))
-    rows = [{"prompt": name, "image": name} for name in ("a.png", "torn.png", "missing.png")]
-    rows.append({"prompt": "wide", "image": "wide.png", "adaptive_resolution": True, "resolution": "1024x1024"})
+    rows = [{"prompt": file, "image": "a.png", name: file} for file in ("a.png", "torn.png", "missing.png")]
+    if name == "image":
+        rows.append({"prompt": "wide", "image": "wide.png", "adaptive_resolution": True, "resolution": "1024x1024"})
     path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
-    summary = runner.run(path, MODEL, tmp_path / "out", **TINY)
-    assert [record.status for record in summary.records] == ["done", *["failed"] * 3] and len(begun) == 1
-    assert [record.image for record in summary.failed] == [str(tmp_path / row["image"]) for row in rows[1:]]
-    for record, words in zip(
-        summary.failed, ("cannot be read as an image", "is not a file", "resolution"), strict=True
-    ):
-        assert words in record.error
+    summary = runner.run(path, MODEL, tmp_path / "out", **PAIR)
+    assert [record.status for record in summary.records] == ["done", *["failed"] * (len(rows) - 1)]
+    assert len(begun) == len(rows[0]) - 1  # the pictures of the first row
+    assert [getattr(record, name) for record in summary.failed] == [str(tmp_path / row[name]) for row in rows[1:]]
+    reasons = ["cannot be read as an image", "is not a file", "resolution"][: len(rows) - 1]
+    for record, words in zip(summary.failed, reasons, strict=True):
+        assert words in record.error and record.error.startswith(("resolution", f"{name} is"))
     picture(tmp_path / "missing.png")
-    again = runner.run(path, MODEL, tmp_path / "out", **TINY)
-    assert (again.made, len(again.failed)) == (1, 2)
+    again = runner.run(path, MODEL, tmp_path / "out", **PAIR)
+    assert (again.made, len(again.failed)) == (1, len(rows) - 2)
 
 
 def test_a_batch_of_bad_images_loads_nothing(i2v, tmp_path, monkeypatch):
@@ -341,20 +346,23 @@ def test_a_batch_of_bad_images_loads_nothing(i2v, tmp_path, monkeypatch):
     assert len(summary.failed) == 1 and summary.sheet is None
 
 
-def test_an_image_that_changes_during_the_run_fails_its_row(i2v, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", settings.PICTURES)
+def test_an_image_that_changes_during_the_run_fails_its_row(i2v, tmp_path, monkeypatch, name):
     monkeypatch.setattr(images, "KEPT_BYTES", 0)
-    file = picture(tmp_path / "a.png")
-    rows = [{"prompt": prompt, "image": file} for prompt in ("red", "blue")]
+    file, first = picture(tmp_path / "a.png"), picture(tmp_path / "first.png")
+    rows = [{"prompt": prompt, "image": first, name: file} for prompt in ("red", "blue")]
     change = lambda record, done, total: picture(file, (80, 80))  # noqa: E731
-    summary = runner.run(rows, MODEL, tmp_path / "out", **TINY, on_record=change)
-    assert summary.made == 1 and "which changed during the run" in summary.failed[0].error
+    summary = runner.run(rows, MODEL, tmp_path / "out", **PAIR, on_record=change)
+    assert summary.made == 1 and f"{name} is {str(file)!r}, which changed during the run" in summary.failed[0].error
 
 
-@pytest.mark.parametrize("image", ["https://a.org/b.png", "file:///a/b.png", "data:image/png;base64,AA"])
-def test_an_address_is_an_error_of_the_list(i2v, tmp_path, image):
-    path = write(tmp_path / "p.jsonl", json.dumps({"prompt": "red", "image": image}))
-    with pytest.raises(InputError, match=r"p.jsonl:1: image is .*Expected"):
-        runner.run(path, MODEL, tmp_path / "out", **TINY)
+@pytest.mark.parametrize("name", settings.PICTURES)
+@pytest.mark.parametrize("address", ["https://a.org/b.png", "file:///a/b.png", "data:image/png;base64,AA"])
+def test_an_address_is_an_error_of_the_list(i2v, tmp_path, address, name):
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "p.jsonl", json.dumps({"prompt": "red", "image": "a.png"} | {name: address}))
+    with pytest.raises(InputError, match=rf"p.jsonl:1: {name} is .*Expected"):
+        runner.run(path, MODEL, tmp_path / "out", **PAIR)
     assert not (tmp_path / "out").exists()
 
 

@@ -88,8 +88,11 @@ def test_text_to_video_asks_the_hub_for_nothing_before_its_checks(hub, cache, pl
 
 @pytest.mark.parametrize("fault", IMAGES)
 @pytest.mark.parametrize("model", [I2V, REFERENCE], ids=["name", "reference"])
-def test_image_to_video_opens_the_image_first(hub, cache, place, model, fault):
+@pytest.mark.parametrize("flag", ["--image_path", "--last_image"])
+def test_image_to_video_opens_the_image_first(hub, cache, place, model, fault, flag):
     more, words = IMAGES[fault]
+    more = [*more, "--image_path", "x.png"] if flag == "--last_image" else more
+    more = [flag if one == "--image_path" and at == 0 else one for at, one in enumerate(more)]
     refused(hub, place, "i2v", "--model", model, "--prompt", "x", *more, words=words)
 
 
@@ -97,12 +100,13 @@ def test_image_to_video_opens_the_image_first(hub, cache, place, model, fault):
     ("arguments", "words"),
     [
         (["--boundary", 0.5, "--model", MODEL], "image is given"),
+        (["--last_image", "x.png", "--num_frames", 1], "num_frames is 1"),
         (["--boundary", 2], "boundary is 2"),
         (["--noise_device", "cuda"], "noise_device is 'cuda'"),
         (["--adaptive_resolution", "--image_path", "strip.png"], "resolution is"),
         (["--plan", "group"], "memory_plan is 'group'"),
     ],
-    ids=["image of t2v", "boundary", "noise device", "strip", "plan"],
+    ids=["image of t2v", "one frame", "boundary", "noise device", "strip", "plan"],
 )
 def test_settings_that_the_model_decides_come_before_the_download(hub, cache, place, arguments, words):
     Image.new("RGB", (20000, 1)).save(place / "strip.png")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from turbo_nb.errors import InputError, collect_warnings
+from turbo_nb.settings import PICTURES
 from turbo_nb.video import images
 
 GREY = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
@@ -203,9 +204,10 @@ def test_arrays_of_other_shapes(array, wanted):
     ],
     ids=str,
 )
-def test_what_is_not_an_image_is_an_input_error(image, words):
-    with pytest.raises(InputError, match=f"image is .*{words}"):
-        images.load_image(image)
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_is_not_an_image_is_an_input_error(image, words, name):
+    with pytest.raises(InputError, match=f"^{name} is .*{words}"):
+        images.load_image(image, name)
 
 
 @pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"])
@@ -214,6 +216,8 @@ def test_bytes_that_are_not_an_image_are_named_once(tmp_path, data):
     for source in (io.BytesIO(data), tmp_path / "a.png"):
         with pytest.raises(InputError, match=r"\(its format is unknown\)") as caught:
             images.load_image(source)
+        with pytest.raises(InputError, match=r"^last_image is "):
+            images.load_image(source, "last_image")
         assert "BytesIO" not in str(caught.value) and str(caught.value).count(str(tmp_path)) <= 1
 
 
@@ -251,11 +255,12 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
         ("x" * 5000, "not a file"),
     ],
 )
-def test_a_path_in_another_form_is_named(tmp_path, form, words):
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_path_in_another_form_is_named(tmp_path, form, words, name):
     path = tmp_path / "a b.png"
     Image.fromarray(COLOUR).save(path)
-    with pytest.raises(InputError, match=words.format(path)) as caught:
-        images.load_image(form.format(path.as_uri()[7:] if "file:" in form else path))
+    with pytest.raises(InputError, match=f"^{name} is .*{words.format(path)}") as caught:
+        images.load_image(form.format(path.as_uri()[7:] if "file:" in form else path), name)
     assert len(str(caught.value)) < 500
 
 
@@ -286,8 +291,9 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(monkeypatch):
     for width, height in ((10_000, 10_000), (100_000, 100_000), (2**31 - 1, 1)):
         data[16:24] = struct.pack(">II", width, height)
         data[29:33] = struct.pack(">I", __import__("zlib").crc32(data[12:29]))
-        with pytest.raises(InputError, match=rf"image is .*(of {width}x{height}|pixels).*64 million"):
-            images.load_image(io.BytesIO(data))
+        for name in PICTURES:
+            with pytest.raises(InputError, match=rf"^{name} is .*(of {width}x{height}|pixels).*64 million"):
+                images.load_image(io.BytesIO(data), name)
     with pytest.raises(InputError, match="64 million"):
         images.load_image(np.broadcast_to(np.uint8(0), (10_000, 10_000)))
 
@@ -306,6 +312,16 @@ def test_an_image_is_turned_upright(tmp_path):
     assert (loaded(tmp_path / "a.png") == np.rot90(COLOUR, -1)).all()
     wide = stored(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG", exif=exif)
     assert (loaded(wide)[..., 0] == np.rot90(GREY, -1)).all()
+
+
+def test_warnings_name_the_option():
+    film = stored(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)])
+    for source in (GREY.astype(np.float32), ALPHA, stored(Image.fromarray(GREY.astype(np.int32)), "TIFF"), film):
+        for name in PICTURES:
+            with collect_warnings() as warned:
+                images.load_image(source, name)
+            assert [words.startswith(f"{name} is ") for words in warned] == [True], warned
+    assert images.crop(Image.new("RGB", (9, 90)), 64, 48, "last_image")[1].startswith("the last image of 9x90 was")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (20000, 10), (7, 5)])

@@ -179,7 +179,7 @@ def test_a_gpus_encoder_is_taken_where_it_is_asked_for(tmp_path, tmp_path_factor
     monkeypatch.setenv("TURBO_NB_ENCODER", "nvenc")
     for name in ("a.mp4", "b.mp4"):
         path = mp4.write_mp4(tmp_path / name, frames, 16)
-    assert mp4._count_frames(path) == len(frames)
+    assert mp4.count_frames(path) == len(frames)
     asked = (folder / "asked").read_text().splitlines()
     assert len(asked) == 3 and "256x256" in asked[0]  # tried once, on a small picture
     assert all("-c:v h264_nvenc" in line for line in asked) and not any("256x256" in line for line in asked[1:])

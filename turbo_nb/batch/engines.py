@@ -22,7 +22,8 @@ from ..errors import InputError, OutputError, TurboNbError
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import environment
 from ..pipeline import LoadedModel
-from ..settings import LoadOptions
+from ..records import IN_MEMORY
+from ..settings import LoadOptions, shown
 from ..video import images, mp4
 from .jobs import Task
 from .manifest import JobRecord, worker_lock
@@ -114,10 +115,10 @@ def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures, wor
     if record := task.found():  # a worker died between the file and its record
         return record
     try:
-        image = _opened(task, pictures)
+        opened = _opened(task, pictures)
         with mp4.Encoder(task.path, LoadedModel.of(loaded).spec.fps) as encoder:
-            video = generation.generate(loaded, **vars(task.settings) | {"image": image}, on_frames=encoder.add)
-            video = replace(video, record=replace(video.record, job=task.id, image=task.image_path))
+            video = generation.generate(loaded, **vars(task.settings) | opened, on_frames=encoder.add)
+            video = replace(video, record=replace(video.record, job=task.id, **task.picture_paths))
             begin = time.perf_counter()
             video.save(encoder)
         record = task.done(video.record, write=time.perf_counter() - begin)
@@ -131,14 +132,15 @@ def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures, wor
         return task.record("failed", error=message)
 
 
-def _opened(task: Task, pictures: images.Pictures) -> Any:
-    """Return the image of a task. Raises InputError where it is not the one that the id was computed for"""
-    if task.settings.image is None:
-        return None
-    image = pictures.open(task.settings.image)
-    if images.digest(image) != task.digest:
-        raise InputError(f"image is {task.image_path!r}, which changed during the run. Start again.")
-    return image
+def _opened(task: Task, pictures: images.Pictures) -> dict[str, Any]:
+    """Return the pictures of a task by name. Raises InputError where one is not that which the id was computed for"""
+    opened = {}
+    for name, digest in task.digests.items():
+        opened[name] = pictures.open(getattr(task.settings, name), name)
+        if images.digest(opened[name]) != digest:
+            what = shown(task.picture_paths.get(name, IN_MEMORY), 300)
+            raise InputError(f"{name} is {what}, which changed during the run. Start again.")
+    return opened
 
 
 def _has_lost_gpu(record: JobRecord) -> bool:

@@ -1,10 +1,10 @@
 """Jobs and a model become tasks: checked, with an id, and with the path of the video.
 
-The id is the hash of everything that determines the video: the model as it is now, the clip, and the image's pixels.
+The id is the hash of everything that determines the video: the model as it is now, the clip, and its pictures' pixels.
 Two jobs with one id are the same job. The video carries its id, so the folder alone shows what is done.
 
 A setting that cannot be used is an error of the whole list, because the list must be changed. So is an address in place
-of an image. An image that cannot be read fails its own jobs alone, because the file may come later.
+of a picture. A picture that cannot be read fails its own jobs alone, because the file may come later.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..files.resolve import ResolvedModel
 from ..pipeline import LoadedModel
 from ..runtime.place import transformers
-from ..settings import ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds, shown
+from ..settings import PICTURES, ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds, shown
 from ..video import images, mp4
 from .manifest import JobRecord
 from .prompts import ROW_OPTIONS, refuse, rows_of
@@ -37,7 +37,7 @@ class Task:
         settings: as they were asked for. clip: the same with the model's defaults.
         source: where the prompt was read.
         path: of the video.
-        digest: hash of the pixels of its image; None without an image.
+        digests: hashes of the pixels of its pictures, by the name of the option.
         error: why the video cannot be made, where that is known before the run.
     """
 
@@ -46,14 +46,14 @@ class Task:
     clip: ResolvedClip
     source: str
     path: Path
-    digest: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
     @property
-    def image_path(self) -> str | None:
-        """The path of its image, None for an image in memory."""
-        image = self.settings.image
-        return str(image) if isinstance(image, str | Path) else None
+    def picture_paths(self) -> dict[str, str]:
+        """The paths of its pictures, by the name of the option. A picture in memory has no path."""
+        given = {name: getattr(self.settings, name) for name in PICTURES}
+        return {name: str(value) for name, value in given.items() if isinstance(value, str | Path)}
 
     def record(self, status: str, **more: Any) -> JobRecord:
         """Return the line of the manifest."""
@@ -61,11 +61,10 @@ class Task:
             "file": self.path.name if status == "done" else None,
             "prompt": self.clip.prompt,
             "source": self.source,
-            "image": self.image_path,
             "settings": records.VideoRecord(**asdict(self.clip)),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return JobRecord(id=self.id, status=status, **known | more)
+        return JobRecord(id=self.id, status=status, **known | self.picture_paths | more)
 
     def done(self, video: records.VideoRecord, **timings: float) -> JobRecord:
         """Return the line of a finished video, from its metadata; `timings` are added to those."""
@@ -108,7 +107,7 @@ def tasks_of(
         jobs: what to make, as `rows_of` takes it.
         settings: options of the clips for jobs without their own.
         num_samples: videos of each job, with seed, seed + 1, …
-        pictures: opens the images.
+        pictures: opens the pictures.
 
     Raises:
         InputError: some jobs have settings that cannot be used. The message names each, up to 20.
@@ -128,9 +127,9 @@ def tasks_of(
             check_names("an option", job.settings, ROW_OPTIONS)
             own = {name: value for name, value in job.settings.items() if value is not None}
             asked = build(ClipSettings, settings | own, prompt=job.prompt)
-            clip, picture, error = _clip(asked, model, known, pictures)
+            clip, found, error = _clip(asked, model, known, pictures)
             tasks += [
-                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, picture, folder, job.source, error)
+                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, found, folder, job.source, error)
                 for seed in seeds(asked.seed, num_samples)
             ]
         except InputError as error:
@@ -155,38 +154,45 @@ def _check_adapters(model: LoadedModel) -> None:
 
 def _clip(
     asked: ClipSettings, model: LoadedModel | ResolvedModel, known: dict, pictures: images.Pictures
-) -> tuple[ResolvedClip, tuple | None, str | None]:
-    """Return the clip, its image as (width, height, hash), and why the image cannot be used.
+) -> tuple[ResolvedClip, dict[str, tuple], str | None]:
+    """Return the clip, its pictures as (width, height, hash) by name, and why one of them cannot be used.
 
-    `known` remembers the images by file, because one may begin 10,000 jobs.
+    `known` remembers the pictures by name and file, because one may begin 10,000 jobs.
     """
     generation.check(asked, model.spec)
-    clip = resolve_clip(asked, model.spec)
-    if asked.image is None:
-        return clip, None, None
-    key = str(asked.image) if isinstance(asked.image, str | Path) else id(asked.image)
-    if key not in known:
+    clip, found, errors = resolve_clip(asked, model.spec), {}, []
+    for name in PICTURES:
+        if (given := getattr(asked, name)) is None:
+            continue
+        key = name, str(given) if isinstance(given, str | Path) else id(given)
+        if key not in known:
+            known[key] = _picture(given, name, pictures)
+        found[name], error = known[key]
+        errors += [error] if error else []
+    if "image" in found and not errors:
         try:
-            image = pictures.open(asked.image, evict=False)
-            known[key] = (*image.size, images.digest(image)), None
-        except InputError as error:
-            if images.is_address(asked.image):
-                raise
-            known[key] = ("unreadable", shown(asked.image, 10_000)), str(error)
-    picture, error = known[key]
-    if error is None:
-        try:
-            clip = resolve_clip(asked, model.spec, picture[:2])
+            clip = resolve_clip(asked, model.spec, found["image"][:2])
         except InputError as failure:  # its aspect is too extreme for adaptive_resolution
-            error = str(failure)
-    return clip, picture, error
+            errors.append(str(failure))
+    return clip, found, errors[0] if errors else None
+
+
+def _picture(given: Any, name: str, pictures: images.Pictures) -> tuple[tuple, str | None]:
+    """Return a picture as (width, height, hash), and why it cannot be used"""
+    try:
+        picture = pictures.open(given, name, evict=False)
+    except InputError as error:
+        if images.is_address(given):
+            raise
+        return ("unreadable", shown(given, 10_000)), str(error)
+    return (*picture.size, images.digest(picture)), None
 
 
 def _task(
     asked: ClipSettings,
     clip: ResolvedClip,
     identity: dict,
-    picture: tuple | None,
+    found: dict[str, tuple],
     folder: Path,
     source: str,
     error: str | None,
@@ -194,11 +200,11 @@ def _task(
     # without the model's name, because `identity` knows the weights, and without None, so that an option that is added
     # later changes no id
     determines = {name: value for name, value in asdict(clip).items() if name != "model" and value is not None}
-    text = json.dumps({"made of": identity, "image": picture, **determines}, sort_keys=True)
+    text = json.dumps({"made of": identity, "image": None, **found, **determines}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = folder / ("-".join(filter(None, (name, _slug(clip.prompt)))) + ".mp4")
-    digest = picture[-1] if picture else None
-    return Task(id=name, settings=asked, clip=clip, source=source, path=path, digest=digest, error=error)
+    digests = {name: picture[-1] for name, picture in found.items()}
+    return Task(id=name, settings=asked, clip=clip, source=source, path=path, digests=digests, error=error)
 
 
 def _slug(prompt: str) -> str:

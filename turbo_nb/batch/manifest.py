@@ -38,7 +38,8 @@ class JobRecord:
     Args:
         id: hash of what determines the video.
         file: name of the video. error: why the job failed.
-        source: where the prompt was read, such as prompts.csv:3. image: path of the job's image.
+        source: where the prompt was read, such as prompts.csv:3.
+        image, last_image: paths of the job's pictures.
         settings: of the clip; of a finished one also how it was made.
         timings: seconds by stage. steps: seconds of each denoising step. peaks: bytes of GPU memory by stage.
         bytes: size of the file.
@@ -53,6 +54,7 @@ class JobRecord:
     prompt: str = ""
     source: str = ""
     image: str | None = None
+    last_image: str | None = None
     settings: records.VideoRecord = field(default_factory=records.VideoRecord)
     timings: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InputError, warn
 from ..machine import environment
-from ..settings import ClipSettings, PathLike, check_names, options, shown, with_home
+from ..settings import PICTURES, ClipSettings, PathLike, check_names, options, shown, with_home
 from ..video import images
 from ..video.mp4 import printable
 
@@ -46,8 +46,8 @@ def read_prompts(path: Any) -> list[Job]:
     Args:
         path: a txt (one prompt a line, # begins a comment), a csv with a header row, or a jsonl (one object a line).
             A csv or jsonl has `prompt`, and any option that a row may set. An empty cell or null stands for the
-            option of the whole run. A relative `image` lies beside the file. Or a list of prompts, `Job`s and
-            dictionaries like a jsonl's rows.
+            option of the whole run. A relative path of a picture begins at the file's folder. Or a list of prompts,
+            `Job`s and dictionaries like a jsonl's rows.
 
     Returns:
         The jobs, in order.
@@ -260,9 +260,9 @@ def _value(name: str, value: Any, folder: Path | None) -> Any:
     option = ROW_OPTIONS[name]
     if folder is None:
         return option.check(name, value)
-    if name == "image":
+    if name in PICTURES:
         if not isinstance(value, str):
-            raise InputError(f"image is {shown(value)}. Expected the path of a picture.")
+            raise InputError(f"{name} is {shown(value)}. Expected the path of a picture.")
         image = with_home(value.strip())
         beside = folder / image
         return image if images.is_address(image) and not environment.is_file(beside) else str(beside)

@@ -270,7 +270,7 @@ class Encoder:
                 raise OSError(f"ffmpeg ended with {self._process.returncode}: {_reason(self._stderr.read())}")
             with atomic.replaced(_target(self.path), durable=True) as whole:
                 _add_metadata(self._raw, whole, metadata)
-                if (written := _count_frames(whole)) != self.count:  # older ffmpegs do not report every failure
+                if (written := count_frames(whole)) != self.count:  # older ffmpegs do not report every failure
                     raise OSError(f"ffmpeg wrote {written} of {self.count} frames")
         return self.path
 
@@ -378,9 +378,9 @@ def _escaped(text: str) -> str:
     return re.sub(r"([=;#\\])", r"\\\1", text)
 
 
-def _count_frames(path: Path) -> int:
-    """Return the number of frames in an mp4's index, which comes first, or 0 without an index"""
-    data = path.read_bytes()
+def count_frames(path: str | os.PathLike) -> int:
+    """Return the number of frames in an mp4's index, which comes first, or 0 without an index."""
+    data = _existing(path).read_bytes()
     found = data.find(b"stsz")  # then 4 bytes of version, 4 of a size, 4 of the count
     return int.from_bytes(data[found + 12 : found + 16]) if found >= 0 else 0
 
