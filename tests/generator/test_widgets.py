@@ -17,10 +17,12 @@ import comm
 import ipywidgets as w
 import numpy as np
 import pytest
-from helpers import write_upstream
+import torch
+from helpers import golden, upstream_names, write_upstream
 from PIL import Image
 
-from turbo_nb import backends, presets, settings
+import turbo_nb
+from turbo_nb import backends, catalog, presets, records, settings
 from turbo_nb.batch.queue import QueueFile, QueueRecord
 from turbo_nb.errors import DownloadError, InputError, OutputError
 from turbo_nb.files import hub, hub_cache, recognise
@@ -408,7 +410,7 @@ def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp
 def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
     fields = generator.form.fields
     assert set(settings.options(ClipSettings)) - set(fields) == {
-        "prompt", "image", "adaptive_resolution", "resolution", "aspect_ratio"
+        "prompt", *settings.PICTURES, "adaptive_resolution", "resolution", "aspect_ratio", "extend_clip"
     }  # fmt: skip
     for cls, names in ((ClipSettings, None), (LoadOptions, ("attention_type", "sla_topk", "quant_linear"))):
         for name in names or (name for name in settings.options(cls) if name in fields):
@@ -559,6 +561,106 @@ def test_continue_from_the_last_frame_where_the_model_can(generator):
     assert "Continue from last frame" in offered(generator)
     act(generator, "continue")
     assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image.note.value
+
+
+def test_a_last_frame_has_a_place_where_the_model_takes_one(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(ResolvedModel, "downloads", ())
+    last = generator.form.last_image
+    assert last.box.layout.display == "none" and generator.form.request.clip.last_image is None
+    fill(generator, model="TurboWan2.2-I2V-A14B-720P")
+    assert last.box.layout.display is None and last.remove.layout.display == "none"
+    assert last.box.children[1].layout.display == "none"  # folded, because Generate has to be on the first screen
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    last.path.value = str(tmp_path / "red.png")
+    assert "The clip ends with" in last.note.value and last.remove.layout.display is None
+    for picture in (generator.form.image, last):
+        picture.take(str(tmp_path / "red.png"), "red.png")
+    clip, state = generator.form.request.clip, generator.form.state
+    assert clip.last_image == state["last_image"] == str(tmp_path / "red.png")
+    again = Generator(generator.runner, state=state)
+    assert again.form.request.clip.last_image == clip.last_image and again.form.last_image.box.toggle.value
+    again.close()
+    fill(generator, model="nano")
+    assert generator.form.request.clip.last_image is None and last.size is None
+    fill(generator, model="TurboWan2.2-I2V-A14B-720P")
+    last.remove.click()
+    assert generator.form.request.clip.last_image is None and last.path.value == "" and last.upload.value == ()
+    last.path.value = str(tmp_path / "none.png")
+    assert "Last frame is" in last.note.value and "_" not in last.note.value.replace(str(tmp_path), "")
+    generator.form.image.remove.click()
+    assert "This model begins with an image" in generator.run.outlook.value
+
+
+def test_the_last_frame_comes_back_from_its_path_or_is_none(generator, tmp_path):
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    red = str(tmp_path / "red.png")
+    whole = WHOLE | {"model": "TurboWan2.2-I2V-A14B-720P", "boundary": 0.8, "image": red}
+    put_clip(generator, **whole, last_image=red)
+    act(generator, "use")
+    assert generator.form.request.clip.last_image == red and problem(generator) == ""
+    put_clip(generator, **whole)
+    act(generator, "use")
+    assert generator.form.request.clip.last_image is None and problem(generator) == ""
+    put_clip(generator, **whole, last_image=records.IN_MEMORY)
+    act(generator, "use")
+    assert "Last frame (choose it again)" in problem(generator)
+
+
+@pytest.fixture(scope="module")
+def tiny_i2v(tmp_path_factory):
+    """The checkpoints of a tiny image-to-video model, and its pipeline"""
+    arch, folder = catalog.Arch(dim=128, num_heads=2, num_layers=1, ffn_dim=128, in_channels=36), catalog.NANO.folder
+    place = tmp_path_factory.mktemp("i2v")
+    for name, seed in (("high", 1), ("low", 2)):
+        torch.manual_seed(seed)
+        state = upstream_names(arch, sla=True, int8=False, text_dim=128)
+        torch.save({key: tensor.bfloat16() for key, tensor in state.items()}, place / f"{name}.pth")
+    torch.save(golden("vae_state"), place / "Wan2.1_VAE.pth")
+    model = place / "high.pth", place / "low.pth"
+    return model, turbo_nb.load_pipeline(
+        model, text_encoder=folder / "text_encoder", tokenizer=folder / "tokenizer", device="cpu"
+    )
+
+
+def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkeypatch):
+    model, pipeline = tiny_i2v
+    make(generator)
+    first = generator.runner.job.clip
+    assert "Extend" not in offered(generator) and generator.clips.times.layout.display == "none"
+    generator.close()
+    monkeypatch.setattr(ResolvedModel, "downloads", ())
+    runner = JobRunner("clips", load=lambda *_, **__: pipeline)
+    generator = Generator(runner, model)
+    fill(generator, prompt="anything else", num_frames=5, num_steps=1, random_seed=False, seed=3)
+    assert "Extend" in offered(generator) and generator.clips.times.layout.display is None
+    generator.clips.times.value, seen = 2, []
+    runner.listen(lambda job: job.stage == "decode" and seen.append((job.done, job.progress.total)))
+    act(generator, "extend")
+    assert problem(generator) == "" and first.path.name in generator.clips.view.message["text"]
+    runner.wait(60)
+    job, clip = runner.job, runner.job.clip
+    assert clip, job.error
+    asked = job.request.clip
+    assert (asked.extend_clip, asked.prompt, clip.record.seed) == (first.path, "a large red circle", 3)
+    assert mp4.count_frames(clip.path) == 5 + 2 * 4  # each part shares a frame
+    assert seen[-1] == (13, 13) and all(done <= 13 == total for done, total in seen)
+    own, longer = (mp4.read_frames(path, 64, 64).astype(int) for path in (first.path, clip.path))
+    assert np.abs(longer[:5] - own).mean() < 2 and clip.record.parts[0]["model"] == "nano"
+    assert "was not trained to extend" in generator.run.status.value
+    generator.clips.times.value = 1
+    act(generator, "extend")  # of the longer one, which is the latest
+    runner.wait(60)
+    assert mp4.count_frames(runner.job.clip.path) == 13 + 4 and len(runner.job.clip.record.parts) == 2
+    assert "was not trained to extend" not in generator.run.status.value  # the page says so once
+    fill(generator, resolution=CUSTOM, custom="32x32")
+    generator.form.fields["num_frames"].widget.value = 1
+    act(generator, "extend")
+    assert "Frames is 1. Expected 5 or more" in problem(generator)
+    generator.form.fields["num_frames"].widget.value = 5
+    act(generator, "use")
+    assert f"Image (press Extend at the clip {clip.path.name})" in problem(generator)
+    assert generator.form.request.clip.extend is None
+    generator.close()
 
 
 def test_shown_again_it_finds_the_job_and_the_clips(tmp_path, nano, monkeypatch):

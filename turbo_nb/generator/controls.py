@@ -20,7 +20,7 @@ LABELS = {
     "num_frames": "Frames", "num_steps": "Steps", "attention_type": "Attention", "sla_topk": "SLA top-k",
     "quant_linear": "Linears", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
     "sigma_max": "First noise level", "boundary": "Expert boundary", "adaptive_resolution": "Keep the image's aspect",
-    "checkpoint": "Model",
+    "checkpoint": "Model", "last_image": "Last frame", "extend_clip": "Clip to extend",
 }  # fmt: skip
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number
 ENTRIES = {

@@ -1,4 +1,4 @@
-"""The form of the generator: the prompt, the image, the model and the settings.
+"""The form of the generator: the prompt, the pictures, the model and the settings.
 
 An option of `ClipSettings` that has no place of its own here stands under "Advanced settings". `put` is the one way in
 for settings from elsewhere: presets, clips of the gallery, and the latest session.
@@ -16,7 +16,7 @@ from ..catalog import ModelSpec
 from ..errors import TurboNbError
 from ..settings import ClipSettings, LoadOptions, Weights
 from .controls import COLUMNS, OWN, Field, styled
-from .image import ImageInput
+from .image import ImageInput, LastImageInput
 from .jobs import JobRunner
 from .loras import LoRAList
 from .page import fold, visible
@@ -26,7 +26,8 @@ from .request import Request
 CUSTOM = "custom"  # among the resolutions
 LOAD = ("attention_type", "sla_topk", "quant_linear")  # options of loading that have a control
 FRONT = ("num_frames", "num_steps", "seed")  # options of a clip with one control that is always visible
-PLACED = ("prompt", "image", "adaptive_resolution", "resolution", "aspect_ratio")  # options with a place of their own
+# options with a place of their own, or an action of the gallery
+PLACED = ("prompt", *settings.PICTURES, "adaptive_resolution", "resolution", "aspect_ratio", "extend_clip")
 MORE = tuple(name for name in settings.options(ClipSettings) if name not in FRONT + PLACED)
 
 
@@ -52,7 +53,8 @@ class Form:
         self.show_model()
 
     def _build(self, model: Weights) -> None:
-        self.prompt, self.image = PromptInput(self._runner, self._prompt_changed), ImageInput(self._changed)
+        self.prompt = PromptInput(self._runner, self._prompt_changed)
+        self.image, self.last_image = ImageInput(self._changed), LastImageInput(self._changed)
         entries, chosen = self._models(model)
         self.model = styled(w.Dropdown, "Model", options=entries, value=chosen)
         self.resolution = styled(w.Dropdown, "Size", options=[("", OWN)])
@@ -111,7 +113,7 @@ class Form:
         size = self.resolution.value
         clip = settings.build(
             ClipSettings,
-            {name: self.fields[name].value for name in FRONT + MORE} | self.image.settings,
+            {name: self.fields[name].value for name in FRONT + MORE} | self.image.settings | self.last_image.settings,
             prompt=prompt,
             resolution={OWN: None, CUSTOM: self.custom.value.strip()}.get(size, size),
             aspect_ratio=self.aspect.value if size in catalog.RESOLUTIONS else None,
@@ -123,8 +125,7 @@ class Form:
         """The options that differ from their defaults, as JSON takes them; `put` restores them. Raises InputError."""
         request = self.outline
         clip = settings.asked(request.clip) | {"prompt": self.prompt.text.value}
-        if not isinstance(clip.get("image"), str):
-            clip.pop("image", None)
+        clip = {name: value for name, value in clip.items() if name not in settings.PICTURES or isinstance(value, str)}
         return settings.asked(request.load) | clip | {"random_seed": self.random_seed.value}
 
     # what the controls show
@@ -145,8 +146,8 @@ class Form:
                 lost |= self._put_size(values["resolution"], values.get("aspect_ratio"))
             if "adaptive_resolution" in values:
                 self.image.adaptive.value = bool(values["adaptive_resolution"])
-            if values.get("image") is not None and not self.image.take(values["image"], str(values["image"])):
-                lost["image"] = "choose it again"
+            for name in settings.PICTURES:
+                lost |= self._put_picture(name, values.get(name))
             if "loras" in values:
                 lost |= self.loras.put(values["loras"])
             for name, field in self.fields.items():
@@ -164,6 +165,10 @@ class Form:
             self.model.value = name
             return {}
         return {"model": f"{name!r} is not in this list: show the generator with model= its path"}
+
+    def _put_picture(self, name: str, value: Any) -> dict[str, str]:
+        fits = value is None or getattr(self, name).take(value, str(value))
+        return {} if fits else {name: "choose it again"}
 
     def _put_size(self, resolution: str | None, aspect: str | None) -> dict[str, str]:
         self.resolution.value = OWN
@@ -230,6 +235,7 @@ class Form:
             if (own := getattr(spec, name, None)) is not None:
                 field.show_own(own)
         self.image.show_model(spec)
+        self.last_image.show_model(spec)
         self.loras.show(spec.boundary is not None)
 
     def seed_of(self, seed: int) -> None:

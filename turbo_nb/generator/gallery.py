@@ -1,11 +1,13 @@
 """The clip that was made last, large, and the clips made so far."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import ipywidgets as w
 
 from ..errors import TurboNbError, first_line
 from ..records import VideoRecord
+from ..settings import MAX_EXTENSIONS
 from ..video import mp4
 from ..video.gallery import Clip
 from .controls import in_page_words
@@ -48,14 +50,19 @@ class GalleryPanel:
     """
 
     def __init__(self, runner: JobRunner, form: Form, run: RunPanel, result: ResultPanel):
-        self._gallery, self._form, self._run, self._result = runner.gallery, form, run, result
+        self._runner, self._gallery, self._form, self._run, self._result = runner, runner.gallery, form, run, result
         self.view = GalleryView(
             runner.gallery, on_act=self._act, on_delete=self._delete, on_zip=self._zip, on_error=self._show_error
         )
         self.drop = ClipDrop(self._on_drop)
-        self.card = card("Clips", self.drop, self.view)
+        self.times = w.BoundedIntText(
+            description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="170px"),
+            style={"description_width": "100px"}, tooltip="How many parts the Extend button of a clip adds to it",
+        )  # fmt: skip
+        self.card = card("Clips", w.HBox([self.drop, self.times]), self.view)
         self._does: dict[str, Callable[[Clip], object]] = {
             "open": result.show, "use": self._use, "vary": self._vary, "continue": self._continue,
+            "extend": self._extend,
         }  # fmt: skip
         self.show()
 
@@ -66,8 +73,10 @@ class GalleryPanel:
     def show(self) -> None:
         """Show the clips as the folder has them now, with the actions that suit the form's model."""
         actions = [("use", "Use these settings"), ("vary", "Vary seed")]
-        if self._form.spec and self._form.spec.task == "i2v":
-            actions.append(("continue", "Continue from last frame"))
+        continues = bool(self._form.spec and self._form.spec.task == "i2v")
+        if continues:
+            actions += [("extend", "Extend"), ("continue", "Continue from last frame")]
+        visible(self.times, continues)
         self.view.actions = [list(action) for action in actions]
         self.view.show()
 
@@ -101,6 +110,15 @@ class GalleryPanel:
         else:
             self.view.say("")
             self._run.start()
+
+    def _extend(self, clip: Clip) -> None:
+        """Put a job into the queue that continues a clip, with its prompt and size and what else the form says"""
+        request = self._form.outline
+        own = {"prompt": clip.record.prompt or request.clip.prompt, "extend_clip": clip.path, "resolution": None}
+        own |= {"aspect_ratio": None, "image": None, "extend": self.times.value}
+        self._runner.submit(replace(request, clip=replace(request.clip, **own)))
+        parts = f"by {self.times.value} parts" if self.times.value > 1 else "by one part"
+        self.view.say(f"The queue has a job that extends {clip.path.name} {parts}, with its own prompt.")
 
     def _continue(self, clip: Clip) -> None:
         frame = mp4.last_frame(clip.path)

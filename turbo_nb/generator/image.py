@@ -1,4 +1,4 @@
-"""The image that a clip begins with: uploaded, or by its path."""
+"""The pictures that a clip begins and ends with: uploaded, or by their paths."""
 
 import html
 import io
@@ -12,78 +12,92 @@ from ..catalog import ModelSpec
 from ..errors import InputError
 from ..settings import ClipSettings
 from ..video import images
-from .controls import styled
-from .page import error_box, paragraph, thumbnail, visible
+from .controls import in_page_words, styled
+from .page import button, error_box, fold, paragraph, thumbnail, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class ImageInput:
-    """The image of an image-to-video model. For other models there is nothing here, so no image is silently left out.
+class PictureInput:
+    """One picture of a clip of an image-to-video model. For other models there is nothing here.
 
     Args:
-        changed: called when the image has changed.
+        option: the picture's option in `ClipSettings`.
+        name: what the page calls the picture.
+        label: of the path's field.
+        hint: shown where no picture is chosen.
+        changed: called when the picture has changed.
     """
 
-    def __init__(self, changed: Callable[[], None]):
+    def __init__(self, option: str, name: str, label: str, hint: str, changed: Callable[[], None]):
         self.picture: Image | None = None
         self._source: str | Image | None = None  # the path of the picture, or the picture itself
-        self._changed, self._used = changed, False
+        self._option, self._hint, self._changed, self._used = option, paragraph(hint), changed, False
         self.upload = w.FileUpload(
-            description="Choose image", accept=images.ACCEPT,
-            layout=w.Layout(width="auto"), tooltip=settings.options(ClipSettings)["image"].help,
+            description=f"Choose {name}", accept=images.ACCEPT,
+            layout=w.Layout(width="auto"), tooltip=settings.options(ClipSettings)[option].help,
         )  # fmt: skip
         self.path = styled(
-            w.Text, "or its path", placeholder="a png, jpg or webp file on this machine", continuous_update=False
+            w.Text, label, placeholder="a png, jpg or webp file on this machine", continuous_update=False
         )
-        self.adaptive = styled(w.Checkbox, "Keep the image's aspect", value=True, indent=False)
+        self.remove = button(f"Remove {name}", tooltip=f"Make the clip without this {name}")
         self.note = w.HTML()
-        self.box = w.VBox([self.note, self.upload, self.path, self.adaptive])
+        self.box = w.VBox([self.note, w.HBox([self.upload, self.remove]), self.path])
         self.upload.observe(lambda _: self._on_upload(), "value")
         self.path.observe(lambda _: self._on_path(), "value")
-        self.adaptive.observe(lambda _: changed(), "value")
+        self.remove.on_click(lambda _: self.clear())
+        self._show(self._hint)
 
     @property
     def settings(self) -> dict:
         """The options of a clip that stand here."""
-        return {"image": self._source, "adaptive_resolution": self.adaptive.value} if self._used else {}
+        return {self._option: self._source} if self._used else {}
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Width and height of the image; None: the clip does not begin with one."""
+        """Width and height of the picture; None: the clip does not have it."""
         return self.picture.size if self.picture and self._used else None
 
     def show_model(self, spec: ModelSpec) -> None:
-        """Show whether a model takes an image."""
+        """Show whether a model takes the picture."""
         self._used = spec.task == "i2v"
         visible(self.box, self._used)
-        if self.picture is None:
-            self.note.value = paragraph(
-                "The clip begins with an image; the prompt says what happens. A file over 10 MB: give its path."
-            )
 
     def take(self, source: "str | io.BytesIO | Image", name: str, more: str = "") -> bool:
-        """Begin the clip with an image.
+        """Give the clip a picture.
 
         Args:
             source: a path, the bytes of a file, or a picture.
-            name: of the image, for the page.
+            name: of the picture, for the page.
             more: words to show after the name.
 
         Returns:
-            Whether the image can be read. The page shows why not.
+            Whether the picture can be read. The page shows why not.
         """
         try:
-            self.picture = images.load_image(source)
+            self.picture = images.load_image(source, self._option)
         except InputError as error:
             self.picture = self._source = None
-            self.note.value = error_box(str(error))
+            self._show(error_box(in_page_words(str(error))))
         else:
             self._source = source if isinstance(source, str) else self.picture
-            self.note.value = f"{thumbnail(self.picture, name)}<p>{html.escape(name + more)}</p>"
+            does = "begins" if self._option == "image" else "ends"
+            picture = thumbnail(self.picture, f"The clip {does} with {name}")
+            self._show(f"{picture}<p>{html.escape(name + more)}</p>")
         self._changed()
         return self.picture is not None
+
+    def clear(self) -> None:
+        """Make the clip without the picture."""
+        self.picture = self._source = None
+        self.path.value, self.upload.value = "", ()  # so that the same file can be chosen again
+        self._show(self._hint)
+        self._changed()
+
+    def _show(self, text: str) -> None:
+        self.note.value = text
+        visible(self.remove, text != self._hint)
 
     def _on_upload(self) -> None:
         if self.upload.value:
@@ -93,3 +107,33 @@ class ImageInput:
     def _on_path(self) -> None:
         if path := self.path.value.strip():
             self.take(path, path)
+
+
+class ImageInput(PictureInput):
+    """The picture that a clip begins with, and whether the clip has its aspect."""
+
+    def __init__(self, changed: Callable[[], None]):
+        hint = "The clip begins with an image; the prompt says what happens. A file over 10 MB: give its path."
+        super().__init__("image", "image", "or its path", hint, changed)
+        self.adaptive = styled(w.Checkbox, "Keep the image's aspect", value=True, indent=False)
+        self.box.children = [*self.box.children, self.adaptive]
+        self.adaptive.observe(lambda _: changed(), "value")
+
+    @property
+    def settings(self) -> dict:
+        """The options of a clip that stand here."""
+        return super().settings | ({"adaptive_resolution": self.adaptive.value} if self._used else {})
+
+
+class LastImageInput(PictureInput):
+    """The picture that a clip ends with, which it need not have."""
+
+    def __init__(self, changed: Callable[[], None]):
+        hint = "The clip ends with this picture, which is cropped to the clip's size."
+        super().__init__("last_image", "last frame", "or its path", hint, changed)
+        self.box = fold("Last frame (optional)", self.box, settings.options(ClipSettings)["last_image"].help)
+
+    def take(self, source: "str | io.BytesIO | Image", name: str, more: str = "") -> bool:
+        """Give the clip a picture, see `PictureInput.take`."""
+        self.box.toggle.value = True
+        return super().take(source, name, more)

@@ -146,7 +146,8 @@ class JobRunner:
             if not download:
                 require_downloaded(resolved)
             seed = random.randrange(RANDOM_SEEDS) if request.random_seed else request.clip.seed
-            clip = replace(request.clip, seed=seed, image=self._kept(request.clip.image))
+            kept = {name: self._kept(getattr(request.clip, name)) for name in settings.PICTURES}
+            clip = replace(request.clip, seed=seed, **kept)
             made.append(Job(request=replace(request, clip=clip, random_seed=False), download=download))
         self._add(made)
         return made
@@ -438,7 +439,7 @@ class JobRunner:
                 job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
-        steps, frames, decoded = request.clip.num_steps, request.clip.num_frames or model.spec.num_frames, 0
+        steps, frames, decoded = request.clip.num_steps, generation.count_frames(request.clip, model.spec), 0
 
         def after_chunk(encoder, chunk) -> None:
             nonlocal decoded

@@ -72,12 +72,12 @@ def image_tag(data: bytes, kind: str, label: str, width: int = 0) -> str:
     return f'<img src="{source}" alt="{html.escape(label)}"{limit}>'
 
 
-def thumbnail(image: "Image", name: str) -> str:
-    """Return an <img> with a small copy of the image that a clip begins with."""
+def thumbnail(image: "Image", label: str) -> str:
+    """Return an <img> with a small copy of an image."""
     small, out = image.copy(), io.BytesIO()
     small.thumbnail((240, 240))
     small.save(out, "JPEG")
-    return image_tag(out.getvalue(), "jpeg", f"The clip begins with {name}", small.width)
+    return image_tag(out.getvalue(), "jpeg", label, small.width)
 
 
 def error_box(text: str, trace: str = "") -> str:

@@ -1,6 +1,7 @@
 """ "Use these settings": put how a clip was made back into the form."""
 
 from dataclasses import asdict
+from pathlib import PurePath
 
 from ..errors import presentable
 from ..records import VideoRecord
@@ -27,6 +28,9 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
     values = {name: known.get(name) for name in form.fields}
     values |= {"prompt": known["prompt"], "resolution": f"{record.width}x{record.height}" if sized else None}
     values |= {"random_seed": False, "adaptive_resolution": False}  # False, because the size is known exactly
+    extended = record.more.get("extend_clip")
+    if extended:  # the form has no place for it, and its extensions are not those of an image
+        values["extend"] = None
     with form.holding():
         lost = form.put({"model": known["model"]}) if known["model"] else {}
         lost |= form.loras.restore(record.loras) | form.put(values)
@@ -43,8 +47,14 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
         lost["resolution"] = MISSING
     if len(seeds) > 1:
         lost["seed"] = f"{seeds[0]} is the first of a grid of {', '.join(map(str, seeds))}"
-    if form.spec and form.spec.task == "i2v" and not (record.image and form.image.take(record.image, record.image)):
-        lost["image"] = "choose it again"
+    form.last_image.clear()
+    if form.spec and form.spec.task == "i2v":
+        if extended:
+            lost["image"] = f"press Extend at the clip {PurePath(str(extended)).name}"
+        elif not (record.image and form.image.take(record.image, record.image)):
+            lost["image"] = "choose it again"
+        if record.last_image and not form.last_image.take(record.last_image, record.last_image):
+            lost["last_image"] = "choose it again"
     return {name: presentable(reason, 300) for name, reason in lost.items()}  # foreign metadata may be endless
 
 

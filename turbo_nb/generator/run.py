@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from .. import presets
 from ..errors import TurboNbError
+from ..generation import UNTRAINED
 from ..machine import environment
 from ..runtime.estimate import in_words
 from ..video.gallery import Clip
@@ -38,6 +39,7 @@ class RunPanel:
         self._outlook: Outlook | None = None
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
+        self._noted: dict[str, Job] = {}  # what models are not trained for, and the job that was the first to say so
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
         self.seeds = w.BoundedIntText(
@@ -58,8 +60,7 @@ class RunPanel:
     def start(self) -> bool:
         """Add the clips that the form asks for to the queue; return whether that was possible."""
         try:
-            requests = self._form.request.spread(self._form.prompt.prompts, self.seeds.value)
-            jobs = self._runner.submit_all(requests)
+            jobs = self._runner.submit_all(self._form.request.spread(self._form.prompt.prompts, self.seeds.value))
         except TurboNbError as error:
             self.show_error(error)
             return False
@@ -104,9 +105,13 @@ class RunPanel:
             return
         with self._showing:
             self.cancel.disabled = not job.running or job.cancelling.is_set()
-            self.status.value = _status(job)
+            self.status.value = _status(job, [note for note in job.notes if self._is_new(note, job)])
             picture = job.preview if job.running else None
             self.preview.value = image_tag(picture, "webp", "Preview of the clip being made") if picture else ""
+
+    def _is_new(self, note: str, job: Job) -> bool:
+        """Return False for a note on what the model was not trained for that the page has shown for another job"""
+        return not note.endswith(tuple(UNTRAINED.values())) or self._noted.setdefault(note, job) is job
 
     def _keep(self) -> None:
         """Keep the settings for the next kernel, a moment after the last change"""
@@ -164,9 +169,9 @@ def _lines(outlook: Outlook, count: int) -> list[str]:
     return lines
 
 
-def _status(job: Job) -> str:
-    """Return HTML that shows where a job is: in words, and as one bar over all stages"""
-    notes = "".join(paragraph(in_page_words(note), "tnb-dim") for note in job.notes)
+def _status(job: Job, notes: list[str]) -> str:
+    """Return HTML that shows where a job is: in words, and as one bar over all stages, with notes below"""
+    notes = "".join(paragraph(in_page_words(note), "tnb-dim") for note in notes)
     if job.state == "failed":
         return error_box(in_page_words(job.error), job.trace) + notes
     if job.state == "cancelled":

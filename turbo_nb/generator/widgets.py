@@ -96,8 +96,8 @@ class Generator:
         self.clips = GalleryPanel(runner, form, self.run, self.result)
         self.keys = Keys(self._on_ctrl_enter, runner.cancel, form.prompt.text)
         left = card(
-            "", form.prompt.box, form.image.box, self.run.box, form.model, self.models.box, self.presets.box,
-            form.front, form.lora_fold, form.advanced, self.presets.own,
+            "", form.prompt.box, form.image.box, form.last_image.box, self.run.box, form.model, self.models.box,
+            self.presets.box, form.front, form.lora_fold, form.advanced, self.presets.own,
         )  # fmt: skip
         right = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
         columns = w.Box([left, right])
