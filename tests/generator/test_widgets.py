@@ -651,7 +651,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     act(generator, "extend")  # of the longer one, which is the latest
     runner.wait(60)
     assert mp4.count_frames(runner.job.clip.path) == 13 + 4 and len(runner.job.clip.record.parts) == 2
-    assert "was not trained to extend" not in generator.run.status.value  # the page says so once
+    assert "was not trained to extend" not in generator.run.status.value  # the page shows the note once
     fill(generator, resolution=CUSTOM, custom="32x32")
     generator.form.fields["num_frames"].widget.value = 1
     act(generator, "extend")

@@ -39,7 +39,7 @@ class RunPanel:
         self._outlook: Outlook | None = None
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
-        self._noted: dict[str, Job] = {}  # what models are not trained for, and the job that was the first to say so
+        self._noted: dict[str, Job] = {}  # notes on what a model is not trained for, by the first job with them
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
         self.seeds = w.BoundedIntText(
