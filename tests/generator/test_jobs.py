@@ -15,7 +15,7 @@ from turbo_nb import catalog, generation
 from turbo_nb.batch import queue
 from turbo_nb.errors import InputError, OutputError, TurboNbError, warn
 from turbo_nb.files import hub
-from turbo_nb.generator import jobs
+from turbo_nb.generator import choices
 from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.generator.request import Request
 from turbo_nb.machine import probe
@@ -204,7 +204,7 @@ def test_nothing_is_downloaded_without_being_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloads"))
     made = JobRunner(tmp_path)
     request = Request.of("x", model=SMALLER)
-    assert made.outlook(request).to_fetch == pytest.approx(2.6e9 + 11.4e9 + 0.25e9, rel=0.1)
+    assert made.choices.outlook(request).to_fetch == pytest.approx(2.6e9 + 11.4e9 + 0.25e9, rel=0.1)
     with pytest.raises(InputError, match=r"not downloaded .* Download it first"):
         made.submit(request)
     assert made.jobs == []
@@ -249,23 +249,23 @@ def test_remarks_of_generate_are_notes(made):
 def test_the_outlook_knows_size_memory_and_earlier_runs(made, tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
     request = Request.of(**SMALL)
-    before = made.outlook(request)
+    before = made.choices.outlook(request)
     assert (before.width, before.height, before.num_frames, before.time, before.loaded) == (64, 64, 5, None, False)
     assert before.memory.needs < 1e9
     begin = time.perf_counter()
     made.make(**SMALL)
     took = time.perf_counter() - begin
-    after = made.outlook(request)
+    after = made.choices.outlook(request)
     assert after.loaded and after.time.after == 1 and 0 < after.time.seconds < took
-    large = made.outlook(Request.of("x", model="TurboWan2.1-T2V-14B-720P"))
+    large = made.choices.outlook(Request.of("x", model="TurboWan2.1-T2V-14B-720P"))
     assert (large.width, large.num_frames) == (1280, 81) and large.memory.needs > 5e9
     with pytest.raises(InputError):
-        made.outlook(Request.of("x", model="nano", boundary=0.9))
+        made.choices.outlook(Request.of("x", model="nano", boundary=0.9))
 
 
 def test_the_outlook_of_an_image_keeps_its_aspect(made):
     request = Request.of("x", model=I2V, adaptive_resolution=True)
-    outlook = made.outlook(request, (500, 1000))
+    outlook = made.choices.outlook(request, (500, 1000))
     assert (outlook.width, outlook.height) == adaptive_size(1280 * 720, 500, 1000)
 
 
@@ -274,7 +274,7 @@ def test_a_model_without_colours_learns_them_from_its_first_clip(tmp_path, nano,
     made = JobRunner(tmp_path, load=lambda *_, **__: nano)
     previews = []
     made.listen(lambda job: previews.append(job.preview))
-    assert made.outlook(Request.of(**SMALL)).has_preview
+    assert made.choices.outlook(Request.of(**SMALL)).has_preview
     clip = made.make(**SMALL)
     with Image.open(io.BytesIO(next(filter(None, reversed(previews))))) as shown:
         shown.seek(1)
@@ -342,8 +342,8 @@ def test_auto_stays_what_it_was_after_loading(tmp_path, gpu, nano, first, second
     runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
     names = {"auto": LARGER, SMALLER: SMALLER}
     models.make(runner, model=first)
-    assert runner.resolve(LoadOptions(model="auto")).spec.name == LARGER
-    assert [runner.outlook(Request.of("x", model=name)).loaded for name in (first, second)] == [True, False]
+    assert runner.choices.resolve(LoadOptions(model="auto")).spec.name == LARGER
+    assert [runner.choices.outlook(Request.of("x", model=name)).loaded for name in (first, second)] == [True, False]
     models.make(runner, model=names[first])  # the same model by its name: nothing to load
     assert len(models.loaded) == 1
     models.make(runner, model=second)
@@ -357,8 +357,8 @@ def test_memory_of_the_loaded_model_counts_as_free_for_the_next(tmp_path, gpu, n
     runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
     models.make(runner)
     assert free["cuda"] == 18 * GB
-    assert runner.outlook(Request.of("x")).memory.budget == 48 * GB
-    assert runner.outlook(Request.of("x", model=SMALLER)).memory.budget == 48 * GB
+    assert runner.choices.outlook(Request.of("x")).memory.budget == 48 * GB
+    assert runner.choices.outlook(Request.of("x", model=SMALLER)).memory.budget == 48 * GB
     free["cuda"] = 40 * GB  # given back, and another process took some
     models.make(runner, model=SMALLER)
     assert models.loaded[1].memory == 40 * GB
@@ -369,9 +369,9 @@ def test_the_memory_option_of_a_job_does_not_limit_later_choices(tmp_path, gpu, 
     runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
     models.make(runner, model="auto", memory=8e9)
     assert models.loaded[0].memory == 8e9
-    later = runner.resolve(LoadOptions(model="auto"))
+    later = runner.choices.resolve(LoadOptions(model="auto"))
     assert (later.memory, later.spec.name) == (48 * GB, LARGER)
-    assert runner.resolve(LoadOptions(model="auto", memory=8e9)).memory == 8e9
+    assert runner.choices.resolve(LoadOptions(model="auto", memory=8e9)).memory == 8e9
 
 
 def test_cuda_and_the_current_gpu_by_its_index_are_one_device(tmp_path, gpu, nano):
@@ -380,9 +380,10 @@ def test_cuda_and_the_current_gpu_by_its_index_are_one_device(tmp_path, gpu, nan
     runner = JobRunner(tmp_path, load=models.load, generate=models.generate)
     models.make(runner, model=SMALLER, device="cuda")
     free |= {"cuda:0": free["cuda"], "cuda:1": 40 * GB}
-    budgets = [runner.resolve(LoadOptions(model=SMALLER, device=f"cuda:{index}")).memory for index in (0, 1)]
+    budgets = [runner.choices.resolve(LoadOptions(model=SMALLER, device=f"cuda:{index}")).memory for index in (0, 1)]
     assert budgets == [48 * GB, 40 * GB]
-    assert [runner.outlook(Request.of("x", model=SMALLER, device=f"cuda:{i}")).loaded for i in (0, 1)] == [True, False]
+    outlooks = [runner.choices.outlook(Request.of("x", model=SMALLER, device=f"cuda:{index}")) for index in (0, 1)]
+    assert [outlook.loaded for outlook in outlooks] == [True, False]
     models.make(runner, model=SMALLER, device="cuda:0")
     assert len(models.loaded) == 1
 
@@ -391,24 +392,24 @@ def test_the_outlook_takes_the_memory_of_the_files_that_are_here(tmp_path, gpu):
     needs = {}
     for quantized in (False, True):
         gpu(500, (LARGER, quantized))
-        needs[quantized] = JobRunner(tmp_path).outlook(Request.of("x", model=LARGER)).memory.needs
+        needs[quantized] = JobRunner(tmp_path).choices.outlook(Request.of("x", model=LARGER)).memory.needs
     assert needs[True] < needs[False] - 10 * GB
 
 
 def test_a_choice_is_resolved_once_and_a_failed_load_forgets_it(tmp_path, monkeypatch):
-    calls, resolve = [], jobs.resolve
-    monkeypatch.setattr(jobs, "resolve", lambda options, **_: calls.append(options) or resolve(options))
+    calls, resolve = [], choices.resolve
+    monkeypatch.setattr(choices, "resolve", lambda options, **_: calls.append(options) or resolve(options))
 
     def fails(*_, **__):
         raise TurboNbError("damaged")
 
     runner = JobRunner(tmp_path, load=fails)
     for topk in (0.1, 0.2, None):
-        runner.outlook(Request.of("x", model="nano", sla_topk=topk))
+        runner.choices.outlook(Request.of("x", model="nano", sla_topk=topk))
     assert len(calls) == 1
     runner.submit(Request.of("x", model="nano"))
     assert runner.wait(60).error == "damaged"
-    runner.resolve(LoadOptions(model="nano"))
+    runner.choices.resolve(LoadOptions(model="nano"))
     assert len(calls) == 2
 
 
@@ -416,7 +417,7 @@ def test_what_auto_would_rather_take_is_a_note(tmp_path, gpu):
     gpu(48)
     runner = JobRunner(tmp_path)
     for _ in range(2):
-        (note,) = runner.outlook(Request.of("x", model="auto")).notes
+        (note,) = runner.choices.outlook(Request.of("x", model="auto")).notes
         assert "which is not downloaded" in note
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from turbo_nb import pipeline, settings
 from turbo_nb.errors import TurboNbError
 from turbo_nb.files import hub, lora
-from turbo_nb.generator import jobs
+from turbo_nb.generator import choices
 from turbo_nb.generator.form import CUSTOM
 from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.generator.page import family
@@ -184,8 +184,10 @@ def test_slider_and_number_show_one_strength(generator):
 
 def test_choice_of_model_and_estimate_know_no_lora(generator, tmp_path, monkeypatch):
     monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path / "cache"))
-    resolved, resolve = [], jobs.resolve
-    monkeypatch.setattr(jobs, "resolve", lambda options, **more: resolved.append(options) or resolve(options, **more))
+    resolved, resolve = [], choices.resolve
+    monkeypatch.setattr(
+        choices, "resolve", lambda options, **more: resolved.append(options) or resolve(options, **more)
+    )
     monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloads"))
     make(generator)
     before = generator.run.outlook.value
@@ -214,7 +216,7 @@ def test_error_of_a_lora_is_on_the_page_and_the_earlier_loras_stay(generator, fo
         assert generator.runner.job is job and [words in text for text in alerts(generator)] == [True]
     row.remove.click()
     assert alerts(generator) == []
-    assert [one.strength for one in generator.runner.model.resolved.loras] == [1.0]
+    assert [one.strength for one in generator.runner.choices.model.resolved.loras] == [1.0]
     first.strength.value = 0.5
     assert shows(make(generator).clip, "navy") and loads == ["sla"]
 
@@ -224,7 +226,7 @@ def test_merge_that_overflows_fails_the_job_and_the_earlier_loras_stay(runner, l
     runner.make(**SMALL, loras=[(FILE, 1.0)])
     with pytest.raises(TurboNbError, match="is NaN or Inf with"):
         runner.make(**SMALL, loras=[(folder / "huge.safetensors", 1.0)])
-    assert [one.strength for one in runner.model.resolved.loras] == [1.0]
+    assert [one.strength for one in runner.choices.model.resolved.loras] == [1.0]
     assert shows(runner.make(**SMALL, loras=[(FILE, 1.0)]), "blue") and loads == ["sla"]
 
 
@@ -238,7 +240,7 @@ def test_each_load_finds_out_anew_what_a_lora_changes(folder):
     runner = JobRunner("clips", load=load)
     for attention in ("sla", "original"):
         runner.make(**SMALL, loras=[FILE], attention_type=attention)
-        assert runner.model.resolved.loras[0].changed
+        assert runner.choices.model.resolved.loras[0].changed
     assert changed == [[0], [0]]
 
 

@@ -81,7 +81,7 @@ class Form:
             return [*known, (" + ".join(Path(path).name for path in paths), paths)], paths
         chosen = str(model)
         if chosen in ("auto", *catalog.UPSTREAM_NAMES):
-            chosen = self._runner.resolve(LoadOptions(model=chosen)).spec.name
+            chosen = self._runner.choices.resolve(LoadOptions(model=chosen)).spec.name
         if chosen in catalog.MODELS:
             return known, chosen
         return [*known, (Path(chosen).name or chosen, chosen)], chosen
@@ -216,7 +216,7 @@ class Form:
         """Show what the chosen model can do, and the values that are its own."""
         options = LoadOptions(model=self.model.value)
         try:
-            self.spec = self._runner.resolve(options).spec
+            self.spec = self._runner.choices.resolve(options).spec
         except TurboNbError:
             self.spec = None
             self._changed()  # the page shows the error

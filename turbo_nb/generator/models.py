@@ -40,7 +40,7 @@ class ModelCard:
     def show(self) -> None:
         """Show the chosen model anew."""
         try:
-            model = self._runner.resolve(LoadOptions(model=self._form.model.value))
+            model = self._runner.choices.resolve(LoadOptions(model=self._form.model.value))
         except TurboNbError as error:
             self.facts.value = error_box(in_page_words(str(error)))
             visible(self.download, False)

@@ -119,7 +119,7 @@ class PromptInput:
 
     def _read_tokenizer(self, spec: ModelSpec, options: LoadOptions) -> None:
         try:
-            tokenizer = self._runner.tokenizer(options)
+            tokenizer = self._runner.choices.tokenizer(options)
         except TurboNbError:  # the run itself will report it
             return
         if tokenizer is not None and spec is self._spec:

@@ -78,7 +78,7 @@ class RunPanel:
         try:
             if not (prompt_only and self._outlook):
                 self._outlook = None
-                self._outlook = self._runner.outlook(form.outline, form.image.size)
+                self._outlook = self._runner.choices.outlook(form.outline, form.image.size)
             outlook = self._outlook
             problem = _problem(outlook, form)
         except TurboNbError as error:
