@@ -170,7 +170,9 @@ def _released(
         files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}.pth") for stem in stems),
         quant_files=tuple(HubFile(f"TurboDiffusion/{name}", f"{stem}-quant.pth") for stem in stems),
         sigma_max=sigma_max,
-        license="Apache-2.0",  # as the cards of TurboDiffusion's, Wan-AI's and google's repositories have it
+        # the Hub's licence field of TurboWan2.1-T2V-1.3B-480P, TurboWan2.1-T2V-14B-720P and google/umt5-xxl, and the
+        # section "License Agreement" in the README of Wan2.1 and Wan2.2, which the weights were made from
+        license="Apache-2.0",
         **more,
     )
 
