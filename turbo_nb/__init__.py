@@ -12,6 +12,7 @@ _HOMES = {
     "download_model": "files.download",
     "doctor": "checkup.doctor",
     "read_metadata": "video.mp4",
+    "rewrite_prompt": "text.rewrite",
     "TurboNbError": "errors",
     "TurboNbWarning": "errors",
 }

@@ -223,15 +223,29 @@ Timing = Annotated[
     bool, typer.Option("--timing", help="Print the seconds of each phase, from the start of the process.")
 ]
 
+Rewrite = Annotated[
+    bool,
+    typer.Option(
+        "--rewrite",
+        help="Let the language model at TURBO_NB_REWRITE_URL write a long English prompt first.",
+        rich_help_panel="Clip",
+    ),
+]
+
 
 @command(ClipSettings, LoadOptions, RunOptions,
          skip=("image", "last_image", "adaptive_resolution", "boundary", "extend", "extend_clip", "text_cache",
                "output_dir", "workers"))  # fmt: skip
 def t2v(
-    clip: ClipSettings, load: LoadOptions, run: RunOptions, default_norm: DefaultNorm = False, timing: Timing = False
+    clip: ClipSettings,
+    load: LoadOptions,
+    run: RunOptions,
+    rewrite: Rewrite = False,
+    default_norm: DefaultNorm = False,
+    timing: Timing = False,
 ) -> None:
     """Make a video from a prompt."""
-    _make(clip, load, run, timing)
+    _make(clip, load, run, rewrite, timing)
 
 
 @command(ClipSettings, LoadOptions, RunOptions, model="Wan2.2-A14B",
@@ -242,13 +256,14 @@ def i2v(
     run: RunOptions,
     high_noise_model: HighNoise = None,
     low_noise_model: LowNoise = None,
+    rewrite: Rewrite = False,
     default_norm: DefaultNorm = False,
     timing: Timing = False,
 ) -> None:
     """Make a video from a picture and a prompt, or continue one (--extend_clip)."""
     if clip.image is None and clip.extend_clip is None:
         raise InputError("--image_path is missing. Expected a picture, or an mp4 to continue (--extend_clip).")
-    _make(clip, _with_experts(load, high_noise_model, low_noise_model), run, timing)
+    _make(clip, _with_experts(load, high_noise_model, low_noise_model), run, rewrite, timing)
 
 
 def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> LoadOptions:
@@ -261,7 +276,7 @@ def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> Loa
     return load if high is None else replace(load, checkpoint=(high, low))
 
 
-def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) -> None:
+def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool, timing: bool) -> None:
     """Make the clips of one prompt"""
     from .machine import phases, probe
 
@@ -279,6 +294,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) 
     phases.mark("resolve")
     atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
     with _progress() as (progress, bar, console):
+        original, clip = clip.prompt, _rewritten(clip, resolved.spec, progress, bar) if rewrite else clip
         loaded = pipeline.load(
             resolved,
             clip=prepared.clip.size,
@@ -291,7 +307,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) 
             console.print(f"a video takes {outlook}")
 
         def make(seed: int, encoder: mp4.Encoder | None = None) -> generation.Video:
-            return generation.generate(
+            video = generation.generate(
                 loaded,
                 **vars(clip) | {"seed": seed},
                 on_stage=lambda name: progress.reset(
@@ -300,6 +316,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) 
                 on_step=lambda done, total, latents: progress.update(bar, completed=done),
                 on_frames=encoder and encoder.add,
             )
+            return replace(video, record=replace(video.record, original_prompt=original if rewrite else ""))
 
         def save(video: generation.Video, seed: int, to: mp4.Encoder | Path) -> None:
             progress.reset(bar, description="write", total=None)
@@ -323,6 +340,17 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, timing: bool) 
                     save(make(seed, encoder), seed, encoder)
     if timing:
         _print_phases(phases.seconds())
+
+
+def _rewritten(clip: ClipSettings, spec: Any, progress: Any, bar: Any) -> ClipSettings:
+    """Return a clip with a longer prompt, which is printed"""
+    from .text.rewrite import rewrite_prompt
+
+    progress.reset(bar, description="rewrite", total=None)
+    clip = replace(clip, prompt=rewrite_prompt(clip.prompt, task=spec.task, vocabulary=spec.vocabulary))
+    progress.reset(bar, description="load", total=None)
+    print(presentable(f"prompt: {clip.prompt}", 10_000))
+    return clip
 
 
 def _print_phases(seconds: dict[str, float]) -> None:

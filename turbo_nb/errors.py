@@ -58,6 +58,10 @@ class DownloadError(TurboNbError, OSError):
     """A file that cannot be fetched from the Hub, or that came with wrong bytes; files that are whole stay."""
 
 
+class EndpointError(TurboNbError, OSError):
+    """A prompt that a language model's endpoint did not rewrite."""
+
+
 class TurboNbWarning(UserWarning):
     """Category of every warning of this package."""
 

@@ -50,6 +50,7 @@ class VideoRecord:
     """How a clip was made, as an mp4 carries it.
 
     Args:
+        original_prompt: what a language model made the prompt from; empty where nobody rewrote it.
         seed: of the clip; of a grid the seeds, one a clip.
         width, height: in pixels, of the clip. A grid's picture is wider.
         quant_linear: whether the linears were 8-bit.
@@ -68,6 +69,7 @@ class VideoRecord:
 
     model: str = ""
     prompt: str = ""
+    original_prompt: str = ""
     seed: int | list[int] = 0
     num_steps: int = 4
     num_frames: int | None = None

@@ -15,6 +15,7 @@ from ..text.prompt_encoder import Length, length
 from .controls import styled
 from .jobs import JobRunner
 from .page import paragraph
+from .rewriting import RewriteBar
 
 EXAMPLES = {
     "nano": (
@@ -61,7 +62,8 @@ class PromptInput:
         self.lines = styled(w.Checkbox, "Each line is a prompt of its own", indent=False)
         self.examples = styled(w.Dropdown, "Examples", options=[("choose one…", "")])
         self.hint = w.HTML()
-        self.box = w.VBox([self.text, self.lines, self.hint, self.examples])
+        self.rewriting = RewriteBar(self.text, lambda: self.prompts)
+        self.box = w.VBox([self.text, self.rewriting.box, self.lines, self.hint, self.examples])
         self.text.observe(lambda _: self.show(), "value")
         self.lines.observe(lambda _: changed(), "value")
         self.examples.observe(self._on_example, "value")
@@ -75,6 +77,7 @@ class PromptInput:
     def show_model(self, spec: ModelSpec, options: LoadOptions) -> None:
         """Show what suits a model, and read its tokenizer in the background."""
         self._spec, self._options, self._tokenizer = spec, options, None
+        self.rewriting.show_model(spec)
         examples = EXAMPLES["wan" if spec.vocabulary is None else "nano"]
         shown = [(text if len(text) < 80 else text[:78] + "…", text) for text in examples]
         self.examples.options = [("choose one…", ""), *shown]
