@@ -2,12 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from helpers import upstream_names
 from safetensors.torch import load_file, save_file
 
+import turbo_nb
+from turbo_nb import batch, catalog, generation
+from turbo_nb.catalog import NANO, Arch
 from turbo_nb.checkpoint import load_tiny_decoder
-from turbo_nb.errors import CheckpointError
+from turbo_nb.errors import CheckpointError, DownloadError, InputError
+from turbo_nb.files.resolve import resolve
+from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.tiny_decoder import TinyDecoder
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_decoder.safetensors"
@@ -82,3 +90,56 @@ def test_it_is_loaded_from_the_published_files(write, name, decoder):
 def test_another_or_damaged_file_is_refused(write, more, words):
     with pytest.raises(CheckpointError, match=words):
         load_tiny_decoder(write(**more))
+
+
+# ---- as the decoder of a clip
+
+
+@pytest.fixture
+def wan(tmp_path, write):
+    """Options of a tiny model with Wan2.1's latents, and of the tiny decoder's file"""
+    torch.manual_seed(0)
+    arch = Arch(dim=128, num_heads=2, num_layers=1, ffn_dim=128)
+    weights = upstream_names(arch, sla=True, int8=False, text_dim=128)
+    torch.save(weights, tmp_path / "model.pth")
+    torch.save(AutoencoderKLWan(base_dim=16, num_res_blocks=1).state_dict(), tmp_path / "Wan2.1_VAE.pth")
+    return {
+        "model": str(tmp_path / "model.pth"), "vae": tmp_path / "Wan2.1_VAE.pth", "device": "cpu",
+        "text_encoder": NANO.folder / "text_encoder", "tokenizer": NANO.folder / "tokenizer", "tiny_decoder": write(),
+    }  # fmt: skip
+
+
+CLIP = {"num_frames": 5, "num_steps": 1, "resolution": "32x32"}
+
+
+def test_a_clip_is_decoded_by_it(wan, tmp_path, decoder):
+    pipeline, seen = turbo_nb.load_pipeline(**wan), []
+    clip = turbo_nb.generate(pipeline, "a red circle", **CLIP, decoder="tiny", on_step=lambda *step: seen.append(step))
+    frames = torch.cat(list(decoder.chunks(seen[-1][2])), 2)[0].permute(1, 2, 3, 0)
+    assert np.abs(clip.frames - frames.add(1).mul(127.5).numpy()).max() <= 0.51
+    assert turbo_nb.read_metadata(clip.save(tmp_path / "clip.mp4"))["more"] == {"decoder": "tiny"}
+    plain = turbo_nb.generate(pipeline, "a red circle", **CLIP)
+    assert "decoder" not in plain.settings["more"] and (plain.frames != clip.frames).any()
+
+
+def test_a_model_with_its_own_latents_is_refused_before_any_work(tmp_path):
+    with pytest.raises(InputError, match=r"decoder is 'tiny'\. Expected full for nano"):
+        generation.preflight(
+            ClipSettings(prompt="a red circle", decoder="tiny"), LoadOptions(model="nano"), [tmp_path / "clip.mp4"]
+        )
+    with pytest.raises(InputError, match="prompt 1: decoder is 'tiny'"):
+        batch.run(["a red circle"], "nano", tmp_path, decoder="tiny")
+
+
+def test_the_file_counts_among_the_downloads_only_where_it_is_wanted(wan):
+    resolved = resolve(LoadOptions(**wan | {"tiny_decoder": None}))
+    assert resolved.downloads == resolved.decoding("full").downloads == ()
+    wanted = resolved.decoding("tiny")
+    assert wanted.downloads == (catalog.TINY_DECODER,) and 2e7 < wanted.to_fetch < 3e7
+    with pytest.raises(DownloadError, match=r"taew2_1\.safetensors"):  # because the tests have no network
+        wanted.fetch()
+
+
+def test_a_vae_of_another_kind_is_no_tiny_decoder(wan):
+    with pytest.raises(CheckpointError, match=r"is a vae.*Expected a tiny decoder"):
+        resolve(LoadOptions(**wan | {"tiny_decoder": wan["vae"]}))

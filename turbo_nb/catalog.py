@@ -58,6 +58,7 @@ class HubFile:
 VAE = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "Wan2.1_VAE.pth")
 TEXT_ENCODER = HubFile("Wan-AI/Wan2.1-T2V-1.3B", "models_t5_umt5-xxl-enc-bf16.pth")
 TOKENIZER = HubFile("google/umt5-xxl", "/", kind="tokenizer")
+TINY_DECODER = HubFile("Kijai/WanVideo_comfy", "taew2_1.safetensors")  # a copy of madebyollin/taehv's file
 
 
 @dataclass(frozen=True, kw_only=True)

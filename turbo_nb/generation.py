@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .scheduler import RCMScheduler
+    from .tiny_decoder import TinyDecoder
 
 UNTRAINED = {  # what no released model was trained for, and what may come of it
     "extend": "was not trained to extend clips, so movements may jump where two parts meet.",
@@ -153,6 +154,7 @@ def preflight(
     opened = _opened(settings)
     resolved = resolve(load) if isinstance(load, LoadOptions) else load()
     prepared = prepare(settings, resolved.spec, opened)
+    resolved = resolved.decoding(settings.decoder)
     resolved.plan(prepared.clip.size)
     mp4.check_space(paths[0], *prepared.clip.size[:2], count_frames(settings, resolved.spec))
     return resolved, prepared
@@ -310,7 +312,7 @@ def _part(
     """Make the frames that the model makes at once; on_frames gets all of them so far, again and again"""
     import torch
 
-    pipeline = model.pipeline
+    pipeline, tiny = model.pipeline, model.tiny_decoder() if settings.decoder == "tiny" else None
     runner, timer, graph = StageRunner(model, on_stage), StepTimer(pipeline, model.device), Tally()
     try:
         with (
@@ -323,7 +325,7 @@ def _part(
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, pictures, timer, on_step, graph))
             if model.plan.offload == "model":
                 runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
-            frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames))
+            frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames, tiny))
     finally:
         pipeline.maybe_free_model_hooks()  # a cancelled run leaves nothing on the GPU either
     record = _record(model, clip, settings, runner, timer, graph)
@@ -481,8 +483,9 @@ def decode(
     pipeline: "WanPipeline | WanImageToVideoPipeline",
     latents: "torch.Tensor",
     on_frames: "Callable[[np.ndarray], None]" = lambda frames: None,
+    tiny: "TinyDecoder | None" = None,
 ) -> "np.ndarray":
-    """Decode latents as `WanPipeline` itself does.
+    """Decode latents as `WanPipeline` itself does, or with a tiny decoder.
 
     Frames of one chunk are copied from a GPU while the next chunk is decoded.
 
@@ -490,6 +493,7 @@ def decode(
         pipeline: whose VAE decodes.
         latents: (1, C, T, H, W).
         on_frames: called after each chunk with all frames so far.
+        tiny: decodes in place of the VAE.
 
     Returns:
         Frames (4T − 3, 8H, 8W, 3) uint8.
@@ -513,7 +517,11 @@ def decode(
             copied.synchronize()
         on_frames(frames[:end].numpy())
 
-    for sample in apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean):
+    if tiny:
+        samples = tiny.chunks(latents)
+    else:
+        samples = apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean)
+    for sample in samples:
         part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
         if frames is None:
             frames = pinned_empty((count, *part.shape[1:]), torch.uint8, pin=part.is_cuda)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .files.lora import Applied
     from .runtime.graphs import StepGraphs
+    from .tiny_decoder import TinyDecoder
 
 WARM_UP_LOGGED = 2.0  # seconds of warm-up from which on it is logged, because kernels were compiled in them
 SAMPLES = 32  # elements of each tensor that a fingerprint of the weights reads
@@ -60,6 +61,7 @@ class LoadedModel:
     load_seconds: float | None = None
     graphs: "StepGraphs | None" = field(default=None, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    _tiny_decoder: "TinyDecoder | None" = field(default=None, repr=False)
     _loaded_on: str = "cpu"
     _weights_at_load: str = field(default="", repr=False)
 
@@ -118,6 +120,32 @@ class LoadedModel:
         self.plan = plan
         self.prompt_encoder.place(plan.text_encoder, plan.device)
         place(self.pipeline, plan)
+
+    def tiny_decoder(self) -> "TinyDecoder":
+        """Return the tiny decoder, which is loaded, and downloaded where it is missing, at the first call.
+
+        Raises:
+            InputError: it does not fit the VAE.
+            CheckpointError, DownloadError: its file cannot be used or fetched.
+        """
+        import torch
+
+        from . import checkpoint
+        from .video.preview import is_wan21
+
+        with self.lock:
+            if self._tiny_decoder is None:
+                resolved = self.resolved.decoding("tiny")
+                if not is_wan21(self.pipeline.vae.config):
+                    raise InputError(
+                        f"decoder is 'tiny'. Expected full for {self.spec.name}, whose VAE has latents of its own."
+                    )
+                self.resolved = resolved.fetch()
+                dtype = torch.float32 if self.device == "cpu" else torch.float16
+                self._tiny_decoder = checkpoint.load_tiny_decoder(
+                    self.resolved.tiny_decoder, device=self.device, dtype=dtype
+                )
+            return self._tiny_decoder
 
     def drop_graphs(self) -> bool:
         """Drop the CUDA graphs of the steps for good, because memory ran out. Returns whether one existed."""

@@ -408,6 +408,10 @@ class LoadOptions(_Checked):
         "model",
         flag="--lora",
     )
+    tiny_decoder: str | Path | None = _option(
+        None, PathLike(), "taew2_1.safetensors, which decodes with --decoder tiny; from the Hub if left out.", "model",
+        flag="--tiny-decoder-path",
+    )  # fmt: skip
     device: str = _option(
         "auto",
         Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:[0-9]{1,3}"),
@@ -501,6 +505,13 @@ class ClipSettings(_Checked):
         Number(lambda x: 0 <= x <= 1, "from 0 to 1, such as 0.9"),
         "Noise level below which the low-noise expert works.",
         "clip",
+        row=True,
+    )
+    decoder: Literal["full", "tiny"] | None = _option(
+        None,
+        Choice(("full", "tiny")),
+        "full: the VAE; tiny: TAEHV's decoder, which is quick and softer, for Wan2.1's VAE.",
+        "advanced",
         row=True,
     )
     noise_device: Literal["cpu", "cuda"] = _option(

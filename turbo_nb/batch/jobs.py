@@ -160,6 +160,7 @@ def _clip(
     `known` remembers the pictures by name and file, because one may begin 10,000 jobs.
     """
     generation.check(asked, model.spec)
+    (model.resolved if isinstance(model, LoadedModel) else model).decoding(asked.decoder)
     clip, found, errors = resolve_clip(asked, model.spec), {}, []
     for name in PICTURES:
         if (given := getattr(asked, name)) is None:

@@ -74,6 +74,8 @@ def run(
     mp4.check_output(folder / mp4.PROBE)  # before the model, because a reference asks the Hub
     model, pictures = model_of(load), images.Pictures()
     tasks = tasks_of(rows, model, folder, settings, options.num_samples, pictures)
+    if isinstance(model, ResolvedModel) and any(task.settings.decoder == "tiny" for task in tasks):
+        model = model.decoding("tiny")
     engine = engine_for(model, tasks, folder, options.workers, on_progress, pictures)
     wanted: dict[str, Task] = {}
     for task in tasks:

@@ -42,6 +42,7 @@ PLACES = {
     "text_encoder": Place(
         folders=("text_encoder", "text_encoders", "clip"), file=re.compile(r"(models_t5_)?umt5[-_]xxl.*", re.IGNORECASE)
     ),
+    "tiny_decoder": Place(folders=("vae_approx",), file=re.compile(r"taew2[._]1.*", re.IGNORECASE)),
 }
 TOKENIZERS = (*TOKENIZER_FOLDERS, "umt5-xxl")
 
@@ -76,7 +77,7 @@ def part(path: Path, name: str) -> Path:
 
     Args:
         path: its file or folder, a file of a tokenizer, or a folder in any of the layouts.
-        name: "vae", "text_encoder" or "tokenizer".
+        name: "vae", "text_encoder", "tokenizer" or "tiny_decoder".
     """
     if name == "tokenizer" and path.suffix == ".json" and environment.is_file(path) and is_tokenizer(path.parent):
         return path.parent

@@ -20,12 +20,14 @@ from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError
 from ..runtime import plan
 from ..settings import LoadOptions, LoRAFile
+from ..tiny_decoder import LATENT_CHANNELS
 from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
 from .decide import asked, decide
 from .fingerprint import fingerprint
 from .recognise import Contents
 
 log = logging.getLogger("turbo_nb")
+TINY_BYTES = 22_600_000  # of taew2_1.safetensors
 DEFAULTS = {"vae": catalog.VAE, "text_encoder": catalog.TEXT_ENCODER, "tokenizer": catalog.TOKENIZER}
 
 
@@ -45,6 +47,7 @@ class ResolvedModel:
         options: what was asked for.
         loras: those that are merged into the transformers.
         heads: what the files are that a reference names and that are not here, by their heads.
+        tiny_decoder: that of `--decoder tiny`, where it is wanted.
     """
 
     spec: ModelSpec
@@ -63,11 +66,12 @@ class ResolvedModel:
     options: LoadOptions = field(repr=False)
     loras: tuple[lora.Applied, ...] = ()
     heads: dict[HubFile, Contents] = field(default_factory=dict, repr=False)
+    tiny_decoder: Contents | HubFile | None = None
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
         """Files that are not here yet."""
-        parts = (*self.transformers, self.vae, self.text_encoder, self.tokenizer)
+        parts = (*self.transformers, self.vae, self.text_encoder, self.tokenizer, self.tiny_decoder)
         return tuple(dict.fromkeys(part for part in parts if isinstance(part, HubFile)))
 
     @property
@@ -77,7 +81,7 @@ class ResolvedModel:
             file: sum(one.numel() for one in head.tensors.values()) * (1 if head.quantized else 2)
             for file, head in self.heads.items()
         }
-        known = plan.file_sizes(self.spec, quantized=self.quant_linear) | heads
+        known = plan.file_sizes(self.spec, quantized=self.quant_linear) | {catalog.TINY_DECODER: TINY_BYTES} | heads
         return int(sum(known.get(file, 0) for file in self.downloads))
 
     def fetch(self, on_progress: Callable[[hub.Progress], None] | None = None) -> "ResolvedModel":
@@ -109,7 +113,7 @@ class ResolvedModel:
             log.info("%s", planned.line)
         hub.fetch(planned, on_progress=on_progress, on_part=read)
 
-        def here(part: Contents | Path | HubFile) -> Contents | Path:
+        def here(part: Contents | Path | HubFile | None) -> Contents | Path | None:
             return parts[part] if isinstance(part, HubFile) else part
 
         found = replace(
@@ -118,6 +122,7 @@ class ResolvedModel:
             vae=here(self.vae),
             text_encoder=here(self.text_encoder),
             tokenizer=here(self.tokenizer),
+            tiny_decoder=here(self.tiny_decoder),
             heads={},
         )
         found.check()
@@ -130,6 +135,8 @@ class ResolvedModel:
 
         A part of the catalogue that is not here is not checked.
         """
+        if tiny := self._known(self.tiny_decoder):
+            recognise.require(tiny, "tiny decoder")
         parts = [self._known(part) for part in (*self.transformers, self.vae, self.text_encoder)]
         kinds = [*["transformer"] * len(self.transformers), "vae", "text encoder"]
         for part, kind in zip(parts, kinds, strict=True):
@@ -138,7 +145,7 @@ class ResolvedModel:
         recognise.require_fit([part for part in parts if part])
         vocabulary.require_fit(self.tokenizer, parts[-1])
 
-    def _known(self, part: Contents | HubFile) -> Contents | None:
+    def _known(self, part: Contents | HubFile | None) -> Contents | None:
         """What is known of a part, by itself or by its head"""
         return self.heads.get(part) if isinstance(part, HubFile) else part
 
@@ -200,8 +207,29 @@ class ResolvedModel:
                 name: None if named and default else _content(getattr(self, name), default)
                 for name, default in usual.items()
             }
+            | ({} if self.options.tiny_decoder is None else {"tiny_decoder": _content(self.tiny_decoder)})
             | lora.identity(self.loras)
         )
+
+    def decoding(self, decoder: str | None) -> "ResolvedModel":
+        """Return the same model with what a clip's decoder needs.
+
+        Args:
+            decoder: as in `ClipSettings.decoder`.
+
+        Raises:
+            InputError: the tiny decoder does not fit the model's VAE.
+            CheckpointError: its file in the cache is damaged.
+        """
+        if decoder != "tiny":
+            return self
+        vae = self._known(self.vae)
+        if self.spec.folder or (vae and vae.tensors["decoder.conv_in.weight"].shape[1] != LATENT_CHANNELS):
+            raise InputError(
+                f"decoder is 'tiny'. Expected full for {self.spec.name}, because the tiny decoder reads the latents of "
+                "Wan2.1's VAE."
+            )
+        return replace(self, tiny_decoder=self.tiny_decoder or _here_or_hub(catalog.TINY_DECODER))
 
     def with_loras(self, asked: tuple[LoRAFile, ...], *, quiet: bool = False) -> "ResolvedModel":
         """Return the same model with other LoRAs. A LoRA that the model already has is not read again.
@@ -290,6 +318,7 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
         transformers=transformers,
         **parts,
         tokenizer=_part(options.tokenizer, "tokenizer", near_tokenizer, spec, heads, inside=encoder),
+        tiny_decoder=options.tiny_decoder and _part(options.tiny_decoder, "tiny_decoder", (), spec, heads),
         device=decision.device,
         memory=decision.memory,
         host_memory=decision.host_memory,

@@ -125,14 +125,22 @@ class JobRunner:
         """Whether a job or a download is at work."""
         return bool((self.job and self.job.running) or (self.downloading and self.downloading.running))
 
-    def download(self, options: LoadOptions) -> Download:
-        """Download what is missing of a model, in the background. Raises InputError while another download runs."""
+    def download(self, options: LoadOptions, decoder: str | None = None) -> Download:
+        """Download what is missing of a model, in the background.
+
+        Args:
+            options: the model.
+            decoder: of the clips, as in `ClipSettings.decoder`.
+
+        Raises:
+            InputError: another download runs.
+        """
         if self.downloading and self.downloading.running:
             raise InputError(
                 f"a download of {self.downloading.model.spec.name} is at work. Expected one download at a time. Wait "
                 "for it or cancel it."
             )
-        self.downloading = Download(self.choices.resolve(options), self._on_download)
+        self.downloading = Download(self.choices.resolve(options).decoding(decoder), self._on_download)
         self.downloading.start()
         return self.downloading
 

@@ -40,7 +40,7 @@ class ModelCard:
     def show(self) -> None:
         """Show the chosen model anew."""
         try:
-            model = self._runner.choices.resolve(LoadOptions(model=self._form.model.value))
+            model = self._runner.choices.resolve(self._options).decoding(self._decoder)
         except TurboNbError as error:
             self.facts.value = error_box(in_page_words(str(error)))
             visible(self.download, False)
@@ -53,6 +53,14 @@ class ModelCard:
             self.download.tooltip = f"Download {model.spec.name}"
         self.show_download()
 
+    @property
+    def _options(self) -> LoadOptions:
+        return LoadOptions(model=self._form.model.value)
+
+    @property
+    def _decoder(self) -> str | None:
+        return self._form.fields["decoder"].value
+
     def show_download(self) -> None:
         """Show the running or latest download; called every second while it runs."""
         download = self._runner.downloading
@@ -64,7 +72,7 @@ class ModelCard:
 
     def _on_download(self) -> None:
         try:
-            self._runner.download(LoadOptions(model=self._form.model.value))
+            self._runner.download(self._options, self._decoder)
         except TurboNbError as error:
             self.progress.value = error_box(in_page_words(str(error)))
 

@@ -108,6 +108,7 @@ class Generator:
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
         form.on_change, form.on_model = self.run.update, self._on_model
+        form.fields["decoder"].widget.observe(lambda _: self.models.show(), "value")  # it may need a download
         form.on_prompt = lambda: self.run.update(prompt_only=True)
         self._closed = threading.Event()
         self._stop = runner.listen(self._on_change)

@@ -41,6 +41,7 @@ class Row:
         timings: seconds of each stage. steps: seconds of each denoising step.
         work: floating point operations of one step, see `work_of`.
         warm: whether the kernels for this clip were compiled before it began.
+        decoder: as in `ClipSettings.decoder`.
     """
 
     machine: str
@@ -56,6 +57,7 @@ class Row:
     timings: dict[str, float] = field(default_factory=dict)
     steps: Sequence[float] = ()
     warm: bool = False
+    decoder: str | None = None
 
     @property
     def pixels(self) -> float:
@@ -157,6 +159,7 @@ def remember(
             steps=[*steps],
             work=work,
             warm=warm or settings["device"] == "cpu",
+            decoder=settings.get("more", {}).get("decoder"),
             **{name: settings[name] for name in names},
         )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +233,8 @@ def estimate(
         and wanted.get("quant_linear") in (None, row.quant_linear)
     ]
     known = _preferred(known, lambda row: row.memory_plan == wanted.get("memory_plan"))
+    decoder = wanted.get("more", {}).get("decoder")
+    known = _preferred(known, lambda row: row.decoder == decoder)
     known = _preferred(known, lambda row: pixels / NEAR <= row.pixels <= pixels * NEAR)
     load = [row.timings["load"] for row in known if "load" in row.timings]  # cold clips too: they have it
     known = _preferred(known, lambda row: row.warm or not row.steps)

@@ -39,11 +39,16 @@ def factors_for(spec: "ModelSpec", vae_config: Mapping) -> list[list[float]] | N
     """
     if spec.preview is not None:
         return spec.preview
-    mean = vae_config["latents_mean"]
-    if len(mean) != len(WAN21_MEAN) or any(abs(a - b) > 1e-3 for a, b in zip(mean, WAN21_MEAN, strict=True)):
+    if not is_wan21(vae_config):
         return None
     *rows, bias = WAN21_FACTORS
     return [[127.5 * value for value in row] for row in (*rows, [value + 1 for value in bias])]
+
+
+def is_wan21(vae_config: Mapping) -> bool:
+    """Return whether a VAE with this configuration, with `latents_mean`, is Wan2.1's."""
+    mean = vae_config["latents_mean"]
+    return len(mean) == len(WAN21_MEAN) and all(abs(a - b) <= 1e-3 for a, b in zip(mean, WAN21_MEAN, strict=True))
 
 
 def fit_preview(latents: "torch.Tensor", frames: "np.ndarray") -> list[list[float]]:
