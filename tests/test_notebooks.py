@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from turbo_nb.machine import environment
@@ -105,3 +106,16 @@ def test_the_doctor_asks_for_the_packages_of_the_place(monkeypatch, in_colab):
     monkeypatch.setattr(environment, "place", lambda: "Colab" if in_colab else "Jupyter")
     needed = {package.name for package in environment.needed_packages()}
     assert needed == {"Python", *names["colab" if in_colab else "notebook"]}
+
+
+def test_conda_and_the_image_install_what_the_notebooks_need():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    (pip,) = [one["pip"] for one in conda if isinstance(one, dict)]
+    assert pip == ["-e .[notebook,dev]"] and "turbo_nb[notebook]" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_first_notebook_ends_at_the_generator_after_one_table_of_models():
+    cells = json.loads(NOTEBOOKS[0].read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "widgets.show(" in code[-1] and "turbo_nb.play(path, width=640)" in "".join(code)
+    assert "".join(code).count('"Models"') == 1
