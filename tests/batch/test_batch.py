@@ -787,10 +787,10 @@ def test_the_notebook_has_the_options_and_their_defaults():
 
 
 def test_the_notebook_takes_one_prompt(tmp_path):
-    code = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    values = parameters() | {"prompts": "a red circle"}
-    exec("".join(code[1]["source"]), values)
-    assert [(job.prompt, job.settings) for job in values["jobs"]] == [("a red circle", {})]
+    cells = ["".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]]
+    values = parameters() | {"prompts": "红圆"}  # as papermill gives `-p prompts 红圆`
+    exec(next(source for source in cells if source.startswith("from turbo_nb import batch")), values)
+    assert [(job.prompt, job.settings) for job in values["jobs"]] == [("红圆", {})]
 
 
 def test_the_notebook_takes_other_parameters(tmp_path, monkeypatch):
