@@ -4,7 +4,6 @@ Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROW
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
 
-import itertools
 import os
 import re
 import shutil
@@ -12,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from lab import ROOT, WAIT, browser, end_kernels, jupyter_lab
+from loopback_chat import SECRET, Chat
 
 from turbo_nb.generator.jobs import JobRunner
+from turbo_nb.text.rewrite import KEY, URL
 
 RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "3"))  # of a page while a clip runs
 
@@ -25,12 +26,23 @@ EARLIER = (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A JupyterLab with a token: the folder that it shows, its address and its generator's settings"""
+def chat():
+    """A language model's endpoint"""
+    server = Chat("a large green square growing on a white background")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, chat):
+    """A JupyterLab with a token that knows `chat`: the folder that it shows, its address and its generator's settings"""
     folder = tmp_path_factory.mktemp("lab")
     (root := folder / "root").mkdir()
-    with jupyter_lab(root, folder, "{folder}/04_generate.ipynb", TURBO_NB_CONFIG=str(folder / "presets")) as address:
-        yield root, address, folder / "presets"
+    presets = folder / "presets"
+    variables = {URL: chat.url, KEY: SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "TURBO_NB_CONFIG": str(presets)}
+    with jupyter_lab(root, folder, "{folder}/04_generate.ipynb", **variables) as address:
+        yield root, address, presets
 
 
 @pytest.fixture
@@ -251,19 +263,47 @@ def test_after_a_restart_of_the_kernel_the_page_goes_on(page, notebook, shots):
     page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length > n", arg=len(EARLIER))
 
 
-def test_the_layout(page, notebook, shots):
-    for theme, (width, columns) in itertools.product(("Light", "Dark"), ((1280, 2), (800, 1))):
+# labels and buttons whose text is cut off
+CUT = """() => [...document.querySelectorAll('.tnb .widget-label, .tnb button')]
+    .filter(one => one.checkVisibility() && one.scrollWidth > one.clientWidth).map(one => one.textContent)"""
+
+
+def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
+    tnb = notebook.tnb
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("ein grünes Quadrat")
+    page.get_by_role("button", name="Rewrite", exact=True).click()
+    notebook.says("Rewritten.")
+    assert prompt.input_value() == chat.answer
+    page.get_by_role("button", name="Undo", exact=True).click()
+    page.get_by_role("button", name="Redo", exact=True).wait_for()
+    assert prompt.input_value() == "ein grünes Quadrat" and notebook.nameless() == []
+    notebook.command("docmanager:save")
+    page.wait_for_timeout(1000)
+    saved = [path.read_bytes() for path in server[0].parent.rglob("*") if path.is_file()]
+    assert len(chat.requests) == 1 and not any(SECRET.encode() in data for data in [page.content().encode(), *saved])
+
+    page.get_by_role("button", name="Advanced settings").click()
+    page.get_by_label("Size", exact=True).select_option("other…")
+    page.get_by_label("Pixels", exact=True).wait_for()
+    style = "one => getComputedStyle(one).gridTemplateColumns.split(' ').length"
+    for theme in ("Light", "Dark"):
         notebook.command("apputils:change-theme", theme=f"JupyterLab {theme}")
-        page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(2000)
-        notebook.tnb.evaluate("one => one.scrollIntoView()")
-        page.wait_for_timeout(500)
-        page.screenshot(path=shots / f"04-{width}-{theme.lower()}.png")
-        style = "one => getComputedStyle(one).gridTemplateColumns.split(' ').length"
-        assert page.locator(".tnb-columns").evaluate(style) == columns, (theme, width)
-        box = notebook.generate.bounding_box()
-        assert box["y"] > 0 and box["y"] + box["height"] < 900, (theme, width)
-        assert page.locator(".tnb").evaluate("one => one.scrollWidth <= one.clientWidth + 1"), (theme, width)
-        dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
-        light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128
-        assert light == (theme == "Dark"), width
+        for width, columns in ((1280, 2), (800, 1)):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(1500)
+            tnb.evaluate("one => one.scrollIntoView()")
+            page.wait_for_timeout(500)
+            page.screenshot(path=shots / f"04-{width}-{theme.lower()}.png")
+            cut = page.evaluate(CUT)
+            assert page.locator(".tnb-columns").evaluate(style) == columns
+            box = notebook.generate.bounding_box()
+            assert box["y"] > 0 and box["y"] + box["height"] < 900
+            assert tnb.evaluate("one => one.scrollWidth <= one.clientWidth + 1")
+            assert not cut, cut
+            dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
+            light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128
+            assert light == (theme == "Dark")
+            page.set_viewport_size({"width": width, "height": 2300})
+            page.wait_for_timeout(300)
+            tnb.screenshot(path=shots / f"04-{width}-{theme.lower()}-all.png")

@@ -58,7 +58,7 @@ class Form:
         entries, chosen = self._models(model)
         self.model = styled(w.Dropdown, "Model", options=entries, value=chosen)
         self.resolution = styled(w.Dropdown, "Size", options=[("", OWN)])
-        self.custom = styled(w.Text, "Width x height", placeholder="128 x 128")
+        self.custom = styled(w.Text, "Pixels", placeholder="128 x 128", tooltip="Width x height")
         ratios = settings.options(ClipSettings)["aspect_ratio"].check.words
         self.aspect = styled(w.Dropdown, "Aspect", options=ratios, value="16:9")
         self.random_seed = styled(w.Checkbox, "New seed each time", value=True, indent=False)

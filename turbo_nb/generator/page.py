@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 STYLE = """<style>
 .tnb { container-type: inline-size; --tnb-line: color-mix(in srgb, currentColor 18%, transparent);
-  --tnb-soft: color-mix(in srgb, currentColor 8%, transparent); --tnb-accent: var(--jp-brand-color1, #1976d2); }
-.tnb .widget-label { min-width: 0; }
+  --tnb-soft: color-mix(in srgb, currentColor 8%, transparent); --tnb-accent: var(--jp-brand-color1, #1976d2);
+  /* gray, because ipywidgets' arrow is black in the dark theme, too */
+  --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'\
+%3E%3Cpath fill='none' stroke='%23888' stroke-width='2' d='M5 7l4 4 4-4'/%3E%3C/svg%3E"); }
+.tnb .tnb-under { margin-left: 100px; }
+.tnb .widget-label { min-width: 0; height: auto; line-height: 1.2; white-space: normal; }
 .tnb .widget-html, .tnb .widget-html-content { height: auto; line-height: 1.45; }
 .tnb-columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 14px; align-items: start; }
 @container (max-width: 820px) { .tnb-columns { grid-template-columns: minmax(0, 1fr); } }

@@ -58,7 +58,6 @@ class PromptInput:
             placeholder="What to show",
             tooltip=settings.options(ClipSettings)["prompt"].help,
         )
-        self.text.style.description_width = "56px"
         self.lines = styled(w.Checkbox, "Each line is a prompt of its own", indent=False)
         self.examples = styled(w.Dropdown, "Examples", options=[("choose one…", "")])
         self.hint = w.HTML()

@@ -34,6 +34,7 @@ class RewriteBar:
         self.note = w.HTML()
         buttons = w.HBox([self.rewrite, self.cancel, self.undo], layout=w.Layout(align_items="center"))
         self.box = w.VBox([buttons, self.note])
+        self.box.add_class("tnb-under")  # the text, beside its label
         visible(self.box, rewrite.is_set())
         visible(self.undo, False)
         self.rewrite.on_click(lambda _: self.start())
