@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import ipywidgets as w
@@ -71,10 +72,14 @@ class Field:
         self._default = cls.__dataclass_fields__[name].default
         self.widget = self._control()
         self.own = self.widget.value
-        explained = [self._option.help, *(MISSING[value] for value in self._choices if not _can_run(value))]
-        self._help = w.HTML(f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>')
-        self.box = w.VBox([self.widget, self._help], layout=w.Layout(min_width="0"))
         self.widget.observe(lambda _: changed(), "value")
+
+    @cached_property
+    def box(self) -> w.VBox:
+        """The control above its explanation, made on first use, because nobody closes a widget outside the page."""
+        explained = [self._option.help, *(MISSING[value] for value in self._choices if not _can_run(value))]
+        help_text = w.HTML(f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>')
+        return w.VBox([self.widget, help_text], layout=w.Layout(min_width="0"))
 
     @property
     def value(self) -> Any:
