@@ -647,6 +647,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     own, longer = (mp4.read_frames(path, 64, 64).astype(int) for path in (first.path, clip.path))
     assert np.abs(longer[:5] - own).mean() < 2 and clip.record.parts[0]["model"] == "nano"
     assert "was not trained to extend" in generator.run.status.value
+    assert "5 frames extended 2×" in generator.clips.view.items[0]["facts"]
     generator.clips.times.value = 1
     act(generator, "extend")  # of the longer one, which is the latest
     runner.wait(60)

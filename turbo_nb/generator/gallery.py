@@ -56,8 +56,8 @@ class GalleryPanel:
         )
         self.drop = ClipDrop(self._on_drop)
         self.times = w.BoundedIntText(
-            description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="170px"),
-            style={"description_width": "100px"}, tooltip="How many parts the Extend button of a clip adds to it",
+            description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="200px"),
+            style={"description_width": "120px"}, tooltip="How many parts the Extend button of a clip adds to it",
         )  # fmt: skip
         self.card = card("Clips", w.HBox([self.drop, self.times]), self.view)
         self._does: dict[str, Callable[[Clip], object]] = {

@@ -130,7 +130,7 @@ class LastImageInput(PictureInput):
 
     def __init__(self, changed: Callable[[], None]):
         hint = "The clip ends with this picture, which is cropped to the clip's size."
-        super().__init__("last_image", "last frame", "or its path", hint, changed)
+        super().__init__("last_image", "last frame", "Last frame at", hint, changed)
         self.box = fold("Last frame (optional)", self.box, settings.options(ClipSettings)["last_image"].help)
 
     def take(self, source: "str | io.BytesIO | Image", name: str, more: str = "") -> bool:

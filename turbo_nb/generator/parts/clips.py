@@ -11,6 +11,7 @@ import traitlets as t
 
 from ...errors import TurboNbError, first_line
 from ...machine import environment
+from ...records import VideoRecord
 from ...runtime.estimate import in_words
 from ...video.gallery import ORDERS, Clip, Gallery, key_of
 from . import Part, source
@@ -32,7 +33,7 @@ def facts(clip: Clip) -> str:
     attention = record.attention_type and record.attention_type + (f" {record.sla_topk:g}" if record.sla_topk else "")
     parts = [
         record.width and record.height and f"{record.width}x{record.height}",
-        record.num_frames and f"{record.num_frames} frames",
+        record.num_frames and f"{record.num_frames} frames" + _extended(record),
         f"{record.num_steps} steps",
         f"seed {' '.join(map(str, seeds))}",
         attention,
@@ -41,6 +42,12 @@ def facts(clip: Clip) -> str:
         in_words(clip.seconds) + environment.dollars(record.cost),
     ]
     return ", ".join(filter(None, parts))
+
+
+def _extended(record: VideoRecord) -> str:
+    """Return how often a clip was extended, because its record has the frames of one part"""
+    times = record.more.get("extend")
+    return f" extended {times}×" if type(times) is int else ""
 
 
 def describe(clip: Clip) -> dict:
