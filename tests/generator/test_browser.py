@@ -36,7 +36,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, chat):
-    """A JupyterLab with a token that knows `chat`: the folder that it shows, its address and its generator's settings"""
+    """A JupyterLab that knows `chat`: the folder that it shows, its address and its generator's settings"""
     folder = tmp_path_factory.mktemp("lab")
     (root := folder / "root").mkdir()
     presets = folder / "presets"
