@@ -117,9 +117,9 @@ def test_a_clip_is_decoded_by_it(wan, tmp_path, decoder):
     clip = turbo_nb.generate(pipeline, "a red circle", **CLIP, decoder="tiny", on_step=lambda *step: seen.append(step))
     frames = torch.cat(list(decoder.chunks(seen[-1][2])), 2)[0].permute(1, 2, 3, 0)
     assert np.abs(clip.frames - frames.add(1).mul(127.5).numpy()).max() <= 0.51
-    assert turbo_nb.read_metadata(clip.save(tmp_path / "clip.mp4"))["decoder"] == "tiny"
+    assert turbo_nb.read_metadata(clip.save(tmp_path / "clip.mp4"))["more"] == {"decoder": "tiny"}
     plain = turbo_nb.generate(pipeline, "a red circle", **CLIP)
-    assert "decoder" not in plain.settings and (plain.frames != clip.frames).any()
+    assert "more" not in plain.settings and (plain.frames != clip.frames).any()
 
 
 def test_a_model_with_its_own_latents_is_refused_before_any_work(tmp_path):

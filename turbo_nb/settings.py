@@ -507,8 +507,8 @@ class ClipSettings(_Checked):
         "clip",
         row=True,
     )
-    decoder: Literal["full", "tiny"] | None = _option(
-        None,
+    decoder: Literal["full", "tiny"] = _option(
+        "full",
         Choice(("full", "tiny")),
         "full: the VAE; tiny: TAEHV's decoder, which is quick and softer, for Wan2.1's VAE.",
         "advanced",
@@ -677,9 +677,8 @@ def resolve_clip(
         width, height = adaptive_size(width * height, *image_size)
         _check_sides(f"{width}x{height}", width, height, "Crop the image, or leave adaptive_resolution out.")
     held = {*ResolvedClip.__dataclass_fields__, *PICTURES, "resolution", "aspect_ratio", "adaptive_resolution"}
-    more = {name: _as_json(getattr(settings, name)) for name in options(type(settings)) if name not in held}
     return ResolvedClip(
-        more={name: value for name, value in more.items() if value is not None},
+        more={name: value for name, value in asked(settings).items() if name not in held},
         model=spec.name,
         prompt=settings.prompt,
         seed=settings.seed,

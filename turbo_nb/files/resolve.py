@@ -211,7 +211,7 @@ class ResolvedModel:
             | lora.identity(self.loras)
         )
 
-    def decoding(self, decoder: str | None) -> "ResolvedModel":
+    def decoding(self, decoder: str) -> "ResolvedModel":
         """Return the same model with what a clip's decoder needs.
 
         Args:

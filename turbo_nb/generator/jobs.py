@@ -125,7 +125,7 @@ class JobRunner:
         """Whether a job or a download is at work."""
         return bool((self.job and self.job.running) or (self.downloading and self.downloading.running))
 
-    def download(self, options: LoadOptions, decoder: str | None = None) -> Download:
+    def download(self, options: LoadOptions, decoder: str = "full") -> Download:
         """Download what is missing of a model, in the background.
 
         Args:

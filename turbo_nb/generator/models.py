@@ -58,7 +58,7 @@ class ModelCard:
         return LoadOptions(model=self._form.model.value)
 
     @property
-    def _decoder(self) -> str | None:
+    def _decoder(self) -> str:
         return self._form.fields["decoder"].value
 
     def show_download(self) -> None:
