@@ -12,7 +12,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from turbo_nb.ops.attention import hopper_sla, triton_cross, triton_sage, triton_sla
 from turbo_nb.ops.conv import triton_conv
-from turbo_nb.ops.linear8 import hopper_rows, triton_rows
+from turbo_nb.ops.linear8 import hopper_rows, triton_rows, triton_tiles
 
 B = "*bf16"
 BLOCK = "tensordesc<bf16[1,64,1,128]>"
@@ -50,6 +50,13 @@ KERNELS = {
         {"a": "tensordesc<i8[128,64]>", "b": "tensordesc<i8[128,64]>", "out": "tensordesc<bf16[128,128]>"}
         | {"a_scale": "*fp32", "b_scale": "*fp32", "bias": B},
         {"BIAS": True, "GROUP": 8, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+        {"num_warps": 8, "num_stages": 3},
+    ),
+    "tile_product": (
+        triton_tiles._tile_product,
+        {"a": "tensordesc<i8[128,128]>", "b": "tensordesc<i8[128,128]>", "out": "tensordesc<bf16[128,128]>"}
+        | {"a_scale": "*fp32", "b_scale": "*fp32"},
+        {"GROUP": triton_tiles.GROUP},
         {"num_warps": 8, "num_stages": 3},
     ),
     "conv": (

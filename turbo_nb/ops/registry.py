@@ -191,6 +191,10 @@ IMPLEMENTATIONS = [
     _reference("linear", "linear8.reference:row_product"),
     _triton("row_quantize", "linear8.triton_rows:row_quantize"),
     _reference("row_quantize", "linear8.reference:row_quantize"),
+    _triton("tile_quantize", "linear8.triton_tiles:int8_quantize"),
+    _reference("tile_quantize", "linear8.reference:int8_quantize"),
+    _triton("tile_product", "linear8.triton_tiles:tile_product"),
+    _reference("tile_product", "linear8.reference:tile_product"),
     _triton("gated_norm", "norms.triton_norms:gated_norm"),
     _reference("gated_norm", "norms.reference:gated_norm"),
     _triton("norm_rope", "norms.triton_norms:rms_norm_rope"),
@@ -209,7 +213,7 @@ IMPLEMENTATIONS = [
 VARIABLES = {
     "TURBO_NB_ROPE": ("rope",),
     "TURBO_NB_ATTENTION": ("sla", "sagesla", "original"),
-    "TURBO_NB_LINEAR": ("linear", "row_quantize"),
+    "TURBO_NB_LINEAR": ("linear", "row_quantize", "tile_quantize", "tile_product"),
     "TURBO_NB_BLOCK": ("gated_norm", "norm_rope", "cross_attention"),
     "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "upsample_conv"),
 }

@@ -63,15 +63,24 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
 
 def _int8_product(x: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
     """Compute x (M, K) · dequantised wᵀ: (M, N)."""
-    q, scale = int8_quantize(x)
-    out = torch.zeros(x.shape[0], w_q.shape[0], device=x.device)
-    for index, begin in enumerate(range(0, x.shape[1], TILE)):
+    return tile_product(*int8_quantize(x), w_q, w_scale, x.dtype)
+
+
+def tile_product(q: Tensor, scale: Tensor, w_q: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute x · dequantised wᵀ of an x that is quantised already: (M, N) in dtype.
+
+    Args:
+        q, scale: x (M, K), from `int8_quantize`.
+        w_q, w_scale: the weight (N, K), from `int8_quantize`.
+    """
+    out = torch.zeros(q.shape[0], w_q.shape[0], device=q.device)
+    for index, begin in enumerate(range(0, q.shape[1], TILE)):
         deep = slice(begin, begin + TILE)
         product = q[:, deep].float() @ w_q[:, deep].float().T  # integers below 2²⁴: exact
-        across = scale[:, index].repeat_interleave(TILE)[: x.shape[0], None]
+        across = scale[:, index].repeat_interleave(TILE)[: q.shape[0], None]
         down = w_scale[:, index].repeat_interleave(TILE)[None, : w_q.shape[0]]
         out.addcmul_(product, across * down)
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
 class QuantizedRows(NamedTuple):
