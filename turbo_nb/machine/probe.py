@@ -237,7 +237,8 @@ def _compiler() -> str | None:
 def _probe_library(name: str, usable: bool) -> Library | None:
     """Find out whether a library is installed and, if a GPU is usable, whether its import works."""
     try:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or getattr(spec.loader, "is_stand_in", False):  # one of turbo_nb.shims
             return None
     except (ImportError, ValueError):  # half removed
         return None
