@@ -62,6 +62,7 @@ app = typer.Typer(
     },
 )
 
+PYTHONS_WARNING = warnings.showwarning
 CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with it, too
 
 # exit code → signal; Windows has only SIGTERM
@@ -549,6 +550,22 @@ def ui(
         folder.expanduser(), model=model, host=host, port=port, browser=browser,
         on_address=lambda address: print(f"the generator: {address}\nCtrl-C ends it", flush=True),
     )  # fmt: skip
+
+
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run_script(
+    script: Annotated[str, typer.Argument(help="Path of the script.", metavar="SCRIPT")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What the script gets.", metavar="ARGS")] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as with python -m.")] = False,
+) -> None:
+    """Run upstream's own script, unmodified, with nothing compiled."""
+    from . import shims
+
+    warnings.showwarning = lambda *warning: (
+        _show_warning(*warning) if issubclass(warning[1], TurboNbWarning) else PYTHONS_WARNING(*warning)
+    )
+    with redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__):  # because a script may want a terminal
+        shims.run(script, arguments or [], module=module)
 
 
 def _show(report, as_json: bool) -> None:

@@ -1,0 +1,195 @@
+"""`turbo-nb run` runs a script as Python does, and CUDA is the CPU for it where torch has no CUDA."""
+
+import io
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from turbo_nb import cli, shims
+from turbo_nb.errors import InputError
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs a script's text through the command line: (exit code, standard output, standard error)"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["bin", *sys.path])
+
+    def run(text, *arguments, name="script.py", call=("script.py",)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        monkeypatch.setattr(sys, "__stdout__", out)
+        monkeypatch.setattr(sys, "__stderr__", err)
+        monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setattr(sys, "argv", ["turbo-nb", "run", *call, *arguments])
+        try:
+            with warnings.catch_warnings():
+                cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    yield run
+    shims.uninstall()
+
+
+SHOW = """
+import sys, warnings
+if __name__ == "__main__":
+    from flash_attn.layers.rotary import apply_rotary_emb
+    print(sys.argv, sys.path[0], sys.modules["__main__"].__file__)
+    warnings.warn("a script's own warning")
+"""
+
+
+def test_a_script_sees_what_python_shows_it(run, tmp_path, monkeypatch):
+    own = []
+    monkeypatch.setattr(cli, "PYTHONS_WARNING", lambda message, *more: own.append(str(message)))
+    arguments = "--save_path", "a_b.mp4", "--help", "-m", "--num_steps=4", "--", "-x"
+    code, out, err = run(SHOW, *arguments, name="deep/script.py", call=("deep/script.py",))
+    assert (code, out) == (0, f"{['deep/script.py', *arguments]} {tmp_path / 'deep'} deep/script.py\n")
+    assert err.startswith("note: upstream's code runs with stand-ins: ")
+    assert own == ["a script's own warning"]
+
+
+def test_a_module_is_run_as_with_python_m(run, tmp_path):
+    (tmp_path / "package").mkdir()
+    code, out, _ = run(SHOW, "--mode", "t2v", name="package/__main__.py", call=("-m", "package"))
+    path = str(tmp_path / "package" / "__main__.py")
+    assert (code, out) == (0, f"{[path, '--mode', 't2v']} {tmp_path} {path}\n")
+
+
+def test_upstreams_folder_is_found_from_its_scripts(run, checkout, monkeypatch):
+    sys.path.remove(str(checkout))
+    text = "import sys, ops.core; from rcm.utils.umt5 import encoder; print(sys.path[-1])"
+    for name, call in {"inference/t2v.py": (), "serve/__main__.py": ("-m", "turbodiffusion.serve")}.items():
+        name = f"turbodiffusion/{name}"
+        code, out, err = run(text, name=name, call=call or (name,))
+        assert (code, out) == (0, f"{checkout}\n"), err
+        shims.uninstall()
+        sys.path.remove(str(checkout))
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("raise SystemExit(3)", 3, ""),
+        ("exit('no prompt')", "no prompt", ""),
+        ("raise KeyboardInterrupt", 130, "cancelled; finished files are kept\n"),
+        ("import turbo_nb.errors as e; raise e.InputError('a typed error')", 2, "error: a typed error\n"),
+    ],
+    ids=["code", "message", "Ctrl-C", "typed error"],
+)
+def test_exit_codes_are_the_scripts(run, text, code, words):
+    given, out, err = run(text)
+    assert given == code and out == "" and err.endswith(words) and "Traceback" not in err
+
+
+def test_an_exception_of_the_script_is_not_hidden(run):
+    with pytest.raises(ZeroDivisionError):
+        run("1 / 0")
+
+
+def test_a_missing_script_is_an_error(run):
+    assert run("", call=("no.py",))[::2] == (2, "error: no.py does not exist. Expected the path of a Python script. "
+                                             "Check the path.\n")  # fmt: skip
+
+
+def test_the_threads_of_a_script_are_awaited(run, tmp_path):
+    text = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('done'))).start()"
+    assert run(text)[1] == "done\n"
+
+
+# --- CUDA on the CPU ---
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+
+
+@pytest.fixture
+def cuda():
+    with shims.cuda_on_cpu():
+        yield
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(2, device="cuda"),
+        lambda: torch.tensor([1.0], device=torch.device("cuda", 1)),
+        lambda: torch.zeros(2).cuda(),
+        lambda: torch.zeros(2).cuda(0, non_blocking=True),
+        lambda: torch.zeros(2).to("cuda:0", torch.bfloat16),
+        lambda: torch.zeros(2).to(device="cuda"),
+        lambda: torch.zeros_like(torch.zeros(2), device="cuda"),
+        lambda: nn.Linear(2, 2, device="cuda").weight,
+        lambda: nn.Linear(2, 2).cuda().weight,
+        lambda: nn.Linear(2, 2).to("cuda").weight,
+        lambda: torch.randn(2, device="cuda", generator=torch.Generator(device="cuda").manual_seed(0)),
+    ],
+)
+def test_what_is_asked_of_cuda_is_on_the_cpu(make):
+    assert make().device == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_calls_of_cuda_itself(tmp_path):
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    assert torch.cuda.current_device() == 0 and not torch.cuda.is_available()
+    torch.save({"x": torch.ones(3)}, tmp_path / "x.pth")
+    assert torch.load(tmp_path / "x.pth", map_location="cuda", weights_only=True)["x"].sum() == 3
+    with torch.device("cuda"):
+        assert torch.zeros(2).device == torch.device("cpu")
+    assert torch.einsum("i,i->", torch.ones(3), torch.ones(3)) == 3
+
+
+@pytest.mark.usefixtures("cuda")
+def test_seeds_are_those_of_the_cpu():
+    own = torch.randn(3, generator=torch.Generator("cuda").manual_seed(7), device="cuda")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        assert torch.equal(own, torch.randn(3))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_casts_as_on_a_gpu(dtype):
+    torch.manual_seed(0)
+    x, linear = torch.randn(4, 8).bfloat16(), nn.Linear(8, 8)
+    if dtype is torch.float32:
+        linear, x = linear.bfloat16(), x.float()
+    for autocast in (torch.amp.autocast, torch.autocast):
+        with autocast("cuda", dtype=dtype):
+            out = linear(x)
+        expected = nn.functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+        assert out.dtype == dtype and torch.equal(out, expected)
+        with autocast("cuda", dtype=dtype, enabled=False), pytest.raises(RuntimeError):
+            linear(x)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_autocast_computes_norms_in_float32():
+    x, norm = torch.randn(4, 8), nn.LayerNorm(8).bfloat16()
+    with torch.amp.autocast("cuda", dtype=torch.float32):
+        assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))
+    with pytest.raises(RuntimeError, match="dtype"):
+        norm(x)
+
+
+def test_torch_is_itself_afterwards():
+    before = [dict(vars(holder)) for holder in (torch, torch.cuda, torch.amp)]
+    with pytest.raises(ZeroDivisionError), shims.cuda_on_cpu():
+        raise ZeroDivisionError
+    assert [dict(vars(holder)) for holder in (torch, torch.cuda, torch.amp)] == before
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_a_missing_script_is_a_typed_error():
+    with pytest.raises(InputError):
+        shims.run("no.py", [])
