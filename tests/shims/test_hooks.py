@@ -8,10 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import choose_triton
+from helpers import choose_triton, set_machine
 
 from turbo_nb import shims
 from turbo_nb.errors import BackendError, CheckpointError, InputError, TurboNbWarning
+from turbo_nb.machine.probe import Machine
 from turbo_nb.shims.hooks import MODULES
 
 PACKAGES = ("flash_attn", "turbo_diffusion_ops", "spas_sage_attn")
@@ -19,6 +20,9 @@ PACKAGES = ("flash_attn", "turbo_diffusion_ops", "spas_sage_attn")
 
 @pytest.fixture
 def install(monkeypatch):
+    """A function that installs the stand-ins without their warning, on a machine without a GPU"""
+    set_machine(monkeypatch, Machine())
+
     def quietly():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
