@@ -3,7 +3,7 @@
 module              on a machine without CUDA, or without Triton         everywhere
 rcm.utils.umt5      torch.cuda.current_device() works during its import
 rcm.utils.attention SDPA chooses its own backend
-ops.core            its Triton norms are PyTorch's norms
+ops.core                                                                 its Triton norms are PyTorch's norms
 SLA.core            its Triton kernels are our references                SageSLA raises early where it cannot run
 rcm.networks.wan2*                                                       loading is tolerant, with a warning
 """
@@ -62,8 +62,9 @@ def _current_device_on_cpu():
 
 
 def _norms(core: ModuleType) -> None:
-    if not no_triton(probe._probe_once()):
-        return
+    """Replace the norms on every machine: its RMSNorm reads past the end of a weight of 1536, which can end in an
+    illegal memory access, and its LayerNorm counts padded columns.
+    """
     core.rmsnorm = lambda x, weight, eps: _rows(rms_norm_cuda, x, eps, weight)
     core.layernorm = lambda x, weight, bias, eps, elementwise_affine=True: _rows(layer_norm_cuda, x, eps, weight, bias)
 
