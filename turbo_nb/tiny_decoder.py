@@ -7,6 +7,7 @@ Source of the architecture and of the weights `taew2_1`: madebyollin/taehv on Gi
 """
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ class MemoryBlock(nn.Module):
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
         """Compute frames x (t, C, h, w), which follow the frame `before` (1, C, h, w); None stands for black."""
         before = torch.zeros_like(x[:1]) if before is None else before
-        return self.conv(torch.cat([x, torch.cat([before, x[:-1]])], 1)).add_(x).relu_()
+        first, _, second, _, third = self.conv
+        inner = _relu(second, _relu(first, torch.cat([x, torch.cat([before, x[:-1]])], 1)))
+        return _relu(third, inner, x)
 
 
 class Grow(nn.Module):
@@ -63,6 +66,17 @@ class Grow(nn.Module):
         # work.
         grown = self.conv(x).unflatten(1, (-1, x.shape[1])).flatten(0, 1)
         return F.interpolate(grown.contiguous(memory_format=torch.channels_last), scale_factor=2.0)
+
+
+def _relu(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Compute a convolution and ReLU, with the residual added in between. On a GPU that is one kernel of cuDNN."""
+    if x.is_cuda and torch.backends.cudnn.is_available() and torch.version.hip is None:
+        more = (conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, conv.weight, *more)
+        return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, *more)
+    out = conv(x)
+    return (out if residual is None else out.add_(residual)).relu_()
 
 
 def _conv(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
@@ -97,10 +111,12 @@ class TinyDecoder(nn.Module):
         before: dict[nn.Module, Tensor] = {}
         for number, x in enumerate(frames.split(length)):
             x = x.contiguous(memory_format=torch.channels_last)
-            for layer in self.decoder:
+            for layer, following in zip_longest(self.decoder, self.decoder[1:]):
                 if isinstance(layer, MemoryBlock):
                     x, before[layer] = layer(x, before.get(layer)), x[-1:]
-                else:
+                elif isinstance(following, nn.ReLU):
+                    x = _relu(layer, x)
+                elif not isinstance(layer, nn.ReLU):
                     x = layer(x)
             x = x[TRIMMED:] if number == 0 else x
             yield x.mul(2).sub_(1).clamp_(-1, 1).transpose(0, 1)[None]
