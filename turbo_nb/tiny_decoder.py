@@ -113,7 +113,7 @@ class TinyDecoder(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
             for layer, following in zip_longest(self.decoder, self.decoder[1:]):
                 if isinstance(layer, MemoryBlock):
-                    x, before[layer] = layer(x, before.get(layer)), x[-1:]
+                    x, before[layer] = layer(x, before.get(layer)), x[-1:].clone()  # a view would keep all of x
                 elif isinstance(following, nn.ReLU):
                     x = _relu(layer, x)
                 elif not isinstance(layer, nn.ReLU):

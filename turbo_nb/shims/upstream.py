@@ -62,8 +62,10 @@ def _current_device_on_cpu():
 
 
 def _norms(core: ModuleType) -> None:
-    """Replace the norms on every machine: its RMSNorm reads past the end of a weight of 1536, which can end in an
-    illegal memory access, and its LayerNorm counts padded columns.
+    """Replace the norms on every machine, because its Triton norms are wrong at widths that are no power of two.
+
+    Its RMSNorm reads past the end of the weight, which can be an illegal memory access. Its LayerNorm counts columns
+    that are padding.
     """
     core.rmsnorm = lambda x, weight, eps: _rows(rms_norm_cuda, x, eps, weight)
     core.layernorm = lambda x, weight, bias, eps, elementwise_affine=True: _rows(layer_norm_cuda, x, eps, weight, bias)
