@@ -62,7 +62,7 @@ def _current_device_on_cpu():
 
 
 def _norms(core: ModuleType) -> None:
-    """Replace the norms on every machine, because its Triton norms are wrong at widths that are no power of two.
+    """Replace the norms on every machine, because its Triton norms are wrong at widths beside powers of two.
 
     Its RMSNorm reads past the end of the weight, which can be an illegal memory access. Its LayerNorm counts columns
     that are padding.
