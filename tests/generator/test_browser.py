@@ -300,6 +300,8 @@ def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
             box = notebook.generate.bounding_box()
             assert box["y"] > 0 and box["y"] + box["height"] < 900
             assert tnb.evaluate("one => one.scrollWidth <= one.clientWidth + 1")
+            large, model = tnb.locator(".tnb-large"), page.get_by_label("Model", exact=True)
+            assert box["y"] - 900 < large.bounding_box()["y"] < model.bounding_box()["y"]  # the settings come last
             assert not cut, cut
             dark = page.locator(".tnb h3").first.evaluate("one => getComputedStyle(one).color")
             light = sum(map(int, re.findall(r"\d+", dark)[:3])) > 3 * 128

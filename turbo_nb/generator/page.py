@@ -22,8 +22,12 @@ STYLE = """<style>
 .tnb .tnb-under { margin-left: 100px; }
 .tnb .widget-label { min-width: 0; height: auto; line-height: 1.2; white-space: normal; }
 .tnb .widget-html, .tnb .widget-html-content { height: auto; line-height: 1.45; }
-.tnb-columns { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 14px; align-items: start; }
-@container (max-width: 820px) { .tnb-columns { grid-template-columns: minmax(0, 1fr); } }
+.tnb-columns { display: grid; grid-template: auto 1fr / minmax(0, 5fr) minmax(0, 6fr); gap: 14px; align-items: start; }
+.tnb-columns > :nth-child(2) { grid-area: 1 / 2 / span 2; }
+@container (max-width: 820px) {
+  .tnb-columns { grid-template: none / minmax(0, 1fr); }
+  .tnb-columns > :nth-child(2) { grid-area: auto; }
+}
 .tnb-card { border: 1px solid var(--tnb-line); border-radius: 10px; padding: 12px 14px; box-sizing: border-box; }
 .tnb h3 { margin: 0 0 4px; font-size: 1.05em; }
 .tnb p { margin: 2px 0; line-height: 1.45; }

@@ -95,12 +95,13 @@ class Generator:
         self.run = RunPanel(runner, form, self.result.preview)
         self.clips = GalleryPanel(runner, form, self.run, self.result)
         self.keys = Keys(self._on_ctrl_enter, runner.cancel, form.prompt.text)
-        left = card(
-            "", form.prompt.box, form.image.box, form.last_image.box, self.run.box, form.model, self.models.box,
-            self.presets.box, form.front, form.lora_fold, form.advanced, self.presets.own,
+        ask = card("", form.prompt.box, form.image.box, form.last_image.box, self.run.box)
+        shown = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
+        options = card(
+            "", form.model, self.models.box, self.presets.box, form.front, form.lora_fold, form.advanced,
+            self.presets.own,
         )  # fmt: skip
-        right = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
-        columns = w.Box([left, right])
+        columns = w.Box([ask, shown, options])
         columns.add_class("tnb-columns")
         parts = [self.keys, columns, self.clips.card]
         self.root = w.VBox(parts, layout=w.Layout(width="100%", grid_gap="14px"))
