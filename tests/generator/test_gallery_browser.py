@@ -185,8 +185,15 @@ def test_find_star_delete_and_zip(page, tmp_path):
 
 def test_settings_come_back_from_a_clip_and_from_a_dropped_file(page):
     prompt = page.get_by_label("Prompt", exact=True)
-    page.get_by_role("button", name=re.compile("^Use these settings: .*down")).click()
+    page.set_viewport_size({"width": 1280, "height": 700})
+    use = page.get_by_role("button", name=re.compile("^Use these settings: .*down"))
+    use.scroll_into_view_if_needed()
+    assert prompt.evaluate("one => one.getBoundingClientRect().bottom < 0")  # the form is out of view
+    use.click()
     page.wait_for_function("p => p.value == 'a white bar that moves down'", arg=prompt.element_handle())
+    note = page.locator(".tnb-columns .tnb-note", has_text="The form has the settings of")
+    note.wait_for()
+    page.wait_for_function("n => n.getBoundingClientRect().top > 0", arg=note.element_handle())  # the page has scrolled
     (clip,) = page.gallery.folder.glob("*right*.mp4")
     page.evaluate(
         """([bytes, name]) => {

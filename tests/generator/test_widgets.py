@@ -107,7 +107,9 @@ def problem(generator: Generator) -> str:
 
 def test_generate_makes_a_clip_and_plays_it_large(generator):
     assert not generator.run.generate.disabled and generator.run.cancel.disabled
+    generator.run.say("The form has the settings of a clip.")
     make(generator)
+    assert generator.run.note.value == "" and generator.run.note.layout.display == "none"
     assert "Done with seed 7" in generator.run.status.value
     times = r"denoise (less than )?\d+\.\d s \(steps (\d+\.\d\d, )*\d+\.\d\d\), decode .*, write "
     assert re.search(times, generator.run.status.value)
@@ -604,6 +606,7 @@ def test_the_last_frame_comes_back_from_its_path_or_is_none(generator, tmp_path)
     put_clip(generator, **whole, last_image=records.IN_MEMORY)
     act(generator, "use")
     assert "Last frame (choose it again)" in problem(generator)
+    assert "Last frame (choose it again)" in generator.run.note.value  # beside Generate, too
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,11 @@ class GalleryPanel:
         if does := self._does.get(name):
             does(clip)
 
+    def _say(self, text: str, alert: bool = False) -> None:
+        """Show what has happened to the form, here and above Generate"""
+        self.view.say(text, alert)
+        self._run.say(text, alert)
+
     def _restore(self, record: VideoRecord, name: str) -> tuple[dict[str, str], str]:
         """Put settings into the form; return what was lost, and what the page says"""
         lost = restore(self._form, record)
@@ -91,10 +96,11 @@ class GalleryPanel:
 
     def _use(self, clip: Clip) -> None:
         lost, words = self._restore(clip.record, clip.path.name)
-        self.view.say(words, alert=bool(lost))
+        self._say(words, alert=bool(lost))
 
     def _on_drop(self, name: str, record: VideoRecord) -> tuple[str, bool]:
         lost, words = self._restore(record, name)
+        self._run.say(words, alert=bool(lost))
         return words, bool(lost)
 
     def _vary(self, clip: Clip) -> None:
@@ -102,13 +108,13 @@ class GalleryPanel:
         lost.pop("seed", None)
         self._form.random_seed.value = True
         if lost:  # it would be another clip
-            self.view.say(
+            self._say(
                 f"Not started, because the clip would differ in more than its seed: {in_words(lost)}. Press "
                 "Generate to make it all the same.",
                 alert=True,
             )
         else:
-            self.view.say("")
+            self._say("")
             self._run.start()
 
     def _extend(self, clip: Clip) -> None:
@@ -118,12 +124,12 @@ class GalleryPanel:
         own |= {"aspect_ratio": None, "image": None, "extend": self.times.value}
         self._runner.submit(replace(request, clip=replace(request.clip, **own)))
         parts = f"by {self.times.value} parts" if self.times.value > 1 else "by one part"
-        self.view.say(f"The queue has a job that extends {clip.path.name} {parts}, with its own prompt.")
+        self._say(f"The queue has a job that extends {clip.path.name} {parts}, with its own prompt.")
 
     def _continue(self, clip: Clip) -> None:
         frame = mp4.last_frame(clip.path)
         self._form.image.take(frame, f"the last frame of {clip.path.name}", "; say in the prompt what happens next")
-        self.view.say(f"The next clip begins with the last frame of {clip.path.name}.")
+        self._say(f"The next clip begins with the last frame of {clip.path.name}.")
 
     def _delete(self, clips: list[Clip]) -> None:
         gone = []

@@ -15,7 +15,7 @@ from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
 from .jobs import JobRunner
-from .page import button, error_box, image_tag, paragraph
+from .page import button, error_box, image_tag, paragraph, visible
 from .request import Job, Outlook
 
 NAMES = {
@@ -47,13 +47,15 @@ class RunPanel:
             style={"description_width": "40px"}, layout=w.Layout(width="110px"),
         )  # fmt: skip
         self.outlook, self.status, self.preview = w.HTML(), w.HTML(), preview
+        self.note = w.HTML()  # what an action of the gallery has done to the form
         self.generate.add_class("tnb-go")
         buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(align_items="center"))
-        self.box = w.VBox([buttons, self.outlook, self.status])
+        self.box = w.VBox([self.note, buttons, self.outlook, self.status])
         self.generate.on_click(lambda _: self.start())
         self.cancel.on_click(lambda _: runner.cancel())
         self.seeds.observe(lambda _: self.update(), "value")
         self.preview.add_class("tnb-preview")
+        self.say("")
         self.update()
         self.show(runner.job)
 
@@ -65,6 +67,7 @@ class RunPanel:
             self.show_error(error)
             return False
         self._form.seed_of(jobs[0].request.clip.seed)
+        self.say("")
         self.keep()
         return True
 
@@ -92,6 +95,11 @@ class RunPanel:
         lines += [paragraph(in_page_words(note), "tnb-dim") for note in outlook.notes]
         self.outlook.value = (error_box(problem) if problem else "") + "".join(lines)
         self._keep()
+
+    def say(self, text: str, alert: bool = False) -> None:
+        """Show above Generate what has happened to the form. The gallery has the message for a screen reader."""
+        self.note.value = paragraph(text, "tnb-error" if alert else "tnb-note") if text else ""
+        visible(self.note, bool(text))
 
     def show_error(self, error: TurboNbError) -> None:
         """Show why no job was added."""

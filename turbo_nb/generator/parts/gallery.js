@@ -145,6 +145,12 @@ function render(model, el, transfer) {
     message.textContent = text;
   }
 
+  // Bring what an action has changed into view: the form, or the clip that plays large
+  function rise(target) {
+    if (target?.getBoundingClientRect().top < window.innerHeight * 0.1) // else it is in view
+      target.scrollIntoView({ block: "start", behavior: isCalm() ? "auto" : "smooth" });
+  }
+
   // A clip: its poster, which plays while the pointer or the focus is on it, and its buttons
   function card(first) {
     let item = first;
@@ -163,10 +169,15 @@ function render(model, el, transfer) {
     const words = element("p", { class: "tnb-prompt" });
     const facts = element("p", { class: "tnb-facts" });
     const actions = element("div", { class: "tnb-row" });
-    const more = element("details", {}, element("summary", { text: "More" }));
+    const more = element("details", { class: "tnb-more" }, element("summary", { text: "More" }));
     const root = element("li", { class: "tnb-clip" },
       element("div", { class: "tnb-frame" }, screen, box, star), words, facts, actions);
-    const act = (name) => sends({ kind: "act", action: name, name: item.name });
+    const act = (name) => {
+      more.open = false;
+      sends({ kind: "act", action: name, name: item.name });
+      const page = el.closest(".tnb");
+      rise(name === "open" ? page?.querySelector(".tnb-large") : page);
+    };
 
     screen.addEventListener("pointerenter", begin);
     screen.addEventListener("pointerleave", stop);
