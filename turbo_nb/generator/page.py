@@ -37,7 +37,7 @@ STYLE = """<style>
 .tnb summary { cursor: pointer; }
 .tnb .tnb-cut { background: #c6282830; text-decoration: line-through; overflow-wrap: anywhere; }
 .tnb .widget-textarea textarea { font: inherit; font-size: 1.1em; line-height: 1.4; resize: vertical; }
-.tnb input, .tnb select, .tnb textarea, .tnb button { border-radius: 6px; }
+.tnb input, .tnb select, .tnb textarea, .tnb button { border-radius: 6px; font-family: inherit; }
 .tnb .tnb-go { height: 36px; min-width: 140px; font-weight: 600; }
 .tnb .tnb-fold > button { background: none; text-align: left; padding: 0 2px; font-weight: 600; box-shadow: none; }
 .tnb .tnb-fold > button:hover { background: var(--tnb-soft); }
@@ -48,11 +48,13 @@ STYLE = """<style>
   border: 1px solid var(--tnb-line); }
 .tnb .tnb-good { border-color: #2e7d32; } .tnb .tnb-bad { border-color: #c62828; }
 .tnb table { border-collapse: collapse; width: 100%; }
+.tnb th .tnb-help { font-weight: normal; margin: 0; }
 .tnb th, .tnb td { text-align: left; vertical-align: top; padding: 3px 8px 3px 0;
   border-top: 1px solid var(--tnb-line); }
 .tnb .tnb-job { border-top: 1px solid var(--tnb-line); padding: 3px 0; align-items: center; }
-.tnb .tnb-job > .widget-html { overflow: hidden; }
-.tnb .tnb-line { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tnb .tnb-job .widget-html, .tnb .tnb-job .widget-html-content { overflow: hidden; min-width: 0; width: 100%; }
+.tnb .tnb-line { display: flex; gap: 8px; white-space: nowrap; }
+.tnb .tnb-line > :nth-child(2) { flex: 1; overflow: hidden; text-overflow: ellipsis; }
 .tnb .tnb-stage { background: var(--tnb-soft); border-radius: 8px; min-height: 220px; display: flex;
   align-items: center; justify-content: center; text-align: center; padding: 16px; box-sizing: border-box; }
 .tnb img, .tnb video { display: block; max-width: 100%; border-radius: 8px; background: #0002; }

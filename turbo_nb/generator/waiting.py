@@ -53,9 +53,9 @@ class QueuePanel:
 
     def _row(self, number: int, job: Job) -> w.HBox:
         clip = job.request.clip
-        what = f"seed {clip.seed} · {html.escape(clip.prompt)}"
         state = {"waiting": f"{number}.", "running": "▶"}.get(job.state, "✗")
-        words = f'<div class="tnb-line" title="{html.escape(clip.prompt)}">{state} {what}</div>'
+        words = f'<div class="tnb-line" title="{html.escape(clip.prompt)}"><span>{state}</span>'
+        words += f'<span>{html.escape(clip.prompt)}</span><span class="tnb-dim">seed {clip.seed}</span></div>'
         if job.state == "failed":
             # without role=alert, because the run panel reads it out
             words += f'<div class="tnb-error">{html.escape(in_page_words(job.error))}</div>'
