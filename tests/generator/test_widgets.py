@@ -417,7 +417,8 @@ def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
     for cls, names in ((ClipSettings, None), (LoadOptions, ("attention_type", "sla_topk", "quant_linear"))):
         for name in names or (name for name in settings.options(cls) if name in fields):
             assert fields[name].widget.tooltip == settings.options(cls)[name].help
-            assert settings.options(cls)[name].help in html.unescape(fields[name].box.children[1].value)
+            words = controls.HELP.get(name, settings.options(cls)[name].help)
+            assert words in html.unescape(fields[name].box.children[1].value)
     assert fields["num_frames"].widget.max == settings.MAX_FRAMES
     assert [value for _, value in fields["noise_device"].widget.options] == ["cpu", "cuda"]
     toggle, content = generator.form.advanced.children
@@ -630,12 +631,17 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     make(generator)
     first = generator.runner.job.clip
     assert "Extend" not in offered(generator) and generator.clips.times.layout.display == "none"
+    assert generator.form.fields["extend"].widget.disabled  # a text model cannot
     generator.close()
     monkeypatch.setattr(ResolvedModel, "downloads", ())
     runner = JobRunner("clips", load=lambda *_, **__: pipeline)
     generator = Generator(runner, model)
     fill(generator, prompt="anything else", num_frames=5, num_steps=1, random_seed=False, seed=3)
     assert "Extend" in offered(generator) and generator.clips.times.layout.display is None
+    extend = generator.form.fields["extend"]
+    assert (extend.widget.value, extend.value, extend.widget.disabled) == (0, None, False)
+    extend.widget.value = 1
+    assert extend.value == 1 and extend.put(None) and extend.value is None
     generator.clips.times.value, seen = 2, []
     runner.listen(lambda job: job.stage == "decode" and seen.append((job.done, job.progress.total)))
     act(generator, "extend")
@@ -827,9 +833,11 @@ def test_generate_adds_to_the_queue(waiting):
     waiting.run.seeds.value = 2
     assert waiting.run.generate.description == "Generate 4" and not waiting.run.generate.disabled
     waiting.run.generate.click()
-    assert len(waiting.queue.rows.children) == 4 and "seed 8 · a blue square" in page(waiting.queue.rows)
+    assert len(waiting.queue.rows.children) == 4
+    last = '<span>a blue square</span><span class="tnb-dim">seed 8</span>'
+    assert last in page(waiting.queue.rows.children[3])
     assert not waiting.run.generate.disabled  # more can be added
-    wait_for(lambda: "▶ seed 7 · a red circle" in page(waiting.queue.rows))
+    wait_for(lambda: "<span>▶</span><span>a red circle</span>" in page(waiting.queue.rows.children[0]))
     buttons(waiting, "Cancel")[-1].click()
     assert len(waiting.queue.rows.children) == 3
     waiting.queue.clear.click()

@@ -19,14 +19,20 @@ BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to
 COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(230px, 1fr))", "grid_gap": "4px 16px"}
 LABELS = {
     "num_frames": "Frames", "num_steps": "Steps", "attention_type": "Attention", "sla_topk": "SLA top-k",
-    "quant_linear": "Linears", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
+    "quant_linear": "Weights", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
     "sigma_max": "First noise level", "boundary": "Expert boundary", "adaptive_resolution": "Keep the image's aspect",
     "checkpoint": "Model", "last_image": "Last frame", "extend_clip": "Clip to extend",
 }  # fmt: skip
+NONE = {"extend": 0}  # numbers that stand for None where no model gives one
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number
 ENTRIES = {
     "attention_type": {OWN: "the model's own", "sla": "SLA", "sagesla": "SageSLA", "original": "dense"},
     "quant_linear": {"auto": "as the file has them", True: "8-bit", False: "16-bit or more"},
+}
+HELP = {  # in place of what `--help` says
+    "attention_type": "SLA skips most of the picture's parts and is quick. Dense attention skips nothing.",
+    "quant_linear": "8-bit weights take half the memory.",
+    "extend": "Continue the clip so many times from its last frame. 0: do not.",
 }
 MISSING = {"sagesla": "SageSLA cannot run here: it needs an NVIDIA GPU of sm_80 or newer with a working Triton."}
 
@@ -77,7 +83,10 @@ class Field:
     @cached_property
     def box(self) -> w.VBox:
         """The control above its explanation, made on first use, because nobody closes a widget outside the page."""
-        explained = [self._option.help, *(MISSING[value] for value in self._choices if not _can_run(value))]
+        explained = [
+            HELP.get(self.name, self._option.help),
+            *(MISSING[value] for value in self._choices if not _can_run(value)),
+        ]
         help_text = w.HTML(f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>')
         return w.VBox([self.widget, help_text], layout=w.Layout(min_width="0"))
 
@@ -133,9 +142,8 @@ class Field:
         if self._is_typed:
             return styled(w.Text, label, **more | {"value": str(default)})
         if isinstance(check, Whole):
-            return styled(
-                w.BoundedIntText, label, step=STEPS.get(self.name, 1), min=check.least, max=check.most, **more
-            )
+            least = NONE.get(self.name, check.least)
+            return styled(w.BoundedIntText, label, step=STEPS.get(self.name, 1), min=least, max=check.most, **more)
         if isinstance(check, Number):
             return styled(w.FloatText, label, step=STEPS.get(self.name, 1), **more)
         return styled(w.Text, label, **more)

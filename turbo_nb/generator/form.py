@@ -210,6 +210,7 @@ class Form:
         self.fields["seed"].enable(not self.random_seed.value)
         self.fields["sla_topk"].enable(self.fields["attention_type"].widget.value != "original")
         self.fields["boundary"].enable(self.spec is None or self.spec.boundary is not None)
+        self.fields["extend"].enable(self.spec is None or self.spec.task == "i2v")
         self.on_change()
 
     def show_model(self) -> None:
