@@ -23,9 +23,9 @@ class PresetBar:
         self.name = styled(w.Text, "Save as", placeholder="a name for the present settings", continuous_update=False)
         self.save, self.delete = button("Save preset"), button("Delete preset")
         self.note = w.HTML()
-        more = w.HBox([self.name, self.save, self.delete], layout=w.Layout(flex_flow="row wrap"))
-        self.name.layout.flex = "1 1 180px"
-        self.box = w.VBox([self.choice, self.note])
+        more = w.HBox([self.name, self.save], layout=w.Layout(flex_flow="row wrap"))
+        self.name.layout.flex = self.choice.layout.flex = "1 1 180px"
+        self.box = w.VBox([w.HBox([self.choice, self.delete]), self.note])
         self.own = more
         self.list()
         self.choice.observe(lambda change: self._use(change["new"]), "value")
