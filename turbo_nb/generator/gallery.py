@@ -55,6 +55,7 @@ class GalleryPanel:
             runner.gallery, on_act=self._act, on_delete=self._delete, on_zip=self._zip, on_error=self._show_error
         )
         self.drop = ClipDrop(self._on_drop)
+        self.drop.observe(lambda change: change["new"] and run.say(**change["new"]), "message")
         self.times = w.BoundedIntText(
             description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="200px"),
             style={"description_width": "120px"}, tooltip="How many parts the Extend button of a clip adds to it",
@@ -100,7 +101,6 @@ class GalleryPanel:
 
     def _on_drop(self, name: str, record: VideoRecord) -> tuple[str, bool]:
         lost, words = self._restore(record, name)
-        self._run.say(words, alert=bool(lost))
         return words, bool(lost)
 
     def _vary(self, clip: Clip) -> None:
