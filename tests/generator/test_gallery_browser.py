@@ -136,6 +136,12 @@ def test_clips_are_compared_in_step(page, shots):
     page.wait_for_function(f"() => {times}.every(time => Math.abs(time - 1.25) < 0.01)")
     position.fill("3")  # the shorter clip stays at its end
     page.wait_for_function(f"() => {{ const [a, b] = {times}; return a > 2 && a < 2.2 && Math.abs(b - 3) < 0.01 }}")
+    assert (
+        box.locator(".tnb-facts").all_inner_texts()
+        == [  # what differs where the prompts are the same
+            page.locator(".tnb-clip", has_text=prompt).locator(".tnb-facts").inner_text() for prompt in list(CLIPS)[:2]
+        ]
+    )
     box.screenshot(path=shots / "compare.png")
     box.get_by_role("button", name="Play").click()
     page.wait_for_function(f"() => {times}[1] < 1 && {times}[1] > 0.1")  # it begins again after its end
@@ -149,6 +155,13 @@ def test_find_star_delete_and_zip(page, tmp_path):
     page.locator(".tnb-count", has_text="2 clips").wait_for()
     page.get_by_role("searchbox").fill("")
     page.locator(".tnb-count", has_text="3 clips").wait_for()
+    card = page.locator(".tnb-clip").first
+    height = card.bounding_box()["height"]
+    card.get_by_text("More", exact=True).click()
+    card.get_by_role("button", name="Vary seed").wait_for()
+    assert card.bounding_box()["height"] == height  # the menu does not move the page
+    page.locator(".tnb-count").click()
+    card.get_by_role("button", name="Vary seed").wait_for(state="hidden")
     page.get_by_role("combobox", name="Order of the clips").select_option("prompt")
     page.wait_for_function("document.querySelector('.tnb-clip .tnb-prompt').textContent.includes('red flash')")
     page.get_by_role("combobox", name="Order of the clips").select_option("newest")
@@ -212,7 +225,8 @@ def test_settings_come_back_from_a_clip_and_from_a_dropped_file(page):
     page.get_by_label("Restore the settings of a clip").set_input_files(
         [{"name": "no.mp4", "mimeType": "video/mp4", "buffer": b"no"}]
     )
-    page.get_by_text("no.mp4 says nothing of how it was made").wait_for()
+    page.locator(".tnb-drop").get_by_text("no.mp4 says nothing of how it was made").wait_for()
+    page.locator(".tnb-columns").get_by_text("no.mp4 says nothing of how it was made").wait_for()
 
 
 @pytest.mark.parametrize("width", [1280, 800])

@@ -2,10 +2,10 @@
 
 const APART = 0.04; // seconds that two clips may be apart, about half a frame
 
-// Return an element that compares two clips. titles: of the clips, urls: of their bytes.
-function comparison(urls, titles, close) {
+// Return an element that compares two clips. urls: of the clips' bytes, items: of the gallery.
+function comparison(urls, items, close) {
   const videos = urls.map((url, index) =>
-    element("video", { src: url, playsinline: true, preload: "auto", "aria-label": titles[index] }));
+    element("video", { src: url, playsinline: true, preload: "auto", "aria-label": items[index].label }));
   for (const video of videos) video.muted = true;
   const button = element("button", { type: "button", class: "tnb-play", text: "Play", onclick: toggle });
   const range = element("input", {
@@ -15,7 +15,8 @@ function comparison(urls, titles, close) {
   const box = element(
     "section", { class: "tnb-compare", "aria-label": "Compare two clips", tabindex: -1 },
     element("div", { class: "tnb-pair" }, ...videos.map((video, index) =>
-      element("figure", {}, video, element("figcaption", { text: titles[index] })))),
+      element("figure", {}, video, element("figcaption", { text: items[index].label }),
+        element("p", { class: "tnb-facts", text: items[index].facts })))),
     element("div", { class: "tnb-row" }, button, range, clock,
       element("button", { type: "button", text: "Close", "aria-label": "Close the comparison", onclick: end })),
   );
@@ -97,7 +98,9 @@ function comparison(urls, titles, close) {
 
   const ready = () => {
     range.max = length();
-    if (videos.every((video) => video.readyState >= 1)) isCalm() ? put(0) : play();
+    if (videos.some((video) => video.readyState < 1)) return;
+    isCalm() ? put(0) : play();
+    box.scrollIntoView({ block: "nearest" }); // now that the videos have their height
   };
   for (const video of videos) video.addEventListener("loadedmetadata", ready, { once: true });
   return box;

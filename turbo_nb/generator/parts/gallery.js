@@ -128,12 +128,11 @@ function render(model, el, transfer) {
       const urls = await Promise.all(pair.map((item) => transfer.clip(item.key)));
       say("");
       pair.forEach((item) => transfer.use(item.key, 1));
-      stage.replaceChildren(comparison(urls, pair.map((item) => item.label), () => {
+      stage.replaceChildren(comparison(urls, pair, () => {
         pair.forEach((item) => transfer.use(item.key, -1));
         compare.focus();
       }));
       stage.firstChild.focus();
-      stage.scrollIntoView({ block: "nearest" });
     } catch (error) {
       say(error.message, true);
     }
@@ -293,6 +292,9 @@ function render(model, el, transfer) {
     "change:message": told, "change:archive": packed, "change:gone": forgotten,
   };
   for (const [events, call] of Object.entries(changes)) model.on(events, call);
+  el.addEventListener("pointerdown", (event) => {
+    for (const menu of list.querySelectorAll("details[open]")) if (!menu.contains(event.target)) menu.open = false;
+  });
   draw();
   told();
   packed();
