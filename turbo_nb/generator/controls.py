@@ -16,7 +16,7 @@ from ..settings import Choice, ClipSettings, Flag, LoadOptions, Number, Whole
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
 BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to
-COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(230px, 1fr))", "grid_gap": "4px 16px"}
+COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(250px, 1fr))", "grid_gap": "4px 16px"}
 LABELS = {
     "num_frames": "Frames", "num_steps": "Steps", "attention_type": "Attention", "sla_topk": "SLA top-k",
     "quant_linear": "Weights", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
@@ -27,7 +27,7 @@ NONE = {"extend": 0}  # numbers that stand for None where no model gives one
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number
 ENTRIES = {
     "attention_type": {OWN: "the model's own", "sla": "SLA", "sagesla": "SageSLA", "original": "dense"},
-    "quant_linear": {"auto": "as the file has them", True: "8-bit", False: "16-bit or more"},
+    "quant_linear": {"auto": "as in the file", True: "8-bit", False: "16-bit or more"},
 }
 HELP = {  # in place of what `--help` says
     "attention_type": "SLA skips most of the picture's parts and is quick. Dense attention skips nothing.",

@@ -230,7 +230,7 @@ class Form:
     def _show_spec(self, spec: ModelSpec) -> None:
         size = "{}x{}".format(*spec.size)
         names = [(name, name) for name in catalog.RESOLUTIONS]
-        self.resolution.options = [(f"the model's: {size}", OWN), *names, ("other…", CUSTOM)]
+        self.resolution.options = [(f"{size} (default)", OWN), *names, ("other…", CUSTOM)]
         self.resolution.value = OWN
         for name, field in self.fields.items():
             if (own := getattr(spec, name, None)) is not None:
