@@ -319,3 +319,9 @@ def test_plans_and_attention_types_are_those_that_exist():
     assert tuple(one.name for one in plan.PLANS) == settings.PLAN_NAMES[1:]
     hints = typing.get_type_hints(LoadOptions)
     assert set(typing.get_args(typing.get_args(hints["attention_type"])[0])) == set(settings.ATTENTION_TYPES)
+
+
+def test_a_picture_in_memory_is_an_option_that_was_given():
+    picture = np.zeros((2, 2, 3), np.uint8)
+    given = settings.asked(ClipSettings(prompt="x", image=picture, last_image=picture))
+    assert given["image"] is picture and given["last_image"] is picture

@@ -571,7 +571,12 @@ def asked(values: Any) -> dict[str, Any]:
     """Return the options of an instance that differ from their defaults, as JSON takes them; see `build_known`."""
     given = {name: getattr(values, name) for name in options(type(values))}
     defaults = {name: one.default for name, one in type(values).__dataclass_fields__.items()}
-    return {name: _as_json(value) for name, value in given.items() if value is not None and value != defaults[name]}
+    return {
+        name: _as_json(value)
+        for name, value in given.items()
+        # an array, which a picture can be, is compared with nothing, because the result is an array
+        if value is not None and (defaults[name] is None or value != defaults[name])
+    }
 
 
 def _as_json(value: Any) -> Any:
