@@ -310,6 +310,11 @@ WRONG = {
     "not ours": ({"extend_clip": "foreign.mp4"}, "extend_clip is .*says nothing of how it was made"),
     "damaged": ({"extend_clip": "damaged.mp4"}, "extend_clip is .*cannot be read as a video"),
     "another rate": ({"extend_clip": "fast.mp4"}, "extend_clip is .* of 30 frames a second. Expected 16"),
+    "another rate than it says": (
+        {"extend_clip": "faster.mp4"},
+        "extend_clip is .* of 30 frames a second. Expected 16",
+    ),
+    "a grid": ({"extend_clip": "grid.mp4"}, "extend_clip is 'grid.mp4', a grid of 2 clips. Expected one clip"),
     "an odd size": ({"extend_clip": "odd.mp4"}, "resolution is '36x20'.*cannot be extended"),
 }
 
@@ -321,6 +326,8 @@ def test_a_clip_that_cannot_be_extended_is_refused_before_the_model_works(finish
     record = turbo_nb.read_metadata(path)
     mp4.write_mp4("foreign.mp4", frames, 16)
     mp4.write_mp4("fast.mp4", frames, 30, record | {"fps": 30})
+    mp4.write_mp4("faster.mp4", frames, 30, record)
+    mp4.write_mp4("grid.mp4", frames, 16, record | {"seed": [1, 2]})
     mp4.write_mp4("odd.mp4", frames[:, :20, :36], 16, record)
     data = path.read_bytes()
     (folder / "damaged.mp4").write_bytes(data[: data.index(b"mdat")] + bytes(len(data) - data.index(b"mdat")))
@@ -352,6 +359,13 @@ def test_the_shell_extends_a_finished_clip(folder, finished, tmp_path):
     assert str(neither.exception).startswith("--image_path is missing. Expected a picture, or an mp4 to continue")
     result = CliRunner().invoke(cli.app, list(map(str, [*line, "--extend_clip", finished[0]])))
     assert "v.mp4: 9 frames of 64x48 at 16 fps" in result.output, result.exception
+    (tmp_path / "link.mp4").symlink_to(finished[0])
+    before = finished[0].read_bytes()
+    for place in (finished[0], tmp_path / "link.mp4"):  # the last of an option counts
+        over = [*line, "--extend_clip", finished[0], "--save_path", place]
+        result = CliRunner().invoke(cli.app, list(map(str, over)))
+        assert "the clip to extend. Expected another file" in str(result.exception)
+    assert finished[0].read_bytes() == before
     assert "extend 1, extend_clip " in CliRunner().invoke(cli.app, ["info", str(tmp_path / "v.mp4")]).output
 
 

@@ -40,6 +40,7 @@ UNTRAINED = {  # what no released model was trained for, and what may come of it
     "extend": "was not trained to extend clips, so movements may jump where two parts meet.",
     "last_image": "was not trained for a given last frame, so the movement may jump before it.",
 }
+RATE_SLACK = 0.02  # of frames a second, because some programs round the length of a frame to milliseconds
 PACKAGES = ("turbo-nb", "torch", "diffusers", "transformers")  # whose versions a clip records
 
 
@@ -152,6 +153,12 @@ def preflight(
     """
     paths = [mp4.check_output(path) for path in paths]
     opened = _opened(settings)
+    for path in paths:
+        if settings.extend_clip is not None and path.exists() and path.samefile(settings.extend_clip):
+            raise InputError(
+                f"save_path is {shown(str(path))}, the clip to extend. Expected another file, so that the clip stays. "
+                "Choose another name."
+            )
     resolved = resolve(load) if isinstance(load, LoadOptions) else load()
     prepared = prepare(settings, resolved.spec, opened)
     resolved = resolved.decoding(settings.decoder)
@@ -186,12 +193,25 @@ def prepare(
     pictures, earlier = opened or _opened(settings)
     image = pictures.get("image")
     clip = resolve_clip(settings, spec, image and image.size)
-    if earlier and earlier.fps != spec.fps:
-        raise InputError(
-            f"extend_clip is {shown(str(settings.extend_clip))} of {earlier.fps} frames a second. Expected {spec.fps}, "
-            f"as {spec.name} makes them. Choose another clip or model."
-        )
+    if earlier:
+        _check_earlier(settings.extend_clip, earlier, spec)
     return PreparedClip(clip=clip, pictures=pictures, earlier=earlier)
+
+
+def _check_earlier(path: Path, earlier: VideoRecord, spec: ModelSpec) -> None:
+    """Raise InputError for a clip of another rate, whatever its metadata say, or of several clips side by side"""
+    name = shown(str(path))
+    if isinstance(earlier.seed, list) and len(earlier.seed) > 1:
+        raise InputError(
+            f"extend_clip is {name}, a grid of {len(earlier.seed)} clips. Expected one clip. Make it without grid."
+        )
+    rates = mp4.read_timing(path)[1] or [earlier.fps or 0]
+    if any(abs(rate / spec.fps - 1) > RATE_SLACK for rate in rates):
+        rate = " to ".join(f"{rate:.4g}" for rate in dict.fromkeys((rates[0], rates[-1])))
+        raise InputError(
+            f"extend_clip is {name} of {rate} frames a second. Expected {spec.fps}, as {spec.name} makes them. Choose "
+            "another clip or model."
+        )
 
 
 def check(settings: ClipSettings, spec: ModelSpec) -> None:

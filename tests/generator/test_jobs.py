@@ -1,12 +1,14 @@
 """Jobs in the background with nano: progress, preview, cancelling, errors in words, and finding them again."""
 
 import io
+import subprocess
 import threading
 import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
@@ -473,6 +475,10 @@ def test_last_frame(tmp_path):
     frames = np.stack([np.full((32, 32, 3), value, np.uint8) for value in (0, 100, 200)])
     path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 8)
     assert np.abs(np.asarray(mp4.last_frame(path)).astype(int) - 200).max() < 5
+    for options in (("-pix_fmt", "yuv420p10le"), ("-pix_fmt", "gray"), ("-f", "lavfi", "-i", "anullsrc=d=20")):
+        other = tmp_path / "other.mp4"
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-i", path, *options, other], check=True)
+        assert np.abs(np.asarray(mp4.last_frame(other)).astype(int) - 200).max() < 5, options
     path.write_text("<html>")
     with pytest.raises(InputError, match="cannot be read"):
         mp4.last_frame(path)

@@ -20,7 +20,9 @@ def clip(tmp_path_factory):
 
 def copied(clip, folder, *options: str):
     path = folder / "copy.mp4"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clip, "-c", "copy", *options, path]
+    inputs, options = (options[:4], options[4:]) if "lavfi" in options else ((), options)
+    codec = () if "-c:v" in options else ("-c:v", "copy")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clip, *inputs, *codec, *options, path]
     subprocess.run(command, check=True)
     return path
 
@@ -41,6 +43,29 @@ def box(kind: bytes, content: bytes) -> bytes:
 )
 def test_tags_are_found_wherever_ffmpeg_puts_them(clip, tmp_path, options):
     assert mp4.read_metadata(copied(clip, tmp_path, *options)) == {"prompt": 'a = "红"; #\\ \n', "n": 1}
+
+
+SOUND = ("-f", "lavfi", "-i", "anullsrc", "-t", "9")
+TIMES = {
+    "as written": ((), (5, [8.0])),
+    "sound first": ((*SOUND, "-map", "1:a", "-map", "0:v"), (5, [8.0])),
+    "another rate": (("-r", "24", "-c:v", "libx264"), (15, [24.0])),
+    "two rates": (
+        ("-vf", "setpts='if(gt(N,2),N+9,N)/8/TB'", "-fps_mode", "vfr", "-bf", "0", "-c:v", "libx264"),
+        (5, [0.8, 8.0]),
+    ),
+    "no video": ((*SOUND, "-map", "1:a"), (0, [])),
+}
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_frames_and_their_rate_are_those_of_the_video_track(clip, tmp_path, kind):
+    options, expected = TIMES[kind]
+    path = copied(clip, tmp_path, *options)
+    assert mp4.read_timing(path) == expected
+    data = path.read_bytes()
+    for end in range(0, len(data), 97):
+        atoms.timing(data[:end])
 
 
 def test_a_copy_without_tags_has_none(clip, tmp_path):

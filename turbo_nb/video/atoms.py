@@ -1,4 +1,4 @@
-"""Tags of an mp4, read from its boxes ("atoms") without a process.
+"""Tags and frame times of an mp4, read from its boxes ("atoms") without a process.
 
 An mp4 is a row of boxes: 4 bytes of length, 4 of kind, and the content. The box `moov` describes the clip. In it,
 `keys` has the names of the tags and `ilst` their values. ffmpeg writes both into `moov/udta/meta`, for QuickTime into
@@ -47,6 +47,36 @@ def tags(moov: bytes) -> dict[str, str]:
                         if 0 <= index < len(names):
                             found[names[index]] = data[8:].decode(errors="replace")
     return found
+
+
+def timing(moov: bytes) -> tuple[int, list[float]]:
+    """Return how many frames the first video track has, and how many a second.
+
+    Returns:
+        The number of frames, 0 where the box is damaged. The rates from the lowest to the highest, of which a clip
+        with frames of one length has one. The last frame does not count, because some programs shorten it.
+    """
+    for track in _content(moov, b"trak"):
+        for media in _content(track, b"mdia"):
+            header, kinds = b"".join(_content(media, b"mdhd")), [one[8:12] for one in _content(media, b"hdlr")]
+            at = 20 if header[:1] == b"\1" else 12  # version 1 has dates of 64 bits
+            scale = int.from_bytes(header[at : at + 4], "big")
+            tables = [table for info in _content(media, b"minf") for table in _content(info, b"stbl")]
+            if kinds == [b"vide"] and scale and tables:
+                sizes, times = (b"".join(_content(tables[0], kind)) for kind in (b"stsz", b"stts"))
+                return int.from_bytes(sizes[8:12], "big"), _rates(times[8:], scale)
+    return 0, []
+
+
+def _rates(times: bytes, scale: int) -> list[float]:
+    """Return the frames a second of a table of times: 4 bytes of a number of frames, 4 of their length"""
+    runs = [
+        (int.from_bytes(times[at : at + 4], "big"), int.from_bytes(times[at + 4 : at + 8], "big"))
+        for at in range(0, len(times) - 7, 8)
+    ]
+    if len(runs) > 1 and runs[-1][0] == 1:
+        runs.pop()
+    return sorted({scale / length for _, length in runs if length})
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -379,10 +379,17 @@ def _escaped(text: str) -> str:
 
 
 def count_frames(path: str | os.PathLike) -> int:
-    """Return the number of frames in an mp4's index, which comes first, or 0 without an index."""
-    data = _existing(path).read_bytes()
-    found = data.find(b"stsz")  # then 4 bytes of version, 4 of a size, 4 of the count
-    return int.from_bytes(data[found + 12 : found + 16]) if found >= 0 else 0
+    """Return the number of frames in an mp4's index, or 0 without an index. Raises InputError for a missing file."""
+    return read_timing(path)[0]
+
+
+def read_timing(path: str | os.PathLike) -> tuple[int, list[float]]:
+    """Return the number of frames of an mp4 and its frames a second, as `atoms.timing` does. Starts no process.
+
+    Raises:
+        InputError: the file does not exist or cannot be read.
+    """
+    return atoms.timing(_moov(path))
 
 
 def _ffmpeg(*arguments: str | Path) -> tuple[str, ...]:
@@ -424,21 +431,25 @@ def read_metadata(path: str | os.PathLike) -> dict:
     Raises:
         InputError: the file does not exist, or has no metadata of turbo-nb, or damaged metadata.
     """
-    place = _existing(path)
-    try:
-        with place.open("rb") as file:
-            moov = atoms.read_moov(file)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"path is {shown(str(path), 300)}, which cannot be read ({reason}). Expected an mp4. Check its permissions."
-        ) from error
-    if (found := metadata_of(moov)) is None:
+    if (found := metadata_of(_moov(path))) is None:
         raise InputError(
             f"path is {shown(str(path), 300)}, which says nothing of how it was made. Expected an mp4 that turbo-nb "
             "wrote. Give the file as it was written: other programs drop the metadata."
         )
     return found
+
+
+def _moov(path: str | os.PathLike) -> bytes:
+    """Return the content of a file's `moov` box. Raises InputError for a file that cannot be read"""
+    place = _existing(path)
+    try:
+        with place.open("rb") as file:
+            return atoms.read_moov(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"path is {shown(str(path), 300)}, which cannot be read ({reason}). Expected an mp4. Check its permissions."
+        ) from error
 
 
 def metadata_of(moov: bytes) -> dict | None:
@@ -506,7 +517,10 @@ def last_frame(path: str | os.PathLike) -> "Image":
     """
     from PIL import Image
 
-    data = _read(path, "-f", "image2pipe", "-c:v", "ppm", before=("-sseof", "-3"))  # the last 3 seconds
+    # rgb24, because a clip of 10 bits would become a ppm of 16 bits, and a grey one a pgm
+    as_pictures = ("-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24")
+    # the last 3 seconds, which may have sound alone
+    data = _read(path, *as_pictures, before=("-sseof", "-3")) or _read(path, *as_pictures)
     if not data:
         raise _unreadable(path)
     width, height = map(int, data.split(b"\n", 2)[1].split())  # of the first frame: "P6\nWIDTH HEIGHT\n255\n", bytes
