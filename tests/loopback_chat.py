@@ -38,6 +38,7 @@ class Chat(ThreadingHTTPServer):
     def __init__(self, answer: str = "A rewritten prompt."):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.status, self.raw, self.more = answer, 200, None, {"finish_reason": "stop"}
+        self.headers: dict[str, str] = {}  # of the answer, beside its type
         self.requests: list[tuple[str, dict, dict]] = []
         self.go = threading.Event()
         self.go.set()
@@ -64,5 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             raw = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
         self.send_response(self.server.status)
         self.send_header("Content-Type", "application/json" if raw[:1] == "{" else "text/html")
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(raw.encode())

@@ -7,7 +7,7 @@ import traceback
 import pytest
 from helpers import command_line
 from huggingface_hub import constants
-from loopback_chat import HUB_TOKEN, SECRET, chat_server
+from loopback_chat import HUB_TOKEN, SECRET, Chat, chat_server
 
 import turbo_nb
 from turbo_nb import catalog
@@ -183,10 +183,46 @@ def test_odd_hosts_are_errors_of_this_package(chat, monkeypatch, host):
 
 def test_a_user_name_and_a_query_of_the_address_are_not_shown(chat, monkeypatch):
     monkeypatch.setenv(URL, chat.url.replace("//", "//me:password@") + "?key=secret")
+    with pytest.raises(InputError, match=f"{URL} has a user name, and {KEY} is set. Expected one"):
+        rewrite_prompt("a cat")  # httpx would send the user name alone
+    monkeypatch.delenv(KEY)
     chat.status, chat.raw = 500, "{}"
     with pytest.raises(EndpointError) as caught:
         rewrite_prompt("a cat")
     assert not any(word in "".join(traceback.format_exception(caught.value)) for word in ("password", "secret"))
+
+
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_neither_text_nor_key_follow_to_another_address(chat, monkeypatch, status):
+    other = Chat()
+    chat.status, chat.raw, chat.headers = status, "", {"location": f"{other.url.replace('//', '//me:word@')}?a=b"}
+    with pytest.raises(EndpointError, match=rf"sends on to '{other.url}' \({status}\). Expected .* Correct {URL}"):
+        rewrite_prompt("a cat")
+    other.shutdown()
+    other.server_close()
+    assert other.requests == [] and len(chat.requests) == 1
+
+
+ODD = {
+    "parts": ([{"type": "text", "text": "A cat"}, {"type": "text", "text": " walks."}], "A cat walks."),
+    "an object": ({"a": 1}, "did not answer with a chat completion"),
+    "a number": (5, "did not answer with a chat completion"),
+    "nothing that shows": ("\u200b\ufeff\u202e\x00", "is empty. Expected a prompt"),
+    "half an emoji": ("\ud83d", "is empty. Expected a prompt"),
+    "one word without end": ("a" * 30_000, "is 30,000 characters long. Expected a prompt"),
+    "megabytes": ("a" * 2_000_000, "did not answer with a chat completion"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_contents_are_a_prompt_or_an_error(chat, kind):
+    content, words = ODD[kind]
+    chat.raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
+    if kind == "parts":
+        assert rewrite_prompt("a cat") == words
+    else:
+        with pytest.raises(EndpointError, match=words):
+            rewrite_prompt("a cat")
 
 
 def test_it_is_off_without_an_address(monkeypatch):

@@ -4,9 +4,10 @@ Variables of the environment name the endpoint, its key and its language model. 
 sent. The key goes into the header of a request, and nowhere else.
 """
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from ..errors import UNPRINTABLE, EndpointError, InputError, first_line, warn
@@ -16,6 +17,8 @@ from .embedding_cache import TEXT_LENGTH
 
 URL, KEY, MODEL = (f"TURBO_NB_REWRITE_{name}" for name in ("URL", "KEY", "MODEL"))
 TIMEOUT = 60.0  # seconds
+LARGEST = 1 << 20  # bytes of an answer, with the thoughts of a model
+LONGEST = 20_000  # characters of a prompt; 512 tokens take about 2,000
 NO_KEY = (
     "none"  # sent in place of a key that is not set, because huggingface_hub would send the user's token of the Hub
 )
@@ -81,15 +84,21 @@ def rewrite_prompt(
         raise InputError(
             f"{KEY} has characters that a key cannot have. Expected letters, digits and signs of ASCII. Set it again."
         )
+    if key and "@" in urlsplit(url).netloc:
+        raise InputError(
+            f"{URL} has a user name, and {KEY} is set. Expected one of them, because a request has one place for both. "
+            "Take the user name out of the address, or unset the key."
+        )
     messages = [
         {"role": "system", "content": instructions(task, vocabulary)},
         {"role": "user", "content": prompt},
     ]
     answer, complete = _ask(url, key, messages, timeout)
     rewritten = cleaned(answer)
-    if not rewritten:
+    if not re.search(r"\w", rewritten) or len(rewritten) > LONGEST:  # nothing that can be seen, such as U+200B
+        got = f"{len(rewritten):,} characters long" if len(rewritten) > LONGEST else "empty"
         raise EndpointError(
-            f"the answer of {endpoint.address(url)} is empty. Expected a prompt. Try again, or set {MODEL} to another "
+            f"the answer of {endpoint.address(url)} is {got}. Expected a prompt. Try again, or set {MODEL} to another "
             "model."
         )
     if not complete or len(rewritten.split()) >= TEXT_LENGTH:  # a word has a token at least, and one ends the prompt
@@ -116,34 +125,66 @@ def cleaned(answer: str) -> str:
 
 def _ask(url: str, key: str, messages: list[dict], timeout: float) -> tuple[str, bool]:
     """Return an endpoint's answer, and whether it came to its end"""
-    from huggingface_hub import InferenceClient
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     hub = endpoint.address(url)
+    request = {
+        "json": {"model": _variable(MODEL) or "dummy", "messages": messages, "stream": False},
+        "headers": {"Authorization": f"Bearer {key or NO_KEY}"},
+        "timeout": timeout,
+        "follow_redirects": False,  # because the text is sent to the address that the person has set, and nowhere else
+    }
     try:
-        client = InferenceClient(base_url=url, api_key=key or NO_KEY, timeout=timeout)
-        choice = client.chat_completion(messages, model=_variable(MODEL) or None).choices[0]
-        return "".join(choice.message.content or ""), choice.finish_reason != "length"
-    except InferenceTimeoutError:
-        problem = f"did not answer for {timeout:g} s. Expected an answer. Try again, or set {MODEL} to a faster model"
-    except HfHubHTTPError as error:
-        problem = _refusal(error.response, key)
+        with get_session().stream("POST", url, **request) as response:
+            data = _received(response.iter_bytes())
+        if response.is_success:
+            return _content(json.loads(data)["choices"][0])
+        problem = _refusal(response.status_code, response.headers.get("location", ""), data, key)
     except OfflineModeIsEnabled:
         name = endpoint.offline() or endpoint.OFFLINE[0]
         problem = f"was not asked, because {name} is set. Expected a connection. Unset {name} and start again"
     except HTTPError as error:
-        if cause := endpoint.cause(error, hub):
+        if "Timeout" in type(error).__name__:
+            problem = (
+                f"did not answer for {timeout:g} s. Expected an answer. Try again, or set {MODEL} to a faster model"
+            )
+        elif cause := endpoint.cause(error, hub):
             raise EndpointError(f"{URL} cannot be reached: {cause}") from None
-        problem = f"gave no connection ({first_line(error)}). Expected a running server. Start it, or correct {URL}"
-    except Exception:  # because the client parses the answer, and raises whatever it runs into
+        else:
+            problem = f"gave no connection ({first_line(error)}). Expected a running server. Start it, or correct {URL}"
+    except Exception:  # because an answer can be any bytes
         problem = f"did not answer with a chat completion. Expected an OpenAI-compatible endpoint. Correct {URL}"
     # outside `except`, because the client's errors may quote the request
     raise EndpointError(f"{hub} {problem}.")
 
 
-def _refusal(response, key: str) -> str:
+def _received(chunks: Iterable[bytes]) -> bytes:
+    """Return the bytes of an answer. Raises ValueError where they are more than a prompt takes"""
+    data = b""
+    for chunk in chunks:
+        data += chunk
+        if len(data) > LARGEST:
+            raise ValueError
+    return data
+
+
+def _content(choice: dict) -> tuple[str, bool]:
+    """Return the text of a choice, which some servers send in parts, and whether it came to its end"""
+    content = choice["message"]["content"] or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise TypeError
+    return content, choice.get("finish_reason") != "length"
+
+
+def _refusal(status: int, location: str, data: bytes, key: str) -> str:
     """Return what a status means"""
-    status, model = response.status_code, _variable(MODEL)
+    model = _variable(MODEL)
+    if 300 <= status < 400:
+        place = shown(endpoint.without_secrets(location), 200)
+        return f"sends on to {place} ({status}). Expected an address that answers itself. Correct {URL}"
     if status in (401, 403):  # without the server's words, because some quote a part of the key
         return f"refused {'the key' if key else 'a request without a key'} ({status}). Expected a valid key. Set {KEY}"
     if status == 429:
@@ -151,10 +192,10 @@ def _refusal(response, key: str) -> str:
     if status >= 500:
         return f"failed ({status}). Expected an answer. Try again later"
     try:
-        found = response.json()["error"]
+        found = json.loads(data)["error"]
         words = str(found["message"] if isinstance(found, dict) else found)
-        words = f": {words.replace(key, '…') if key else words}"[:200]
-    except (ValueError, TypeError, KeyError, RuntimeError):
+        words = f": {' '.join((words.replace(key, '…') if key else words).split())}"[:200]
+    except (ValueError, TypeError, KeyError, RecursionError):
         words = ""
     has = f"has the model {shown(model)}" if model else f"needs no model's name, because {MODEL} is not set"
     return f"refused the request ({status}{words}). Expected an API that {has}. Correct {URL} or {MODEL}"
