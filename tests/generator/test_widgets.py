@@ -189,6 +189,14 @@ def test_a_size_in_any_spelling(generator, text):
     assert "5 frames of 128x64" in generator.run.outlook.value and not generator.run.generate.disabled
 
 
+def test_a_size_that_is_not_typed_yet_is_a_hint_and_no_error(generator):
+    fill(generator, custom=" ")
+    assert "such as 128 x 128" in generator.run.outlook.value and 'role="alert"' not in generator.run.outlook.value
+    assert generator.run.generate.disabled
+    fill(generator, custom="128 x 64")
+    assert "5 frames of 128x64" in generator.run.outlook.value and not generator.run.generate.disabled
+
+
 def test_a_clip_that_takes_weeks_is_refused(generator):
     make(generator)
     fill(generator, custom="16384x16384", num_frames=4093, num_steps=4)

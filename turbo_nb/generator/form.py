@@ -94,6 +94,11 @@ class Form:
     # what the controls say
 
     @property
+    def lacks_size(self) -> bool:
+        """Whether a size of one's own is chosen and not typed yet."""
+        return self.resolution.value == CUSTOM and not self.custom.value.strip()
+
+    @property
     def request(self) -> Request:
         """What the controls ask for. Raises InputError."""
         return self._request(self.prompt.prompts[0])

@@ -22,6 +22,7 @@ NAMES = {
     "load": "Load the model", "text": "Read the prompt", "denoise": "Denoise", "switch": "Switch experts",
     "decode": "Decode", "write": "Write",
 }  # fmt: skip
+SIZE_HINT = "Type the width and the height in pixels, such as 128 x 128."
 MOST_SEEDS = 100
 ABSURD = 7 * 86400  # seconds of a clip from which on it is a mistake
 KEEP_AFTER = 1.0  # seconds after a change before the settings are kept on disk
@@ -78,6 +79,10 @@ class RunPanel:
             prompt_only: only the prompt has changed, which changes neither size nor time.
         """
         form = self._form
+        if form.lacks_size:  # a step on the way, and not a fault
+            self.generate.disabled, self._outlook = True, None
+            self.outlook.value = paragraph(SIZE_HINT, "tnb-dim")
+            return
         try:
             if not (prompt_only and self._outlook):
                 self._outlook = None
