@@ -461,7 +461,7 @@ def test_ids_of_a_batch_depend_on_loras_and_strengths_and_not_on_their_folder(st
 
     def identity(*loras):
         model = batch.runner.model_of({"model": "nano", "device": "cpu", "loras": loras})
-        return batch.jobs.tasks_of([PROMPT], model, tmp_path, {})[0].id
+        return next(iter(batch.jobs.Tasks([PROMPT], model, tmp_path, {}))).id
 
     none, half, whole = identity(), identity((style[0], 0.5)), identity(style[0])
     assert len({none, half, whole}) == 3

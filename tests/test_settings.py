@@ -297,8 +297,9 @@ def test_the_command_line_has_every_option_where_it_makes_sense():
             "text_cache",
             "output_dir",
             "workers",
+            "ray_address",
         },
-        "i2v": {"checkpoint", "text_cache", "output_dir", "workers"},
+        "i2v": {"checkpoint", "text_cache", "output_dir", "workers", "ray_address"},
         "batch": {"prompt", "extend_clip", "text_cache", "save_path", "grid"},
     }
     for command, missing in without.items():

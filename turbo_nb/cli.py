@@ -236,7 +236,7 @@ Rewrite = Annotated[
 
 @command(ClipSettings, LoadOptions, RunOptions,
          skip=("image", "last_image", "adaptive_resolution", "boundary", "extend", "extend_clip", "text_cache",
-               "output_dir", "workers"))  # fmt: skip
+               "output_dir", "workers", "ray_address"))  # fmt: skip
 def t2v(
     clip: ClipSettings,
     load: LoadOptions,
@@ -250,7 +250,7 @@ def t2v(
 
 
 @command(ClipSettings, LoadOptions, RunOptions, model="Wan2.2-A14B",
-         skip=("checkpoint", "text_cache", "output_dir", "workers"))  # fmt: skip
+         skip=("checkpoint", "text_cache", "output_dir", "workers", "ray_address"))  # fmt: skip
 def i2v(
     clip: ClipSettings,
     load: LoadOptions,
@@ -417,7 +417,6 @@ def batch(
             def show(record, number: int, total: int) -> None:
                 nonlocal made
                 made += record.status == "done"
-                progress.update(bar, description="make", completed=number, total=total)
                 print(f"{number}/{total}  {batch.describe(record)}", flush=True)
 
             summary = batch.run(
@@ -425,8 +424,12 @@ def batch(
                 _with_experts(load, high_noise_model, low_noise_model),
                 run.output_dir,
                 workers=run.workers,
+                ray_address=run.ray_address,
                 num_samples=run.num_samples,
                 on_record=show,
+                on_status=lambda status: progress.update(
+                    bar, description=str(status), completed=status.done + status.failed, total=status.total
+                ),
                 on_progress=_shows_download(progress, bar),
                 **settings,
             )
@@ -434,7 +437,7 @@ def batch(
         print(f"cancelled; {made} made, which stay: the same command makes the rest", file=sys.stderr)
         raise _Cancelled from None
     print(summary)
-    raise typer.Exit(int(bool(summary.failed)))
+    raise typer.Exit(int(bool(summary.failures)))
 
 
 @app.command()

@@ -544,7 +544,14 @@ class RunOptions(_Checked):
     num_samples: int = _option(1, Whole(1, MAX_SAMPLES), "Clips to make, with seed, seed + 1, …", "output")
     grid: bool = _option(False, Flag(), "Put the samples side by side into one file.", "output")
     workers: int | None = _option(
-        None, Whole(1, 1024), "Processes, each with the model; one a GPU if left out.", "memory"
+        None, Whole(1, 1024), "Copies of the model, each on its GPU; one a GPU if left out.", "memory"
+    )
+    ray_address: str | None = _option(
+        None,
+        Text("the address of a Ray cluster, such as 10.0.0.5:6379, or auto", r"[^\s]{1,300}"),
+        "A Ray cluster that makes the clips; RAY_ADDRESS if left out.",
+        "memory",
+        flag="--ray",
     )
 
 

@@ -1,4 +1,6 @@
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ import pytest
 from turbo_nb import generation, records, settings
 from turbo_nb.errors import TurboNbError
 from turbo_nb.pipeline import LoadedModel
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from inspect import signature
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 
 from turbo_nb import batch, catalog, generation, pipeline, records, settings, sla
-from turbo_nb.batch import engines, jobs, manifest, notebook, prompts, runner
+from turbo_nb.batch import cluster, jobs, manifest, notebook, prompts, runner
 from turbo_nb.batch.summary import SHEET
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import fingerprint, hub, resolve
@@ -230,7 +228,7 @@ def test_every_job_is_checked_before_anything_is_loaded_or_written(tmp_path, mon
 
 
 def ids(prompts, load="nano", **options):
-    return [task.id for task in jobs.tasks_of(prompts, runner.model_of(load), Path("out"), options)]
+    return [task.id for task in jobs.Tasks(prompts, runner.model_of(load), Path("out"), options)]
 
 
 @pytest.fixture
@@ -301,19 +299,19 @@ def test_a_run_on_the_cpu_of_a_gpu_machine_is_resolved_once(nano, made, gpu, tmp
     assert loaded == resolved[:1] and loaded[0].spec is catalog.NANO and loaded[0].device == "cpu"
 
 
-def test_a_worker_cannot_decide_otherwise(gpu, monkeypatch):
+def test_an_actor_cannot_decide_otherwise(gpu, monkeypatch):
     monkeypatch.setattr(probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
     model = resolve.resolve(settings.LoadOptions())
     assert model.spec is not catalog.NANO and model.quant_linear
-    order = engines.Order(options=engines.pinned(model, "cuda:1"), identity=model.identity, clip=(16, 16, 1),
-                          prompts=(), folder=Path("out"), place=1, workers=2)  # fmt: skip
+    order = cluster.Order(options=cluster.pinned(model, "cuda"), identity=model.identity, clip=(16, 16, 1), prompts=(),
+                          mark=Path("out/mark"))  # fmt: skip
     order = pickle.loads(pickle.dumps(order))
     for memory in (1e9, 24e9, 180e9):  # on which "auto" stands for nano, 8-bit and bf16
         monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)
         there = order.resolve()
         assert (there.spec, there.quant_linear, there.transformers) == (model.spec, True, model.transformers)
-        assert (there.device, there.identity) == ("cuda:1", model.identity)
-    with pytest.raises(TurboNbError, match=r"in a worker process\. Expected .*'quant_linear': True"):
+        assert (there.device, there.identity) == ("cuda", model.identity)
+    with pytest.raises(TurboNbError, match=r"in an actor\. Expected .*'quant_linear': True"):
         replace(order, options=replace(order.options, quant_linear=False)).resolve()
 
 
@@ -445,7 +443,7 @@ def test_a_kill_between_the_video_and_its_line_neither_loses_nor_repeats_it(nano
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "append", killed)
+        patch.setattr(manifest.Manifest, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             run(nano, tmp_path)
     assert manifest.read_manifest(tmp_path) == [] and len(videos(tmp_path)) == 1
@@ -509,19 +507,19 @@ ODD = [
 
 
 def test_a_hostile_manifest_never_raises(nano, made, tmp_path):
-    first = run(nano, tmp_path)
+    first = run(nano, tmp_path).records
     path = tmp_path / manifest.MANIFEST
-    odd = [{"id": record.id, "status": "done"} | ODD[n % len(ODD)] for n, record in enumerate(first.records)]
+    odd = [{"id": record.id, "status": "done"} | ODD[n % len(ODD)] for n, record in enumerate(first)]
     odd += [{"id": str(n), "status": status} | line for n, line in enumerate(ODD) for status in ("done", "failed")]
-    (tmp_path / "a.mp4").write_bytes((tmp_path / first.records[0].file).read_bytes())
+    (tmp_path / "a.mp4").write_bytes((tmp_path / first[0].file).read_bytes())
     path.write_bytes(path.read_bytes() + b"\n".join([*HOSTILE, *(json.dumps(line).encode() for line in odd), b""]))
     read = batch.read_manifest(tmp_path)
-    assert read[:3] == first.records and len(read) == 3 + len(odd)
+    assert read[:3] == first and len(read) == 3 + len(odd)
     assert [str(batch.describe(record)) for record in read]
     again = run(nano, tmp_path)
     assert (again.made, again.failed, len(made)) == (0, [], 3) and str(again) and again._repr_html_()
     assert [replace(record, timings={}, time="") for record in again.records] == [
-        replace(record, timings={}, time="") for record in first.records
+        replace(record, timings={}, time="") for record in first
     ]
     assert b"skipped" in path.read_bytes()  # a line of another version stays
     assert batch.read_manifest(tmp_path / "nowhere") == []
@@ -582,12 +580,15 @@ def test_a_line_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
             return self
 
         def __exit__(self, *args): ...
+        def tell(self):
+            return 0
+
         def write(self, line):
             return len(line) - 1
 
     monkeypatch.setattr(Path, "open", Full)
     with pytest.raises(OutputError, match=r"the disk is full\. .* Free some space"):
-        manifest.append(tmp_path / manifest.MANIFEST, manifest.JobRecord(id="a", status="failed"))
+        manifest.append_row(tmp_path / manifest.MANIFEST, {"id": "a", "status": "failed"})
 
 
 def test_two_runs_in_one_folder_are_kept_apart(nano, made, tmp_path):
@@ -613,7 +614,7 @@ def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
         return [prompts.Job(prompt="it moves", settings={"image": tmp_path / name})]
 
     red, copy, blue = (
-        jobs.tasks_of(picture(*kind), runner.model_of("Wan2.2-A14B"), tmp_path, {})[0]
+        next(iter(jobs.Tasks(picture(*kind), runner.model_of("Wan2.2-A14B"), tmp_path, {})))
         for kind in (("red.png", "red"), ("copy.bmp", "red"), ("blue.png", "blue"))
     )
     assert red.id == copy.id != blue.id
@@ -626,7 +627,7 @@ def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(images, "load_image", lambda path, name: opened.append(path) or Image.open(path))
     rows = [*picture("red.png", "red"), *picture("blue.png", "blue")] * 2
-    tasks = jobs.tasks_of(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)
+    tasks = [*jobs.Tasks(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {"adaptive_resolution": True}, 2)]
     assert len(tasks) == 8 and opened == [tmp_path / "red.png", tmp_path / "blue.png"]  # each file once
     assert [task.id for task in tasks[:4]] == [task.id for task in tasks[4:]]
     assert red.record("failed").image == str(tmp_path / "red.png")
@@ -646,74 +647,11 @@ def test_a_pipeline_with_a_lora_is_refused(nano, tmp_path, monkeypatch):
         run(nano, tmp_path)
 
 
-def test_workers_that_cannot_be(nano, made, tmp_path, monkeypatch):
+def test_workers_that_cannot_be(nano, made, tmp_path):
     for load, workers, words in [(nano, 2, "a loaded pipeline works in this process"), (nano, 0, "from 1 to")]:
         with pytest.raises(InputError, match=words):
             runner.run(PROMPTS, load, tmp_path, workers=workers)
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(probe, "device_of", lambda device: "cuda")
-    monkeypatch.setattr(probe, "free_memory", lambda device: 80e9)
-    with pytest.raises(InputError, match=r"workers is 3\. Expected at most 2, the number of GPUs"):
-        runner.run(PROMPTS, "nano", tmp_path, workers=3)
     assert not list(tmp_path.iterdir())
-
-
-def test_processes_share_the_work_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
-    killed = []
-
-    def kill_one(record, done, total):
-        if not killed:
-            worker = multiprocessing.active_children()[-1]
-            killed.append(worker.pid)
-            os.kill(worker.pid, signal.SIGKILL)
-            with pytest.raises(OutputError, match="another run"):
-                runner.run(["a"], "nano", tmp_path)
-
-    monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", "3600")
-    jobs = [f"a red circle {n}" for n in range(6)]
-    load = {"model": "nano", "device": "cpu"}
-    summary = runner.run(jobs, load, tmp_path, workers=2, num_frames=1, num_steps=1, on_record=kill_one)
-    assert len(killed) == 1 and (summary.made, summary.failed) == (6, [])
-    assert len(manifest.read_manifest(tmp_path)) == 6 and len(videos(tmp_path)) == 6
-    priced = [record for record in summary.records if record.cost]  # except one found after its worker's death
-    assert len(priced) >= 5 and all(r.cost == sum(r.timings.values()) / 2 for r in priced)
-    assert multiprocessing.active_children() == []
-
-
-def dying(connection, order):
-    """A worker that dies over every job with "bad" in its prompt"""
-    connection.send(None)
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        if "bad" in task.clip.prompt:
-            os._exit(3)
-        connection.send(task.record("done", bytes=0))
-
-
-def test_a_job_that_kills_its_workers_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "work", dying)
-    summary = runner.run(["bad", *PROMPTS], {"model": "nano", "device": "cpu"}, tmp_path / "out", workers=2)
-    assert [record.status for record in summary.records] == ["failed", "done", "done", "done"]
-    assert "ended with exit code 3 over it, 2 times" in summary.failed[0].error
-
-
-def refusing(connection, order):
-    connection.send(TurboNbError("no such checkpoint"))
-
-
-def test_what_a_worker_cannot_load_ends_the_run(tmp_path, monkeypatch):
-    load = {"model": "nano", "device": "cpu"}
-    monkeypatch.setattr(engines, "work", refusing)
-    with pytest.raises(TurboNbError, match="no such checkpoint"):
-        runner.run(PROMPTS, load, tmp_path, workers=2)
-    monkeypatch.setattr(engines, "work", time.sleep)  # ends at once, with a traceback
-    with pytest.raises(TurboNbError, match="ended with exit code 1 while it loaded"):
-        runner.run(PROMPTS, load, tmp_path, workers=2)
 
 
 # From a shell

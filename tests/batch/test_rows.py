@@ -156,7 +156,7 @@ def test_a_job_that_fails_in_any_way_is_recorded_and_the_others_go_on(nano, made
 
 
 def test_a_folder_in_a_videos_place_fails_that_job_alone(nano, made, tmp_path):
-    task = jobs.tasks_of(["red"], LoadedModel.of(nano), tmp_path, TINY)[0]
+    task = next(iter(jobs.Tasks(["red"], LoadedModel.of(nano), tmp_path, TINY)))
     task.path.mkdir()
     summary = runner.run(["red", "blue"], nano, tmp_path, **TINY)
     assert made == ["blue"] and "which is a folder" in summary.failed[0].error
@@ -218,7 +218,7 @@ def test_the_exit_code_and_the_last_line_count_the_failed(tmp_path):
     # In a process, because its output and exit code are what is tested; with an image that a text model cannot take
     rows = [{"prompt": "a quick circle"}, {"prompt": "a quick square", "seed": 1}]
     path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
-    tasks = jobs.tasks_of(path, runner.model_of({"model": "nano", "device": "cpu"}), tmp_path / "out", TINY)
+    tasks = [*jobs.Tasks(path, runner.model_of({"model": "nano", "device": "cpu"}), tmp_path / "out", TINY)]
     tasks[1].path.mkdir(parents=True)
     command = [sys.executable, Path(__file__).with_name("stand_in.py"), "batch", path, "--output-dir", tmp_path / "out"]
     options = ["--num-frames", "1", "--resolution", "16x16", "--device", "cpu", "--model", "nano"]

@@ -95,7 +95,7 @@ def test_files_of_prompts_are_jobs_or_errors_with_file_and_line(folder, nano):
             assert len(row) < 700 and "\n" not in row, row[:900]
         good = [row for row in read if isinstance(row, prompts.Job)]
         try:
-            tasks = jobs.tasks_of(good[:20] or ["x"], model, Path("out"), {"num_frames": 1})
+            tasks = [*jobs.Tasks(good[:20] or ["x"], model, Path("out"), {"num_frames": 1})]
         except InputError as error:
             require_short(str(error))
             return

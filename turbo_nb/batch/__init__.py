@@ -4,6 +4,16 @@ from .manifest import JobRecord, read_manifest
 from .notebook import run_notebook
 from .prompts import Job, read_prompts
 from .runner import run
-from .summary import Summary, describe
+from .summary import Progress, Summary, describe
 
-__all__ = ["Job", "JobRecord", "Summary", "describe", "read_manifest", "read_prompts", "run", "run_notebook"]
+__all__ = [
+    "Job",
+    "JobRecord",
+    "Progress",
+    "Summary",
+    "describe",
+    "read_manifest",
+    "read_prompts",
+    "run",
+    "run_notebook",
+]

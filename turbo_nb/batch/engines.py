@@ -1,116 +1,153 @@
-"""Engines turn tasks into videos: in this process, or in worker processes with one GPU each.
+"""Engines turn tasks into videos: in this process, or in actors of Ray (`cluster.py`).
 
-An engine has one method: `make` takes tasks and yields a record of each, in the order in which they end.
+An engine has one method: `make` takes the work and yields a record of each task, in the order in which they end.
 """
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import generation, pipeline
-from ..errors import InputError, OutputError, TurboNbError
-from ..files.resolve import ResolvedModel, resolve
+from ..catalog import ModelSpec
+from ..errors import InputError, OutputError, TurboNbError, warn
+from ..files.resolve import ResolvedModel
 from ..machine import environment
 from ..pipeline import LoadedModel
 from ..records import IN_MEMORY
 from ..settings import LoadOptions, shown
 from ..video import images, mp4
 from .jobs import Task
-from .manifest import JobRecord, worker_lock
+from .manifest import JobRecord
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LAST_SECONDS = 5  # that a worker process has to remove its temporary files
-MAX_TRIES = 2  # worker processes that may die over one job
-# What a terminal sends to all its processes
-TERMINAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+INSTALL_RAY = "because Ray is not installed. Run: pip install 'turbo-nb[ray]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an engine makes: `count` tasks, the first of which may be made before the last is known.
+
+    Args:
+        size: width, height and frames of the largest clip.
+        prompts: of all tasks, where they are few. The text encoder is not loaded if the cache has all of them.
+    """
+
+    count: int
+    size: tuple[int, int, int]
+    tasks: Iterator[Task]
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """A model that a GPU node of the cluster resolved, because this process has no GPU."""
+
+    spec: ModelSpec
+    identity: dict
+    options: LoadOptions
+
+
+Model = LoadedModel | ResolvedModel | FoundModel
 
 
 class Engine(Protocol):
-    """What makes the videos of a run."""
+    """What makes the videos of a run, on `machines` machines with `actors` copies of the model."""
 
-    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
+    machines: int
+    actors: int
+
+    def make(self, work: Work) -> Iterator[JobRecord]:
         """Make videos; yield a record of each when it is finished or has failed."""
 
 
 def engine_for(
-    model: LoadedModel | ResolvedModel,
-    tasks: Sequence[Task],
+    model: Model,
+    size: tuple[int, int, int],
     folder: Path,
     workers: int | None = None,
-    on_progress: Callable | None = None,
-    pictures: images.Pictures | None = None,
+    ray_address: str | None = None,
+    **more: Any,
 ) -> Engine:
-    """Choose the engine of a run. Raises InputError where the tasks cannot be made so; loads nothing."""
+    """Choose the engine of a run; loads nothing.
+
+    Args:
+        model: what makes the clips.
+        size: width, height and frames of the largest clip.
+        folder: of the videos.
+        workers: actors. None: one a GPU.
+        ray_address: of a cluster. None: this machine.
+        more: callbacks of the engine.
+
+    Raises:
+        InputError: the clips cannot be made so.
+    """
     import torch
 
+    from .cluster import Actors
+
+    has_ray = environment.version("ray") is not None
     if isinstance(model, LoadedModel):
-        if workers is not None and workers > 1:
+        if ray_address or (workers or 1) > 1:
+            name, got = ("ray", ray_address) if ray_address else ("workers", workers)
             raise InputError(
-                f"workers is {workers}. Expected 1, because a loaded pipeline works in this process alone. Give the "
-                "model's name or its options in place of the pipeline."
+                f"{name} is {got}. Expected {'None' if ray_address else 1}, because a loaded pipeline works in this "
+                "process alone. Give the model's name or its options in place of the pipeline."
             )
-        return InProcess(model, on_progress, pictures)
-    model.plan(_largest(tasks))  # a plan that does not suit the device is an error
+        return InProcess(model, **more)
+    if ray_address:
+        if not has_ray:
+            raise InputError(f"ray is {ray_address!r}. Expected None, {INSTALL_RAY}")
+        return Actors(model, folder, workers, ray_address, **more)
+    model.plan(size)  # a plan that does not suit the device is an error
     gpus = {"cpu": 0, "cuda": torch.cuda.device_count()}.get(model.device, 1)
     if gpus and workers is not None and workers > gpus:
         raise InputError(f"workers is {workers}. Expected at most {gpus}, the number of GPUs: each gets one worker.")
-    return WorkerProcesses(model, folder, workers or max(1, gpus), on_progress, pictures)
+    count = workers or max(1, gpus)
+    if count > 1 and not has_ray:
+        if workers:
+            raise InputError(f"workers is {workers}. Expected 1, {INSTALL_RAY}")
+        warn(f"this machine has {gpus} GPUs, and the batch uses 1 of them, {INSTALL_RAY}")
+        count = 1
+    return InProcess(model, **more) if count == 1 else Actors(model, folder, count, **more)
 
 
-def _largest(tasks: Sequence[Task]) -> tuple[int, int, int]:
-    """Return the size (width, height, frames) of the clip that needs most memory"""
-    return max((task.clip.size for task in tasks), key=lambda size: size[0] * size[1] * size[2])
-
-
-def _prompts(tasks: Sequence[Task]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(task.clip.prompt for task in tasks))
-
-
-@dataclass(frozen=True)
+@dataclass
 class InProcess:
     """Makes videos one after the other in this process. A model that is only resolved is loaded for the first task."""
 
     model: LoadedModel | ResolvedModel
     on_progress: Callable | None = None
-    pictures: images.Pictures | None = None
+    on_running: Callable[[int], None] = lambda count: None
+    pictures: images.Pictures = field(default_factory=images.Pictures)
+    machines: int = 1
+    actors: int = 1
 
-    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
+    def make(self, work: Work) -> Iterator[JobRecord]:
         """Make videos; raises TurboNbError when this process has lost its GPU."""
-        if not tasks:
+        if not work.count:
             return
         if isinstance(self.model, LoadedModel):
             loaded = self.model.pipeline
         else:
-            loaded = pipeline.load(
-                self.model, clip=_largest(tasks), prompts=_prompts(tasks), on_progress=self.on_progress
-            )
-        pictures = self.pictures or images.Pictures()
-        for task in tasks:
-            record = make(loaded, task, pictures)
+            loaded = pipeline.load(self.model, clip=work.size, prompts=work.prompts, on_progress=self.on_progress)
+        self.on_running(1)
+        for task in work.tasks:
+            record = make(loaded, task, self.pictures)
             yield record
-            if _has_lost_gpu(record):
+            if has_lost_gpu(record):
                 raise TurboNbError(
                     f"{record.error}. The GPU needs a new process. Start again: finished videos are kept."
                 )
 
 
-def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures, workers: int = 1) -> JobRecord:
+def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures) -> JobRecord:
     """Make one video, and return its record or that of its failure, so that the other jobs go on.
 
-    `workers` share the machine's price. Raises OutputError where the disk is full, or the folder or ffmpeg fail every
-    job.
+    Raises OutputError where the disk is full, or the folder or ffmpeg fail every job.
     """
     if record := task.found():  # a worker died between the file and its record
         return record
@@ -121,8 +158,7 @@ def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures, wor
             video = replace(video, record=replace(video.record, job=task.id, **task.picture_paths))
             begin = time.perf_counter()
             video.save(encoder)
-        record = task.done(video.record, write=time.perf_counter() - begin)
-        return replace(record, cost=environment.cost(sum(record.timings.values()) / workers))
+        return task.done(video.record, write=time.perf_counter() - begin)
     except Exception as error:  # any error of a job is its own, except those that every job would have
         if isinstance(error, OutputError):
             if mp4.is_full(error):
@@ -143,210 +179,6 @@ def _opened(task: Task, pictures: images.Pictures) -> dict[str, Any]:
     return opened
 
 
-def _has_lost_gpu(record: JobRecord) -> bool:
+def has_lost_gpu(record: JobRecord) -> bool:
     """Return whether a failure, such as an illegal memory access, leaves this process without its GPU"""
     return "CUDA error" in (record.error or "")
-
-
-# Worker processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What a worker process receives. It can be pickled, and leaves nothing to decide.
-
-    Args:
-        options: of the model, with every decision of `resolve` pinned.
-        identity: of the model that the job ids were computed for.
-        clip: width, height and frames of the largest clip. prompts: of all tasks.
-        folder: of the videos. place: number of the worker, from 0 to workers - 1.
-    """
-
-    options: LoadOptions
-    identity: dict
-    clip: tuple[int, int, int]
-    prompts: tuple[str, ...]
-    folder: Path
-    place: int
-    workers: int
-
-    def resolve(self) -> ResolvedModel:
-        """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
-        model = resolve(self.options)
-        if model.identity != self.identity:
-            raise TurboNbError(
-                f"the model is {model.identity} in a worker process. Expected {self.identity}, for which the job ids "
-                "were computed. Leave the model's files alone during a run, and start again."
-            )
-        return model
-
-
-def pinned(model: ResolvedModel, device: str) -> LoadOptions:
-    """Return options that mean this model, whatever "auto" would stand for on that device."""
-    asked = model.options
-    return replace(
-        asked,
-        model=model.spec.name if asked.model == "auto" and asked.checkpoint is None else asked.model,
-        device=device,
-        attention_type=model.attention_type,
-        sla_topk=model.sla_topk,
-        quant_linear=model.quant_linear,
-    )
-
-
-@dataclass
-class _Worker:
-    process: multiprocessing.Process
-    place: int
-    ready: bool = False
-    task: Task | None = None
-
-
-@dataclass(frozen=True)
-class WorkerProcesses:
-    """Hands tasks to worker processes, each with the model on a GPU of its own, or on its share of the CPU.
-
-    The task of a process that dies goes to another one, `MAX_TRIES` times in all. One worker is this process.
-    """
-
-    model: ResolvedModel
-    folder: Path
-    workers: int
-    on_progress: Callable | None = None
-    pictures: images.Pictures | None = None
-
-    def make(self, tasks: Sequence[Task]) -> Iterator[JobRecord]:
-        """Make videos; raises TurboNbError where the model cannot be loaded."""
-        workers = min(self.workers, len(tasks))
-        if workers <= 1:
-            yield from InProcess(self.model, self.on_progress, self.pictures).make(tasks)
-            return
-        self.model.fetch(self.on_progress)  # here, because the workers would all download
-        context = multiprocessing.get_context("spawn")
-        waiting, deaths, crew = deque(tasks), Counter(), {}
-
-        def start(place: int) -> None:
-            order = Order(
-                options=pinned(self.model, "cpu" if self.model.device == "cpu" else f"cuda:{place}"),
-                identity=self.model.identity,
-                clip=_largest(tasks),
-                prompts=_prompts(tasks),
-                folder=self.folder,
-                place=place,
-                workers=workers,
-            )
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, order), daemon=True)
-            with _terminal_blocked():
-                process.start()
-            theirs.close()
-            crew[ours] = _Worker(process, place)
-
-        try:
-            for place in range(workers):
-                start(place)
-            while waiting or any(worker.task for worker in crew.values()):
-                for connection, worker in crew.items():
-                    if waiting and worker.ready and not worker.task:
-                        worker.task = waiting.popleft()
-                        with suppress(OSError):  # the process is dead: its connection ends below
-                            connection.send(worker.task)
-                for connection in wait(list(crew)):
-                    worker = crew[connection]
-                    try:
-                        message = connection.recv()
-                    except (EOFError, OSError):
-                        del crew[connection]
-                        how = _ending(worker.process)
-                        if worker.task:
-                            deaths[worker.task.id] += 1
-                            if deaths[worker.task.id] < MAX_TRIES:
-                                waiting.appendleft(worker.task)
-                            else:
-                                error = f"the worker process {how} over it, {MAX_TRIES} times"
-                                yield worker.task.record("failed", error=error)
-                        if worker.ready and waiting:
-                            start(worker.place)
-                        elif waiting and not crew:
-                            raise TurboNbError(
-                                f"the worker process {how} while it loaded the model. Take fewer workers or a smaller "
-                                "memory plan."
-                            ) from None
-                        continue
-                    if isinstance(message, TurboNbError):
-                        raise message
-                    if message is None:
-                        worker.ready = True
-                    else:
-                        worker.task = None
-                        yield message
-        finally:
-            for worker in crew.values():
-                worker.process.terminate()
-            for worker in crew.values():
-                worker.process.join(10)
-                worker.process.kill()
-
-
-def _ending(process: multiprocessing.Process) -> str:
-    """Wait for a process, and return how it ended"""
-    process.join()
-    if process.exitcode == -signal.SIGKILL:
-        return "was killed, as happens when memory runs out,"
-    return f"ended with exit code {process.exitcode}"
-
-
-@contextmanager
-def _terminal_blocked() -> Iterator[None]:
-    """Keep the signals of the terminal from processes that start in this block: the first process ends them"""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def work(connection: Connection, order: Order) -> None:
-    """Be a worker process: load the model, send None, then turn tasks into records."""
-    for one in TERMINAL:  # where they cannot be blocked
-        signal.signal(one, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
-    if order.options.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // order.workers))
-    else:
-        torch.cuda.set_device(order.options.device)  # so that nothing of this process takes memory of GPU 0
-    try:
-        with worker_lock(order.folder, order.place):
-            loaded = pipeline.load(order.resolve(), clip=order.clip, prompts=order.prompts)
-            connection.send(None)
-            pictures = images.Pictures()
-            while True:
-                record = make(loaded, connection.recv(), pictures, order.workers)
-                connection.send(record)
-                if _has_lost_gpu(record):
-                    return
-    except TurboNbError as error:
-        with suppress(OSError):
-            connection.send(error)
-    except (EOFError, ConnectionError):  # the first process has ended
-        return
-
-
-def _end(number: int, frame: Any) -> None:
-    """End this process so that each `with` removes its temporary files"""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # because a second signal would interrupt the removal
-    sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    """Wait until the first process is gone, even by a kill; then end this one"""
-    wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST_SECONDS)  # the main thread cannot end while it is inside of a long operation of torch
-    os._exit(1)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..runtime.place import transformers
 from ..settings import PICTURES, ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds, shown
 from ..video import images, mp4
 from .manifest import JobRecord
-from .prompts import ROW_OPTIONS, refuse, rows_of
+from .prompts import ROW_OPTIONS, Job, refuse, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,51 +93,64 @@ class Task:
         return self.done(video) if video.job == self.id else None
 
 
-def tasks_of(
-    jobs: Any,
-    model: LoadedModel | ResolvedModel,
-    folder: Path,
-    settings: dict,
-    num_samples: int = 1,
-    pictures: images.Pictures | None = None,
-) -> list[Task]:
-    """Check jobs without loading a model, and return their tasks, in order.
+class Tasks:
+    """Tasks of jobs, in order. They are made anew in each iteration, because 100,000 of them do not fit in memory.
 
     Args:
         jobs: what to make, as `rows_of` takes it.
+        model: what makes it; it needs no weights.
+        folder: of the videos.
         settings: options of the clips for jobs without their own.
         num_samples: videos of each job, with seed, seed + 1, …
         pictures: opens the pictures.
 
     Raises:
-        InputError: some jobs have settings that cannot be used. The message names each, up to 20.
+        InputError: some jobs have settings that cannot be used. The message names each, up to 20. An iteration raises
+            it at its end.
     """
-    check_names("an option", settings, ROW_OPTIONS)
-    if isinstance(model, LoadedModel):
-        _check_adapters(model)
-    known, pictures = {}, pictures or images.Pictures()
-    identity, tasks, wrong = model.identity, [], []
-    for job in rows_of(jobs):
+
+    def __init__(
+        self,
+        jobs: Any,
+        model: LoadedModel | ResolvedModel,
+        folder: Path,
+        settings: dict,
+        num_samples: int = 1,
+        pictures: images.Pictures | None = None,
+    ):
+        check_names("an option", settings, ROW_OPTIONS)
+        if isinstance(model, LoadedModel):
+            _check_adapters(model)
+        self._rows = [*rows_of(jobs)]
+        self._model, self._folder, self._settings, self._num_samples = model, folder, settings, num_samples
+        self._identity, self._known, self._pictures = model.identity, {}, pictures or images.Pictures()
+
+    def __iter__(self) -> Iterator[Task]:
+        wrong, task = [], None
+        for job in self._rows:
+            try:
+                for task in self._of(job):
+                    yield task
+            except InputError as error:
+                source = "" if isinstance(job, InputError) else job.source
+                wrong.append(f"{source}: {error}" if source else str(error))
+        refuse(wrong)
+        if task is None:
+            raise InputError("prompts is empty. Expected at least one prompt.")
+
+    def _of(self, job: Job | InputError) -> Iterator[Task]:
+        """Yield the tasks of a job"""
         if isinstance(job, InputError):
-            wrong.append(str(job))
-            continue
-        try:
-            if not isinstance(job.settings, Mapping):
-                raise InputError(f"settings is {shown(job.settings)}. Expected a dictionary of options.")
-            check_names("an option", job.settings, ROW_OPTIONS)
-            own = {name: value for name, value in job.settings.items() if value is not None}
-            asked = build(ClipSettings, settings | own, prompt=job.prompt)
-            clip, found, error = _clip(asked, model, known, pictures)
-            tasks += [
-                _task(replace(asked, seed=seed), replace(clip, seed=seed), identity, found, folder, job.source, error)
-                for seed in seeds(asked.seed, num_samples)
-            ]
-        except InputError as error:
-            wrong.append(f"{job.source}: {error}" if job.source else str(error))
-    refuse(wrong)
-    if not tasks:
-        raise InputError("prompts is empty. Expected at least one prompt.")
-    return tasks
+            raise job
+        if not isinstance(job.settings, Mapping):
+            raise InputError(f"settings is {shown(job.settings)}. Expected a dictionary of options.")
+        check_names("an option", job.settings, ROW_OPTIONS)
+        own = {name: value for name, value in job.settings.items() if value is not None}
+        asked = build(ClipSettings, self._settings | own, prompt=job.prompt)
+        clip, found, error = _clip(asked, self._model, self._known, self._pictures)
+        for seed in seeds(asked.seed, self._num_samples):
+            one, its = (asked, clip) if seed == asked.seed else (replace(asked, seed=seed), replace(clip, seed=seed))
+            yield _task(one, its, self._identity, found, self._folder, job.source, error)
 
 
 def _check_adapters(model: LoadedModel) -> None:

@@ -1,6 +1,7 @@
 """The folder of a batch: the manifest, the lock, and what killed runs left.
 
-`manifest.jsonl` has one JSON object a line, appended when a job ends. The last line of a job counts.
+`manifest.jsonl` has one JSON object a line, appended when a job ends. The last line of a job counts. A run remembers
+where a job's line is, and not what it holds, because a folder may have 100,000 of them.
 """
 
 import errno
@@ -9,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from .. import records
-from ..errors import OutputError, warn
+from ..errors import OutputError, collect_warnings, warn
 from ..machine import atomic
 from ..settings import with_home
 from ..video import mp4
 
 MANIFEST = "manifest.jsonl"
-WORKERS_END = 8  # seconds within which the worker processes of a killed run end by themselves
+WORKERS_END = 8  # seconds within which the actors of a killed run end by themselves
 LOCK, OWNER, WORKER_LOCK = ".lock", ".lock.owner", ".lock.worker-"
 # Temporary names of versions that did not use machine.atomic
 OLD_TEMPORARY = re.compile(r"\.([0-9a-f]{12}[.-].*\.mp4|contact_sheet\..*|manifest\..*)")
@@ -82,23 +83,30 @@ def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
 
 def read_rows(path: Path, cls: type[records.Record]) -> list[records.Record]:
     """Return the lines of a file as records. Warns of lines that are torn or foreign. Raises OutputError."""
-    with as_output_error(path.parent):
-        lines = _lines(path)
-    found = [records.read(cls, data) for _, data in lines]
-    skipped = [n for n, record in enumerate(found) if record is None and lines[n][0].strip()]
-    if skipped:
-        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        warn(f"{str(path)!r}: line {skipped[0] + 1}{more} cannot be read as a job's record, and is skipped.")
-    return [record for record in found if record]
+    return [record for _, record in _rows(path, cls)]
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict | None]]:
-    """Return the lines of a file and their JSON objects; None for a line that is torn or something else"""
-    try:
-        *lines, torn = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [(line + b"\n", _object(line)) for line in lines] + ([(torn, None)] if torn else [])
+def _rows(path: Path, cls: type[records.Record]) -> Iterator[tuple[int, records.Record]]:
+    """Yield where each line begins, and its record; as `read_rows`"""
+    wrong = []
+    for number, (begin, line, data) in enumerate(_lines(path), 1):
+        record = records.read(cls, data)
+        if record:
+            yield begin, record
+        elif line.strip():
+            wrong.append(number)
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        warn(f"{str(path)!r}: line {wrong[0]}{more} cannot be read as a job's record, and is skipped.")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | None]]:
+    """Yield where each line of a file begins, the line, and its JSON object; None for one that is torn or else"""
+    with as_output_error(path.parent), suppress(FileNotFoundError), path.open("rb") as file:
+        begin = 0
+        for line in file:
+            yield begin, line, _object(line) if line.endswith(b"\n") else None
+            begin += len(line)
 
 
 def _object(line: bytes) -> dict | None:
@@ -107,26 +115,51 @@ def _object(line: bytes) -> dict | None:
     return None
 
 
-def mend(path: Path) -> None:
-    """Remove torn lines, which a full disk or a power cut leaves, from a manifest, which is made."""
-    path.open("ab").close()  # raises before the work where `append` would raise after it
-    lines = _lines(path)
-    if any(data is None for _, data in lines):
-        atomic.write(path, b"".join(line for line, data in lines if data is not None), durable=True)
+class Manifest(Mapping[str, JobRecord]):
+    """The last record of each job in a folder, by id, in the order in which the jobs first ended.
+
+    Memory holds only where the lines are. Raises OutputError where the file cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / MANIFEST
+        self._begins = {record.id: begin for begin, record in _rows(self.path, JobRecord)}
+
+    def mend(self) -> None:
+        """Remove torn lines, which a full disk or a power cut leaves, from the file, which is made."""
+        self.path.open("ab").close()  # raises before the work where `append` would raise after it
+        if any(data is None for _, _, data in _lines(self.path)):
+            with atomic.replaced(self.path, durable=True) as whole, whole.open("wb") as file:
+                file.writelines(line for _, line, data in _lines(self.path) if data is not None)
+            with collect_warnings():  # they were shown before
+                self._begins = {record.id: begin for begin, record in _rows(self.path, JobRecord)}
+
+    def append(self, record: JobRecord) -> None:
+        """Add a line with one write, and wait until the disk has it."""
+        data = records.write(record) | {"settings": records.write(record.settings)}
+        self._begins[record.id] = append_row(self.path, data)
+
+    def __getitem__(self, name: str) -> JobRecord:
+        with self.path.open("rb") as file:
+            file.seek(self._begins[name])
+            return records.read(JobRecord, _object(file.readline()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._begins)
+
+    def __len__(self) -> int:
+        return len(self._begins)
 
 
-def append(path: Path, record: JobRecord) -> None:
-    """Add a line to a manifest with one write, and wait until the disk has it."""
-    append_row(path, records.write(record) | {"settings": records.write(record.settings)})
-
-
-def append_row(path: Path, data: dict) -> None:
-    """Add an object as a line to a file, as `append` does."""
+def append_row(path: Path, data: dict) -> int:
+    """Add an object as a line to a file, as `Manifest.append` does. Returns where the line begins."""
     line = json.dumps(data).encode() + b"\n"
     with as_output_error(path), path.open("ab", buffering=0) as file:
+        begin = file.tell()
         if file.write(line) != len(line):
             raise OSError("the disk is full")
         os.fsync(file.fileno())
+    return begin
 
 
 @contextmanager
@@ -150,14 +183,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     The lock ends with the process, even with one that is killed.
 
     Raises:
-        OutputError: another run, or a worker process of one that was killed, is at work in the folder.
+        OutputError: another run, or an actor of one that was killed, is at work in the folder.
     """
     with as_output_error(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(held(folder, LOCK))
-        for path in folder.glob(f"{WORKER_LOCK}*"):
-            with held(folder, path.name, timeout=WORKERS_END):
-                path.unlink(missing_ok=True)
+        wait_for_workers(folder)
         with suppress(OSError):  # only the error of a second run reads it
             atomic.write(folder / OWNER, f"process {os.getpid()} on {socket.gethostname()}")
             stack.callback((folder / OWNER).unlink, missing_ok=True)
@@ -166,9 +197,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def worker_lock(folder: Path, place: int):
-    """Keep new runs out of a folder until a worker process has ended, even where its run was killed."""
-    return held(folder, f"{WORKER_LOCK}{place}")
+def worker_lock(folder: Path, name: str):
+    """Keep new runs out of a folder until an actor has ended, even where its run was killed."""
+    return held(folder, f"{WORKER_LOCK}{name}")
+
+
+def wait_for_workers(folder: Path) -> None:
+    """Wait until the actors that write into a folder have ended. Raises OutputError where one goes on."""
+    for path in folder.glob(f"{WORKER_LOCK}*"):
+        with held(folder, path.name, timeout=WORKERS_END):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

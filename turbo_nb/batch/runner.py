@@ -5,12 +5,12 @@ A run can be stopped at any moment, even by a kill; the next run makes what is m
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
 from ..files.resolve import ResolvedModel, resolve
@@ -18,14 +18,17 @@ from ..machine import environment
 from ..pipeline import LoadedModel
 from ..settings import LoadOptions, RunOptions, build
 from ..video import images, mp4
-from .engines import Engine, engine_for
-from .jobs import Task, tasks_of
-from .manifest import MANIFEST, JobRecord, append, as_output_error, mend, read_manifest, run_lock, sweep
+from . import cluster
+from .engines import Model, Work, engine_for
+from .jobs import Task, Tasks
+from .manifest import JobRecord, Manifest, as_output_error, run_lock, sweep
 from .prompts import Job, rows_of
-from .summary import Summary, contact_sheet
+from .summary import Progress, Summary, contact_sheet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+FEW = 1000  # prompts that an engine receives before their tasks
 
 
 def run(
@@ -34,8 +37,10 @@ def run(
     output_dir: str | os.PathLike,
     *,
     workers: int | None = None,
+    ray_address: str | None = None,
     num_samples: int = 1,
     on_record: Callable[[JobRecord, int, int], None] | None = None,
+    on_status: Callable[[Progress], None] | None = None,
     on_progress: Callable | None = None,
     **settings,
 ) -> Summary:
@@ -51,11 +56,14 @@ def run(
         load: a model's name or path, options of `load_pipeline` (LoadOptions or a dict), or a pipeline. A model that
             is not loaded is loaded when a video is missing.
         output_dir: the folder. One run at a time works there, and removes temporary files of earlier ones.
-        workers: processes, each with the model on a GPU of its own. None: one a GPU. One worker, as on a CPU, is this
-            process. A script that asks for more needs the guard `if __name__ == "__main__"`.
+        workers: copies of the model, each on a GPU of its own. None: one a GPU. One on this machine is this process.
+            More are Ray's actors, which need `pip install 'turbo-nb[ray]'`.
+        ray_address: of a Ray cluster, whose GPUs make the videos. None: RAY_ADDRESS, which Ray's jobs set, else this
+            machine.
         num_samples: videos of each job, with seed, seed + 1, …
         on_record: called as on_record(record, done, total) when a video is finished or has failed.
-        on_progress: called as bytes of a download arrive.
+        on_status: called with one `Progress` before `on_record`, and when jobs begin to run.
+        on_progress: called as bytes of a download arrive on this machine.
         settings: options of `generate` for jobs without their own.
 
     Returns:
@@ -68,84 +76,126 @@ def run(
         TurboNbError: the model cannot be loaded.
     """
     begin = time.perf_counter()
-    options = build(RunOptions, {"output_dir": output_dir, "workers": workers, "num_samples": num_samples})
-    folder = Path(options.output_dir)
-    rows = list(rows_of(jobs))
+    options = build(
+        RunOptions,
+        {"output_dir": output_dir, "workers": workers, "ray_address": ray_address, "num_samples": num_samples},
+    )
+    folder, address = Path(options.output_dir), options.ray_address or os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" or (hasattr(load, "turbo_nb") and not options.ray_address) else address
+    rows = [*rows_of(jobs)]
     mp4.check_output(folder / mp4.PROBE)  # before the model, because a reference asks the Hub
-    model, pictures = model_of(load), images.Pictures()
-    tasks = tasks_of(rows, model, folder, settings, options.num_samples, pictures)
-    if isinstance(model, ResolvedModel) and any(task.settings.decoder == "tiny" for task in tasks):
-        model = model.decoding("tiny")
-    engine = engine_for(model, tasks, folder, options.workers, on_progress, pictures)
-    wanted: dict[str, Task] = {}
-    for task in tasks:
-        wanted.setdefault(task.id, task)
-    with run_lock(folder):
-        records, missing = _find(wanted, folder)
-        try:
-            made = _make(engine, missing, records, folder, on_record)
-        finally:
-            with suppress(OSError):
-                sweep(folder)  # what worker processes left that were killed
-        sheet = contact_sheet(folder, records.values())
+    with cluster.connected(address) if address else nullcontext():
+        model, pictures = model_of(load, address), images.Pictures()
+        tasks = Tasks(rows, model, folder, settings, options.num_samples, pictures)
+        ids, count, size, tiny = {}, 0, (0, 0, 0), False
+        for task in tasks:
+            ids[task.id], count, size = None, count + 1, _larger(size, task)
+            tiny |= task.settings.decoder == "tiny"
+        if tiny and not isinstance(model, LoadedModel):
+            model = model.decoding("tiny")
+        progress = Progress()
+        engine = engine_for(
+            model, size, folder, options.workers, address, on_progress=on_progress, pictures=pictures,
+            on_running=lambda running: progress.run(running, on_status),
+        )  # fmt: skip
+        with run_lock(folder):
+            manifest = _opened(folder)
+            hopeless, work = _find(tasks, ids, manifest)
+            progress.total = len(hopeless) + work.count
+            try:
+                with closing(engine.make(work)) as records:
+                    for number, record in enumerate(chain(_failed(tasks, hopeless), records), 1):
+                        if record.status == "done":
+                            share = engine.machines / engine.actors
+                            record = replace(record, cost=environment.cost(sum(record.timings.values()) * share))
+                        manifest.append(record)
+                        progress.end(record.status, on_status)
+                        if on_record:
+                            on_record(record, number, progress.total)
+            finally:
+                with suppress(OSError):
+                    sweep(folder)  # what actors left that were killed
+            sheet = contact_sheet(folder, manifest.values())
     seconds = time.perf_counter() - begin
     return Summary(
         output_dir=folder,
-        records=[records[name] for name in wanted],
-        made=made,
-        repeated=len(tasks) - len(wanted),
+        ids=tuple(ids),
+        made=progress.done,
+        failures=progress.failed,
+        repeated=count - len(ids),
         seconds=seconds,
-        cost=environment.cost(seconds),
+        cost=environment.cost(seconds * engine.machines),
         sheet=sheet,
     )
 
 
-def model_of(load) -> LoadedModel | ResolvedModel:
+def model_of(load: Any, address: str | None = None) -> Model:
     """Return the model that a run uses, resolved once: for the ids and for loading"""
     if isinstance(load, ResolvedModel):
         return load
-    if isinstance(load, LoadOptions):
-        return resolve(load)
     if isinstance(load, dict):
-        return resolve(build(LoadOptions, load))
-    if isinstance(load, str | Path | tuple):
-        return resolve(LoadOptions(model=load))
-    return LoadedModel.of(load)
+        load = build(LoadOptions, load)
+    elif isinstance(load, str | Path | tuple):
+        load = LoadOptions(model=load)
+    if not isinstance(load, LoadOptions):
+        return LoadedModel.of(load)
+    return (cluster.find_model(load, address) if address else None) or resolve(load)
 
 
-def _find(wanted: dict[str, Task], folder: Path) -> tuple[dict[str, JobRecord], list[Task]]:
-    """Return the folder's records by id, after adding those of videos that lack one, and the tasks that are missing"""
-    manifest = folder / MANIFEST
+def _larger(size: tuple[int, int, int], task: Task) -> tuple[int, int, int]:
+    """Return the size (width, height, frames) of the clip that needs more memory"""
+    return max(size, task.clip.size, key=lambda one: one[0] * one[1] * one[2])
+
+
+def _opened(folder: Path) -> Manifest:
+    """Return the folder's manifest without torn lines, after removing temporary files of killed runs"""
     with as_output_error(folder):
         sweep(folder)
-        records = {record.id: record for record in read_manifest(folder)}
-        mend(manifest)
-        missing = []
-        for task in wanted.values():
-            if task.is_recorded(records.get(task.id)):
-                continue
-            if found := task.found():
-                append(manifest, found)
-                records[task.id] = found
-                continue
-            try:
-                mp4.check_output(task.path)
-            except OutputError as error:  # a folder has its name
-                task = replace(task, error=task.error or str(error))
-            missing.append(task)
-    missing.sort(key=lambda task: task.id in records)  # last, because a job that failed may fail again
-    return records, missing
+        manifest = Manifest(folder)
+        manifest.mend()
+        return manifest
 
 
-def _make(engine: Engine, missing: list[Task], records: dict[str, JobRecord], folder: Path, on_record) -> int:
-    """Make tasks, record each, and return how many were made"""
-    made = 0
-    unmakeable = [task.record("failed", error=task.error) for task in missing if task.error]
-    with closing(engine.make([task for task in missing if not task.error])) as results:
-        for number, record in enumerate(chain(unmakeable, results), 1):
-            append(folder / MANIFEST, record)
-            records[record.id] = record
-            made += record.status == "done"
-            if on_record:
-                on_record(record, number, len(missing))
-    return made
+def _find(tasks: Tasks, ids: Iterable[str], manifest: Manifest) -> tuple[dict[str, str], Work]:
+    """Add the lines of videos that lack one. Return why some jobs cannot be made, by id, and the work that is left"""
+    hopeless: dict[str, str] = {}
+    new, again, prompts, size = set(), set(), {}, (0, 0, 0)
+    for task in _those(tasks, set(ids)):
+        known = task.id in manifest
+        if known and task.is_recorded(manifest[task.id]):
+            continue
+        if found := task.found():
+            manifest.append(found)
+            continue
+        error = task.error
+        try:
+            mp4.check_output(task.path)
+        except OutputError as failure:  # a folder has its name
+            error = error or str(failure)
+        if error:
+            hopeless[task.id] = error
+            continue
+        (again if known else new).add(task.id)
+        size = _larger(size, task)
+        if len(prompts) <= FEW:
+            prompts[task.clip.prompt] = None
+    few = tuple(prompts) if len(prompts) <= FEW else ()
+    count = len(new) + len(again)  # those that failed before come last, because they may fail again
+    return hopeless, Work(count=count, size=size, prompts=few, tasks=_those(tasks, new, again))
+
+
+def _those(tasks: Tasks, *groups: set[str]) -> Iterator[Task]:
+    """Yield the tasks whose ids are in a group, one group after the other, and take them out of it"""
+    for group in groups:
+        for task in tasks if group else ():
+            if task.id in group:
+                group.remove(task.id)
+                yield task
+            if not group:
+                break
+
+
+def _failed(tasks: Tasks, hopeless: dict[str, str]) -> Iterator[JobRecord]:
+    """Yield the records of jobs that cannot be made"""
+    for task in _those(tasks, set(hopeless)):
+        yield task.record("failed", error=hopeless[task.id])

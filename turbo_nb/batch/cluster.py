@@ -1,0 +1,435 @@
+"""The engine of several GPUs: Ray's actors, each with the model on a GPU, of this machine or of a cluster.
+
+This process, the driver, hands every actor one task at a time and replaces actors that die. An actor that sees the
+output folder writes there. Otherwise the driver receives the mp4's bytes and writes them.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import signal
+import socket
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from .. import pipeline
+from ..errors import InputError, TurboNbError, collect_warnings, first_line, warn
+from ..files.fingerprint import fingerprint
+from ..files.resolve import ResolvedModel, resolve
+from ..machine import atomic, environment, signals
+from ..settings import LoadOptions, LoRAFile
+from ..video import images
+from .engines import FoundModel, Work, has_lost_gpu, make
+from .jobs import Task
+from .manifest import JobRecord, as_output_error, held, wait_for_workers, worker_lock
+
+log = logging.getLogger("turbo_nb")
+MAX_TRIES = 2  # actors that one job may kill
+LOST_NODES = 3  # lost nodes that count as one killed actor, because most jobs on a lost node are innocent
+POLL = 2  # seconds after which the driver looks for new GPUs
+OBJECTS = 100 << 20  # bytes of the object store on this machine, where clips go through the folder
+ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a clip any more
+KEPT = 8  # images that stay in the object store between two jobs
+Sent = tuple[str, Any]  # a file's hash, and Ray's reference to its bytes
+
+
+@contextmanager
+def connected(address: str | None, **options: Any) -> Iterator[Any]:
+    """Connect to a cluster, or start Ray on this machine (None), for the time of a block. Gives the module `ray`.
+
+    A connection that this process already has is used, and stays. Raises TurboNbError where Ray cannot start, or no
+    cluster answers.
+    """
+    if address is None:  # under `uv run` Ray would else copy the project to its workers
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    with ExitStack() as stack:
+        if address is None:
+            short = "/tmp" if os.access("/tmp", os.W_OK) else None  # because the path of a socket has 107 bytes
+            folder = tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True)
+            options |= {"_temp_dir": stack.enter_context(folder), "object_store_memory": OBJECTS}
+        stack.callback(ray.shutdown)
+        try:
+            # Ray's own handler of SIGTERM would end this process with exit code 15
+            with signals.terminal_blocked(), signals.handlers_kept(SIGTERM=signal.getsignal(signal.SIGTERM)):
+                context = ray.init(address or "local", log_to_driver=False, logging_level="error", **options)
+        except Exception as error:  # ConnectionError, RuntimeError, ValueError and others
+            if address is None:
+                raise TurboNbError(f"Ray cannot start here ({first_line(error)}). Take one worker.") from error
+            raise InputError(
+                f"ray is {address!r}, where no cluster answers ({first_line(error)}). Expected the address of a "
+                "running cluster, such as 10.0.0.5:6379, or auto. Start it with: ray start --head"
+            ) from error
+        if context.dashboard_url:
+            log.info("Ray's dashboard: http://%s", context.dashboard_url)
+        yield ray
+
+
+def pinned(model: ResolvedModel, device: str) -> LoadOptions:
+    """Return options that mean this model, whatever "auto" would stand for on that device."""
+    asked = model.options
+    return replace(
+        asked,
+        model=model.spec.name if asked.model == "auto" and asked.checkpoint is None else asked.model,
+        device=device,
+        attention_type=model.attention_type,
+        sla_topk=model.sla_topk,
+        quant_linear=model.quant_linear,
+    )
+
+
+def find_model(options: LoadOptions, address: str) -> FoundModel | None:
+    """Resolve a model on a GPU of the cluster. None where this process or no node has a GPU, or the CPU is asked for.
+
+    Raises TurboNbError where the node cannot resolve it, such as a path that only this machine has.
+    """
+    import torch
+
+    if torch.cuda.device_count() or options.device == "cpu":
+        return None
+    with connected(address) as ray:
+        if options.device == "auto" and not ray.cluster_resources().get("GPU"):
+            return None
+        found = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_find_here).remote(replace(options, device="cuda")))
+    if isinstance(found, TurboNbError):
+        raise found
+    return found
+
+
+def _find_here(options: LoadOptions) -> FoundModel | TurboNbError:
+    try:
+        model = resolve(options)
+        return FoundModel(spec=model.spec, identity=model.identity, options=pinned(model, "cuda"))
+    except TurboNbError as error:
+        return _on_this_node(error)
+
+
+def _on_this_node(error: TurboNbError) -> TurboNbError:
+    return type(error)(f"{error} (on node {socket.gethostname()}, where a path must be, too)")
+
+
+# The driver
+
+
+@dataclass
+class _Member:
+    """An actor; its node is known when it has loaded the model"""
+
+    actor: Any
+    node: str | None = None
+    task: Task | None = None
+
+
+@dataclass
+class Actors:
+    """Hands tasks to Ray's actors. A job that killed `MAX_TRIES` actors has failed; jobs of a lost node are made again.
+
+    Args:
+        workers: number of actors. None: one for each GPU that the cluster has or gets; one a node without GPUs.
+        address: of a cluster. None: Ray runs on this machine for the time of `make`.
+        gpus: of one actor, all on one node.
+    """
+
+    model: ResolvedModel | FoundModel
+    folder: Path
+    workers: int | None
+    address: str | None = None
+    on_progress: Callable | None = None
+    on_running: Callable[[int], None] = lambda count: None
+    pictures: images.Pictures | None = None
+    gpus: int = 1
+    machines: int = 1
+    actors: int = 1
+    _sent: dict[str, Sent] = field(default_factory=dict)
+
+    def make(self, work: Work) -> Iterator[JobRecord]:
+        """Make videos; raises TurboNbError where the model cannot be loaded."""
+        if not work.count:
+            return
+        uses_gpu = isinstance(self.model, FoundModel) or self.model.device != "cpu"
+        cores = {"num_cpus": max(self.workers or 1, os.cpu_count() or 1)} if not (self.address or uses_gpu) else {}
+        if self.address is None:
+            self.model.fetch(self.on_progress)  # here, where its progress can be shown
+        crew: dict[Any, _Member] = {}
+        stack = ExitStack()
+        try:
+            ray = stack.enter_context(connected(self.address, **cores))
+            with as_output_error(self.folder):
+                mark = stack.enter_context(atomic.temporary(self.folder.absolute() / "mark"))
+                mark.write_text(mark.name)
+            stack.callback(_kill, crew.values())
+            yield from self._hand_out(ray, crew, work, self._order(ray, work, mark, uses_gpu))
+        finally:
+            with signals.handlers_kept(SIGINT=signal.SIG_IGN):  # because a second Ctrl-C would leave processes
+                stack.close()
+                wait_for_workers(self.folder)
+
+    def _order(self, ray: Any, work: Work, mark: Path, uses_gpu: bool) -> "Order":
+        """Count machines and actors, and return what the actors receive"""
+        import torch
+
+        nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+        self.machines = max(1, sum(bool(one.get("GPU" if uses_gpu else "CPU")) for one in nodes))
+        self.actors = max(1, min(work.count, self.workers or self._room(ray, uses_gpu)))
+        cores = sum(one.get("CPU", 0) for one in nodes) if self.address else torch.get_num_threads()
+        return Order(
+            options=pinned(self.model, "cuda" if uses_gpu else "cpu")
+            if isinstance(self.model, ResolvedModel)
+            else self.model.options,
+            identity=self.model.identity,
+            clip=work.size,
+            prompts=work.prompts,
+            mark=mark,
+            threads=max(1, int(cores // self.actors)),
+            loras=tuple(
+                (fingerprint(Path(one.file)), ray.put(Path(one.file).read_bytes()))
+                if self.address and environment.is_file(one.file)
+                else None
+                for one in self.model.options.loras
+            ),
+        )
+
+    def _room(self, ray: Any, uses_gpu: bool) -> int:
+        """Return how many actors the cluster has room for now"""
+        if uses_gpu:
+            return int(ray.cluster_resources().get("GPU", 0)) // self.gpus
+        return sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
+
+    def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: "Order") -> Iterator[JobRecord]:
+        uses_gpu = order.options.device != "cpu"
+        hired = ray.remote(TurboNbActor).options(
+            num_gpus=self.gpus if uses_gpu else 0,
+            num_cpus=0 if uses_gpu else 1,
+            scheduling_strategy="DEFAULT" if uses_gpu else "SPREAD",
+            max_restarts=0,  # a new actor takes the place of a dead one, because calls to one that restarts fail
+            max_task_retries=0,
+        )
+        left, again, deaths, shown, failures = work.count, deque(), Counter(), set(), 0
+        while left:
+            # one more actor waits for a GPU, so that a cluster that can grow does
+            room = min(left, self.workers or self._room(ray, uses_gpu) + uses_gpu)
+            while len(crew) < room:
+                actor = hired.remote(order)
+                crew[actor.load.remote()] = _Member(actor)
+            records = []
+            for call in ray.wait([*crew], timeout=POLL)[0]:
+                member = crew.pop(call)
+                try:
+                    reply = ray.get(call)
+                except ray.exceptions.RayTaskError as error:
+                    raise TurboNbError(f"an actor raised {_reason(error)}") from error
+                except ray.exceptions.RayError as error:
+                    _kill([member])
+                    task = member.task
+                    if task is None:
+                        failures += 1
+                        if failures >= MAX_TRIES * room:
+                            raise TurboNbError(
+                                f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a "
+                                "smaller memory plan."
+                            ) from error
+                        continue
+                    alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
+                    deaths[task.id] += LOST_NODES if alive else 1
+                    if deaths[task.id] < MAX_TRIES * LOST_NODES:
+                        again.append(task)
+                    else:
+                        error = f"the actor ended over it, {MAX_TRIES} times ({_reason(error)})"
+                        records.append(task.record("failed", error=error))
+                    continue
+                for message in [one for one in reply.warnings if one not in shown]:
+                    shown.add(message)
+                    warn(message)
+                if isinstance(reply.value, TurboNbError):
+                    raise reply.value
+                if member.task is None:
+                    member.node, failures = reply.value, 0
+                else:
+                    if reply.data is not None:
+                        with as_output_error(member.task.path):
+                            atomic.write(member.task.path, reply.data, durable=True)
+                    records.append(reply.value)
+                lost_gpu = member.task and has_lost_gpu(reply.value)
+                member.task = None if lost_gpu else again.popleft() if again else next(work.tasks, None)
+                if member.task is None:
+                    _kill([member])  # its GPU is free for others
+                else:
+                    crew[member.actor.make.remote(member.task, self._images(ray, member.task))] = member
+            self.on_running(sum(one.task is not None for one in crew.values()))
+            left -= len(records)
+            yield from records
+
+    def _images(self, ray: Any, task: Task) -> dict[str, Sent]:
+        """Return the files of a task's images by path, for nodes that do not have them"""
+        sent = {}
+        for image in (getattr(task.settings, name, None) for name in ("image", "last_image")):
+            if self.address and isinstance(image, str | Path):
+                with suppress(OSError):  # the job fails where it is opened
+                    if str(image) not in self._sent:
+                        data = Path(image).read_bytes()
+                        self._sent[str(image)] = hashlib.sha256(data).hexdigest(), ray.put(data)
+                    sent[str(image)] = self._sent[str(image)]
+        while len(self._sent) > KEPT:
+            del self._sent[next(iter(self._sent))]
+        return sent
+
+
+def _kill(members: Iterable[_Member]) -> None:
+    import ray
+
+    for one in members:
+        with suppress(Exception):  # an actor that cannot be reached may still live, or be dead
+            ray.kill(one.actor)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of an error of Ray that names the cause"""
+    causes = [line for line in str(error).splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
+    return (causes[-1].strip() if causes else first_line(error))[:300]
+
+
+# The actors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What an actor receives. It can be pickled, and leaves nothing to decide.
+
+    Args:
+        options: of the model, with every decision of `resolve` pinned.
+        identity: of the model that the job ids were computed for.
+        clip: width, height and frames of the largest clip. prompts: of all tasks, where they are few.
+        mark: a file in the output folder that holds its own name. An actor that can read it sees the folder.
+        threads: of torch.
+        loras: the files of the LoRAs, None for one that every node has.
+    """
+
+    options: LoadOptions
+    identity: dict
+    clip: tuple[int, int, int]
+    prompts: tuple[str, ...]
+    mark: Path
+    threads: int = 1
+    loras: tuple[Sent | None, ...] = ()
+
+    def resolve(self) -> ResolvedModel:
+        """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
+        loras = tuple(map(_lora_here, self.options.loras, self.loras)) if self.loras else self.options.loras
+        model = resolve(replace(self.options, loras=loras))
+        if model.identity != self.identity:
+            raise TurboNbError(
+                f"the model is {model.identity} in an actor. Expected {self.identity}, for which the job ids were "
+                "computed. Leave the model's files alone during a run, and start again."
+            )
+        return model
+
+    def sees_folder(self) -> bool:
+        """Return whether this process sees the output folder."""
+        with suppress(OSError):
+            return self.mark.read_text() == self.mark.name
+        return False
+
+
+def _lora_here(lora: LoRAFile, sent: Sent | None) -> LoRAFile:
+    """Return a LoRA with a path of this node: its own where it has the same content, else that of the sent bytes"""
+    path = Path(lora.file)
+    if sent is None or (environment.is_file(path) and fingerprint(path) == sent[0]):
+        return lora
+    import ray
+
+    path = _node_folder() / f"{sent[0][:16]}-{path.name}"
+    if not path.is_file():
+        atomic.write(path, ray.get(sent[1]))
+    return replace(lora, file=str(path))
+
+
+def _node_folder() -> Path:
+    """Return the folder of this node for what it receives and sends, which is made"""
+    folder = Path(tempfile.gettempdir()) / f"turbo_nb-{os.getuid() if hasattr(os, 'getuid') else 'batch'}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What an actor returns: its node, a record or an error; its warnings; the bytes of an mp4 that it cannot place."""
+
+    value: str | JobRecord | TurboNbError
+    warnings: tuple[str, ...] = ()
+    data: bytes | None = None
+
+
+class SentPictures(images.Pictures):
+    """Images by path where this node has the same file, else from the bytes that the driver sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.files: dict[str, Sent] = {}
+
+    def open(self, image: Any, *, evict: bool = True) -> Any:
+        """Open an image as `Pictures.open` does."""
+        digest, data = self.files.get(str(image), (None, None)) if isinstance(image, str | Path) else (None, None)
+        with suppress(OSError):
+            if digest is None or hashlib.sha256(Path(image).read_bytes()).hexdigest() == digest:
+                return super().open(image, evict=evict)
+        import ray
+
+        return images.load_image(io.BytesIO(ray.get(data)))
+
+
+class TurboNbActor:
+    """Keeps the model, and makes one clip at a time. Its process has this name, by which a pod's watch finds it."""
+
+    def __init__(self, order: Order):
+        self.order, self.pictures, self.lock = order, SentPictures(), ExitStack()
+
+    def load(self) -> Reply:
+        """Load the model, which one actor of a node downloads. Reply with the node, or with an error."""
+        import ray
+        import torch
+
+        here = ray.get_runtime_context()
+        torch.set_num_threads(self.order.threads)
+        with collect_warnings() as messages:
+            try:
+                self.folder = self.order.mark.parent if self.order.sees_folder() else None
+                if self.folder:
+                    self.lock.enter_context(worker_lock(self.folder, here.get_actor_id()))
+                atomic.sweep(_node_folder(), time.time() - ABANDONED)
+                model = self.order.resolve()
+                if model.downloads:
+                    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+                    with held(Path(constants.HF_HUB_CACHE), ".turbo_nb.lock", timeout=-1):
+                        model = self.order.resolve().fetch()
+                self.loaded = pipeline.load(model, clip=self.order.clip, prompts=self.order.prompts)
+            except TurboNbError as error:
+                return Reply(value=_on_this_node(error))
+        return Reply(value=here.get_node_id(), warnings=tuple(messages))
+
+    def make(self, task: Task, sent: dict[str, Sent]) -> Reply:
+        """Make a clip. Reply with its record, with its bytes where this node does not see the folder, or an error."""
+        self.pictures.files, data = sent, None
+        here = replace(task, path=(self.folder or _node_folder()) / task.path.name)
+        with collect_warnings() as messages:
+            try:
+                record = make(self.loaded, here, self.pictures)
+            except TurboNbError as error:  # a full disk
+                return Reply(value=_on_this_node(error))
+        if record.status == "done" and not self.folder:
+            data = here.path.read_bytes()
+            here.path.unlink()
+        return Reply(value=record, warnings=tuple(messages), data=data)

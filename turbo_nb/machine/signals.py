@@ -1,0 +1,36 @@
+"""Signals that must not reach other processes, or interrupt what has to be finished."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What a terminal sends to all its processes
+TERMINAL = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+
+
+@contextmanager
+def terminal_blocked() -> Iterator[None]:
+    """Keep the signals of the terminal from processes that start in this block."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def handlers_kept(**during: signal.Handlers) -> Iterator[None]:
+    """Restore the handlers of some signals after a block, in which they may be others, as SIGINT=signal.SIG_IGN."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    before = {name: signal.signal(getattr(signal, name), handler) for name, handler in during.items()}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
