@@ -67,6 +67,7 @@ CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with i
 
 # exit code → signal; Windows has only SIGTERM
 STOPPED = {128 + one: one for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if (one := getattr(signal, name, None))}
+_received: list[int] = []  # exit codes of signals that came, because Ray replaces a SystemExit by its own
 ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a video any more
 
 
@@ -635,7 +636,7 @@ def _run() -> None:
     except _Cancelled:
         sys.exit(CANCELLED)
     except (KeyboardInterrupt, SystemExit) as end:
-        code = CANCELLED if isinstance(end, KeyboardInterrupt) else end.code
+        code = CANCELLED if isinstance(end, KeyboardInterrupt) else [end.code, *_received][-1]
         if code not in (CANCELLED, *STOPPED):
             raise
         print("cancelled; finished files are kept", file=sys.stderr)
@@ -649,8 +650,10 @@ def _ended_by_signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)  # because a second signal would interrupt the removal
+        _received.append(128 + number)
         raise SystemExit(128 + number)
 
+    _received.clear()
     # a signal that is ignored stays ignored, as nohup wants it
     before = [each for each in STOPPED.values() if signal.getsignal(each) == signal.SIG_DFL]
     for each in before:

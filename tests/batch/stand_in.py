@@ -1,6 +1,6 @@
 """The command line with clips that need no model, for tests that stop real processes: `python stand_in.py batch …`.
 
-Worker processes import this file, too. A clip whose prompt has "slow" in it waits, with ffmpeg at work, until the
+Ray's actors call `setup`, see `environment`. A clip whose prompt has "slow" in it waits, with ffmpeg at work, until the
 folder STAND_IN has a file named go.
 """
 
@@ -34,8 +34,19 @@ def generate(loaded, prompt, *, on_frames, **options):
     return generation.Video(frames=frames, record=records.VideoRecord(**asdict(clip), fps=16, timings={"text": 0.5}))
 
 
-if __name__ != "stand_in":  # a process of the batch, not a test
+def setup():
+    """Take the place of the model in this process"""
     pipeline.load, generation.generate = load, generate
 
+
+def environment(**more):
+    """Return variables for a batch whose actors call `setup`"""
+    here = Path(__file__).parent
+    paths = [here, here / "quick", *filter(None, [os.environ.get("PYTHONPATH")])]
+    hook = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "stand_in.setup"}
+    return os.environ | hook | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"} | more
+
+
 if __name__ == "__main__":
+    setup()
     cli.main()
