@@ -255,8 +255,10 @@ stop_pod() { # reason: logs it and stops the pod
 }
 
 watch_pod() { # stops the pod when it is idle, or when a batch has ended, as the variables ask; this saves money
-  local limit every=${TURBO_NB_CHECK_SECONDS:-30} since=$SECONDS batch='' before='' now
-  local ours='((^|[ /])turbo-nb|turbo_nb\.cli)' others='(^|[ /])papermill |runpod_start\.sh (setup|generate|test)'
+  local limit every=${TURBO_NB_CHECK_SECONDS:-30} since=$SECONDS batch=0 before='' now
+  # On a node of a Ray cluster no command runs, only the actors of a batch, which bear this name.
+  local ours='((^|[ /])turbo-nb|turbo_nb\.cli)' batches='(^|[ /])papermill |^ray::TurboNbActor'
+  local others='runpod_start\.sh (setup|generate|test)'
   limit=$(seconds "${TURBO_NB_STOP_IDLE:-0s}") || failed "TURBO_NB_STOP_IDLE is '$TURBO_NB_STOP_IDLE'; it is a number" \
     "with s, m or h, such as 30m; the pod will not stop when idle"
   ((!limit)) || command -v curl >/dev/null || failed "without curl no one sees that the pod is idle; install it"
@@ -266,14 +268,14 @@ watch_pod() { # stops the pod when it is idle, or when a batch has ended, as the
     sleep "$every"
     now=$(notebooks)
     # Not "turbo-nb ui", the one command with a u, because a page that nobody uses would keep the pod for ever.
-    if [[ $now == *'"busy"'* || $now != "$before" ]] || running "$ours [a-tv-z]|$others" || gpu_busy; then
+    if [[ $now == *'"busy"'* || $now != "$before" ]] || running "$ours [a-tv-z]|$batches|$others" || gpu_busy; then
       since=$SECONDS
     fi
     before=$now
-    if running "$ours batch|(^|[ /])papermill "; then
-      batch=1
-    elif [[ $batch && ${TURBO_NB_STOP_AFTER:-} == batch ]]; then
-      batch='' && stop_pod "the batch has ended"
+    if running "$ours batch|$batches"; then
+      batch=2 # looks without a batch after which it has ended, because an actor that died is soon replaced
+    elif ((batch)) && [[ ${TURBO_NB_STOP_AFTER:-} == batch ]]; then
+      ((--batch)) || stop_pod "the batch has ended"
     elif ((limit && SECONDS - since >= limit)); then
       since=$SECONDS && stop_pod "idle for $TURBO_NB_STOP_IDLE"
     fi

@@ -722,6 +722,10 @@ def papermill(machine):
     machine.process("python", "/venv/bin/papermill", "05_batch.ipynb", "out.ipynb")
 
 
+def ray_actor(machine):
+    machine.process("ray::TurboNbActor.make")
+
+
 def gpu(machine):
     machine.stub("nvidia-smi", "#!/bin/bash\necho '93 %'\n")
 
@@ -733,7 +737,7 @@ def locked_out(machine):
 
 def test_a_pod_at_work_is_not_stopped(tmp_path):
     machines = {}
-    for occupied in (busy_kernel, batch, download, papermill, gpu, locked_out):
+    for occupied in (busy_kernel, batch, download, papermill, ray_actor, gpu, locked_out):
         machine = machines[occupied.__name__] = Machine(tmp_path / occupied.__name__)
         occupied(machine)
         machine.start(TURBO_NB_STOP_IDLE="3s")
@@ -760,11 +764,12 @@ def test_short_cells_between_two_looks_count_as_work(machine):
 
 def test_what_only_sounds_like_work_is_no_work(machine):
     machine.process("python", "-m", "ipykernel_launcher", "-f", "/workspace/turbo-nb/batch papers")
+    machine.process("ray::IDLE")
     machine.start(TURBO_NB_STOP_IDLE="1s")
     assert stops(machine)
 
 
-@pytest.mark.parametrize("program", [batch, papermill])
+@pytest.mark.parametrize("program", [batch, papermill, ray_actor])
 def test_the_pod_is_stopped_after_a_batch(machine, program):
     machine.start(TURBO_NB_STOP_AFTER="batch")
     machine.wait_until_said("stops when a batch has ended")
