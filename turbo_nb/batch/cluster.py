@@ -366,7 +366,7 @@ def _node_folder() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What an actor returns: its node, a record or an error; its warnings; the bytes of an mp4 that it cannot place."""
+    """What an actor returns: its node, a record or an error, with its warnings and the bytes of an mp4 to be placed."""
 
     value: str | JobRecord | TurboNbError
     warnings: tuple[str, ...] = ()

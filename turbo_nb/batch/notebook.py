@@ -1,11 +1,16 @@
-"""Notebooks with parameters, run by papermill."""
+"""Notebooks: those with parameters, run by papermill, and what a notebook shows of a run."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, TurboNbError
 from ..settings import check_names
+from ..video.player import play
+
+if TYPE_CHECKING:
+    from .manifest import JobRecord
+    from .summary import Progress
 
 
 def run_notebook(
@@ -37,3 +42,22 @@ def run_notebook(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     options = {"progress_bar": False, "store_widget_state": False} | options
     return papermill.execute_notebook(str(notebook), str(output), parameters, **options)
+
+
+def live(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """Return callbacks of `run` that show it in a notebook: a line with the time left, and the latest video.
+
+    Args:
+        output_dir: the folder of the run.
+    """
+    from IPython.display import Pretty, display
+
+    status, clip = (display(Pretty(text), display_id=True) for text in ("loading the model", ""))
+
+    def on_record(record: "JobRecord", number: int, total: int) -> None:
+        clip.update(play(Path(output_dir) / record.file) if record.status == "done" else Pretty(str(record.error)))
+
+    def on_status(progress: "Progress") -> None:
+        status.update(Pretty(str(progress)))
+
+    return {"on_record": on_record, "on_status": on_status}
