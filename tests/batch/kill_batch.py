@@ -50,17 +50,17 @@ def videos(folder: Path) -> dict[str, tuple[int, str]]:
 
 def check(folder: Path, before: dict) -> dict:
     """Return the folder's videos; assert that they are whole, that earlier ones stay, and what the manifest has"""
-    from turbo_nb.batch import manifest
+    from turbo_nb.batch.manifest import MANIFEST
     from turbo_nb.video import mp4
 
+    manifest = folder / MANIFEST
+    lines = manifest.read_text().splitlines() if manifest.exists() else []  # before the videos, which a run may add
     now = videos(folder)
     assert now.items() >= before.items(), "a finished video was lost or made again"
     for name in now:
         assert mp4.read_frames(folder / name, 128, 128).shape == (1, 128, 128, 3), f"{name} is not whole"
         assert name.startswith(mp4.read_metadata(folder / name)["job"])
-    manifest = folder / manifest.MANIFEST
-    lines = manifest.read_text().splitlines() if manifest.exists() else []
-    done = [json.loads(line)["id"] for line in lines]
+    done = [record["id"] for record in map(json.loads, lines) if record["status"] == "done"]
     assert len(done) == len(set(done)), "the manifest has a video twice"
     assert {name[:12] for name in now} >= set(done), "the manifest has a video that is not there"
     return now
