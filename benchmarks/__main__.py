@@ -226,6 +226,27 @@ def startup(
 
 
 @app.command()
+def batch(
+    actors: Annotated[
+        str, typer.Option(help="Numbers of Ray's actors, separated by commas. 0: this process.")
+    ] = "1,2,0",
+    clips: Annotated[int, typer.Option(min=1, help="Measured clips. Two more for each actor come before them.")] = 8,
+    frames: Annotated[int, typer.Option(help="Of a clip of nano, on a CPU.")] = 25,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Measure clips a minute of a batch. On GPUs: random weights of 1.3B's shape, 832x480, 81 frames."""
+    from turbo_nb.machine.probe import device_of
+
+    from . import batch as benchmark
+    from . import harness
+
+    device = device_of(device)
+    counts = [int(one) for one in actors.split(",")]
+    raise typer.Exit(harness.run(benchmark.jobs(device, counts, clips, frames), device, csv))
+
+
+@app.command()
 def table(file: Annotated[Path, typer.Argument(help="A CSV with rows.")]) -> None:
     """Print the latest row of each work, shape and mode as a Markdown table."""
     from . import harness

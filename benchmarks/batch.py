@@ -1,29 +1,26 @@
-"""Clips a minute of a batch: in this process, and with Ray's actors. Run as `python3 benchmarks/batch.py --out FOLDER`.
+"""Clips a minute of a batch: in this process, and with Ray's actors.
 
 A row's `ms` is the time of a clip while all actors work: between the last warm-up clip and the last clip. `first_ms` is
 the time of a clip with everything, from the call of `batch.run` to its end. The check: the clips of every mode have the
-same frames. Random weights are those of `e2e`; without a GPU the script takes nano's own.
+same frames. Random weights are those of `e2e`; without a GPU nano makes the clips.
 """
 
-import argparse
 import os
-import shutil
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path[0] = str(Path(__file__).parents[1])  # because kernels.py beside this file has the name of a package
-
 import numpy as np
 import torch
 
-from benchmarks import harness
 from turbo_nb import batch, pipeline
 from turbo_nb.batch import cluster, engines, runner
 from turbo_nb.files.resolve import ResolvedModel
 from turbo_nb.video import mp4
+
+from . import e2e, harness
 
 RANDOM = "TURBO_NB_RANDOM"  # the shape of the random weights, for actors
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray's variable of a function that each worker calls first
@@ -32,8 +29,6 @@ NAMES = {"1.3B": "TurboWan2.1-T2V-1.3B-480P", "nano": "nano"}
 
 def random_weights() -> None:
     """Let this process load random weights in place of the files of a model."""
-    from benchmarks import e2e
-
     original = pipeline.load
 
     def load(model: ResolvedModel, clip=None, **_):
@@ -63,53 +58,44 @@ def measure(folder: Path, load: dict, clip: dict, clips: int, actors: int) -> tu
     return (ends[-1] - ends[-1 - clips]) / clips, whole, frames
 
 
-def jobs(arguments: argparse.Namespace) -> Iterator[harness.Job]:
-    """Yield a job for each mode."""
-    gpu = torch.cuda.is_available()
+def jobs(device: str, actors: list[int], clips: int, frames: int) -> Iterator[harness.Job]:
+    """Yield a job for each mode.
+
+    Args:
+        device: "cpu" or a GPU such as "cuda:0".
+        actors: of each mode; 0 is this process.
+        clips: measured ones. Two more for each actor come before them.
+        frames: of a clip on a CPU.
+    """
+    gpu = device != "cpu"
     model = "1.3B" if gpu else "nano"
     load = {"model": NAMES[model], "device": "cuda" if gpu else "cpu"}
     load |= {"attention_type": "sagesla", "quant_linear": True, "sla_topk": 0.1} if gpu else {}
-    size = ("832x480", 81) if gpu else ("128x128", arguments.frames)
+    size, frames = ("832x480", 81) if gpu else ("128x128", frames)
     if gpu:
-        path = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
         os.environ |= {RANDOM: model, HOOK: "benchmarks.batch.random_weights", "PYTHONPATH": path}
         random_weights()
-    known: list[np.ndarray] = []
+    known: list[torch.Tensor] = []
 
-    def run(actors: int) -> tuple[harness.Timing, harness.Check]:
-        folder = arguments.out / f"actors-{actors}"
-        shutil.rmtree(folder, ignore_errors=True)
-        seconds, whole, frames = measure(
-            folder, load, {"num_steps": 4, "resolution": size[0], "num_frames": size[1]}, arguments.clips, actors
-        )
-        known.append(frames.astype(np.float32))
+    def run(count: int) -> tuple[harness.Timing, harness.Check]:
+        clip = {"num_steps": 4, "resolution": size, "num_frames": frames}
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, whole, made = measure(Path(folder), load, clip, clips, count)
+        known.append(torch.from_numpy(made.astype(np.float32)))
         check = harness.Check(
-            error=float(harness.relative_error(*map(torch.from_numpy, (known[-1], known[0])))),
+            error=float(harness.relative_error(known[-1], known[0])),
             limit=harness.WORST,
             what=f"frames of the first clip against those of the first mode; {60 / seconds:.1f} clips a minute",
         )
-        shutil.rmtree(folder)
-        return harness.Timing(
-            ms=1e3 * seconds, ms_min=1e3 * seconds, n=arguments.clips, first_ms=1e3 * whole, peak_gib=None
-        ), check
+        timing = harness.Timing(ms=1e3 * seconds, ms_min=1e3 * seconds, n=clips, first_ms=1e3 * whole, peak_gib=None)
+        return timing, check
 
-    for actors in arguments.actors:
+    for count in actors:
         yield harness.Job(
-            work=f"clip of a batch of {arguments.clips}, 4 steps",
-            shape=f"{size[0]}x{size[1]}",
-            mode=f"{actors} actors" if actors else "in process",
+            work=f"clip of a batch of {clips}, 4 steps",
+            shape=f"{size}x{frames}",
+            mode=f"{count} actor{'s' * (count > 1)}" if count else "in process",
             weights=f"random {model}" if gpu else model,
-            run=lambda actors=actors: run(actors),
+            run=lambda count=count: run(count),
         )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=8, help="measured ones; two more for each actor come before")
-    parser.add_argument("--frames", type=int, default=25, help="of a clip on a CPU")
-    parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 0], help="0: this process")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    sys.exit(harness.run(jobs(arguments), device, arguments.out / "batch.csv"))
