@@ -622,7 +622,7 @@ def test_a_picture_is_known_by_its_pixels(tmp_path, monkeypatch):
     assert jobs._task(red.settings, red.clip, {}, {"image": (64, 64, "0")}, tmp_path, "", None).id == "e64480bc9225"
     rows = [{"prompt": "it moves", "image": tmp_path / "red.png", "last_image": tmp_path / name}
             for name in ("red.png", "copy.bmp", "blue.png")]  # fmt: skip
-    ids = [task.id for task in jobs.tasks_of(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {})]
+    ids = [task.id for task in jobs.Tasks(rows, runner.model_of("Wan2.2-A14B"), tmp_path, {})]
     assert ids[0] == ids[1] != ids[2] and red.id not in ids
     opened = []
     monkeypatch.setattr(images, "load_image", lambda path, name: opened.append(path) or Image.open(path))

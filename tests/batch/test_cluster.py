@@ -179,7 +179,7 @@ def test_images_are_sent_to_nodes_with_another_file(ray, tmp_path, monkeypatch):
 
     sizes = []
 
-    def generate(loaded, prompt, *, image, **options):
+    def generate(loaded, prompt, *, image, last_image=None, **options):
         sizes.append(image.size)
         return stand_in.generate(loaded, prompt, **options)
 
@@ -190,12 +190,12 @@ def test_images_are_sent_to_nodes_with_another_file(ray, tmp_path, monkeypatch):
         Image.new("RGB", (64, 48 + 16 * n), "red").save(path)
     opened = []
 
-    def opens(self, image, *, evict=True):  # as a node would that lacks 1.png, and has another 2.png
+    def opens(self, image, name, *, evict=True):  # as a node would that lacks 1.png, and has another 2.png
         opened.append(image)
-        name = str(image)
+        path = str(image)
         other = {str(paths[1]): tmp_path / "none.png", str(paths[2]): paths[0]}
-        self.files = {str(other.get(path, path)): sent for path, sent in self.files.items()}
-        return there(self, str(other.get(name, image)), evict=evict)
+        self.files = {str(other.get(one, one)): sent for one, sent in self.files.items()}
+        return there(self, str(other.get(path, path)), name, evict=evict)
 
     there = cluster.SentPictures.open
     monkeypatch.setattr(cluster.SentPictures, "open", opens)
@@ -301,6 +301,15 @@ def test_a_driver_without_a_gpu_asks_a_node_that_has_one(ray, tmp_path, monkeypa
     assert asked == ["cuda"] * 4  # for the ids, and by three actors, one of which waits
     ray(gpus=())
     assert cluster.find_model(settings.LoadOptions(), "auto") is None
+
+
+def test_actors_load_the_decoder_that_a_row_asks_for(tmp_path):
+    found = engines.FoundModel(spec=None, identity={}, options=settings.LoadOptions())
+    fake, nodes = FakeRay(gpus=(1,)), []
+    for model in (found, found.decoding("tiny")):
+        actors = cluster.Actors(model, tmp_path, None, "auto")
+        nodes.append(actors._order(fake, engines.Work(count=1, size=(1, 1, 1), tasks=iter(())), tmp_path, True).decoder)
+    assert nodes == ["full", "tiny"]
 
 
 def test_no_cluster_at_the_address(ray, tmp_path, monkeypatch):

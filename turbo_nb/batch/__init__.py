@@ -7,5 +7,6 @@ from .runner import run
 from .summary import Progress, Summary, describe
 
 __all__ = [
-    "Job", "JobRecord", "Progress", "Summary", "describe", "live", "read_manifest", "read_prompts", "run", "run_notebook",
+    "Job", "JobRecord", "Progress", "Summary", "describe", "live", "read_manifest", "read_prompts", "run",
+    "run_notebook",
 ]  # fmt: skip

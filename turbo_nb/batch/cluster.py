@@ -27,7 +27,7 @@ from ..errors import InputError, TurboNbError, collect_warnings, first_line, war
 from ..files.fingerprint import fingerprint
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import atomic, environment, signals
-from ..settings import LoadOptions, LoRAFile
+from ..settings import PICTURES, LoadOptions, LoRAFile
 from ..video import images
 from .engines import FoundModel, Work, has_lost_gpu, make
 from .jobs import Task
@@ -195,6 +195,7 @@ class Actors:
             prompts=work.prompts,
             mark=mark,
             threads=max(1, int(cores // self.actors)),
+            decoder="tiny" if self.model.tiny_decoder else "full",
             loras=tuple(
                 (fingerprint(Path(one.file)), ray.put(Path(one.file).read_bytes()))
                 if self.address and environment.is_file(one.file)
@@ -276,7 +277,7 @@ class Actors:
     def _images(self, ray: Any, task: Task) -> dict[str, Sent]:
         """Return the files of a task's images by path, for nodes that do not have them"""
         sent = {}
-        for image in (getattr(task.settings, name, None) for name in ("image", "last_image")):
+        for image in (getattr(task.settings, name) for name in PICTURES):
             if self.address and isinstance(image, str | Path):
                 with suppress(OSError):  # the job fails where it is opened
                     if str(image) not in self._sent:
@@ -314,7 +315,7 @@ class Order:
         identity: of the model that the job ids were computed for.
         clip: width, height and frames of the largest clip. prompts: of all tasks, where they are few.
         mark: a file in the output folder that holds its own name. An actor that can read it sees the folder.
-        threads: of torch.
+        threads: of torch. decoder: what a task needs, "full" or "tiny".
         loras: the files of the LoRAs, None for one that every node has.
     """
 
@@ -324,6 +325,7 @@ class Order:
     prompts: tuple[str, ...]
     mark: Path
     threads: int = 1
+    decoder: str = "full"
     loras: tuple[Sent | None, ...] = ()
 
     def resolve(self) -> ResolvedModel:
@@ -335,7 +337,7 @@ class Order:
                 f"the model is {model.identity} in an actor. Expected {self.identity}, for which the job ids were "
                 "computed. Leave the model's files alone during a run, and start again."
             )
-        return model
+        return model.decoding(self.decoder)
 
     def sees_folder(self) -> bool:
         """Return whether this process sees the output folder."""
@@ -380,15 +382,15 @@ class SentPictures(images.Pictures):
         super().__init__()
         self.files: dict[str, Sent] = {}
 
-    def open(self, image: Any, *, evict: bool = True) -> Any:
+    def open(self, image: Any, name: str = "image", *, evict: bool = True) -> Any:
         """Open an image as `Pictures.open` does."""
         digest, data = self.files.get(str(image), (None, None)) if isinstance(image, str | Path) else (None, None)
         with suppress(OSError):
             if digest is None or hashlib.sha256(Path(image).read_bytes()).hexdigest() == digest:
-                return super().open(image, evict=evict)
+                return super().open(image, name, evict=evict)
         import ray
 
-        return images.load_image(io.BytesIO(ray.get(data)))
+        return images.load_image(io.BytesIO(ray.get(data)), name)
 
 
 class TurboNbActor:

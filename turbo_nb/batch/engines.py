@@ -49,6 +49,11 @@ class FoundModel:
     spec: ModelSpec
     identity: dict
     options: LoadOptions
+    tiny_decoder: bool = False
+
+    def decoding(self, decoder: str) -> "FoundModel":
+        """Return the same model with what a clip's decoder needs."""
+        return replace(self, tiny_decoder=decoder == "tiny")
 
 
 Model = LoadedModel | ResolvedModel | FoundModel
