@@ -43,7 +43,7 @@ def random_weights() -> None:
 
 def measure(folder: Path, load: dict, clip: dict, clips: int, actors: int) -> tuple[float, float, np.ndarray]:
     """Return seconds of a clip while all actors work, and with the start, and the frames of the first clip"""
-    warm, ends, begin = 2 * actors, [], time.perf_counter()
+    warm, ends, begin = 2 * max(1, actors), [], time.perf_counter()
     prompts = [f"a large red circle moving from left to right, number {n}" for n in range(clips + warm)]
 
     def engine(model, size, folder, *_, **more):  # because one actor is not the choice for one GPU
@@ -64,7 +64,7 @@ def jobs(device: str, actors: list[int], clips: int, frames: int) -> Iterator[ha
     Args:
         device: "cpu" or a GPU such as "cuda:0".
         actors: of each mode; 0 is this process.
-        clips: measured ones. Two more for each actor come before them.
+        clips: measured ones. Two more, or two for each actor, come before them.
         frames: of a clip on a CPU.
     """
     gpu = device != "cpu"
