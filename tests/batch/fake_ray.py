@@ -115,7 +115,8 @@ class FakeRay:
                     self.machines[0]["Alive"] = False
                     self.machines.append(self.machines[0] | {"NodeID": str(len(self.machines)), "Alive": True})
                     self.machines.pop(0)
-                raise ActorDiedError("The actor died.\n\tValueError: its cause")
+                place = "The actor died because its node has died." if how == "node" else "The actor died."
+                raise ActorDiedError(f"{place}\n\tValueError: its cause")
             return getattr(actor.value, name)(*arguments)
 
         def remote(*arguments):

@@ -109,6 +109,19 @@ def test_actors_that_die_while_they_load_end_the_run(ray, tmp_path):
         run(tmp_path, workers=2)
 
 
+def test_nodes_that_are_lost_while_actors_load_do_not_end_the_run(ray, tmp_path):
+    lost = []
+
+    def dies(method, arguments):
+        if method == "load" and len(lost) < 5:
+            lost.append(1)
+            return "node"
+        return None
+
+    ray(dies=dies, cpus=(8, 8, 8))
+    assert run(tmp_path, JOBS[:1], workers=3).made == 1 and len(lost) == 5
+
+
 def test_an_error_of_loading_names_the_node(ray, tmp_path, monkeypatch):
     def load(model, **options):
         raise TurboNbError("no such checkpoint")

@@ -36,6 +36,7 @@ from .manifest import JobRecord, as_output_error, held, wait_for_workers, worker
 log = logging.getLogger("turbo_nb")
 MAX_TRIES = 2  # actors that one job may kill
 LOST_NODES = 3  # lost nodes that count as one killed actor, because most jobs on a lost node are innocent
+NODE_DIED = "its node has died"  # Ray's words for an actor whose node it could not know before
 POLL = 2  # seconds after which the driver looks for new GPUs
 OBJECTS = 100 << 20  # bytes of the object store on this machine, where clips go through the folder
 ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a clip any more
@@ -236,16 +237,17 @@ class Actors:
                 except ray.exceptions.RayError as error:
                     _kill([member])
                     task = member.task
+                    alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
+                    weight = 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
                     if task is None:
-                        failures += 1
-                        if failures >= MAX_TRIES * room:
+                        failures += weight
+                        if failures >= MAX_TRIES * LOST_NODES * self.actors:
                             raise TurboNbError(
                                 f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a "
                                 "smaller memory plan."
                             ) from error
                         continue
-                    alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
-                    deaths[task.id] += LOST_NODES if alive else 1
+                    deaths[task.id] += weight
                     if deaths[task.id] < MAX_TRIES * LOST_NODES:
                         again.append(task)
                     else:
