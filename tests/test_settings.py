@@ -326,3 +326,9 @@ def test_a_picture_in_memory_is_an_option_that_was_given():
     picture = np.zeros((2, 2, 3), np.uint8)
     given = settings.asked(ClipSettings(prompt="x", image=picture, last_image=picture))
     assert given["image"] is picture and given["last_image"] is picture
+
+
+def test_the_seeds_of_the_last_sample_s_parts_are_checked_before_the_first_clip():
+    line = ["i2v", "--prompt", "x", "--image_path", "none.png", "--extend", "2", "--num_samples", "3"]
+    result = CliRunner().invoke(cli.app, [*line, "--seed", str(settings.MAX_SEED - 3)])
+    assert f"at most {settings.MAX_SEED - 4} for 5 samples or parts" in str(result.exception)

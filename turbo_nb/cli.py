@@ -288,6 +288,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     from .machine import atomic
     from .video import mp4, sheet
 
+    seeds(clip.seed, run.num_samples + (clip.extend or 0))  # because the parts of the last sample count on
     every = seeds(clip.seed, run.num_samples)
     path = Path(run.save_path)
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
