@@ -660,6 +660,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     asked = job.request.clip
     assert (asked.extend_clip, asked.prompt, clip.record.seed) == (first.path, "a large red circle", 3)
     assert mp4.count_frames(clip.path) == 5 + 2 * 4  # each part shares a frame
+    assert generator.run.note.value == ""  # it named the job, which is done
     assert seen[-1] == (13, 13) and all(done <= 13 == total for done, total in seen)
     own, longer = (mp4.read_frames(path, 64, 64).astype(int) for path in (first.path, clip.path))
     assert np.abs(longer[:5] - own).mean() < 2 and clip.record.parts[0]["model"] == "nano"

@@ -106,6 +106,11 @@ class RunPanel:
         self.note.value = paragraph(text, "tnb-error" if alert else "tnb-note") if text else ""
         visible(self.note, bool(text))
 
+    def say_done(self) -> None:
+        """Drop the note on an action whose clip is finished. A warning stays."""
+        if "tnb-error" not in self.note.value:
+            self.say("")
+
     def show_error(self, error: TurboNbError) -> None:
         """Show why no job was added."""
         self.outlook.value = ""  # because a screen reader reads out only what is new

@@ -167,6 +167,7 @@ class Generator:
             if change.clip and not change.running:
                 self.result.show(change.clip)
                 self.clips.add(change.clip)
+                self.run.say_done()
             if change.state in ("finished", "failed"):
                 self.run.update()
         if self.runner.busy:
