@@ -35,6 +35,7 @@ from .manifest import JobRecord, as_output_error, held, wait_for_workers, worker
 
 log = logging.getLogger("turbo_nb")
 MAX_TRIES = 2  # actors that one job may kill
+MAX_LOADS = 5  # actors that may die one after the other while they load, if there are few
 LOST_NODES = 3  # lost nodes that count as one killed actor, because most jobs on a lost node are innocent
 NODE_DIED = "its node has died"  # Ray's words for an actor whose node it could not know before
 POLL = 2  # seconds after which the driver looks for new GPUs
@@ -241,7 +242,7 @@ class Actors:
                     weight = 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
                     if task is None:
                         failures += weight
-                        if failures >= MAX_TRIES * LOST_NODES * self.actors:
+                        if failures >= LOST_NODES * max(MAX_LOADS, MAX_TRIES * self.actors):
                             raise TurboNbError(
                                 f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a "
                                 "smaller memory plan."
