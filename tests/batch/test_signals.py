@@ -111,6 +111,7 @@ def test_a_signal_ends_all_processes_and_loses_nothing(batch, monkeypatch, name,
     assert len(batch.left()) == 2  # both ffmpegs are at work
     group = {one for one in batch.processes() if os.getpgid(one) == process.pid} - {process.pid}
     assert group and not {*actors} & group  # the terminal's signals do not reach actors, and Ray's servers block them
+    assert {os.getpriority(os.PRIO_PROCESS, one) for one in (process.pid, *actors)} == {os.nice(0)}
     assert all(blocked(one) >= {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT} for one in group)
     send = os.killpg if to_all else os.kill
     send(process.pid, getattr(signal, name))

@@ -52,8 +52,9 @@ def connected(address: str | None, **options: Any) -> Iterator[Any]:
     A connection that this process already has is used, and stays. Raises TurboNbError where Ray cannot start, or no
     cluster answers.
     """
-    if address is None:  # under `uv run` Ray would else copy the project to its workers
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if address is None:
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # it copies the project to workers under `uv run`
+        os.environ.setdefault("RAY_worker_niceness", "0")  # because Ray's 15 lets any other program go before a clip
     import ray
 
     if ray.is_initialized():
