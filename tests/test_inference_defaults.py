@@ -57,7 +57,7 @@ def arguments(command):
 def asked(monkeypatch):
     """What a command line asks of the package"""
     calls = []
-    monkeypatch.setattr(cli, "_make", lambda clip, load, run, timing: calls.append((clip, load, run)))
+    monkeypatch.setattr(cli, "_make", lambda clip, load, run, *_: calls.append((clip, load, run)))
 
     def ask(command, line):
         result = CliRunner().invoke(cli.app, [command, *line])
