@@ -436,6 +436,27 @@ def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
     assert fields["boundary"].widget.disabled and generator.form.request.clip.boundary is None
 
 
+def test_a_late_update_of_another_thread_does_not_hide_an_error(generator, monkeypatch):
+    """The thread that reads a tokenizer updates the page with the model that was chosen when it began"""
+    choices, begun = generator.runner.choices, threading.Event()
+    outlook = choices.outlook
+
+    def slow(*arguments):
+        monkeypatch.setattr(choices, "outlook", outlook)
+        made = outlook(*arguments)
+        begun.set()
+        time.sleep(0.3)
+        return made
+
+    monkeypatch.setattr(choices, "outlook", slow)
+    thread = threading.Thread(target=generator.run.update)
+    thread.start()
+    begun.wait(30)
+    fill(generator, num_frames=6)
+    thread.join()
+    assert "Frames is 6" in generator.run.outlook.value and generator.run.generate.disabled
+
+
 def test_sagesla_is_offered_where_it_runs(generator):
     field = generator.form.fields["attention_type"]
     offered = [value for _, value in field.widget.options]

@@ -38,6 +38,7 @@ class RunPanel:
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
         self._runner, self._form = runner, form
         self._outlook: Outlook | None = None
+        self._updating = threading.RLock()
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
         self._noted: dict[str, Job] = {}  # notes on what a model is not trained for, by the first job with them
@@ -78,6 +79,10 @@ class RunPanel:
         Args:
             prompt_only: only the prompt has changed, which changes neither size nor time.
         """
+        with self._updating:  # because the thread that reads a tokenizer updates, too
+            self._update(prompt_only)
+
+    def _update(self, prompt_only: bool) -> None:
         form = self._form
         if form.lacks_size:  # a step on the way, and not a fault
             self.generate.disabled, self._outlook = True, None
