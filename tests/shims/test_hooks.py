@@ -232,3 +232,9 @@ def test_a_fitting_checkpoint_gives_no_warning(model):
         result = model.load_state_dict(STATE | PROJECTION, assign=True)
         assert not result.missing_keys and not result.unexpected_keys
         model.load_state_dict({}, strict=False)  # whoever asks for it gets torch's own tolerance
+
+
+def test_afterwards_torch_finds_the_module_of_cuda_again():
+    with shims.cuda_on_cpu():
+        torch.get_device_module("cuda")
+    assert torch.get_device_module("cuda") is torch.cuda

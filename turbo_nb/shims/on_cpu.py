@@ -63,5 +63,11 @@ def cuda_on_cpu() -> Iterator[None]:
 
     cuda = replaced(torch.cuda, current_device=lambda: 0, synchronize=lambda device=None: None)
     functions = replaced(torch, load=load_on_cpu, Generator=_Generator, autocast=_Autocast)
-    with cuda, functions, replaced(torch.amp, autocast=_Autocast), _CudaToCpu():
-        yield
+    # torch remembers the module of a device by its name
+    forget = getattr(torch.get_device_module, "cache_clear", lambda: None)
+    try:
+        with cuda, functions, replaced(torch.amp, autocast=_Autocast), _CudaToCpu():
+            forget()
+            yield
+    finally:
+        forget()
