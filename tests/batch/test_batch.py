@@ -472,7 +472,7 @@ def test_only_what_is_missing_is_made_again(nano, made, tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"id": "abc', b'{"id": "abc", "status": "done"}', b"\0\0\0\n", b"[]\n", b"\n"])
-def test_a_torn_line_is_ignored_and_mended(nano, made, tmp_path, torn):
+def test_a_torn_line_is_ignored_and_removed(nano, made, tmp_path, torn):
     records = run(nano, tmp_path).records
     path = tmp_path / manifest.MANIFEST
     whole = path.read_bytes()

@@ -125,7 +125,7 @@ class Manifest(Mapping[str, JobRecord]):
         self.path = folder / MANIFEST
         self._begins = {record.id: begin for begin, record in _rows(self.path, JobRecord)}
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Remove torn lines, which a full disk or a power cut leaves, from the file, which is made."""
         self.path.open("ab").close()  # raises before the work where `append` would raise after it
         if any(data is None for _, _, data in _lines(self.path)):

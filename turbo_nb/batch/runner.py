@@ -152,7 +152,7 @@ def _opened(folder: Path) -> Manifest:
     with as_output_error(folder):
         sweep(folder)
         manifest = Manifest(folder)
-        manifest.mend()
+        manifest.repair()
         return manifest
 
 
