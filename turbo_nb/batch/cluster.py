@@ -144,7 +144,6 @@ class Actors:
     Args:
         workers: number of actors. None: one for each GPU that the cluster has or gets; one a node without GPUs.
         address: of a cluster. None: Ray runs on this machine for the time of `make`.
-        gpus: of one actor, all on one node.
     """
 
     model: ResolvedModel | FoundModel
@@ -154,7 +153,6 @@ class Actors:
     on_progress: Callable | None = None
     on_running: Callable[[int], None] = lambda count: None
     pictures: images.Pictures | None = None
-    gpus: int = 1
     machines: int = 1
     actors: int = 1
     _sent: dict[str, Sent] = field(default_factory=dict)
@@ -210,13 +208,13 @@ class Actors:
     def _room(self, ray: Any, uses_gpu: bool) -> int:
         """Return how many actors the cluster has room for now"""
         if uses_gpu:
-            return int(ray.cluster_resources().get("GPU", 0)) // self.gpus
+            return int(ray.cluster_resources().get("GPU", 0))
         return sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
 
     def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: "Order") -> Iterator[JobRecord]:
         uses_gpu = order.options.device != "cpu"
         hired = ray.remote(TurboNbActor).options(
-            num_gpus=self.gpus if uses_gpu else 0,
+            num_gpus=int(uses_gpu),
             num_cpus=0 if uses_gpu else 1,
             scheduling_strategy="DEFAULT" if uses_gpu else "SPREAD",
             max_restarts=0,  # a new actor takes the place of a dead one, because calls to one that restarts fail
