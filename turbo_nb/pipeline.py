@@ -5,7 +5,6 @@ attribute of ours is `pipeline.turbo_nb`, a `LoadedModel`. Importing this module
 imported with the first model.
 """
 
-import gc
 import logging
 import threading
 import time
@@ -115,7 +114,6 @@ class LoadedModel:
         self.pipeline.maybe_free_model_hooks()
         if self.graphs:
             self.graphs.release()
-        gc.collect()
         probe.release_memory()
         self.plan = plan
         self.prompt_encoder.place(plan.text_encoder, plan.device)

@@ -1,6 +1,5 @@
 """Choices of model: what each means on this machine, which one is in memory, and what a clip of it will take."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,7 +120,6 @@ class Choices:
         """
         options, device = resolved.options, resolved.device
         self.model = self._loaded = None
-        gc.collect()
         probe.release_memory()
         free = self._before = _Free(_with_index(device), probe.free_memory(device), probe.free_memory("cpu"))
         resolved = replace(

@@ -1,6 +1,5 @@
 """Prompts become embeddings: encoded by umT5, or found in memory or on disk."""
 
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,5 +127,4 @@ class PromptEncoder:
                 self._on_cpu = pipeline.text_encoder
             if self._mode != "resident":
                 pipeline.text_encoder = None
-                gc.collect()  # frees the encoder in the mode "freed"
-                release_memory()
+                release_memory()  # frees the encoder in the mode "freed"
