@@ -212,6 +212,7 @@ class Actors:
         return sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
 
     def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: "Order") -> Iterator[JobRecord]:
+        """Yield the records of all tasks; `crew` has the actors at work, by the call that each one answers next"""
         uses_gpu = order.options.device != "cpu"
         hired = ray.remote(TurboNbActor).options(
             num_gpus=int(uses_gpu),
@@ -220,7 +221,7 @@ class Actors:
             max_restarts=0,  # a new actor takes the place of a dead one, because calls to one that restarts fail
             max_task_retries=0,
         )
-        left, again, deaths, shown, failures = work.count, deque(), Counter(), set(), 0
+        left, again, shown, deaths = work.count, deque(), set(), Counter()
         while left:
             # one more actor waits for a GPU, so that a cluster that can grow does
             room = min(left, self.workers or self._room(ray, uses_gpu) + uses_gpu)
@@ -236,23 +237,11 @@ class Actors:
                     raise TurboNbError(f"an actor raised {_reason(error)}") from error
                 except ray.exceptions.RayError as error:
                     _kill([member])
-                    task = member.task
-                    alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
-                    weight = 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
-                    if task is None:
-                        failures += weight
-                        if failures >= LOST_NODES * max(MAX_LOADS, MAX_TRIES * self.actors):
-                            raise TurboNbError(
-                                f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a "
-                                "smaller memory plan."
-                            ) from error
-                        continue
-                    deaths[task.id] += weight
-                    if deaths[task.id] < MAX_TRIES * LOST_NODES:
-                        again.append(task)
-                    else:
-                        error = f"the actor ended over it, {MAX_TRIES} times ({_reason(error)})"
-                        records.append(task.record("failed", error=error))
+                    if self._is_hopeless(ray, member, error, deaths):
+                        words = f"the actor ended over it, {MAX_TRIES} times ({_reason(error)})"
+                        records.append(member.task.record("failed", error=words))
+                    elif member.task:
+                        again.append(member.task)
                     continue
                 for message in [one for one in reply.warnings if one not in shown]:
                     shown.add(message)
@@ -260,7 +249,7 @@ class Actors:
                 if isinstance(reply.value, TurboNbError):
                     raise reply.value
                 if member.task is None:
-                    member.node, failures = reply.value, 0
+                    member.node, deaths[None] = reply.value, 0
                 else:
                     if reply.data is not None:
                         with as_output_error(member.task.path):
@@ -275,6 +264,23 @@ class Actors:
             self.on_running(sum(one.task is not None for one in crew.values()))
             left -= len(records)
             yield from records
+
+    def _is_hopeless(self, ray: Any, member: _Member, error: Exception, deaths: Counter) -> bool:
+        """Count an actor that died, by its task's id, or None while it loaded; return whether its task has failed.
+
+        Raises TurboNbError where too many died while they loaded.
+        """
+        alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
+        name = member.task and member.task.id
+        deaths[name] += 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
+        if member.task:
+            return deaths[name] >= MAX_TRIES * LOST_NODES
+        if deaths[name] >= LOST_NODES * max(MAX_LOADS, MAX_TRIES * self.actors):
+            raise TurboNbError(
+                f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a smaller memory "
+                "plan."
+            ) from error
+        return False
 
     def _images(self, ray: Any, task: Task) -> dict[str, Sent]:
         """Return the files of a task's images by path, for nodes that do not have them"""
