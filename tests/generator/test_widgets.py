@@ -436,6 +436,25 @@ def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
     assert fields["boundary"].widget.disabled and generator.form.request.clip.boundary is None
 
 
+def test_the_tiny_decoder_is_offered_where_it_fits_and_counts_among_the_downloads(generator):
+    decoder = generator.form.fields["decoder"]
+    assert decoder.widget.disabled  # nano
+    fill(generator, model="TurboWan2.1-T2V-1.3B-480P")
+    assert not decoder.widget.disabled
+    card = generator.models
+    before = card._runner.choices.resolve(card._options).downloads
+    decoder.widget.value = "tiny"
+    assert generator.form.outline.clip.decoder == card._decoder == "tiny"
+    asked = []
+    card._runner.download = lambda options, name: asked.append((options.model, name))
+    card._on_download()
+    assert asked == [("TurboWan2.1-T2V-1.3B-480P", "tiny")]
+    wanted = card._runner.choices.resolve(card._options).decoding("tiny").downloads
+    assert wanted == (*before, catalog.TINY_DECODER)
+    fill(generator, model="nano")
+    assert decoder.widget.disabled and generator.form.outline.clip.decoder == "full"
+
+
 def test_a_late_update_of_another_thread_does_not_hide_an_error(generator, monkeypatch):
     """The thread that reads a tokenizer updates the page with the model that was chosen when it began"""
     choices, begun = generator.runner.choices, threading.Event()

@@ -216,6 +216,7 @@ class Form:
         self.fields["sla_topk"].enable(self.fields["attention_type"].widget.value != "original")
         self.fields["boundary"].enable(self.spec is None or self.spec.boundary is not None)
         self.fields["extend"].enable(self.spec is None or self.spec.task == "i2v")
+        self.fields["decoder"].enable(self.spec is None or self.spec.folder is None)  # nano's VAE is its own
         self.on_change()
 
     def show_model(self) -> None:

@@ -59,7 +59,7 @@ class ModelCard:
 
     @property
     def _decoder(self) -> str:
-        return self._form.fields["decoder"].value
+        return self._form.fields["decoder"].value or "full"
 
     def show_download(self) -> None:
         """Show the running or latest download; called every second while it runs."""
