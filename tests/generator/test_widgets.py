@@ -476,6 +476,27 @@ def test_a_late_update_of_another_thread_does_not_hide_an_error(generator, monke
     assert "Frames is 6" in generator.run.outlook.value and generator.run.generate.disabled
 
 
+def test_a_late_hint_of_another_thread_does_not_hide_that_of_the_present_prompt(generator, monkeypatch):
+    prompt, begun = generator.form.prompt, threading.Event()
+    advice = prompt._advice
+
+    def slow():
+        monkeypatch.setattr(prompt, "_advice", advice)
+        made = advice()
+        begun.set()
+        time.sleep(0.3)
+        return made
+
+    fill(generator, prompt="a large red circle")
+    monkeypatch.setattr(prompt, "_advice", slow)
+    thread = threading.Thread(target=prompt.show)
+    thread.start()
+    begun.wait(30)
+    fill(generator, prompt="a cat")
+    thread.join()
+    assert "only knows moving shapes" in prompt.hint.value
+
+
 def test_sagesla_is_offered_where_it_runs(generator):
     field = generator.form.fields["attention_type"]
     offered = [value for _, value in field.widget.options]

@@ -51,6 +51,7 @@ class PromptInput:
         self._spec: ModelSpec | None = None
         self._options = LoadOptions()
         self._tokenizer = None
+        self._showing = threading.RLock()  # because the thread that reads a tokenizer shows, too
         self.text = styled(
             w.Textarea,
             "Prompt",
@@ -75,7 +76,8 @@ class PromptInput:
 
     def show_model(self, spec: ModelSpec, options: LoadOptions) -> None:
         """Show what suits a model, and read its tokenizer in the background."""
-        self._spec, self._options, self._tokenizer = spec, options, None
+        with self._showing:
+            self._spec, self._options, self._tokenizer = spec, options, None
         self.rewriting.show_model(spec)
         examples = EXAMPLES["wan" if spec.vocabulary is None else "nano"]
         shown = [(text if len(text) < 80 else text[:78] + "…", text) for text in examples]
@@ -92,9 +94,10 @@ class PromptInput:
 
     def show(self) -> None:
         """Show what there is to say about the text."""
-        several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
-        self.lines.layout.display = None if several else "none"
-        self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
+        with self._showing:
+            several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
+            self.lines.layout.display = None if several else "none"
+            self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
         self._changed()
 
     def _advice(self) -> str:
@@ -124,9 +127,11 @@ class PromptInput:
             tokenizer = self._runner.choices.tokenizer(options)
         except TurboNbError:  # the run itself will report it
             return
-        if tokenizer is not None and spec is self._spec:
+        with self._showing:
+            if tokenizer is None or spec is not self._spec:
+                return
             self._tokenizer = tokenizer
-            self.show()
+        self.show()
 
     def _on_example(self, change) -> None:
         if change["new"]:
