@@ -25,6 +25,7 @@ from turbo_nb.ops.norms import triton_norms
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float16)  # the interpreter's bf16 dot is wrong
 ROUNDING = 4e-3 if CUDA else 6e-4
+on_hopper = pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
 LENGTHS = [63, 700, 1000, 32760] if CUDA else [63, 300]
 
 
@@ -119,7 +120,7 @@ def test_int8_blocks_are_exact(length):
     assert torch.equal(scale.cpu(), expected_scale)
 
 
-@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@on_hopper
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_gluon_kernel_is_the_triton_one(length, monkeypatch):
     q, k, v = (x.repeat(2, 1, 1, 1) for x in smooth(1, length, 3, 128))
@@ -296,7 +297,7 @@ def test_tile_linear(shape):
     assert_close(str(shape), triton_tiles.tile_product(*args), linear8_reference.tile_product(*args))
 
 
-@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="Gluon kernel of sm_90")
+@on_hopper
 @pytest.mark.parametrize("shape", [(63, 128, 72), (700, 1536, 1536), (9000, 144, 1096), (32760, 1536, 8960)], ids=str)
 def test_the_gluon_product_is_the_triton_one(shape):
     from turbo_nb.ops.linear8 import hopper_rows
@@ -334,6 +335,38 @@ def test_rimmed_conv(channels, columns, taps, split):
         exact = conv_reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
         out = triton_conv.rimmed_conv(*args)
         assert_close("conv", out, exact)
+        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+def test_normed_conv():
+    x, (weight, bias), gamma = rimmed(2, 3, 5, 11, 32), weights(96, 32, 3, 3, 3), random(96, 1, 1, 1)
+    args = x, weight, bias, gamma, rimmed(2, 2, 5, 11, 96)
+    exact = conv_reference.normed_conv(*(t.float() for t in args)).to(DTYPE)
+    assert_close("norm", triton_conv.normed_conv(*args), exact)
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("channels", "columns", "size"),
+    [(96, 96, (1, 30, 50)), (96, 192, (3, 17, 35)), (192, 384, (2, 15, 26)), (32, 96, (5, 8, 48)), (64, 192, (1, 1, 1)),
+     (96, 96, (4, 61, 97))],
+    ids=str,
+)  # fmt: skip
+def test_the_gluon_convolution_is_the_triton_one(channels, columns, size):
+    from turbo_nb.ops.conv import hopper_conv
+
+    frames, *picture = size
+    x, (weight, bias) = rimmed(2, frames + 2, *picture, channels), weights(columns, channels, 3, 3, 3)
+    residual, gamma = rimmed(2, frames, *picture, columns), random(columns, 1, 1, 1)
+    before = rimmed(2, 2, *picture, columns)
+    for _ in range(3):  # a race would show now and then
+        for args in ((x, weight, bias), (x, weight, bias, residual)):
+            out = hopper_conv.rimmed_conv(*args)
+            assert_close("conv", out, triton_conv.rimmed_conv(*args))
+            assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+        args = x, weight, bias, gamma, before
+        out = hopper_conv.normed_conv(*args)
+        assert_close("norm", out, conv_reference.normed_conv(*(t.float() for t in args)).to(DTYPE))
         assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
 
 

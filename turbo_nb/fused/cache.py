@@ -66,10 +66,11 @@ class CausalCache:
         self.at += 1
         return True
 
-    def before(self, x: Tensor) -> Tensor:
-        """Return the frames before x (B, T, H, W, C) at the next convolution: (B, 2, H, W, C)."""
+    def before(self, x: Tensor, channels: int | None = None) -> Tensor:
+        """Return the two frames before x (B, T, H, W, C) at the next convolution, where x may get other channels."""
         known = self.slots[self.at]
-        return known if isinstance(known, Tensor) else x.new_zeros(x.shape[0], 2, *x.shape[2:])
+        shape = x.shape[0], 2, *x.shape[2:4], channels or x.shape[4]
+        return known if isinstance(known, Tensor) else x.new_zeros(shape)
 
     def keep(self, x: Tensor) -> Tensor:
         """Keep the last two frames of a convolution's input x, and return x."""

@@ -201,10 +201,12 @@ def _norm(norm: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
 
 def _residual(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute `WanResidualBlock`."""
-    y = _conv(block.conv1, _norm(block.norm1, x, past))
+    y, conv = _norm(block.norm1, x, past), block.conv1
+    convolve = backends.function("normed_conv", y)
+    y = past.keep(convolve(y, conv.weight, conv.bias, block.norm2.gamma, past.before(y, conv.out_channels)))
     if isinstance(block.conv_shortcut, nn.Conv3d):
         x = _conv(block.conv_shortcut, x)
-    return _conv(block.conv2, _norm(block.norm2, y, past), x)
+    return _conv(block.conv2, y, x)
 
 
 def _middle(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:

@@ -203,8 +203,12 @@ IMPLEMENTATIONS = [
     _reference("cross_attention", "attention.reference:cross_attention"),
     _triton("rms_norm_silu", "conv.triton_conv:rms_norm_silu"),
     _reference("rms_norm_silu", "conv.reference:rms_norm_silu"),
+    _gluon("rimmed_conv", "conv.hopper_conv:rimmed_conv", takes=_channels),
     _triton("rimmed_conv", "conv.triton_conv:rimmed_conv", takes=_channels),
     _reference("rimmed_conv", "conv.reference:rimmed_conv"),
+    _gluon("normed_conv", "conv.hopper_conv:normed_conv", takes=_channels),
+    _triton("normed_conv", "conv.triton_conv:normed_conv", takes=_channels),
+    _reference("normed_conv", "conv.reference:normed_conv"),
     _triton("upsample_conv", "conv.triton_conv:upsample_conv", takes=_channels),
     _reference("upsample_conv", "conv.reference:upsample_conv"),
 ]  # fmt: skip
@@ -215,7 +219,7 @@ VARIABLES = {
     "TURBO_NB_ATTENTION": ("sla", "sagesla", "original"),
     "TURBO_NB_LINEAR": ("linear", "row_quantize", "tile_quantize", "tile_product"),
     "TURBO_NB_BLOCK": ("gated_norm", "norm_rope", "cross_attention"),
-    "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "upsample_conv"),
+    "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "normed_conv", "upsample_conv"),
 }
 
 

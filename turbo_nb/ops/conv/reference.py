@@ -48,6 +48,15 @@ def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
     return out if residual is None else out + residual
 
 
+def normed_conv(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, before: Tensor) -> Tensor:
+    """Convolve a clip, apply `rms_norm_silu` to the result, and prepend the normed frames `before`.
+
+    Returns:
+        (B, t + T, H + 2, W + 2, N) with a rim of zeros.
+    """
+    return rms_norm_silu(rimmed_conv(x, weight, bias), gamma, before)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Double the pictures' sides by repeating pixels, then convolve.
 

@@ -62,6 +62,27 @@ def rms_norm_silu(x: Tensor, gamma: Tensor, before: Tensor | None = None, silu: 
 
 
 @triton.jit
+def _clear_rim(x, height, width, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write zeros to the rim of one frame; height and width are those with the rim."""
+    at, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None]
+    side = at - 2 * width  # beyond the upper and the lower line
+    row = tl.where(side < 0, at // width * (height - 1), side // 2 + 1)
+    across = tl.where(side < 0, at % width, side % 2 * (width - 1))
+    pixel = (tl.program_id(1).to(tl.int64) * height + row) * width + across
+    mask = (at < 2 * (width + height) - 4) & (column < C)
+    tl.store(x + pixel * C + column, tl.zeros((ROWS, BLOCK), x.dtype.element_ty), mask=mask)
+
+
+def clear_rim(x: Tensor) -> None:
+    """Write zeros to the rim of a clip (B, T, H + 2, W + 2, C), in place."""
+    batch, time, height, width, channels = x.shape
+    block = triton.next_power_of_2(channels)
+    rows = max(1, NORM_ELEMENTS // block)
+    grid = triton.cdiv(2 * (height + width) - 4, rows), batch * time
+    launch(_clear_rim, grid, x, height, width, C=channels, ROWS=rows, BLOCK=block)
+
+
+@triton.jit
 def _store(
     value, bias, residual, out, columns, row, rows, frame, inside, valid,
     N: tl.constexpr, SPLIT: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -151,6 +172,11 @@ def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     return _launch(x.contiguous(), matrix, bias, residual, out, TAPS_T=taps_t, TAPS=taps, UP=False, SPLIT=split)
+
+
+def normed_conv(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, before: Tensor) -> Tensor:
+    """Compute `reference.normed_conv`."""
+    return rms_norm_silu(rimmed_conv(x, weight, bias), gamma, before)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
