@@ -209,6 +209,7 @@ IMPLEMENTATIONS = [
     _gluon("normed_conv", "conv.hopper_conv:normed_conv", takes=_channels),
     _triton("normed_conv", "conv.triton_conv:normed_conv", takes=_channels),
     _reference("normed_conv", "conv.reference:normed_conv"),
+    _gluon("upsample_conv", "conv.hopper_conv:upsample_conv", takes=_channels),
     _triton("upsample_conv", "conv.triton_conv:upsample_conv", takes=_channels),
     _reference("upsample_conv", "conv.reference:upsample_conv"),
 ]  # fmt: skip

@@ -1,26 +1,27 @@
-"""The 3×3×3 convolution of Wan's VAE for Hopper, in Gluon: `triton_conv.rimmed_conv` with less traffic from L2.
+"""The convolutions of Wan's VAE for Hopper, in Gluon: those of `triton_conv` with less traffic from L2.
 
-One program per multiprocessor. It computes tile after tile. A tile is 8 rows of a picture by 16 columns for each
-consumer, and one or two products of output channels:
+One program per multiprocessor. It computes tile after tile. A tile is 8 rows by 32 columns of a picture,
+with all or some of the output channels:
 
-    last warp: producer, `_fetch`                 4 warps each: consumers, `_multiply`, 8 × 16 pixels each
+    warp 8: producer, `_fetch`                    warps 0-3 and 4-7: consumers, `_multiply`, 8 × 16 pixels each
     ─────────────────────────────                 ──────────────────────────────────────────────────────────
-    for each frame t, row y of the 3×3×3 kernel   for each of these steps:
-    and each DEPTH of the channels:                 for each column x of the kernel:
+    for each frame and each row of the taps,      for each of these steps:
+    and each DEPTH of the channels:                 for each column x of the taps:
       a: pixels of the tile and 2 columns ─ TMA ►     sums (128, N) += a[x : x + 16] · bᵀ[x]
-      b: weights of the 3 columns         ─ TMA ►   add bias and residual, round                 ─ TMA ► out
+      b: weights of the 3 columns         ─ TMA ►   bias, residual or norm and SiLU, round       ─ TMA ► out
 
 The pixels of a tile lie in shared memory column by column, 8 pixels each. A swizzled buffer repeats every 8 rows. The
-tile that is one column further right is therefore the same buffer from another address on. The three columns of the
-kernel read the same bytes, which come from L2 once in place of three times. L2 limited the kernel before.
+tile that is one column further right is therefore the same buffer from another address on. The columns of the
+taps read the same bytes, which come from L2 once. L2 limits the kernels of `triton_conv`.
 
     barrier          who waits        who arrives
     ready[stage]     consumers        the copy engine, when all bytes of a and b are there (count 1)
-    free[stage]      producer         each consumer after its products (count GROUPS)
+    free[stage]      producer         each consumer after its products (count 2)
     added[group]     a consumer       the copy engine, when its part of the residual is there (count 1)
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,15 +40,15 @@ from . import triton_conv
 
 HIGH = gl.constexpr(8)  # rows of a picture in a tile: the rows after which a swizzled buffer repeats
 WIDE = gl.constexpr(16)  # columns of a consumer
-MORE = gl.constexpr(2)  # columns that the kernel reads beyond
-TAPS = gl.constexpr(3)
+GROUPS = gl.constexpr(2)  # consumers
 DEPTH = 32  # channels of a step
-# Output channels → columns of the two products, consumers, stages, columns stored at a time
-TILES = {96: (64, 32, 3, 4, 32), 192: (128, 64, 2, 3, 64), 384: (128, 64, 2, 3, 64)}
+# Output channels → columns of the two products, stages, columns stored at a time
+TILES = {16: (16, 0, 4, 16), 96: (64, 32, 4, 32), 192: (128, 64, 3, 64)}
+FEW = 16  # output channels that fewer ones are filled up to
 
 
 @gluon.jit
-def _place(tile, size, GROUPS: gl.constexpr, COLUMNS: gl.constexpr):
+def _place(tile, size, COLUMNS: gl.constexpr):
     """Return the frame, the first column and row, and the first output channel of a tile.
 
     The tiles of one place follow each other, frame by frame, because the next two frames read its pixels again.
@@ -61,7 +62,7 @@ def _place(tile, size, GROUPS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _count(size, GROUPS: gl.constexpr, COLUMNS: gl.constexpr):
+def _count(size, COLUMNS: gl.constexpr):
     frames, width, height, channels = size
     return frames * gl.cdiv(channels, COLUMNS) * gl.cdiv(width, GROUPS * WIDE) * gl.cdiv(height, HIGH)
 
@@ -74,17 +75,22 @@ def _view(buffer, index, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, edge, weight, weight_2, size, buffers, barriers, C: gl.constexpr, GROUPS: gl.constexpr,
-           STAGES: gl.constexpr, BN: gl.constexpr, BN_2: gl.constexpr):  # fmt: skip
+def _fetch(
+    x, edge, weight, weight_2, size, buffers, barriers,
+    C: gl.constexpr, TAPS_T: gl.constexpr, TAPS: gl.constexpr, BN_2: gl.constexpr,
+):  # fmt: skip
     a_buffer, b_buffer, b2_buffer, _ = buffers
     ready, free, _ = barriers
     DEPTH: gl.constexpr = a_buffer.shape[2]
+    BN: gl.constexpr = b_buffer.shape[1]
+    STAGES: gl.constexpr = b_buffer.shape[0] // TAPS
+    MORE: gl.constexpr = TAPS - 1
     COLS: gl.constexpr = GROUPS * WIDE + MORE
     PARTS: gl.constexpr = C // DEPTH
     BYTES: gl.constexpr = (COLS * HIGH + TAPS * (BN + BN_2)) * DEPTH * 2
-    steps: gl.constexpr = TAPS * TAPS * PARTS
-    for done in range(own_tiles(_count(size, GROUPS, BN + BN_2))):
-        time, left, top, channel = _place(gl.program_id(0) + done * gl.num_programs(0), size, GROUPS, BN + BN_2)
+    steps: gl.constexpr = TAPS_T * TAPS * PARTS
+    for done in range(own_tiles(_count(size, BN + BN_2))):
+        time, left, top, channel = _place(gl.program_id(0) + done * gl.num_programs(0), size, BN + BN_2)
         for k in range(steps):
             at = done * steps + k
             stage = at % STAGES
@@ -161,22 +167,26 @@ def _finish(value, group, use, place, lead, factor, vectors, residual, out, buff
 
 
 @gluon.jit
-def _multiply(group, result, size, buffers, barriers, C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-              BN: gl.constexpr, BN_2: gl.constexpr, RESIDUAL: gl.constexpr):  # fmt: skip
+def _multiply(
+    group, result, size, buffers, barriers,
+    C: gl.constexpr, TAPS_T: gl.constexpr, TAPS: gl.constexpr, BN_2: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
     vectors, residual, out, lead, scale = result
     a_buffer, b_buffer, b2_buffer, out_buffer = buffers
     ready, free, added = barriers
     DEPTH: gl.constexpr = a_buffer.shape[2]
+    BN: gl.constexpr = b_buffer.shape[1]
+    STAGES: gl.constexpr = b_buffer.shape[0] // TAPS
     PART: gl.constexpr = out_buffer.shape[4]
-    COLS: gl.constexpr = GROUPS * WIDE + MORE
+    COLS: gl.constexpr = GROUPS * WIDE + TAPS - 1
     ROWS: gl.constexpr = WIDE * HIGH
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     layout_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN_2 if BN_2 else 32, 16])
     row: gl.constexpr = gl.SliceLayout(1, layout)
-    steps: gl.constexpr = TAPS * TAPS * (C // DEPTH)
+    steps: gl.constexpr = TAPS_T * TAPS * (C // DEPTH)
     parts: gl.constexpr = (BN + BN_2) // PART
-    for done in range(own_tiles(_count(size, GROUPS, BN + BN_2))):
-        time, left, top, channel = _place(gl.program_id(0) + done * gl.num_programs(0), size, GROUPS, BN + BN_2)
+    for done in range(own_tiles(_count(size, BN + BN_2))):
+        time, left, top, channel = _place(gl.program_id(0) + done * gl.num_programs(0), size, BN + BN_2)
         left += group * WIDE
         total = gl.zeros([ROWS, BN], gl.float32, layout)
         total_2 = gl.zeros([ROWS, BN_2 if BN_2 else 32], gl.float32, layout_2)
@@ -197,18 +207,22 @@ def _multiply(group, result, size, buffers, barriers, C: gl.constexpr, GROUPS: g
                 total = warpgroup_mma_wait(0, deps=[total])
             mbarrier.arrive(free.index(stage))
         use = done * parts
-        first, second = _halves(total)
+        place = time, left, top, channel
         factor = gl.zeros([ROWS], gl.float32, row)
+        if parts > 1:
+            first, second = _halves(total)
         if vectors[1] is not None:
             factor = _add_squares(factor, first, vectors[0], 0)
             factor = _add_squares(factor, second, vectors[0], PART)
             if BN_2:
                 factor = _add_squares(factor, total_2, vectors[0], 2 * PART)
             factor = scale / gl.maximum(gl.sqrt(factor), 1e-12)
-        place = time, left, top, channel
-        _finish(first, group, use, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
-        place = time, left, top, channel + PART
-        _finish(second, group, use + 1, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
+        if parts == 1:
+            _finish(total, group, use, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
+        else:
+            _finish(first, group, use, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
+            place = time, left, top, channel + PART
+            _finish(second, group, use + 1, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
         if BN_2:
             place = time, left, top, channel + 2 * PART
             _finish(total_2, group, use + 2, place, lead, factor, vectors, residual, out, out_buffer, added, RESIDUAL)
@@ -218,12 +232,12 @@ def _multiply(group, result, size, buffers, barriers, C: gl.constexpr, GROUPS: g
 @gluon.jit
 def _conv(
     x, edge, weight, weight_2, bias, gamma, residual, out, lead, scale, frames, width, height,
-    N: gl.constexpr, C: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, BN: gl.constexpr,
-    BN_2: gl.constexpr, RESIDUAL: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, TAPS_T: gl.constexpr, TAPS: gl.constexpr, STAGES: gl.constexpr,
+    BN: gl.constexpr, BN_2: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     DEPTH: gl.constexpr = weight.block_shape[1]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HIGH, DEPTH], x.dtype)
-    a_buffer = gl.allocate_shared_memory(x.dtype, [STAGES * (GROUPS * WIDE + MORE), HIGH, DEPTH], layout)
+    a_buffer = gl.allocate_shared_memory(x.dtype, [STAGES * (GROUPS * WIDE + TAPS - 1), HIGH, DEPTH], layout)
     b_buffer = gl.allocate_shared_memory(x.dtype, [STAGES * TAPS, BN, DEPTH], weight.layout)
     b2_buffer = gl.allocate_shared_memory(x.dtype, [STAGES * TAPS, weight_2.block_shape[0], DEPTH], weight_2.layout)
     out_buffer = gl.allocate_shared_memory(out.dtype, [GROUPS, 1, WIDE, HIGH, out.block_shape[3]], out.layout)
@@ -232,83 +246,112 @@ def _conv(
     fence_async_shared()
     result, size = ((bias, gamma), residual, out, lead, scale), (frames, width, height, N)
     buffers, barriers = (a_buffer, b_buffer, b2_buffer, out_buffer), (ready, free, added)
-    if GROUPS == 3:
-        gl.warp_specialize(
-            [
-                (_multiply, (0, result, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2, RESIDUAL)),
-                (_multiply, (1, result, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2, RESIDUAL)),
-                (_multiply, (2, result, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2, RESIDUAL)),
-                (_fetch, (x, edge, weight, weight_2, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (0, result, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2, RESIDUAL)),
-                (_multiply, (1, result, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2, RESIDUAL)),
-                (_fetch, (x, edge, weight, weight_2, size, buffers, barriers, C, GROUPS, STAGES, BN, BN_2)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_multiply, (0, result, size, buffers, barriers, C, TAPS_T, TAPS, BN_2, RESIDUAL)),
+            (_multiply, (1, result, size, buffers, barriers, C, TAPS_T, TAPS, BN_2, RESIDUAL)),
+            (_fetch, (x, edge, weight, weight_2, size, buffers, barriers, C, TAPS_T, TAPS, BN_2)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
-def _takes(weight: Tensor) -> bool:
-    return weight.shape[2:] == (3, 3, 3) and weight.shape[0] in TILES and weight.shape[1] % DEPTH == 0
+def _takes(weight: Tensor, taps: tuple[int, ...] = (3, 3, 3)) -> bool:
+    columns = max(FEW, weight.shape[0])
+    return weight.shape[2:] == taps and columns in TILES and weight.shape[1] % DEPTH == 0
 
 
 def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:
-    """Compute `reference.rimmed_conv`; copies a weight unless it is channels last."""
-    if not _takes(weight):
+    """Compute `reference.rimmed_conv`; copies a weight unless it is channels last.
+
+    Returns:
+        The clip; fewer than 16 channels are a view of 16.
+    """
+    few = weight.shape[0] < FEW
+    if not _takes(weight) or (few and residual is not None):
         return triton_conv.rimmed_conv(x, weight, bias, residual, split)
-    shape = x.shape[0], x.shape[1] - 2, *x.shape[2:4], weight.shape[0]
+    x, columns, taps = aligned(x), weight.shape[0], weight.shape[2:4]
+    residual = None if residual is None else aligned(residual)
+    matrix = weight.permute(0, 2, 3, 4, 1).reshape(columns, -1)
+    if few:
+        matrix, bias = F.pad(matrix, (0, 0, 0, FEW - columns)), F.pad(bias, (0, FEW - columns))
+    shape = x.shape[0], x.shape[1] - 2, *x.shape[2:4], len(matrix)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     triton_conv.clear_rim(out)
-    _launch(x, weight, bias, None, residual, out)
-    return out
+    _launch(x, matrix, taps, bias, None, residual, out[:, :, 1:-1, 1:-1])
+    return out[..., :columns]
 
 
 def normed_conv(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, before: Tensor) -> Tensor:
     """Compute `reference.normed_conv`, in one kernel where a program has all output channels of its pixels."""
     columns, lead = weight.shape[0], before.shape[1]
-    if not _takes(weight) or columns > sum(TILES[columns][:2]):
-        return triton_conv.rms_norm_silu(rimmed_conv(x, weight, bias), gamma, before)
-    shape = x.shape[0], lead + x.shape[1] - 2, *x.shape[2:4], columns
+    if not _takes(weight) or columns < FEW:
+        return triton_conv.normed_conv(x, weight, bias, gamma, before)
+    x, shape = aligned(x), (x.shape[0], lead + x.shape[1] - 2, *x.shape[2:4], columns)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     out[:, :lead] = before
     triton_conv.clear_rim(out)
-    _launch(x, weight, bias, gamma, None, out)
+    matrix = weight.permute(0, 2, 3, 4, 1).reshape(columns, -1)
+    _launch(x, matrix, weight.shape[2:4], bias, gamma, None, out[:, :, 1:-1, 1:-1])
+    return out
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `reference.upsample_conv` as `triton_conv` does, with a launch for each of the four new pixels."""
+    if not _takes(weight, (3, 3)) or weight.shape[0] < FEW:
+        return triton_conv.upsample_conv(x, weight, bias)
+    x, (batch, time, height, width, _) = aligned(x), x.shape
+    shape = batch, time, 2 * height - 2, 2 * width - 2, weight.shape[0]
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    triton_conv.clear_rim(out)
+    for phase, matrix in enumerate(triton_conv.phases(weight, x.dtype).chunk(4)):
+        down, across = phase // 2, phase % 2
+        pixels = out[:, :, 1 + down : -1 : 2, 1 + across : -1 : 2]
+        _launch(x[:, :, down:, across:], matrix, (1, 2), bias, None, None, pixels)
     return out
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, residual: Tensor | None, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    taps: tuple[int, int],
+    bias: Tensor,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Write the frames of `out` that the convolution computes, which are its last ones."""
-    _, frames, height, width, channels = x.shape
-    columns, lead = weight.shape[0], out.shape[1] - frames + 2
-    first, second, groups, stages, part = TILES[columns]
-    matrix = aligned(weight.permute(0, 2, 3, 4, 1).reshape(columns, -1))
+    """Convolve x and write the last frames of `out`.
+
+    Args:
+        x: the clip (B, T + taps[0] − 1, …, C) from the first pixel on that a tap reads.
+        weight: (N, taps · C), the taps in time, down and across.
+        taps: in time; down and across.
+        residual: with its rim.
+        out: the pixels that are written, (B, t + T, H, W, N).
+    """
+    (taps_t, taps), (frames, height, width, columns), channels = taps, out.shape[1:], x.shape[-1]
+    lead = frames - (x.shape[1] - taps_t + 1)
+    first, second, stages, part = TILES[columns]
+    matrix = aligned(weight)
     weights = [_descriptor(matrix, [n, DEPTH]) for n in (first, second or first)]
-    x, high, wide = aligned(x), HIGH.value, WIDE.value
-    added = out if residual is None else aligned(residual)
-    across, down = -(-(width - 2) // (groups * wide)), -(-(height - 2) // high)
-    tiles = (frames - 2) * across * down * -(-columns // (first + second))
+    high, wide, edge = HIGH.value, WIDE.value, taps - 1
+    across, down = -(-width // (GROUPS.value * wide)), -(-height // high)
+    added = out if residual is None else residual[:, :, 1:-1, 1:-1]
+    tiles = (frames - lead) * across * down * -(-columns // (first + second))
     for own, result, other in zip(x, out, added, strict=True):
-        inner, other = (_clip(one[:, 1:-1, 1:-1], [1, wide, high, part]) for one in (result, other))
         launch(
             _conv, (min(tiles, multiprocessors(x.device)),), _clip(own, [1, wide, high, DEPTH]),
-            _clip(own, [1, MORE.value, high, DEPTH]), *weights, bias.contiguous(),
-            None if gamma is None else gamma.contiguous(), other, inner, lead, columns**0.5, frames - 2, width - 2,
-            height - 2, N=columns, C=channels, GROUPS=groups, STAGES=stages, BN=first, BN_2=second,
+            _clip(own, [1, edge, high, DEPTH]), *weights, bias.contiguous(),
+            None if gamma is None else gamma.contiguous(), _clip(other, [1, wide, high, part]),
+            _clip(result, [1, wide, high, part]), lead, columns**0.5, frames - lead, width, height, N=columns,
+            C=channels, TAPS_T=taps_t, TAPS=taps, STAGES=stages, BN=first, BN_2=second,
             RESIDUAL=residual is not None, num_warps=4,
         )  # fmt: skip
 
 
 def _clip(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """Describe a clip (T, H, W, C) column by column."""
+    """Describe pixels (T, H, W, C) column by column."""
     return _descriptor(x.permute(0, 2, 1, 3), block)
 
 

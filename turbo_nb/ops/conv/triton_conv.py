@@ -179,17 +179,23 @@ def normed_conv(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, before: 
     return rms_norm_silu(rimmed_conv(x, weight, bias), gamma, before)
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute `reference.upsample_conv` as four convolutions of 2×2 taps, one for each of the four new pixels.
+def phases(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weights (N, C, 3, 3) of a convolution after doubling, for the small picture: (4 N, 4 C).
 
-    Two of a row's three taps read the same pixel of the small picture, so their weights are added up.
+    There are four convolutions of 2×2 taps, one for each of the four new pixels. Two of a row's three taps read the
+    same pixel of the small picture, so their weights are added up.
     """
-    batch, time, height, width, _ = x.shape
     a, b, c = weight.float().unbind(2)
     rows = torch.stack([torch.stack([a, b + c], 2), torch.stack([a + b, c], 2)])  # (2, N, C, 2, 3)
     a, b, c = rows.unbind(4)
     both = torch.stack([torch.stack([a, b + c], 4), torch.stack([a + b, c], 4)], 1)  # (2, 2, N, C, 2, 2)
-    matrix = both.permute(0, 1, 2, 4, 5, 3).reshape(4 * weight.shape[0], -1).to(x.dtype)
+    return both.permute(0, 1, 2, 4, 5, 3).reshape(4 * weight.shape[0], -1).to(dtype)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `reference.upsample_conv` as the four convolutions of `phases`."""
+    batch, time, height, width, _ = x.shape
     shape = batch, time, 2 * height - 2, 2 * width - 2, weight.shape[0]
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    matrix = phases(weight, x.dtype)
     return _launch(x.contiguous(), matrix, bias, None, out, TAPS_T=1, TAPS=2, UP=True, SPLIT=1)
