@@ -19,6 +19,7 @@ from .errors import InputError
 from .files import hub
 from .files.resolve import ResolvedModel, resolve
 from .machine import phases, probe
+from .machine.beside import Beside
 from .runtime.place import held_still, place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
@@ -225,7 +226,7 @@ def load_pipeline(
             of them are on disk.
         on_plan: called with the memory plan before anything is loaded. None: the plan is logged.
         on_progress: called as bytes of a download arrive.
-        on_compile: called as on_compile(done, total) while kernels are compiled.
+        on_compile: called as on_compile(done, total) while kernels are compiled, from a thread of its own.
 
     Returns:
         The pipeline; `pipeline.turbo_nb` is its `LoadedModel`.
@@ -278,17 +279,17 @@ def load(
     begin = time.perf_counter()
     phases.mark("download and plan")
     device = plan.device if plan.offload == "none" else "cpu"
-    pipeline, encoder = _modules(resolved, plan, prompts, device)
-    model = pipeline.turbo_nb = LoadedModel(
-        resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
-    )
-    phases.mark("make the pipeline")
-    encoder.place(plan.text_encoder, plan.device)
-    phases.mark("load the text encoder")
-    place(pipeline, plan)
-    phases.mark("place")
-    if plan.device != "cpu" and plan.offload == "none":
-        _warm_up(pipeline, plan.device, clip or (*resolved.spec.size, resolved.spec.num_frames), on_compile)
+    size = clip or (*resolved.spec.size, resolved.spec.num_frames)
+    with _Compiler(device, size, on_compile or (lambda done, total: None)) as compiler:
+        pipeline, encoder = _modules(resolved, plan, prompts, device, compiler)
+        model = pipeline.turbo_nb = LoadedModel(
+            resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
+        )
+        phases.mark("make the pipeline")
+        encoder.place(plan.text_encoder, plan.device)
+        phases.mark("load the text encoder")
+        place(pipeline, plan)
+        phases.mark("place")
     phases.mark("warm up")
     model._weights_at_load = model._fingerprint()
     phases.mark("fingerprint")
@@ -296,7 +297,7 @@ def load(
     return pipeline
 
 
-def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device: str) -> tuple:
+def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device: str, compiler: "_Compiler") -> tuple:
     """Load and fuse the modules; return the pipeline and its prompt encoder"""
     import torch
 
@@ -315,6 +316,10 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
         "scheduler": RCMScheduler(resolved.spec.sigma_max),
     }
     phases.mark("load the tokenizer")
+    parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
+    fused_vae.fuse(parts["vae"])
+    compiler.vae(parts["vae"])
+    phases.mark("load the VAE")
     experts = [
         checkpoint.load_transformer(
             contents,
@@ -331,12 +336,10 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     ]
     lora.require_changed(resolved.loras)
     phases.mark("load the transformer")
-    parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
-    phases.mark("load the VAE")
     if plan.device != "cpu":
         for expert in experts:
             fused_transformer.fuse(expert, plan.device)
-    fused_vae.fuse(parts["vae"])
+    compiler.transformer(experts[0])
     phases.mark("fuse")
     if resolved.spec.task == "i2v":
         pipeline = make(
@@ -356,16 +359,34 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     return pipeline, encoder
 
 
-def _warm_up(
-    pipeline: "WanPipeline", device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None] | None
-) -> None:
-    """Compile the kernels for a clip's size, and log it where that took long"""
-    import torch
+class _Compiler(Beside):
+    """Compiles the kernels of a clip's size beside the loading of the next part, and logs it where that took long.
 
-    from .runtime.warm_up import warm_up
+    device: "cpu" compiles nothing, because there are no kernels, or because the parts are not on the GPU yet.
+    """
 
-    begin = time.perf_counter()
-    with suppress(torch.OutOfMemoryError), current_device(device):  # the clip itself can fall back to the next plan
-        warm_up(pipeline, size, on_compile or (lambda done, total: None))
-    if (seconds := time.perf_counter() - begin) > WARM_UP_LOGGED:
-        log.info("compiled the kernels for this GPU in %.0f s; later starts find them", seconds)
+    def __init__(self, device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None]):
+        self._device, self._size, self._on_compile = device, size, on_compile
+
+    def vae(self, model: Any) -> None:
+        """Begin with the VAE's decoder."""
+        if self._device != "cpu":
+            from .runtime import warm_up
+
+            self.start(self._run, "VAE", warm_up.vae, model)
+
+    def transformer(self, model: Any) -> None:
+        """Begin with the transformer."""
+        if self._device != "cpu":
+            from .runtime import warm_up
+
+            self.start(self._run, "transformer", warm_up.transformer, model, self._on_compile)
+
+    def _run(self, name: str, compile_kernels: Callable, model: Any, *more: Any) -> None:
+        import torch
+
+        begin = time.perf_counter()
+        with suppress(torch.OutOfMemoryError), current_device(self._device):  # the clip itself falls back to a plan
+            compile_kernels(model, self._size, *more)
+        if (seconds := time.perf_counter() - begin) > WARM_UP_LOGGED:
+            log.info("compiled the %s's kernels for this GPU in %.0f s; later starts find them", name, seconds)

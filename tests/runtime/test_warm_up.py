@@ -85,11 +85,12 @@ def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
     monkeypatch.setattr(warm_up, "_async_mode", lambda: Mode)
     monkeypatch.setattr(warm_up, "_decode", lambda *_: inside.append(launch._compiling_only.get()))
     monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_, **more: None)
-    pipeline = SimpleNamespace(transformer=None, vae=None)
-    warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
-    assert inside == [True] and seen == [] and len(loaded) == 3
+    warm_up.vae(None, (832, 480, 81))
+    assert inside == [True] and len(loaded) == 3
+    warm_up.transformer(None, (832, 480, 81), lambda *counted: seen.append(counted))
+    assert seen == [] and len(loaded) == 6
     monkeypatch.setattr(warm_up, "QUIET", -1.0)
-    warm_up.warm_up(pipeline, (832, 480, 81), lambda *counted: seen.append(counted))
+    warm_up.transformer(None, (832, 480, 81), lambda *counted: seen.append(counted))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -97,7 +98,9 @@ def test_an_older_triton_compiles_one_after_the_other(monkeypatch):
     ran = []
     monkeypatch.setattr(warm_up, "_async_mode", lambda: None)
     monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda transformer, size: ran.append(size))
-    warm_up.warm_up(SimpleNamespace(transformer=None), (832, 480, 81))
+    monkeypatch.setattr(warm_up, "_decode", lambda *_: pytest.fail("the VAE compiles with its first clip"))
+    warm_up.transformer(None, (832, 480, 81))
+    warm_up.vae(None, (832, 480, 81))
     assert ran == [(21, 60, 104)]
 
 

@@ -3,14 +3,16 @@
 A block of the transformer and the VAE run once with launches that only compile (`ops.launch.compiling_only`). They have
 the clip's shapes and alignments, because kernels are specialised for these. Triton's AsyncCompileMode hands each
 compilation to a thread. Most of the work is in LLVM, ptxas and the C compiler, which run beside Python. Triton keeps
-what it compiles on disk.
+what it compiles on disk. `vae` runs beside the loading of the transformer, and `transformer` beside that of the text
+encoder.
 """
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,40 +20,54 @@ from ..fused import transformer as fused_transformer
 from ..fused import vae as fused_vae
 from ..ops.launch import compiling_only
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
 QUIET = 1.0  # seconds of compilation before progress is reported, because kernels on disk take less
 THREADS = min(32, os.cpu_count() or 1)  # about 40 kernels are compiled
 
 
-def warm_up(
-    pipeline: "DiffusionPipeline",
+def transformer(
+    model: torch.nn.Module,
     size: tuple[int, int, int],
     on_compile: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Compile the kernels of a clip for the current GPU.
+    """Compile a transformer's kernels for the current GPU.
 
     Args:
-        pipeline: its transformer and VAE are fused, and on the GPU.
+        model: fused, and on the GPU.
         size: width, height and frames of the clip.
         on_compile: called as on_compile(done, total) when a kernel is compiled, once this takes a second.
 
     Raises:
         OutOfMemoryError: the clip's tensors do not fit.
     """
+    with _compiling(on_compile) as together:
+        fused_transformer.warm_up(model, _latents(size))
+        if together:
+            fused_transformer.warm_up(model, _latents(size), recorded=True)
+
+
+def vae(model: torch.nn.Module, size: tuple[int, int, int]) -> None:
+    """Compile the kernels of a VAE's decoder for the current GPU; arguments and errors as those of `transformer`."""
+    with _compiling(lambda done, total: None) as together:
+        if together:
+            _decode(model, _latents(size))
+
+
+def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
     width, height, frames = size
-    latents = 1 + (frames - 1) // 4, height // 8, width // 8
+    return 1 + (frames - 1) // 4, height // 8, width // 8
+
+
+@contextmanager
+def _compiling(on_compile: Callable[[int, int], None]) -> Iterator[bool]:
+    """Let the launches inside only compile, all at the same time. Gives False for a Triton that cannot."""
     mode = _async_mode()
     if mode is None:
-        fused_transformer.warm_up(pipeline.transformer, latents)
+        yield False
         return
     # a kernel that fails to compile raises when it is launched
     with _Loading(THREADS) as executor, mode(executor, ignore_errors=True) as compilations:
         with compiling_only():
-            fused_transformer.warm_up(pipeline.transformer, latents)
-            fused_transformer.warm_up(pipeline.transformer, latents, recorded=True)
-            _decode(pipeline.vae, latents)
+            yield True
         begin, futures = time.perf_counter(), list(compilations.raw_futures)
         for done, _ in enumerate(as_completed(futures), 1):
             if time.perf_counter() - begin > QUIET:

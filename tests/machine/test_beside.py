@@ -1,0 +1,43 @@
+"""Threads beside the caller: ended when the context ends, with its warnings, and never with a lost error."""
+
+import threading
+
+import pytest
+
+from turbo_nb.errors import collect_warnings, warn
+from turbo_nb.machine.beside import Beside
+
+
+def test_work_runs_at_the_same_time_and_has_ended_afterwards():
+    both, done = threading.Barrier(3, timeout=30), []
+
+    def work(name):
+        both.wait()
+        done.append(name)
+
+    with Beside() as beside:
+        beside.start(work, "a")
+        beside.start(work, "b")
+        both.wait()
+    assert sorted(done) == ["a", "b"]
+
+
+def test_the_caller_gets_warnings_results_and_the_first_error():
+    with collect_warnings() as messages, Beside() as beside:
+        result = beside.start(lambda: warn("a lost word") or 3)
+    assert messages == ["a lost word"] and result.result() == 3
+
+    def fail(text):
+        raise ValueError(text)
+
+    with pytest.raises(ValueError, match="one"), Beside() as beside:
+        beside.start(fail, "one")
+        beside.start(fail, "two")
+
+
+def test_an_error_of_the_caller_comes_first_and_waits_for_the_threads():
+    ended = []
+    with pytest.raises(KeyError), Beside() as beside:
+        beside.start(lambda: threading.Event().wait(0.2) or ended.append(1) or 1 / 0)
+        raise KeyError("the caller's")
+    assert ended == [1]
