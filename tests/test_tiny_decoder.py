@@ -1,5 +1,6 @@
 """The tiny decoder against outputs of the public code (madebyollin/taehv), recorded on random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from turbo_nb.catalog import NANO, Arch
 from turbo_nb.checkpoint import load_tiny_decoder
 from turbo_nb.errors import CheckpointError, DownloadError, InputError
 from turbo_nb.files.resolve import resolve
+from turbo_nb.generator.colours import Colours
+from turbo_nb.pipeline import LoadedModel
 from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.tiny_decoder import TinyDecoder
 
@@ -120,6 +123,22 @@ def test_a_clip_is_decoded_by_it(wan, tmp_path, decoder):
     assert turbo_nb.read_metadata(clip.save(tmp_path / "clip.mp4"))["more"] == {"decoder": "tiny"}
     plain = turbo_nb.generate(pipeline, "a red circle", **CLIP)
     assert "more" not in plain.settings and (plain.frames != clip.frames).any()
+
+
+def test_the_generator_shows_it_while_a_clip_is_made(wan, tmp_path, monkeypatch):
+    pipeline = turbo_nb.load_pipeline(**wan, text_cache=False)
+    model, colours = pipeline.turbo_nb, Colours()
+    latents = torch.randn(1, 16, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    assert colours.frames(model, latents).shape == (3, 32, 40, 3)  # on a CPU the rough colours
+    monkeypatch.setattr(LoadedModel, "device", "cpu:0")  # as if it were a GPU
+    shown = colours.frames(model, latents)
+    whole = torch.cat(list(model.tiny_decoder().chunks(latents)), 2)[0].add(1).mul(127.5)
+    assert shown.shape == (3, 128, 160, 3)  # 256x320 is too large
+    for number, frame in enumerate((0, 4, 8)):
+        small = torch.nn.functional.avg_pool2d(whole[:, frame], 2).round().permute(1, 2, 0)
+        assert np.abs(shown[number] - small.numpy()).max() <= 1
+    monkeypatch.setattr(model, "plan", replace(model.plan, offload="group"))
+    assert colours.frames(model, latents).shape == (3, 32, 40, 3)
 
 
 def test_a_model_with_its_own_latents_is_refused_before_any_work(tmp_path):

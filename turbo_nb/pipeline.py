@@ -362,7 +362,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
 class _Compiler(Beside):
     """Compiles the kernels of a clip's size beside the loading of the next part, and logs it where that took long.
 
-    device: "cpu" compiles nothing, because there are no kernels, or because the parts are not on the GPU yet.
+    device: "cpu" compiles nothing, because the parts are not on the GPU yet, or never will be.
     """
 
     def __init__(self, device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None]):

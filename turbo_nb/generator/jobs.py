@@ -332,8 +332,8 @@ class JobRunner:
         def after_step(done: int, total: int, latents) -> None:
             nonlocal denoised
             denoised = model.pipeline.scheduler.denoised
-            if factors := colours.guess(model, denoised):
-                job.preview = preview.animation(preview.preview(denoised, factors), model.spec.fps / 4)
+            if (small := colours.frames(model, denoised)) is not None:
+                job.preview = preview.animation(small, model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
         steps, frames, decoded = request.clip.num_steps, generation.count_frames(request.clip, model.spec), 0

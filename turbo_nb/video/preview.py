@@ -1,6 +1,7 @@
-"""Previews of latents in rough colours, without the VAE: a linear map from each latent pixel to RGB."""
+"""Previews of latents without the VAE: by a linear map from each latent pixel to RGB, or by the tiny decoder."""
 
 import io
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..catalog import ModelSpec
+    from ..tiny_decoder import TinyDecoder
+
+DECODED_PIXELS = 208 * 120  # of a frame that the tiny decoder makes; larger ones take too long to encode after a step
 
 # latents_mean of Wan2.1's VAE, by which it is recognised (diffusers, AutoencoderKLWan)
 WAN21_MEAN = (
@@ -89,11 +93,31 @@ def preview(latents: "torch.Tensor", factors: list[list[float]]) -> "np.ndarray"
     return colours.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
+def decoded(latents: "torch.Tensor", tiny: "TinyDecoder") -> "np.ndarray":
+    """Decode latents into small frames.
+
+    Args:
+        latents: (1, C, T, h, w), as the transformer makes them.
+        tiny: decodes one latent frame at a time, because that takes the least memory.
+
+    Returns:
+        Frames (T, H, W, 3) uint8 of at most `DECODED_PIXELS`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    height, width = (8 * side for side in latents.shape[-2:])
+    factor = max(1, math.ceil(math.sqrt(height * width / DECODED_PIXELS)))
+    parts = [F.avg_pool2d(part[0, :, -1].float(), factor) for part in tiny.chunks(latents, 1)]
+    frames = torch.stack(parts).add(1).mul(127.5).round().clamp(0, 255)
+    return frames.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def animation(frames: "np.ndarray", fps: float) -> bytes:
     """Return frames (T, H, W, 3) uint8 as an animated WebP that repeats, for an <img>."""
     from PIL import Image
 
     first, *rest = map(Image.fromarray, frames)
     out = io.BytesIO()
-    first.save(out, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=80)
+    first.save(out, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=80, method=0)
     return out.getvalue()
