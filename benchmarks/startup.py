@@ -1,7 +1,8 @@
 """Run `turbo-nb t2v` as a user does, and time it from the start of the process to the mp4.
 
 There is one row for each phase that `--timing` prints, and "all": the wall time of the process, its end included. The
-mode "cold" has empty caches of kernels, facts and embeddings. The mode "warm" follows it with the same caches.
+mode "cold" has empty caches of kernels, facts and embeddings. The mode "warm" follows it with the same caches. Beside
+each run a bare Python imports torch and `WanPipeline`, and the weight files are read once, as a bound for the rest.
 
 The check: every run writes the same frames, and the picture is not flat.
 """
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +30,8 @@ from .harness import Check, Job, Timing
 
 PHASE = re.compile(r"^ *(\d+\.\d+) s  (\S.*)$", re.MULTILINE)
 MODES = ("cold", "warm")
+BARE = "import torch; from diffusers import WanPipeline"
+PIECE = 1 << 24  # bytes that are read at a time
 
 
 def jobs(arguments: Sequence[str], device: str, modes: Sequence[str], runs: int) -> Iterator[Job]:
@@ -49,7 +52,7 @@ def jobs(arguments: Sequence[str], device: str, modes: Sequence[str], runs: int)
             raise InputError(f"mode is {mode!r}. Expected one of {', '.join(MODES)}.")
     with tempfile.TemporaryDirectory() as folder:
         made = [make(Path(folder), arguments, device) for _ in range(1 + (runs if "warm" in modes else 0))]
-        frames = [frames for _, frames in made]
+        frames = [frames for *_, frames in made]
     first, spread = frames[0], frames[0].std()
     errors = [harness.relative_error(*(torch.from_numpy(x.astype(np.float32)) for x in (one, first))) for one in frames]
     check = Check(
@@ -59,15 +62,15 @@ def jobs(arguments: Sequence[str], device: str, modes: Sequence[str], runs: int)
     )
     for mode in modes:
         some = [seconds for seconds, _ in (made[:1] if mode == "cold" else made[1:])]
-        for phase in some[0]:
-            times = [1e3 * seconds.get(phase, 0.0) for seconds in some]
+        for work in some[0]:
+            times = [1e3 * seconds.get(work, 0.0) for seconds in some]
             timing = Timing(
-                ms=median(times), ms_min=min(times), n=len(times), first_ms=1e3 * made[0][0].get(phase, 0.0),
+                ms=median(times), ms_min=min(times), n=len(times), first_ms=1e3 * made[0][0].get(work, 0.0),
                 peak_gib=None,
             )  # fmt: skip
             height, width = first.shape[1:3]
             yield Job(
-                work=f"startup, {phase}",
+                work=work,
                 shape=f"{width}x{height}x{len(first)}",
                 mode=mode,
                 weights=" ".join(map(str, arguments)) or "nano",
@@ -76,7 +79,11 @@ def jobs(arguments: Sequence[str], device: str, modes: Sequence[str], runs: int)
 
 
 def make(folder: Path, arguments: Sequence[str], device: str) -> tuple[dict[str, float], np.ndarray]:
-    """Run the command with the caches of a folder; return the seconds of its phases, and the frames (T, H, W, 3)."""
+    """Run the command with the caches of a folder.
+
+    Returns:
+        Work → seconds, and the frames (T, H, W, 3).
+    """
     path = folder / "video.mp4"
     caches = {"TRITON_CACHE_DIR": str(folder / "kernels"), "TURBO_NB_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "turbo_nb.cli", "t2v", *arguments, "--device", device, "--save_path", str(path)]
@@ -89,4 +96,25 @@ def make(folder: Path, arguments: Sequence[str], device: str) -> tuple[dict[str,
     inside = sum(seconds.values())
     record = mp4.read_record(path)
     frames = mp4.read_frames(path, record.width, record.height)
-    return seconds | {"end the process": wall - inside, "all": wall}, frames
+    phases = seconds | {"end the process": wall - inside, "all": wall}
+    given = [path for path in map(Path, arguments) if path.exists()]
+    files = [file for path in given for file in (path, *path.rglob("*")) if file.is_file()]
+    beside = {
+        "import torch and WanPipeline": _seconds(subprocess.run, [sys.executable, "-c", BARE], check=True),
+        "read the files": sum(_seconds(_read, file) for file in files),
+    }
+    rows = {f"startup, {name}": value for name, value in phases.items()}
+    return rows | {f"beside it, {name}": value for name, value in beside.items()}, frames
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(PIECE)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _seconds(work: Callable, *arguments, **options) -> float:
+    begin = time.perf_counter()
+    work(*arguments, **options)
+    return time.perf_counter() - begin
