@@ -1,4 +1,4 @@
-# turbo_nb on RunPod's PyTorch image; the README's RunPod section says how to build and push it.
+# turbo_nb on RunPod's PyTorch image; docs/runpod.md describes how to build and push it.
 # The start script finds the packages of this image, so JupyterLab is up within seconds and the volume stays empty.
 ARG BASE=runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404
 FROM ${BASE}

@@ -9,7 +9,7 @@
 #
 # On a pod this is the container's start command, or /post_start.sh beside RunPod's own JupyterLab. It may run again at
 # any time. Variables: JUPYTER_PASSWORD or JUPYTER_TOKEN, TURBO_NB_MODELS, TURBO_NB_STOP_IDLE, TURBO_NB_STOP_AFTER,
-# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP, TURBO_NB_OPEN: see the README.
+# TURBO_NB_HOME, TURBO_NB_PYTHON, TURBO_NB_PORT, TURBO_NB_IP, TURBO_NB_OPEN: see docs/runpod.md.
 
 set -euo pipefail
 
