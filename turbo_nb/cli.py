@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from rich.markup import escape
 
-from .errors import LONGEST, InputError, TurboNbError, TurboNbWarning, presentable
-from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
+from .errors import LONGEST, InputError, OutputError, TurboNbError, TurboNbWarning, first_line, listed, presentable
+from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds, with_home
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
 
@@ -555,6 +555,34 @@ def ui(
         folder.expanduser(), model=model, host=host, port=port, browser=browser,
         on_address=lambda address: print(f"the generator: {address}\nCtrl-C ends it", flush=True),
     )  # fmt: skip
+
+
+@app.command()
+def notebooks(folder: Annotated[Path, typer.Argument(help="Where to copy them.", metavar="FOLDER")]) -> None:
+    """Copy the notebooks of this version into a folder. Files that are there and differ are an error."""
+    from .machine import atomic
+
+    folder = with_home(folder)
+    shipped = Path(__file__).parent / "assets" / "notebooks"  # of a wheel; a checkout has them beside the package
+    paths = sorted((shipped if shipped.exists() else Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+    if not paths:
+        raise InputError(f"{shipped} does not exist. Expected the notebooks. Install turbo-nb again.")
+    try:
+        new = [path for path in paths if not os.path.lexists(folder / path.name)]
+        changed = [p.name for p in paths if p not in new and p.read_bytes() != (folder / p.name).read_bytes()]
+        if changed:
+            raise InputError(
+                f"{listed(changed)} in {str(folder)!r} differs from this version's. "
+                "Expected no such file, or an unchanged one. Take another folder, or move the file away."
+            )
+        for path in new:
+            atomic.write(folder / path.name, path.read_bytes())
+            print(folder / path.name)
+    except OSError as error:
+        reason = first_line(error)
+        raise OutputError(
+            f"{str(folder)!r} cannot take the notebooks ({reason}). Expected a folder. Take another one."
+        ) from error
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
