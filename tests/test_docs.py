@@ -1,5 +1,11 @@
 """The pages of docs/: links, commands and the file tree are real, and docs/zh/ has the same in Chinese."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -86,3 +92,19 @@ def test_a_difference_between_pages_is_told_in_words(name, old, new, words):
 
 def test_explanations_in_the_tree_may_differ():
     assert differences(read(TREE), planted(TREE, "the generator\n", "生成器\n"), TREE) == []
+
+
+@pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed (the extra docs)")
+def test_the_site_is_built_without_a_warning_and_can_be_searched(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # which answers nobody
+    built = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | proxy | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    index = json.loads((tmp_path / "search/search_index.json").read_text(encoding="utf-8"))
+    assert index["config"]["lang"] == ["en", "zh"]
+    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert found == {re.sub(r"index/$", "", f"{name[5:-3]}/") for name in PAGES}
+    page = (tmp_path / "zh/speed/index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(https?:[^"]+\.(?:js|css|woff2?))"', page)  # all of it comes from the site
