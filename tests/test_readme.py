@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pages import CHINESE, ENGLISH, REPOSITORY, call_faults, calls, differences, links, missing_targets, parse, read
+from PIL import Image
 
 RUN = (
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && turbo-nb t2v --prompt"
@@ -35,6 +36,14 @@ def test_it_is_short_and_begins_with_a_number_and_a_picture(name):
     first, *others = parse(text)[1:]
     assert re.search(r"\d\.\d s\b", "\n".join(first.prose)) and any(link.startswith("image ") for link in links(first))
     assert len(first.prose) + len(first.code) < 20 and others[0].code[0] == "```bash"
+
+
+def test_the_picture_moves_and_is_small():
+    (picture,) = (link.split()[1] for link in links(parse(read(ENGLISH))[1]) if link.startswith("image "))
+    path = REPOSITORY / picture
+    assert path.stat().st_size <= 3_000_000
+    with Image.open(path) as image:
+        assert image.n_frames > 20 and image.width >= 800
 
 
 @pytest.mark.parametrize("name", [ENGLISH, CHINESE])
