@@ -9,7 +9,7 @@ COPY notebooks /opt/turbo_nb/notebooks
 
 # pip may not replace the image's torch, because it was built for the image's CUDA.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' >/opt/turbo_nb/constraints.txt && \
-    python -m pip install --no-cache-dir --constraint /opt/turbo_nb/constraints.txt --editable '/opt/turbo_nb[notebook]' && \
+    python -m pip install --no-cache-dir --constraint /opt/turbo_nb/constraints.txt --editable '/opt/turbo_nb[notebook,ray]' && \
     turbo-nb --help >/dev/null
 
 CMD ["/opt/turbo_nb/runpod_start.sh"]

@@ -1,8 +1,12 @@
-"""The notebooks open in Colab: a link, a set-up cell that does nothing elsewhere, and the packages for it."""
+"""The notebooks open in Colab: a link, a set-up cell that does nothing elsewhere, and the packages for it.
+
+The repository's address is in one place, and reaches the notebooks, the pages and the template from there.
+"""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,13 +22,13 @@ from turbo_nb.machine import environment
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDRESS = "https://github.com/someone/turbo_nb"
-_spec = importlib.util.spec_from_file_location("colab", ROOT / ".ci/colab.py")
-colab = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(colab)
+_spec = importlib.util.spec_from_file_location("addresses", ROOT / ".ci/address.py")
+addresses = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(addresses)
 
 
 def test_every_notebook_has_the_link_and_the_cell_and_nothing_else_changed():
-    result = subprocess.run([sys.executable, ROOT / ".ci/colab.py"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, ROOT / ".ci/address.py"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "") and len(NOTEBOOKS) == 5
     for path in NOTEBOOKS:
         title, setup, parameters = json.loads(path.read_text(encoding="utf-8"))["cells"][:3]
@@ -34,11 +38,25 @@ def test_every_notebook_has_the_link_and_the_cell_and_nothing_else_changed():
 
 def test_the_address_in_pyproject_reaches_the_link_and_the_cell():
     path = NOTEBOOKS[0]
-    made = colab.with_colab(path.name, path.read_text(encoding="utf-8"), ADDRESS)
+    made = addresses.with_colab(path.name, path.read_text(encoding="utf-8"), ADDRESS)
     title, setup = json.loads(made)["cells"][:2]
     link = f"https://colab.research.google.com/github/someone/turbo_nb/blob/main/notebooks/{path.name}"
     assert f"[Open in Colab]({link})\n" in title["source"] and f'REPOSITORY = "{ADDRESS}"' in "".join(setup["source"])
-    assert colab.with_colab(path.name, made, colab.address()) == path.read_text(encoding="utf-8")
+    assert addresses.with_colab(path.name, made, addresses.address()) == path.read_text(encoding="utf-8")
+
+
+def test_the_address_reaches_the_pages_the_image_and_the_template():
+    for name in addresses.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        made = addresses.with_address(text, "https://github.com/Some-One/turbo_nb", "9.8.7")
+        assert "REPOSITORY" not in made and "REGISTRY" not in made and "turbo_nb:0.1.0" not in made
+        images = re.findall(r"ghcr\.io[^\s|\"`]*", made)
+        assert set(images) <= {"ghcr.io/some-one", "ghcr.io/some-one/turbo_nb:9.8.7"} and (
+            images or "git clone https://github.com/" in made
+        )
+        assert addresses.with_address(made, "https://github.com/Some-One/turbo_nb", "9.8.7") == made
+    assert addresses.with_line("a: 1\n", "repo_url", ADDRESS) == f"a: 1\nrepo_url: {ADDRESS}\n"
+    assert addresses.with_line(f"repo_url: {ADDRESS}\na: 1\n", "repo_url", "") == "a: 1\n"
 
 
 RUN = """
@@ -62,7 +80,7 @@ def run_cell(tmp_path, address: str, **variables) -> tuple[list[str], list[str]]
     (tmp_path / "site/pip/__init__.py").touch()
     pip = f"import sys\nopen({str(calls)!r}, 'a').write('pip ' + ' '.join(sys.argv[1:]) + chr(10))"
     (tmp_path / "site/pip/__main__.py").write_text(pip)
-    cell = colab.CELL.format(address=address).replace("/content", str(content))
+    cell = addresses.CELL.format(address=address).replace("/content", str(content))
     kept = {name: value for name, value in os.environ.items() if name != "COLAB_RELEASE_TAG"}
     result = subprocess.run(
         [sys.executable, "-c", RUN], input=cell, capture_output=True, text=True, cwd=tmp_path,
@@ -111,7 +129,9 @@ def test_the_doctor_asks_for_the_packages_of_the_place(monkeypatch, in_colab):
 def test_conda_and_the_image_install_what_the_notebooks_need():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     (pip,) = [one["pip"] for one in conda if isinstance(one, dict)]
-    assert pip == ["-e .[notebook,dev]"] and "turbo_nb[notebook]" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert pip == ["-e .[notebook,dev]"] and "turbo_nb[notebook,ray]" in (ROOT / "Dockerfile").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_first_notebook_ends_at_the_generator_after_one_table_of_models():

@@ -1,18 +1,29 @@
-"""Write the link "Open in Colab" and the set-up cell into every notebook.
+"""Write the repository's address, its image and the version into the pages, the notebooks and RunPod's template.
 
-    python .ci/colab.py            # print the notebooks that have others
-    python .ci/colab.py --write    # write them
+    python .ci/address.py            # print the files that have others
+    python .ci/address.py --write    # write them
 
-The address of the repository is `Repository` under `[project.urls]` in pyproject.toml, and nowhere else. Without it the
-link leads to Colab's own search on GitHub, and the cell asks for the address.
+The address is `Repository` under `[project.urls]` in pyproject.toml, and nowhere else. The image is the one that
+.github/workflows/release.yml publishes for that address. Without an address the pages have the words REPOSITORY and
+REGISTRY. A notebook's link then leads to Colab's own search on GitHub, and its set-up cell asks for the address.
 """
 
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (
+    "README.md",
+    "README.zh-CN.md",
+    "docs/runpod.md",
+    "docs/zh/runpod.md",
+    "docs/kuberay.yaml",
+    "runpod-template.json",
+)
+LINES = {"CITATION.cff": "repository-code", "mkdocs.yml": "repo_url"}  # what a file calls the address
 COLAB = "https://colab.research.google.com/github/"
 MARK = "[Open in Colab]"
 # torch is named with Colab's version, because pip must fail rather than replace it. An editable install would need a
@@ -32,10 +43,29 @@ if "COLAB_RELEASE_TAG" in os.environ:
     %cd -q /content/turbo_nb/notebooks"""
 
 
+def project() -> dict:
+    """Return what pyproject.toml has under `project`."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def address() -> str:
     """Return the repository's address, "" where pyproject.toml does not name it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project.get("urls", {}).get("Repository", "").removesuffix("/").removesuffix(".git")
+    return project().get("urls", {}).get("Repository", "").removesuffix("/").removesuffix(".git")
+
+
+def with_address(text: str, repository: str, version: str) -> str:
+    """Return a page with the address, the registry and the version in its commands."""
+    if repository:
+        owner = repository.split("/")[-2].lower()  # because the names of images have no capitals
+        text = re.sub(r"\bREPOSITORY\b", repository, text)
+        text = re.sub(r"\bREGISTRY\b", f"ghcr.io/{owner}", text)
+    return re.sub(r"(?<=/turbo_nb:)\d[\w.]*(?<!\.)", version, text)
+
+
+def with_line(text: str, key: str, repository: str) -> str:
+    """Return a YAML file with its line about the address, or without it."""
+    rest = re.sub(rf"^{key}:.*\n", "", text, flags=re.MULTILINE)
+    return f"{rest}{key}: {repository}\n" if repository else rest
 
 
 def link(name: str, repository: str) -> str:
@@ -67,11 +97,18 @@ def with_colab(name: str, source: str, repository: str) -> str:
 
 
 def main() -> int:
-    """Print the notebooks that differ, and with --write replace them. Returns the exit code."""
-    different = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    """Print the files that differ, and with --write replace them. Returns the exit code."""
+    different, repository, version = [], address(), project()["version"]
+    for path in (*sorted((ROOT / "notebooks").glob("*.ipynb")), *(ROOT / name for name in (*PAGES, *LINES))):
         source = path.read_text(encoding="utf-8")
-        wanted = with_colab(path.name, source, address())
+        if path.suffix == ".ipynb":
+            wanted = with_colab(path.name, source, repository)
+        elif key := LINES.get(path.name):
+            wanted = re.sub(
+                r"^version:.*", f"version: {version}", with_line(source, key, repository), flags=re.MULTILINE
+            )
+        else:
+            wanted = with_address(source, repository, version)
         if wanted != source:
             different.append(path)
             if "--write" in sys.argv:
