@@ -1,5 +1,6 @@
 """The pages of docs/: links, commands and the file tree are real, and docs/zh/ has the same in Chinese."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from pages import (
@@ -108,3 +110,76 @@ def test_the_site_is_built_without_a_warning_and_can_be_searched(tmp_path):
     assert found == {re.sub(r"index/$", "", f"{name[5:-3]}/") for name in PAGES}
     page = (tmp_path / "zh/speed/index.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(https?:[^"]+\.(?:js|css|woff2?))"', page)  # all of it comes from the site
+
+
+TROUBLE = "docs/troubleshooting.md"
+# Texts of other programs, with the installed package whose source has them. None: it is not installed for the tests.
+FOREIGN = {
+    "TypeError: 'NoneType' object is not callable": None, "rope_apply": None,  # upstream's code without flash_attn
+    "ModuleNotFoundError: No module named 'spas_sage_attn'": None,
+    "ModuleNotFoundError: No module named 'diffusers'": None,
+    "Missing key(s) in state_dict": "torch", "size mismatch for …": "torch",
+    "torch.OutOfMemoryError: CUDA out of memory": None, "Killed": None, "No space left on device": None,
+    "Failed to find C compiler": "triton",
+    "error: externally-managed-environment": None, "ResolutionImpossible": "pip", "ensurepip is not available": None,
+    "Invalid credentials": "jupyter_server", "Blocking Cross Origin API request": "jupyter_server",
+    "setup.log": None,
+}  # fmt: skip
+
+
+def templates() -> list[str]:
+    """The texts of the package and of the start script; a value inside a text is `…`"""
+    found = []
+    for path in (REPOSITORY / "turbo_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts))
+    return [*found, re.sub(r"\$\w+", "…", read("runpod_start.sh"))]
+
+
+def literals() -> list[str]:
+    """The texts in the first column of the tables of docs/troubleshooting.md"""
+    rows = [line.split(" | ")[0] for section in parse(read(TROUBLE)) for line in section.prose if line.startswith("| ")]
+    return [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+
+
+def is_in(literal: str, texts: list[str]) -> bool:
+    pattern = re.compile(".*".join(re.escape(part) for part in literal.split("…")))
+    return any(pattern.search(text) for text in texts)
+
+
+def test_every_error_text_is_one_that_a_program_prints():
+    ours = templates()
+    assert len(literals()) > 25
+    unknown = [text for text in literals() if text not in FOREIGN and not is_in(text, ours)]
+    assert unknown == [], "nothing prints these texts; correct them, or add another program's text to FOREIGN"
+    assert not is_in("that takes … GB of main memory", ours)  # of an earlier version
+    assert set(FOREIGN) - {"setup.log"} <= set(literals()), "FOREIGN has texts that the page lacks"
+
+
+@pytest.mark.parametrize("text", [text for text, package in FOREIGN.items() if package])
+def test_a_text_of_an_installed_program_is_in_its_source(text):
+    spec = find_spec(FOREIGN[text])
+    if spec is None:
+        pytest.skip(f"{FOREIGN[text]} is not installed")
+    (folder,) = spec.submodule_search_locations
+    files = {"torch": "nn/modules/module.py", "triton": "runtime/build.py"}
+    place = files.get(FOREIGN[text])
+    paths = [Path(folder, place)] if place else Path(folder).rglob("*.py")
+    assert any(text.removesuffix(" …") in path.read_text(encoding="utf-8") for path in paths)
+
+
+# One word for one thing: Jupyter's kernel is 内核, a GPU's is 核函数, a notebook is 笔记本, offloading is 卸载
+NOT_CHINESE = re.compile(
+    r"\b(notebooks?|kernels?|8-bit|offload(ing)?|cache)\b|搬移|移出内存|快取|高速缓存|本机的纯|因而也在|只会一件事|若都已知",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("name", [chinese_of("README.md"), *map(chinese_of, TWINS)])
+def test_a_chinese_page_has_one_word_for_one_thing(name):
+    not_prose = r"`[^`]*`|\[[\w./-]+\]\([^)]*\)|\]\([^)]*\)|Kernel → Restart|resident、.*?group"  # the last: memory plans
+    for section in parse(read(name)):
+        text = re.sub(not_prose, "", "\n".join([section.title, *section.prose]))
+        assert not NOT_CHINESE.findall(text), f"{section.title}: {NOT_CHINESE.search(text)[0]}"
