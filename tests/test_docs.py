@@ -179,7 +179,7 @@ NOT_CHINESE = re.compile(
 
 @pytest.mark.parametrize("name", [chinese_of("README.md"), *map(chinese_of, TWINS)])
 def test_a_chinese_page_has_one_word_for_one_thing(name):
-    not_prose = r"`[^`]*`|\[[\w./-]+\]\([^)]*\)|\]\([^)]*\)|Kernel → Restart|resident、.*?group"  # the last: memory plans
+    not_prose = r"`[^`]*`|\[[\w./-]+\]\([^)]*\)|\]\([^)]*\)|Kernel → Restart|resident、.*?group"  # plans
     for section in parse(read(name)):
         text = re.sub(not_prose, "", "\n".join([section.title, *section.prose]))
         assert not NOT_CHINESE.findall(text), f"{section.title}: {NOT_CHINESE.search(text)[0]}"
