@@ -183,3 +183,51 @@ def test_a_chinese_page_has_one_word_for_one_thing(name):
     for section in parse(read(name)):
         text = re.sub(not_prose, "", "\n".join([section.title, *section.prose]))
         assert not NOT_CHINESE.findall(text), f"{section.title}: {NOT_CHINESE.search(text)[0]}"
+
+
+RUNPOD = [
+    line for section in parse(read("docs/runpod.md")) for line in section.code if "$" in line or "git clone" in line
+]
+
+
+def with_stubs(line: str, folder: Path, **stubs: str) -> subprocess.CompletedProcess:
+    """Run a command of the page, its /workspace in a folder, with programs that only write down what they get"""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, script in stubs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    line = line.replace("/workspace", str(folder / "workspace")).replace(
+        "/post_start.sh", str(folder / "post_start.sh")
+    )
+    variables = os.environ | {
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "IMAGE": "me/turbo_nb:1",
+        "RUNPOD_API_KEY": "k",
+    }
+    return subprocess.run(
+        ["bash", "-c", line], cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("line", [line for line in RUNPOD if "git clone" in line])
+def test_a_start_command_of_the_runpod_page_clones_once_and_starts(line, tmp_path):
+    git = f'mkdir -p "{tmp_path}/workspace/turbo_nb"; echo "$@" >>"{tmp_path}/clones"; ' + (
+        f"echo 'echo started' >'{tmp_path}/workspace/turbo_nb/runpod_start.sh'"
+    )
+    for _ in range(2):
+        result = with_stubs(line, tmp_path, git=git)
+        assert (result.returncode, result.stdout) == (0, "started\n"), result.stderr
+    assert (tmp_path / "clones").read_text().count("\n") == 1
+
+
+def test_a_start_that_fails_leaves_the_container_running(tmp_path):
+    (line,) = [line for line in RUNPOD if line.startswith("bash -c")]
+    result = with_stubs(line, tmp_path, git="exit 1", sleep='echo "sleeps $*"')
+    assert result.stdout == "sleeps infinity\n" and result.returncode == 0
+
+
+def test_the_template_command_sends_the_template_with_the_image(tmp_path):
+    (line,) = [line for line in RUNPOD if "curl" in line]
+    result = with_stubs(line, tmp_path, curl=f'printf "%s\\n" "$@" >"{tmp_path}/arguments"; cat')
+    wanted = json.loads(read("runpod-template.json")) | {"imageName": "me/turbo_nb:1"}
+    assert json.loads(result.stdout) == wanted and "Authorization: Bearer k" in (tmp_path / "arguments").read_text()
