@@ -122,6 +122,7 @@ FOREIGN = {
     "torch.OutOfMemoryError: CUDA out of memory": None, "Killed": None, "No space left on device": None,
     "Failed to find C compiler": "triton",
     "error: externally-managed-environment": None, "ResolutionImpossible": "pip", "ensurepip is not available": None,
+    "Running as root is not recommended. Use --allow-root to bypass.": "jupyter_server",
     "Invalid credentials": "jupyter_server", "Blocking Cross Origin API request": "jupyter_server",
     "setup.log": None,
 }  # fmt: skip
