@@ -2,7 +2,7 @@
 
 A measured table row, or the line above a paragraph, names its CSV rows in a comment that readers do not see:
 `<!-- COMMIT; WORK; SHAPE; MODE -->`, several of them joined by ` + `. A `*` in WORK stands for anything.
-A column's title, the paragraph before a table, or the paragraph itself may have the mark of `MARKS` instead.
+A cell, its column's title, the paragraph before a table, or the paragraph itself may have a mark of `MARKS` instead.
 """
 
 import csv
@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import pytest
 from pages import REPOSITORY, read
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("models", "speed", "batch", "upstream", "notebooks", "runpod")))
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))))
 MARKS = re.compile(r"\b(calculated|reported)\b", re.IGNORECASE)
 QUANTITY = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?(ms|s|GB|GiB)\b")
 UNITS = {"ms": 1.0, "s": 1e-3, "GiB": 1.0, "GB": 2**30 / 1e9}  # from a row's milliseconds or GiB
@@ -65,7 +65,7 @@ def faults(text: str) -> Iterator[str]:
             cells = line.strip("|").split("|") if block.startswith("|") else [line]
             titles = titles or (cells if block.startswith("|") else [])
             for number, cell in enumerate(cells):
-                place = f"{titles[number]} {before}" if titles and number < len(titles) else cell
+                place = f"{cell} {titles[number]} {before}" if number < len(titles) else cell
                 if not MARKS.search(place):
                     for amount, unit in QUANTITY.findall(cell):
                         if without_source(amount, unit, named):
