@@ -9,6 +9,8 @@ import pytest
 from pages import CHINESE, ENGLISH, REPOSITORY, call_faults, calls, differences, links, missing_targets, parse, read
 from PIL import Image
 
+from turbo_nb import catalog
+
 RUN = (
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && turbo-nb t2v --prompt"
     ' "a large red circle moving from left to right on a black background" --save_path red.mp4'
@@ -146,3 +148,22 @@ def test_a_fault_is_found(check, old, new, words):
 def test_ci_without_a_test_command_or_with_another_is_seen(tmp_path):
     assert ci_test_command(planted("&& pytest", "; pytest"), tmp_path) == ""
     assert ci_test_command("Say `x && pytest`.\n" + read(ENGLISH), tmp_path) == "Say `x && pytest`."
+
+
+def cells(name: str) -> list[list[str]]:
+    """The cells of every table row of a page"""
+    lines = [line for section in parse(read(name)) for line in section.prose if line.startswith("|")]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_models_have_the_catalogues_size_and_the_cards_of_the_page_about_memory():
+    memory = cells("docs/models.md")
+    for spec in catalog.MODELS.values():
+        (row,) = (row for row in cells(ENGLISH) if row[0] == spec.name)
+        assert row[1].startswith("{}×{}".format(*spec.size)), row
+        if spec.files:
+            place = next(at for at, found in enumerate(memory) if found[0] == spec.name)
+            bf16, int8 = memory[place : place + 2]
+            assert (bf16[1], int8[1]) == ("bf16", "int8") and row[-2:] == [bf16[-1], int8[-1]]
+    frames, fps = {(spec.num_frames, spec.fps) for spec in catalog.MODELS.values() if spec.files}.pop()
+    assert f"{frames} frames at {fps} frames a second" in read(ENGLISH)
