@@ -17,7 +17,7 @@ from turbo_nb.ops.linear8 import reference as linear8_reference
 from turbo_nb.ops.norms import reference as norms_reference
 
 pytest.importorskip("triton")
-from turbo_nb.ops.attention import triton_cross, triton_sage, triton_sla
+from turbo_nb.ops.attention import hopper_picture, triton_cross, triton_sage, triton_sla
 from turbo_nb.ops.conv import triton_conv
 from turbo_nb.ops.linear8 import triton_rows, triton_tiles
 from turbo_nb.ops.norms import triton_norms
@@ -372,6 +372,16 @@ def test_the_gluon_convolution_is_the_triton_one(channels, columns, size):
         out = hopper_conv.upsample_conv(*args)
         assert_close("upsample", out, triton_conv.upsample_conv(*args))
         assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+
+
+@pytest.mark.skipif(CUDA and torch.cuda.get_device_capability() != (9, 0), reason="takes Hopper's shared memory")
+@pytest.mark.parametrize(("pictures", "pixels"), [(2, 150), (1, 31), (3, 128)] + [(3, 6240)] * CUDA, ids=str)
+def test_picture_attention(pictures, pixels):
+    qkv = random(pictures, pixels, 3 * hopper_picture.CHANNELS)
+    exact = attention_reference.picture_attention(qkv.float()).to(DTYPE)
+    assert_close("attention", hopper_picture.picture_attention(qkv), exact)
+    narrow = qkv[..., : 3 * 64]
+    assert torch.equal(hopper_picture.picture_attention(narrow), attention_reference.picture_attention(narrow))
 
 
 @pytest.mark.parametrize("columns", [3, 96])

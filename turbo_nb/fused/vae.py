@@ -222,8 +222,8 @@ def _attention(block: nn.Module, x: Tensor) -> Tensor:
     inner = x[:, :, 1:-1, 1:-1]
     y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
     y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
-    q, k, v = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)[:, None].chunk(3, -1)  # (B·T, 1, H·W, C)
-    y = F.scaled_dot_product_attention(q, k, v)
+    qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)  # (B·T, H·W, 3C)
+    y = backends.function("picture_attention", qkv)(qkv)
     inner += F.linear(y, block.proj.weight.flatten(1), block.proj.bias).view(inner.shape)
     return x
 

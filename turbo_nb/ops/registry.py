@@ -201,6 +201,8 @@ IMPLEMENTATIONS = [
     _reference("norm_rope", "norms.reference:rms_norm_rope"),
     _triton("cross_attention", "attention.triton_cross:cross_attention"),
     _reference("cross_attention", "attention.reference:cross_attention"),
+    _gluon("picture_attention", "attention.hopper_picture:picture_attention"),
+    _reference("picture_attention", "attention.reference:picture_attention"),
     _triton("rms_norm_silu", "conv.triton_conv:rms_norm_silu"),
     _reference("rms_norm_silu", "conv.reference:rms_norm_silu"),
     _gluon("rimmed_conv", "conv.hopper_conv:rimmed_conv", takes=_channels),
@@ -220,7 +222,7 @@ VARIABLES = {
     "TURBO_NB_ATTENTION": ("sla", "sagesla", "original"),
     "TURBO_NB_LINEAR": ("linear", "row_quantize", "tile_quantize", "tile_product"),
     "TURBO_NB_BLOCK": ("gated_norm", "norm_rope", "cross_attention"),
-    "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "normed_conv", "upsample_conv"),
+    "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "normed_conv", "upsample_conv", "picture_attention"),
 }
 
 

@@ -173,3 +173,16 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> Tensor
     if repeats > 1:
         k, v = (torch.cat([x, x[:, -1:].expand(-1, repeats - 1, -1, -1)], 1) for x in (k, v))
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def picture_attention(qkv: Tensor) -> Tensor:
+    """Compute softmax attention of one head within each picture, scale C^-½.
+
+    Args:
+        qkv: (B, L, 3C), queries, keys and values of L pixels.
+
+    Returns:
+        (B, L, C).
+    """
+    q, k, v = qkv[:, None].chunk(3, -1)
+    return F.scaled_dot_product_attention(q, k, v)[:, 0]
