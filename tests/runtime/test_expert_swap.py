@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from turbo_nb.runtime import expert_swap
+from turbo_nb.runtime import expert_swap, packed
 
 
 def model(seed: int) -> nn.Module:
@@ -43,7 +43,7 @@ class Pipeline:
 @pytest.fixture
 def small(monkeypatch):
     """Pieces that hold a few of the tensors"""
-    monkeypatch.setattr(expert_swap, "PIECE", 10_000)
+    monkeypatch.setattr(packed, "PIECE", 10_000)
 
 
 X = torch.linspace(-1, 1, 24)
@@ -71,21 +71,21 @@ def test_one_module_is_onloaded_at_a_time(small, inference):
     for module, state in zip(pipeline.modules, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
         assert module.strided.stride() == (1, 4) and module.channels_last.stride() == (16, 1, 8, 4)
-        assert len(module._hf_hook._packed) == len(state)  # with the table, without what is expanded
+        assert len(module._hf_hook._group.places) == len(state)  # with the table, without what is expanded
 
 
 def test_a_hook_has_the_execution_device_that_diffusers_reads(small):
     pipeline = Pipeline(1)
     expert_swap.enable(pipeline, pipeline.modules, "cpu")
     assert pipeline.modules[0]._hf_hook.execution_device == torch.device("cpu")  # diffusers asks for it
-    assert len(pipeline.modules[0]._hf_hook._pieces) == 4
+    assert len(pipeline.modules[0]._hf_hook._group.ranges) == 4
 
 
 def test_the_second_expert_is_prefetched_in_the_firsts_second_step_as_far_as_it_fits(small, monkeypatch):
     pipeline, expected = Pipeline(2), [model(seed)(X) for seed in range(2)]
     expert_swap.enable(pipeline, pipeline.modules, "cpu")
     first, second = pipeline.modules
-    copies, room = second._hf_hook._copies, second._hf_hook._pieces[0].nbytes + 1
+    copies, room = second._hf_hook._copies, second._hf_hook._group.ranges[0].nbytes + 1
     monkeypatch.setattr(expert_swap, "free_at_peak", lambda device: room)
     first(X)
     assert copies == []  # what the first takes is not known yet
