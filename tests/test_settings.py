@@ -310,7 +310,7 @@ def test_the_command_line_has_every_option_where_it_makes_sense():
 def test_help_shows_the_choices_and_the_declared_words(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(cli.app, ["t2v", "--help"]).output
-    for words in ("sla, sagesla, original", "auto, resident, free-text", "cpu, cuda", "16:9"):
+    for words in ("sla, sagesla, original", "auto, resident, cpu-text", "cpu, cuda", "16:9"):
         assert words in text
     places = [text.index(f"─ {panel} ─") for panel in cli.PANELS.values()]
     assert places == sorted(places)

@@ -20,7 +20,7 @@ from .files import hub
 from .files.resolve import ResolvedModel, resolve
 from .machine import phases, probe
 from .machine.beside import Beside
-from .runtime.place import held_still, place, transformers
+from .runtime.place import place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
 from .settings import LoadOptions, accepts, options
@@ -176,17 +176,17 @@ class LoadedModel:
         from . import checkpoint
         from .files import lora
 
-        with held_still(self.pipeline, self.plan):
-            for number, model in enumerate(transformers(self.pipeline)):
-                old, new = ([one for one in loras if one.applies_to(number)] for loras in (before, after))
-                checkpoint.reload_tensors(
-                    model,
-                    self.resolved.transformers[number],
-                    lora.differing(old, new),
-                    new,
-                    device=self._loaded_on,
-                    run_device=self.device,
-                )
+        self.pipeline.maybe_free_model_hooks()  # so that no weights that are written are copies on the GPU
+        for number, model in enumerate(transformers(self.pipeline)):
+            old, new = ([one for one in loras if one.applies_to(number)] for loras in (before, after))
+            checkpoint.reload_tensors(
+                model,
+                self.resolved.transformers[number],
+                lora.differing(old, new),
+                new,
+                device=self._loaded_on,
+                run_device=self.device,
+            )
 
     def _fingerprint(self) -> str:
         """Hash evenly spaced elements of every tensor of the transformers and the VAE"""
@@ -305,6 +305,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     from .files import lora
     from .fused import transformer as fused_transformer
     from .fused import vae as fused_vae
+    from .runtime.block_stream import StreamedEncoder
     from .scheduler import RCMScheduler
 
     make = wan.WanImageToVideoPipeline if resolved.spec.task == "i2v" else wan.WanPipeline
@@ -353,6 +354,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     encoder = PromptEncoder(
         pipeline,
         lambda where: checkpoint.load_text_encoder(resolved.text_encoder, device=where, dtype=dtype),
+        StreamedEncoder,
         embedding_cache.open_cache(resolved.text_encoder.path, tokenizer, dtype) if cached else None,
         prompts,
     )

@@ -33,7 +33,7 @@ MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
 SIGMA_MAX_ABOVE = math.tan(1.5)  # the second trig-flow time of rCM is 1.5, and noise levels must fall
 ATTENTION_TYPES = ("sla", "sagesla", "original")
 PICTURES = ("image", "last_image")  # options of a clip that are pictures
-PLAN_NAMES = ("auto", "resident", "free-text", "cpu-text", "offload", "offload-cpu-text", "offload-tiled", "group")
+PLAN_NAMES = ("auto", "resident", "cpu-text", "free-text", "offload-cpu-text", "offload", "offload-tiled", "group")
 Weights = str | Path | tuple[str | Path, str | Path]  # a file or a folder; or (high-noise, low-noise)
 
 

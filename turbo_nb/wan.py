@@ -19,7 +19,6 @@ from diffusers import ModelMixin  # diffusers looks for this name beside SavedTr
 from . import catalog, checkpoint
 from .errors import InputError, warn
 from .files import recognise
-from .runtime.place import held_still
 from .scheduler import MAX_STEPS, RCMScheduler
 from .settings import with_home
 
@@ -80,7 +79,8 @@ class _Placed:
         save_directory = with_home(save_directory)
         if self.turbo_nb is None:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        with self.turbo_nb.lock, held_still(self, self.turbo_nb.plan), self.turbo_nb.prompt_encoder.loaded():
+        with self.turbo_nb.lock, self.turbo_nb.prompt_encoder.loaded():
+            self.maybe_free_model_hooks()  # because the weights on the GPU are copies
             self.register_modules(text_encoder=self.text_encoder)
             return super().save_pretrained(save_directory, *args, **kwargs)
 

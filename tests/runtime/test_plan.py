@@ -36,15 +36,17 @@ def test_weights_are_as_large_as_the_released_files(spec, quantized, gigabytes):
     [
         (SMALL, False, 80, "resident"),
         (SMALL, False, 24, "resident"),
-        (SMALL, False, 16, "free-text"),
+        (SMALL, False, 16, "cpu-text"),
         (SMALL, True, 12, "cpu-text"),
         (LARGE, True, 80, "resident"),
-        (LARGE, True, 24, "cpu-text"),
+        (LARGE, True, 32, "cpu-text"),
+        (LARGE, True, 24, "offload-cpu-text"),
         (LARGE, True, 16, "group"),
-        (LARGE, False, 48, "free-text"),
+        (LARGE, True, 10, "group"),
+        (LARGE, False, 48, "cpu-text"),
         (I2V, True, 80, "resident"),
-        (I2V, True, 48, "free-text"),
-        (I2V, True, 32, "offload"),
+        (I2V, True, 48, "cpu-text"),
+        (I2V, True, 32, "offload-cpu-text"),
         (SMALL, True, 6, "cpu-text"),
         (SMALL, True, 4.5, "offload-cpu-text"),
         (SMALL, True, 3.5, "offload-tiled"),
@@ -58,7 +60,7 @@ def test_the_first_plan_that_fits(spec, quantized, gigabytes, name):
 
 
 @pytest.mark.parametrize(
-    ("spec", "gigabytes", "name"), [(LARGE, 24, "group"), (I2V, 24, "group"), (I2V, 32, "offload")]
+    ("spec", "gigabytes", "name"), [(LARGE, 24, "group"), (I2V, 24, "group"), (I2V, 32, "offload-cpu-text")]
 )
 def test_without_the_fused_kernels_more_is_needed(spec, gigabytes, name):
     assert plan_for(spec, gigabytes, quantized=True, fused=False).name == name
@@ -72,9 +74,10 @@ def test_less_memory_never_gets_a_hungrier_plan():
 
 def test_a_plan_says_what_it_does():
     assert str(plan_for(SMALL, 12, quantized=True)).startswith("plan cpu-text: needs ")
-    assert "of 12.0 GB: text encoder on the CPU" in str(plan_for(SMALL, 12, quantized=True))
+    assert "of 12.0 GB: text encoder in main memory" in str(plan_for(SMALL, 12, quantized=True))
     assert "may run out of memory" in str(plan_for(LARGE, 4))
     assert "everything stays loaded" in str(plan_for(SMALL, 80))
+    assert "16 of 40 blocks stay on the GPU" in str(plan_for(LARGE, 16, quantized=True))
 
 
 def test_a_plan_can_be_asked_for_by_name_even_if_it_is_too_large():
@@ -103,7 +106,9 @@ def test_on_a_cpu_only_the_text_encoder_can_go():
             "takes 11.4 GB of main memory, of which 8.0 GB are free: take a machine",
         ),
         (I2V, True, 32, 16, "offload", "takes 29.3 GB of main memory, of which 16.0 GB are free"),
-        (LARGE, True, 24, 16, "cpu-text", None),
+        (SMALL, False, 16, 8, "free-text", None),
+        (LARGE, True, 32, 16, "cpu-text", None),
+        (LARGE, True, 24, 16, "offload", None),
         (LARGE, True, 16, 16, "group", "takes 26.1 GB of main memory, of which 16.0 GB are free"),
         (LARGE, True, 16, 32, "group", None),
         (LARGE, False, 80, 1, "resident", None),
@@ -123,7 +128,7 @@ def test_free_main_memory_heeds_the_containers_limit(monkeypatch):
     assert free_memory("cpu") > 7
 
 
-def test_the_next_plan_frees_more_until_there_is_none():
+def test_the_next_plan_frees_more_until_no_block_stays():
     told, plan = [], plan_for(SMALL, 80)
     while plan:
         told.append((plan.name, plan.needs))
@@ -132,6 +137,29 @@ def test_the_next_plan_frees_more_until_there_is_none():
     assert [needs for _, needs in told] == sorted((needs for _, needs in told), reverse=True)
     assert plan_for(SMALL, 80).next == plan_for(SMALL, 80, name="offload-tiled")
     assert plan_for(SMALL, 64, device="cpu").next is None
+    streamed = plan_for(LARGE, 16, quantized=True)
+    assert (streamed.name, streamed.next.name, streamed.next.keep, streamed.next.next) == ("group", "group", 0, None)
+
+
+@pytest.mark.parametrize("spec", [SMALL, LARGE, I2V])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_as_many_blocks_stay_as_fit(spec, quantized):
+    least = plan_for(spec, 0, quantized, name="group")
+    assert least.keep == 0 and least.needs == plan_for(spec, 80, quantized).next.next.needs
+    kept = []
+    for gigabytes in range(1, 60):
+        plan = plan_for(spec, gigabytes, quantized, name="group")
+        kept.append(plan.keep)
+        assert plan.blocks == spec.arch.num_layers and (plan.fits or plan.keep == 0)
+        more = plan_for(spec, gigabytes + 60, quantized, name="group")
+        block = sizes(spec, quantized=quantized).transformer / plan.blocks
+        assert plan.keep in (0, plan.blocks) or plan.needs + block > 0.95 * gigabytes * GB
+        assert more.keep == plan.blocks  # no cell for streamed blocks is needed then
+    assert kept == sorted(kept) and {0, spec.arch.num_layers} < set(kept)
+
+
+def test_only_a_plan_that_fills_the_budget_is_tight():
+    assert plan_for(LARGE, 24, quantized=True).is_tight and not plan_for(SMALL, 80).is_tight
 
 
 class Recorder:
@@ -152,17 +180,16 @@ class Recorder:
     ("name", "done"),
     [
         ("resident", {"transformer to cuda", "transformer_2 to cuda", "vae to cuda", "vae disable_tiling"}),
-        ("offload", {"turns of transformer, transformer_2, vae on cuda", "vae disable_tiling"}),
-        ("offload-tiled", {"turns of transformer, transformer_2, vae on cuda", "vae enable_tiling"}),
-        ("group", {"transformer to cpu", "vae to cuda", "vae enable_tiling",
-                   "transformer_2 enable_group_offload cuda cpu block_level 1 True"}),
+        ("offload", {"turns of transformer, transformer_2, vae on cuda, keep None", "vae disable_tiling"}),
+        ("offload-tiled", {"turns of transformer, transformer_2, vae on cuda, keep None", "vae enable_tiling"}),
+        ("group", {"turns of transformer, transformer_2, vae on cuda, keep 16", "vae enable_tiling"}),
     ],
-)  # fmt: skip
+)
 def test_a_plan_is_carried_out(name, done, monkeypatch):
     told = []
-    turns = lambda pipeline, modules, device: told.append(  # noqa: E731
-        f"turns of {', '.join(module._name for module in modules)} on {device}"
+    turns = lambda pipeline, modules, device, keep: told.append(  # noqa: E731
+        f"turns of {', '.join(module._name for module in modules)} on {device}, keep {keep}"
     )
     monkeypatch.setattr(expert_swap, "enable", turns)
-    place(Recorder(told), plan_for(I2V, 40, quantized=True, name=name))
+    place(Recorder(told), plan_for(I2V, 16, quantized=True, name=name))
     assert told[0] == " remove_all_hooks" and done <= set(told)

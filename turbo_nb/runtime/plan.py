@@ -1,7 +1,7 @@
 """Memory plans: which part of a model is where, decided before anything is loaded. Pure data.
 
-`choose` takes the first plan whose peak fits the device. The plans go from everything on the GPU to one block at a
-time. `runtime.place` carries a plan out.
+`choose` takes the first plan whose peak fits the device. The plans go from everything on the GPU to blocks that are
+streamed through it. `runtime.place` carries a plan out.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,18 +11,24 @@ from ..errors import InputError
 from ..settings import PLAN_NAMES
 
 GB = 1e9
-USABLE = 0.95  # share of the budget; the CUDA context and the allocator take the rest
+USABLE = 0.95  # share of the budget; the CUDA context, kernels and cuBLAS' workspaces take the rest
+TIGHT = 0.6  # share of the budget above which stages give cached memory back
+# Bytes that torch's allocator holds for a byte of activations, because free memory between tensors of other sizes stays
+# unused. 14B at 1280x720x81 ran out of 10 GB with tensors of 8.0 GB.
+ALLOCATED = 1.1
 # Peaks in bf16, measured on an H100: bytes a pixel of a frame. The fused VAE decodes one latent frame at a time.
 DECODE_FUSED, DECODE_PLAIN = 8_600, 12_500
 DECODE_TILED = 1.2 * GB  # measured likewise, in all
 TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE, facts of the released files
-# Name → where the text encoder is, what is offloaded, and whether the VAE decodes in tiles
+TEXT_STREAMED = 0.1  # of a streamed text encoder's weights: two of 24 blocks, and as much as 512 tokens' activations
+STREAMED_CELLS = 2  # blocks of a transformer on the GPU beside those that stay there, as `block_stream.CELLS`
+# Name → where the text encoder is, what is offloaded, and whether the VAE may decode in tiles
 KINDS = {
     "resident": ("resident", "none", False),
-    "free-text": ("freed", "none", False),
     "cpu-text": ("cpu", "none", False),
-    "offload": ("freed", "model", False),
+    "free-text": ("freed", "none", False),
     "offload-cpu-text": ("cpu", "model", False),
+    "offload": ("freed", "model", False),
     "offload-tiled": ("cpu", "model", True),
     "group": ("cpu", "group", True),
 }
@@ -49,9 +55,12 @@ class Plan:
     """Where the parts of a pipeline are while it works.
 
     Args:
-        text_encoder: "resident", "freed" (after each new prompt is encoded) or "cpu" (it stays and runs there).
-        offload: "none", "model" (only the model that works is on the GPU) or "group" (only the blocks that work).
-        vae_tiling: whether the VAE decodes in tiles.
+        text_encoder: "resident", "freed" (after each new prompt is encoded) or "cpu" (it stays in main memory, and its
+            blocks are streamed through the GPU).
+        offload: "none", "model" (only the model that works is on the GPU) or "group" (some blocks of the transformer
+            that works are streamed).
+        vae_tiling: whether the VAE decodes in tiles where not even one latent frame fits.
+        keep, blocks: how many blocks of a transformer stay on the GPU, and how many it has; under "group" only.
         needs: peak bytes of `device`, of which `budget` may be used.
         host: bytes of main memory that hold offloaded parts, of which `host_budget` are free (None: not known).
         next: the plan to take when memory runs out all the same. None: this is the smallest one.
@@ -61,6 +70,8 @@ class Plan:
     text_encoder: str
     offload: str
     vae_tiling: bool
+    keep: int = 0
+    blocks: int = 0
     needs: float = 0
     budget: float = 0
     host: float = 0
@@ -78,14 +89,19 @@ class Plan:
         """Whether the peak fits the usable share of the device's budget."""
         return self.needs <= self.budget * USABLE
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether one stage needs memory that torch may have cached for another one."""
+        return self.needs > self.budget * TIGHT
+
     def __str__(self) -> str:
-        text = {"resident": None, "freed": "text encoder freed after encoding", "cpu": "text encoder on the CPU"}
+        text = {"resident": None, "freed": "text encoder freed after encoding", "cpu": "text encoder in main memory"}
         offload = {
             "none": None,
             "model": "one model at a time on the GPU",
-            "group": "one block at a time on the GPU (slow)",
+            "group": f"{self.keep} of {self.blocks} blocks stay on the GPU",
         }
-        does = [text[self.text_encoder], offload[self.offload], "VAE in tiles" if self.vae_tiling else None]
+        does = [text[self.text_encoder], offload[self.offload]]
         how = ", ".join(filter(None, does)) or "everything stays loaded"
         line = f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}"
         if not self.fits_device:
@@ -120,13 +136,17 @@ def sizes(spec: catalog.ModelSpec, *, quantized: bool = False) -> Sizes:
         )
     dim, ffn = spec.arch.dim, spec.arch.ffn_dim
     linears = spec.arch.num_layers * (8 * dim * dim + 2 * dim * ffn)
-    rest = 8 * dim * dim + 4096 * dim + spec.arch.in_channels * 4 * dim
     return Sizes(
-        transformer=linears * (1 if quantized else 2) + 2 * rest,
+        transformer=linears * (1 if quantized else 2) + _outside_blocks(spec.arch),
         experts=2 if spec.task == "i2v" else 1,
         text_encoder=2 * TEXT_PARAMETERS,
         vae=2 * VAE_PARAMETERS,
     )
+
+
+def _outside_blocks(arch: catalog.Arch) -> float:
+    """Return the bytes of a transformer's weights that belong to no block"""
+    return 2 * (8 * arch.dim**2 + 4096 * arch.dim + arch.in_channels * 4 * arch.dim)
 
 
 def file_sizes(spec: catalog.ModelSpec, *, quantized: bool = False) -> dict[catalog.HubFile, float]:
@@ -156,26 +176,40 @@ def _activations(arch: catalog.Arch, width: int, height: int, num_frames: int, f
     return 2.0 * tokens * (1.5 * arch.ffn_dim + 5.5 * arch.dim if fused else 2 * arch.ffn_dim + 10 * arch.dim)
 
 
-def _needs(
-    plan: Plan, sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, fused: bool
-) -> float:
+def _streamed(sizes: Sizes, arch: catalog.Arch, budget: float, denoise: float) -> tuple[int, float]:
+    """Return how many blocks can stay on the GPU under "group", and the bytes of weights on the GPU with them"""
+    outside = min(_outside_blocks(arch), sizes.transformer / 2)  # half: a model of the package has narrower embeddings
+    block = (sizes.transformer - outside) / arch.num_layers
+    cells = int(max(0, budget * USABLE - outside - denoise) / block)
+    keep = arch.num_layers if cells >= arch.num_layers else max(0, cells - STREAMED_CELLS)
+    return keep, outside + min(keep + STREAMED_CELLS, arch.num_layers) * block
+
+
+def _decoding(plan: Plan, width: int, height: int, fused: bool) -> float:
+    """Return the bytes that decoding takes, one latent frame or one tile at a time"""
+    return DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
+
+
+def _text(plan: Plan, sizes: Sizes) -> float:
+    """Return the bytes that encoding a prompt takes"""
+    return sizes.text_encoder * (TEXT_STREAMED if plan.text_encoder == "cpu" else 1)
+
+
+def _needs(plan: Plan, sizes: Sizes, weights: float, denoise: float, decode: float) -> float:
     """Return the peak bytes over the stages text, denoise and decode"""
-    denoise = _activations(arch, width, height, num_frames, fused)
-    decode = DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
-    text = 0 if plan.text_encoder == "cpu" else sizes.text_encoder
+    text = _text(plan, sizes)
     if plan.offload == "none":
         models = sizes.transformer * sizes.experts + sizes.vae
         if plan.text_encoder == "resident":
             return models + text + max(denoise, decode)
         return models + max(text, denoise, decode)  # a freed encoder shares its room with the later stages
-    at_work = sizes.transformer if plan.offload == "model" else 3 * sizes.transformer / arch.num_layers
-    return max(text, at_work + sizes.vae + denoise, sizes.vae + decode)
+    return max(text, weights + denoise, sizes.vae + decode)
 
 
 def after_denoise(plan: Plan, sizes: Sizes, width: int, height: int, fused: bool) -> float:
     """Return the bytes beside the transformers that decoding takes, or the text encoder for the next prompt."""
-    decode = DECODE_TILED if plan.vae_tiling else (DECODE_FUSED if fused else DECODE_PLAIN) * width * height
-    return max(decode, sizes.text_encoder if plan.text_encoder == "freed" else 0)
+    text = 0 if plan.text_encoder == "resident" else _text(plan, sizes)
+    return max(ALLOCATED * _decoding(plan, width, height, fused), text)
 
 
 def _host(plan: Plan, sizes: Sizes) -> float:
@@ -216,15 +250,31 @@ def choose(
     Raises:
         InputError: the plan that was asked for offloads to a GPU, and the device is the CPU.
     """
+    on_gpu = device != "cpu"
+    fused, held = fused and on_gpu, ALLOCATED if on_gpu else 1
+    denoise = held * _activations(arch, width, height, num_frames, fused)
+
+    def filled(plan: Plan, following: Plan | None, block_budget: float = budget) -> Plan:
+        keep, weights = _streamed(sizes, arch, block_budget, denoise)
+        blocks = {"keep": keep, "blocks": arch.num_layers} if plan.offload == "group" else {}
+        weights = weights if blocks else sizes.transformer
+        needs = _needs(plan, sizes, weights, denoise, held * _decoding(plan, width, height, fused))
+        host = _host(plan, sizes) if on_gpu else 0
+        given = {"budget": budget, "host": host, "host_budget": host_budget, "device": device}
+        return replace(plan, needs=needs, next=following, **blocks, **given)
+
+    # A plan that saves a little would run out again. So the next plan may decode in tiles, and the last one keeps no
+    # block on the GPU.
+    following = filled(PLANS[-1], None, block_budget=0) if on_gpu else None
     plans: list[Plan] = []
     for plan in reversed(PLANS):
-        if device != "cpu" or plan.name in CPU_PLANS:
-            needs = _needs(plan, sizes, arch, width, height, num_frames, fused and device != "cpu")
-            # a plan that saves a little would run out again, so the next one decodes in tiles
-            following = next((other for other in plans if other.vae_tiling), None)
-            host = 0 if device == "cpu" else _host(plan, sizes)
-            plan = replace(plan, needs=needs, budget=budget, host=host, host_budget=host_budget)
-            plans.insert(0, replace(plan, device=device, next=following))
+        if on_gpu or plan.name in CPU_PLANS:
+            plan = filled(plan, following)
+            if plan.offload == "group" and not plan.keep:
+                plan = following
+            plans.insert(0, plan)
+            if plan.name == "offload-tiled":
+                following = plan
     if name != "auto":
         asked = [plan for plan in plans if plan.name == name]
         if not asked:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import warn
 from ..machine.probe import release_memory
@@ -36,12 +36,23 @@ def length(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> Length:
     return Length(tokens=len(tokens), lost=tokenizer.decode(lost, skip_special_tokens=True) if lost else "")
 
 
+class Streamed(Protocol):
+    """A text encoder in main memory that works on a GPU."""
+
+    module: "torch.nn.Module"
+
+    def release(self) -> None:
+        """Give the memory on the GPU back."""
+
+
 class PromptEncoder:
     """Encodes prompts with diffusers' `encode_prompt`, and remembers the embeddings of the last ones.
 
     Args:
         pipeline: whose tokenizer and text encoder are used.
         load: returns the text encoder on a device.
+        stream: lets a text encoder in main memory work on a device. `True` asks for fast copies, which take seconds to
+            prepare.
         cache: of embeddings on disk. None: embeddings are not kept.
         prompts: the prompts to come, if they are known. If the cache has all of them, a resident text encoder is not
             loaded before the first uncached prompt.
@@ -51,10 +62,12 @@ class PromptEncoder:
         self,
         pipeline: "DiffusionPipeline",
         load: "Callable[[str], torch.nn.Module]",
+        stream: "Callable[[torch.nn.Module, str, bool], Streamed]",
         cache: "EmbeddingCache | None" = None,
         prompts: Sequence[str] = (),
     ):
-        self._pipeline, self._load, self._cache, self._known = pipeline, load, cache, OrderedDict()
+        self._pipeline, self._load, self._stream, self._cache = pipeline, load, stream, cache
+        self._known, self._is_single = OrderedDict(), len(prompts) == 1
         self._all_cached = cache is not None and bool(prompts) and all(map(cache.has, prompts))
 
     def place(self, mode: Literal["resident", "freed", "cpu"], device: str) -> None:
@@ -62,11 +75,12 @@ class PromptEncoder:
 
         Args:
             mode: "resident" keeps it on the device. "freed" loads it for each new prompt and frees it afterwards.
-                "cpu" keeps it on the CPU, where it also works.
+                "cpu" keeps it in main memory, from which its blocks are streamed through the device.
             device: of the pipeline.
         """
         self._mode, self._device = mode, device
-        self._pipeline.text_encoder = self._on_cpu = None
+        self._streamed: Streamed | None = None
+        self._pipeline.text_encoder = None
         if mode == "resident" and not self._all_cached:
             self._pipeline.text_encoder = self._load(device)
 
@@ -115,16 +129,22 @@ class PromptEncoder:
 
         Gives the device that it works on.
         """
-        pipeline, device = self._pipeline, "cpu" if self._mode == "cpu" else self._device
+        pipeline, device = self._pipeline, self._device
         if pipeline.text_encoder is not None:
             yield device
             return
         try:
-            pipeline.text_encoder = self._on_cpu or self._load(device)
+            if self._mode == "cpu":
+                if self._streamed is None:
+                    self._streamed = self._stream(self._load("cpu"), device, not self._is_single)
+                pipeline.text_encoder = self._streamed.module
+            else:
+                pipeline.text_encoder = self._load(device)
             yield device
         finally:
-            if self._mode == "cpu":
-                self._on_cpu = pipeline.text_encoder
             if self._mode != "resident":
                 pipeline.text_encoder = None
-                release_memory()  # frees the encoder in the mode "freed"
+            if self._streamed:
+                self._streamed.release()
+            elif self._mode == "freed":
+                release_memory()
