@@ -7,7 +7,7 @@ with the next memory plan.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,7 +274,7 @@ def generate(
     """Make a clip. None stands for the model's own value.
 
     A callback that raises ends the run: that is how to cancel it. If memory runs out, `generate` warns and goes on
-    with the next memory plan, once.
+    with the next memory plan.
 
     With extend, each part begins with the last frame of the part before it, which the clip has once. With extend_clip,
     the first part is a finished mp4, whose frames are decoded; writing them encodes them a second time. last_image is
@@ -507,7 +507,8 @@ def decode(
 ) -> "np.ndarray":
     """Decode latents as `WanPipeline` itself does, or with a tiny decoder.
 
-    Frames of one chunk are copied from a GPU while the next chunk is decoded.
+    Frames of one chunk are copied from a GPU while the next chunk is decoded. A VAE that may decode in tiles does so
+    where memory runs out.
 
     Args:
         pipeline: whose VAE decodes.
@@ -518,6 +519,23 @@ def decode(
     Returns:
         Frames (4T − 3, 8H, 8W, 3) uint8.
     """
+    import torch
+
+    if pipeline.vae.use_tiling and not tiny:
+        with suppress(torch.OutOfMemoryError):
+            return _decode(pipeline, latents, on_frames, tiny)
+        return _decode(pipeline, latents, on_frames, tiny, length=0)
+    return _decode(pipeline, latents, on_frames, tiny)
+
+
+def _decode(
+    pipeline: "WanPipeline | WanImageToVideoPipeline",
+    latents: "torch.Tensor",
+    on_frames: "Callable[[np.ndarray], None]",
+    tiny: "TinyDecoder | None",
+    length: int | None = None,
+) -> "np.ndarray":
+    """Decode with chunks of a length, as that of `fused.vae.chunks`"""
     import torch
     from diffusers.utils.accelerate_utils import apply_forward_hook
 
@@ -540,7 +558,7 @@ def decode(
     if tiny:
         samples = tiny.chunks(latents)
     else:
-        samples = apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean)
+        samples = apply_forward_hook(chunks)(vae, latents.to(device, vae.dtype) * std + mean, length)
     for sample in samples:
         part = sample[0].permute(1, 2, 3, 0).float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
         if frames is None:

@@ -68,7 +68,8 @@ def test_chunks_of_any_length_encode_to_diffusers_latents(config, shape, monkeyp
         torch.testing.assert_close(encode(model, clip), before, rtol=0, atol=1e-5)
 
 
-def test_tiles_and_slices_decode_and_encode_as_before():
+def test_tiles_and_slices_decode_and_encode_as_before_where_no_frame_fits(monkeypatch):
+    monkeypatch.setattr(fused_vae, "chunk_length", lambda *_: 0)
     model, z, clip = make(WAN), latents(2, 16, 2, 6, 5), latents(2, 3, 5, 48, 40).clamp(-1, 1)
     model.enable_tiling(32, 32, 24, 24)
     model.enable_slicing()
@@ -76,7 +77,28 @@ def test_tiles_and_slices_decode_and_encode_as_before():
     fused_vae.fuse(model)
     torch.testing.assert_close(decode(model, z), before, rtol=0, atol=1e-5)
     torch.testing.assert_close(encode(model, clip), encoded, rtol=0, atol=1e-5)
-    assert len(list(fused_vae.chunks(model, z[:1], 1))) == 1
+    assert len(list(fused_vae.chunks(model, z[:1]))) == len(list(fused_vae.chunks(model, z[:1], 0))) == 1
+
+
+def test_a_vae_with_tiling_works_without_tiles_where_a_frame_fits():
+    model, z, clip = make(WAN), latents(1, 16, 2, 6, 5), latents(1, 3, 5, 48, 40).clamp(-1, 1)
+    before, encoded = decode(model, z), encode(model, clip)
+    fused_vae.fuse(model)
+    model.enable_tiling(32, 32, 24, 24)
+    torch.testing.assert_close(decode(model, z), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encode(model, clip), encoded, rtol=0, atol=1e-5)
+    assert len(list(fused_vae.chunks(model, z))) == 2
+
+
+@pytest.mark.parametrize(("gigabytes", "frames"), [(8.5, 0), (9, 1), (16, 2), (40, 4)])
+def test_a_chunk_has_as_many_latent_frames_as_fit_in_free_memory(gigabytes, frames, monkeypatch):
+    told = {"mem_get_info": (gigabytes * 1e9 - 0.5e9, 0), "memory_reserved": 1e9, "memory_allocated": 0.5e9}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    norm = SimpleNamespace(gamma=torch.empty(96, 1, 1, 1))
+    vae = SimpleNamespace(config=SimpleNamespace(patch_size=None), decoder=SimpleNamespace(norm_out=norm))
+    x = SimpleNamespace(is_cuda=True, device="cuda", element_size=lambda: 2)
+    assert fused_vae.chunk_length(vae, x, 1280 * 720) == frames
 
 
 def test_a_copy_of_a_fused_vae_has_its_own_parameters():

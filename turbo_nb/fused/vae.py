@@ -32,7 +32,7 @@ CHUNK = 4  # latent frames decoded or encoded at a time, where memory allows
 # Memory that decoding needs, and more for each latent frame, in sizes of the widest layer's activations of one latent
 # frame.
 BASE_LAYERS, FRAME_LAYERS = 7, 4.1
-FREE = 0.8  # share of a GPU's free memory that a chunk may take
+FREE, LEAST_FREE = 0.8, 0.92  # shares of a GPU's free memory that a chunk may take; a chunk of one latent frame
 CPU_BYTES = 1 << 30  # bytes that a chunk may take on a CPU
 
 
@@ -72,10 +72,12 @@ def _decode(vae: AutoencoderKLWan, z: Tensor, return_dict: bool = True):
 
 def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
     """Compute `AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8)."""
-    if vae.use_tiling and (x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height):
-        return type(vae)._encode(vae, x)
-    frames = 1 + (x.shape[2] - 1) // 4 * 4  # because diffusers leaves out the others, too
     length = 4 * chunk_length(vae, x, x[:, 0, 0].numel())
+    large = x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height
+    if not length and vae.use_tiling and large:
+        return type(vae)._encode(vae, x)
+    length = length or 4
+    frames = 1 + (x.shape[2] - 1) // 4 * 4  # because diffusers leaves out the others, too
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
     past = [None] * vae._cached_conv_counts["encoder"]
@@ -90,17 +92,20 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     Args:
         vae: a fused or plain VAE.
         z: latents (B, C, T, h, w).
-        length: latent frames of a chunk. None: as many as fit in memory. The first latent frame is a chunk of its own,
-            because it becomes one frame and the others become four.
+        length: latent frames of a chunk. None: as many as fit in memory. 0, or not even one fits: a VAE with tiling
+            enabled decodes in tiles. The first latent frame is a chunk of its own, because it becomes one frame and
+            the others become four.
 
     Yields:
         Frames (B, 3, t, 8h, 8w) in [-1, 1], 4T − 3 in all.
     """
+    if length is None:
+        length = chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
     edge = max(s // vae.spatial_compression_ratio for s in (vae.tile_sample_min_height, vae.tile_sample_min_width))
-    if vae.use_tiling and max(z.shape[3:]) > edge:
+    if not length and vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    length = length or chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
+    length = length or 1
     past = [None] * vae._cached_conv_counts["decoder"]
     z = vae.post_quant_conv(z)
     for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
@@ -111,14 +116,15 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
 
 
 def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
-    """Return how many latent frames of so many pixels each fit on x's device at a time."""
-    free = CPU_BYTES
+    """Return how many latent frames of so many pixels each fit on x's device at a time. 0: not even one."""
+    free = CPU_BYTES / FREE
     if x.is_cuda:
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        free = FREE * (torch.cuda.mem_get_info(x.device)[0] + unused)
+        free = torch.cuda.mem_get_info(x.device)[0] + unused
     inner = pixels / (vae.config.patch_size or 1) ** 2
     widest = 4 * inner * vae.decoder.norm_out.gamma.numel() * x.element_size()
-    return max(1, min(CHUNK, int((free / widest - BASE_LAYERS) / FRAME_LAYERS)))
+    fit = min(CHUNK, int((FREE * free / widest - BASE_LAYERS) / FRAME_LAYERS))
+    return fit if fit > 0 else int(LEAST_FREE * free >= (BASE_LAYERS + FRAME_LAYERS) * widest)
 
 
 class FusedDecoder(WanDecoder3d):
