@@ -1,8 +1,9 @@
-"""The stages of a clip, run one after another: timed, with their peak memory, and with one retry."""
+"""The stages of a clip, run one after another: timed, with their peak memory, and again where memory runs out."""
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol, TypeVar
 
 from ..errors import TurboNbError, warn
@@ -43,18 +44,19 @@ class StageRunner:
     def __init__(self, model: Planned, on_stage: Callable[[str], None] | None = None):
         self.timings: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
-        self._model, self._device, self._fallen = model, model.plan.device, False
+        self._model, self._device = model, model.plan.device
         self._on_stage = on_stage or (lambda name: None)
 
     def run(self, name: str, work: Callable[[], Result]) -> Result:
         """Run one stage.
 
         If memory runs out, CUDA graphs are dropped, and the stage runs again. If that does not help, the next plan is
-        taken with a warning; once in all stages.
+        taken with a warning, until a plan suffices. Under a tight plan, memory that torch has cached for other stages
+        is given back first.
 
         Args:
             name: "text", "denoise" or "decode".
-            work: the stage; it may be called twice.
+            work: the stage; it may be called several times.
 
         Returns:
             What work returned, which is not None.
@@ -67,34 +69,35 @@ class StageRunner:
         self._on_stage(name)
         begin, on_gpu = time.perf_counter(), self._device != "cpu"
         if on_gpu:
+            if self._model.plan.is_tight:
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         result = _attempt(work)
         if result is None and self._model.drop_graphs():
             result = _attempt(work)
-        if result is None:
-            result = self._again(name, work)
+        plan = self._model.plan
+        while result is None:
+            plan = self._following(name, plan)
+            result = _attempt(partial(self._follow, plan, work))
         if on_gpu:
             torch.cuda.synchronize(self._device)
             self.peaks[name] = torch.cuda.max_memory_allocated(self._device)
         self.timings[name] = time.perf_counter() - begin
         return result
 
-    def _again(self, name: str, work: Callable[[], Result]) -> Result:
-        import torch
+    def _following(self, name: str, failed: Plan) -> Plan:
+        """Return the plan after one that ran out of memory, with a warning"""
+        if failed.next is None:
+            raise TurboNbError(
+                f"out of memory while at {name}, with plan {failed.name}. Take fewer frames, a smaller resolution, or "
+                "the int8 checkpoint."
+            )
+        warn(f"out of memory while at {name}; going on with {failed.next}", stacklevel=3)
+        return failed.next
 
-        failed, following = self._model.plan, None if self._fallen else self._model.plan.next
-        if following:
-            self._fallen = True
-            warn(f"out of memory while at {name}; going on with {following}", stacklevel=3)
-            try:
-                self._model.follow(following)
-                return work()
-            except torch.OutOfMemoryError:
-                failed = following
-        raise TurboNbError(
-            f"out of memory while at {name}, with plan {failed.name}. Take fewer frames, a smaller resolution, or the "
-            "int8 checkpoint."
-        )
+    def _follow(self, plan: Plan, work: Callable[[], Result]) -> Result:
+        self._model.follow(plan)
+        return work()
 
 
 def _attempt(work: Callable[[], Result]) -> Result | None:
