@@ -450,6 +450,21 @@ def test_experts_that_take_turns_make_the_same_clip_and_their_switch_is_timed(fo
     assert not any(hasattr(part, "_hf_hook") for part in parts)
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+def test_experts_whose_blocks_are_streamed_make_the_same_clip(folder, i2v, keep):
+    before = i2v.turbo_nb.plan
+    make = lambda: turbo_nb.generate(i2v, "x", image=folder / "picture.png", **CLIP | {"num_steps": 4})  # noqa: E731
+    expected = make()
+    try:
+        i2v.turbo_nb.follow(replace(before, name="group", offload="group", text_encoder="cpu", keep=keep, blocks=2))
+        for _ in range(2):
+            assert np.array_equal(make().frames, expected.frames)
+            for expert in (i2v.transformer, i2v.transformer_2):
+                assert expert._hf_hook._block_stream.loaded == []
+    finally:
+        i2v.turbo_nb.follow(before)
+
+
 def _slowly(function):
     def slow(self, *args):
         slow.calls += 1

@@ -8,6 +8,7 @@ import turbo_nb
 from turbo_nb import errors, generation
 from turbo_nb.errors import TurboNbError
 from turbo_nb.fused import vae as fused_vae
+from turbo_nb.machine import probe
 from turbo_nb.runtime.block_stream import BlockStream
 from turbo_nb.runtime.plan import Plan
 
@@ -36,6 +37,12 @@ def nano():
 @pytest.fixture(scope="module")
 def resident(nano):
     return turbo_nb.generate(nano, PROMPT, **CLIP).frames
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """Save seconds, because a test's process has many objects"""
+    monkeypatch.setattr(probe.gc, "collect", lambda: None)
 
 
 @pytest.fixture
