@@ -207,6 +207,45 @@ def e2e(
     raise typer.Exit(harness.run(jobs, device, csv))
 
 
+@app.command()
+def memory(
+    model: Annotated[
+        str, typer.Option(help="Shapes, separated by commas: 1.3B, 14B, A14B (two experts), tiny or tiny-i2v.")
+    ] = "1.3B,14B,A14B",
+    gb: Annotated[
+        str | None, typer.Option(help="GB of GPU memory, separated by commas. Default: those of the README's table.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES. Default: the model's own.")] = None,
+    steps: Annotated[int, typer.Option(help="1 to 4.")] = 4,
+    attention: Annotated[str, typer.Option(help="sla, sagesla or original (dense).")] = "sagesla",
+    linears: Annotated[str, typer.Option(help="bf16 or int8.")] = "int8",
+    runs: Runs = 1,
+    device: Device = "auto",
+    csv: Csv = None,
+) -> None:
+    """Run memory plans on a GPU that seems smaller: seconds and peaks of each stage, with random weights."""
+    from turbo_nb.machine.probe import device_of
+
+    from . import harness
+    from . import memory as benchmark
+    from . import step as steps_of
+
+    device, names = device_of(device), model.split(",")
+    for option, given, known in (("model", names, steps_of.MODELS), ("linears", [linears], steps_of.LINEARS)):
+        for one in given:
+            if one not in known:
+                raise InputError(f"{option} is {one!r}. Expected one of {', '.join(known)}.")
+    try:
+        amounts = [float(one) for one in gb.split(",")] if gb else None
+    except ValueError:
+        amounts = [0.0]
+    if amounts and not min(amounts) > 0:
+        raise InputError(f"gb is {gb!r}. Expected GB above 0, separated by commas, such as 10,16,24.")
+    load = {"attention_type": attention, "quant_linear": linears == "int8"}
+    jobs = benchmark.jobs(names, device, load, {"num_steps": steps}, size and clip(size), amounts, runs=runs)
+    raise typer.Exit(harness.run(jobs, device, csv))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def startup(
     context: typer.Context,

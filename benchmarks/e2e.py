@@ -131,12 +131,12 @@ class Made:
     size: int
 
 
-def make(pipeline, prompt: str, clip: dict) -> Made:
-    """Make a clip and write it. Its frames are encoded while later frames are decoded."""
+def make(pipeline, prompt: str, clip: dict, **more) -> Made:
+    """Make a clip and write it. Its frames are encoded while later frames are decoded. `more` goes to `generate`."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         with mp4.Encoder(Path(folder) / "video.mp4", pipeline.turbo_nb.spec.fps) as encoder:
-            video = turbo_nb.generate(pipeline, prompt, **clip, on_frames=encoder.add)
+            video = turbo_nb.generate(pipeline, prompt, **clip, on_frames=encoder.add, **more)
             write = time.perf_counter()
             path = video.save(encoder)
             end = time.perf_counter()
@@ -145,12 +145,13 @@ def make(pipeline, prompt: str, clip: dict) -> Made:
     return Made(video=video, seconds=seconds, size=size)
 
 
-def random_pipeline(name: str, load: dict):
+def random_pipeline(name: str, load: dict, parts: "Parts | None" = None):
     """Load random weights as `load_pipeline` loads files. The VAE decodes smooth waves instead of its latents."""
     if name not in step.MODELS:
         raise InputError(f"random is {name!r}. Expected one of {', '.join(step.MODELS)}.")
+    load = dict(load)
     size = load.pop("clip", None)
-    found = random_model(name, LoadOptions(**load))
+    found = random_model(name, LoadOptions(**load), parts)
     if found.device != "cpu":
         torch.cuda.empty_cache()  # because drawing the weights has left free blocks
     pipeline = pipelines.load(found, clip=size)
@@ -158,17 +159,28 @@ def random_pipeline(name: str, load: dict):
     return pipeline
 
 
-def random_model(name: str, options: LoadOptions) -> resolve.ResolvedModel:
-    """Return a transformer of `step.MODELS`, Wan2.1's VAE and umT5-xxl with random weights, and nano's tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The files of a model, as `recognise.read` returns them."""
 
-    Beside a transformer that reads narrower embeddings, the VAE and the text encoder are narrow as well. The weights
-    are drawn on the options' device. They stay there if everything stays loaded, else they are in main memory.
+    transformer: Contents
+    vae: Contents
+    text_encoder: Contents
+
+
+def random_parts(name: str, device: str, home: str, int8: bool = False) -> Parts:
+    """Return a transformer of `step.MODELS`, Wan2.1's VAE and umT5-xxl with random weights.
+
+    Beside a transformer that reads narrower embeddings, the VAE and the text encoder are narrow as well.
+
+    Args:
+        name: of `step.MODELS`.
+        device: where the weights are drawn.
+        home: the device that keeps them.
+        int8: whether the transformer's linears are in int8.
     """
-    device = options.device
-    home = device if options.memory_plan == "resident" else "cpu"
-    transformer = step.random_contents(name, device, home=home)
-    arch, width = transformer.arch, transformer.text_dim
-    config = UMT5_XXL
+    transformer = step.random_contents(name, device, home=home, int8=int8)
+    config, width = UMT5_XXL, transformer.text_dim
     if width != config["d_model"]:
         config = {"vocab_size": 384, "d_model": width, "d_kv": 32, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
     with torch.device("meta"):
@@ -183,12 +195,29 @@ def random_model(name: str, options: LoadOptions) -> resolve.ResolvedModel:
     }
     vae = random_vae(96 if config is UMT5_XXL else 8, device)
     spread_out(vae)
-    spec = catalog.of_arch(arch) or catalog.unnamed(name, arch, "t2v")
+    common = {"path": transformer.path, "names": "diffusers"}
+    return Parts(
+        transformer=transformer,
+        vae=Contents(kind="vae", tensors=vae.to(home).state_dict(), **common),
+        text_encoder=Contents(kind="text encoder", tensors=tensors, **common),
+    )
+
+
+def random_model(name: str, options: LoadOptions, parts: Parts | None = None) -> resolve.ResolvedModel:
+    """Return a model of random parts with nano's tokenizer. Two experts have the same weights.
+
+    Without parts, they are drawn on the options' device. They stay there if everything stays loaded, else they are in
+    main memory.
+    """
+    device = options.device
+    parts = parts or random_parts(name, device, device if options.memory_plan == "resident" else "cpu")
+    arch = parts.transformer.arch
+    spec = catalog.of_arch(arch) or catalog.unnamed(name, arch, arch.task)
     return resolve.ResolvedModel(
         spec=spec,
-        transformers=(transformer,),
-        vae=Contents(path=transformer.path, kind="vae", names="diffusers", tensors=vae.to(home).state_dict()),
-        text_encoder=Contents(path=transformer.path, kind="text encoder", names="diffusers", tensors=tensors),
+        transformers=(parts.transformer,) * (2 if spec.task == "i2v" else 1),
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
         tokenizer=catalog.NANO.folder / "tokenizer",
         device=device,
         memory=options.memory or probe.free_memory(device),

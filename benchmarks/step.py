@@ -22,11 +22,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from turbo_nb import backends, catalog, sla
-from turbo_nb.checkpoint import load_transformer
+from turbo_nb.checkpoint import ROWS, load_transformer
 from turbo_nb.checkup.selftest import SAGE_STEP_BOUND
 from turbo_nb.errors import InputError
+from turbo_nb.files.numbers import Encoded
 from turbo_nb.files.recognise import Contents
 from turbo_nb.fused import transformer as fused_transformer
+from turbo_nb.linear import row_quantize
 from turbo_nb.ops.attention import reference as attention_reference
 
 from . import harness
@@ -38,6 +40,8 @@ MODELS = {
     "14B": (catalog.ARCH_14B, 4096),
     "nano": (catalog.NANO.arch, 128),
     "tiny": (catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256), 64),
+    "A14B": (catalog.ARCH_A14B, 4096),
+    "tiny-i2v": (catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256, in_channels=36), 64),
 }
 TEXT_TOKENS, PROMPT_TOKENS = 512, 64  # length of the text embedding, and how much of it is not padding
 TIMESTEP = 932.0
@@ -120,8 +124,9 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
 
 
 def random_contents(
-    model: str, device: str, *, layers: int | None = None, with_sla: bool = True, home: str | None = None
-) -> Contents:
+    model: str, device: str, *, layers: int | None = None, with_sla: bool = True, home: str | None = None,
+    int8: bool = False,
+) -> Contents:  # fmt: skip
     """Return a transformer file with random bf16 weights, as `recognise.read` would.
 
     Args:
@@ -130,6 +135,7 @@ def random_contents(
         layers: None: all.
         with_sla: whether the file has SLA projections.
         home: the device that keeps the weights. None: the same device.
+        int8: whether the linears of blocks are in int8 with one scale per row.
     """
     arch, text_dim = MODELS[model]
     arch = replace(arch, num_layers=layers or arch.num_layers)
@@ -141,12 +147,20 @@ def random_contents(
         )  # fmt: skip
         if with_sla:
             sla.set_attention_type(meta, "sla")
-    generator = torch.Generator(device).manual_seed(0)
+    generator, home = torch.Generator(device).manual_seed(0), home or device
+
+    def draw(name: str, shape: torch.Size) -> Tensor | Encoded:
+        values = _draw(name, shape, generator)
+        if not int8 or not name.startswith("blocks.") or len(shape) != 2 or "proj_l." in name:
+            return values.to(home)
+        q, scale = (torch.cat(part) for part in zip(*(row_quantize(x)[:2] for x in values.split(ROWS)), strict=True))
+        return Encoded("int8 rows", shape, q.to(home), scale.to(home))
+
     return Contents(
         path=Path("random weights"),
         kind="transformer",
         names="diffusers",
-        tensors={name: _draw(name, t.shape, generator).to(home or device) for name, t in meta.state_dict().items()},
+        tensors={name: draw(name, tensor.shape) for name, tensor in meta.state_dict().items()},
         arch=arch,
         head_dim=arch.dim // arch.num_heads,
         text_dim=text_dim,

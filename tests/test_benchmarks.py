@@ -14,7 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, harness, kernels, lora, startup, step, switch, vae
+from benchmarks import e2e, harness, kernels, lora, memory, startup, step, switch, vae
+from turbo_nb import generation
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.ops.attention import reference as attention_reference
@@ -242,6 +243,41 @@ def test_a_gpu_can_be_made_to_look_smaller(monkeypatch):
     assert shares == [(0.25, 0), (1.0, 0)]
 
 
+MEMORY = ("memory", "--size", "64x64x5", "--steps", 2, "--attention", "sla", "--device", "cpu")
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v"])
+def test_memory_plans_are_rows_and_one_that_fails_stops_no_other(bench, model, monkeypatch, capsys):
+    load = memory.load_as_on_a_gpu
+
+    def fails(*arguments):
+        if arguments[-1] == 2e6:
+            raise torch.OutOfMemoryError("full")
+        return load(*arguments)
+
+    monkeypatch.setattr(memory, "load_as_on_a_gpu", fails)
+    code, rows = bench(*MEMORY, "--model", model, "--gb", "0.0005,0.002,0.004,1")
+    plans = ["plan group, 0 of 2 blocks", "plan group, 2 of 2 blocks", "plan resident"]
+    assert [row["mode"] for row in rows[::4]] == [
+        f"{plan} in {gb} GB" for plan, gb in zip(plans, (0.0005, 0.004, 1), strict=True)
+    ]
+    assert [row["work"].split()[0] for row in rows[:4]] == ["all", "text", "denoise", "decode"]
+    assert code == 1 and {row["weights"] for row in rows} == {f"random {model}"}
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert table[0].startswith("| model, clip | GB | plan |") and table[1] == "|---" * 13 + "|"
+    assert [line.endswith("| passed |") for line in table[2:]] == [True, False, True, True]
+    assert "0.002 | FAILED: OutOfMemoryError: full" in table[3]
+
+
+def test_a_plan_that_runs_out_of_memory_gives_no_row(bench, monkeypatch, capsys):
+    make, failures = generation.decode, [torch.OutOfMemoryError("full")]
+    monkeypatch.setattr(
+        generation, "decode", lambda *args: make(*args) if not failures else (_ for _ in ()).throw(failures.pop())
+    )
+    assert bench(*MEMORY, "--model", "tiny", "--gb", "1") == (1, [])
+    assert "memory ran out on the way" in capsys.readouterr().out
+
+
 def test_random_waves_are_smooth_and_pictures_of_them_varied(bench):
     found = e2e.smooth(torch.empty(1, 16, 21, 60, 104))
     assert found.shape == (1, 16, 21, 60, 104) and 0.3 < found.std() < 1.2
@@ -289,6 +325,9 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
         (("lora", "--mode", "eager"), "mode is 'eager'. Expected one of base, merge, branch"),
         (("lora", "--model", "2B"), "model is '2B'"),
         (("e2e", "--memory", "-1"), "memory is -1. Expected GB, above 0"),
+        (("memory", "--model", "1.3B,2B"), "model is '2B'. Expected one of 1.3B, 14B"),
+        (("memory", "--gb", "10,x"), "gb is '10,x'. Expected GB above 0"),
+        (("memory", "--linears", "int4"), "linears is 'int4'"),
         (("e2e", "--random", "2B"), "random is '2B'. Expected one of 1.3B, 14B, nano, tiny"),
     ],
 )

@@ -90,6 +90,19 @@ def test_a_vae_with_tiling_works_without_tiles_where_a_frame_fits():
     assert len(list(fused_vae.chunks(model, z))) == 2
 
 
+def test_a_vae_with_tiling_encodes_in_tiles_where_memory_runs_out(monkeypatch):
+    model, clip = make(WAN), latents(1, 3, 5, 48, 40).clamp(-1, 1)
+    full = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))  # noqa: E731
+    fused_vae.fuse(model)
+    monkeypatch.setattr(fused_vae, "_encode_in_chunks", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        encode(model, clip)
+    model.enable_tiling(32, 32, 24, 24)
+    plain = make(WAN)
+    plain.enable_tiling(32, 32, 24, 24)
+    torch.testing.assert_close(encode(model, clip), encode(plain, clip), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("gigabytes", "frames"), [(8.5, 0), (9, 1), (16, 2), (40, 4)])
 def test_a_chunk_has_as_many_latent_frames_as_fit_in_free_memory(gigabytes, frames, monkeypatch):
     told = {"mem_get_info": (gigabytes * 1e9 - 0.5e9, 0), "memory_reserved": 1e9, "memory_allocated": 0.5e9}

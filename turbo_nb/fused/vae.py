@@ -6,6 +6,7 @@ any length give the same frames, or the same latents. diffusers' own chunks are 
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 
@@ -71,12 +72,19 @@ def _decode(vae: AutoencoderKLWan, z: Tensor, return_dict: bool = True):
 
 
 def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
-    """Compute `AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8)."""
-    length = 4 * chunk_length(vae, x, x[:, 0, 0].numel())
+    """Compute `AutoencoderKLWan._encode` in chunks: (B, 3, 4T − 3, H, W) → (B, 2 z_dim, T, H/8, W/8).
+
+    A VAE with tiling enabled encodes in tiles where not even one latent frame fits, or memory runs out.
+    """
     large = x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height
-    if not length and vae.use_tiling and large:
-        return type(vae)._encode(vae, x)
-    length = length or 4
+    length, tiles = chunk_length(vae, x, x[:, 0, 0].numel()), vae.use_tiling and large
+    if length or not tiles:
+        with suppress(torch.OutOfMemoryError) if tiles else nullcontext():
+            return _encode_in_chunks(vae, x, 4 * max(1, length))
+    return type(vae)._encode(vae, x)
+
+
+def _encode_in_chunks(vae: AutoencoderKLWan, x: Tensor, length: int) -> Tensor:
     frames = 1 + (x.shape[2] - 1) // 4 * 4  # because diffusers leaves out the others, too
     if vae.config.patch_size is not None:
         x = patchify(x, patch_size=vae.config.patch_size)
