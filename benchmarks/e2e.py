@@ -243,7 +243,8 @@ def spread_out(vae: nn.Module) -> None:
         if hasattr(module, "time_conv"):
             for both in (module.time_conv.weight, module.time_conv.bias):
                 both[: len(both) // 2] = both[len(both) // 2 :]
-    latents = torch.empty(1, vae.config.z_dim, 2, 32, 32, device=vae.device)
+    side = 32 if vae.device.type == "cuda" else 12  # because a CPU takes seconds for more
+    latents = torch.empty(1, vae.config.z_dim, 2, side, side, device=vae.device)
     frames, last = decode(vae, smooth(latents)), vae.decoder.conv_out
     for _ in range(2):  # twice, because the first frames may be clamped
         scale = SPREAD / frames.std((0, 2, 3, 4))
