@@ -1,5 +1,9 @@
 """The plan: what fits which GPU, before anything is loaded."""
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 
 from turbo_nb import catalog
@@ -9,7 +13,7 @@ from turbo_nb.machine.environment import Memory
 from turbo_nb.machine.probe import free_memory
 from turbo_nb.runtime import expert_swap
 from turbo_nb.runtime.place import place
-from turbo_nb.runtime.plan import GB, PLANS, choose, sizes
+from turbo_nb.runtime.plan import GB, PLANS, USABLE, choose, sizes
 
 SMALL, LARGE, I2V = (
     catalog.find(name)
@@ -156,6 +160,25 @@ def test_as_many_blocks_stay_as_fit(spec, quantized):
         assert plan.keep in (0, plan.blocks) or plan.needs + block > 0.95 * gigabytes * GB
         assert more.keep == plan.blocks  # no cell for streamed blocks is needed then
     assert kept == sorted(kept) and {0, spec.arch.num_layers} < set(kept)
+
+
+@pytest.mark.parametrize("file", ["docs/models.md", "docs/zh/models.md"])
+def test_the_pages_have_the_calculated_memory(file):
+    text, found, name = (Path(__file__).parents[2] / file).read_text(encoding="utf-8"), {}, None
+    for model, linears, resident, streamed in re.findall(
+        r"^\| (TurboWan\S+)? ?\| (bf16|int8) \| ([\d.]+) \| ([\d.]+) \|", text, re.M
+    ):
+        name = model or name
+        found[name, linears == "int8"] = [float(resident), float(streamed)]
+    spec = {spec.name: spec for spec in catalog.MODELS.values() if spec.files}
+    assert found == {
+        (name, quantized): [
+            math.ceil(plan_for(spec[name], 0, quantized, name=plan).needs / USABLE / 1e8) / 10
+            for plan in ("resident", "cpu-text")
+        ]
+        for name in spec
+        for quantized in (False, True)
+    }
 
 
 def test_only_a_plan_that_fills_the_budget_is_tight():

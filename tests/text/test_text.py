@@ -16,6 +16,7 @@ from turbo_nb.machine import atomic, environment
 from turbo_nb.text import embedding_cache
 
 PROMPT = "a small green square growing on a gray background"
+SHORT_PROMPT = "a large red circle"
 SHORT = {"num_frames": 5, "num_steps": 1}
 
 
@@ -56,6 +57,34 @@ def test_without_word_of_the_prompts_a_resident_encoder_is_there(folder, loads):
     load().turbo_nb.prompt_encoder(PROMPT)
     assert load().text_encoder is not None
     assert load(prompts=[PROMPT, "a large red circle"]).text_encoder is not None  # one of them is new
+
+
+@pytest.mark.parametrize(("prompts", "pin"), [([PROMPT], False), ([PROMPT, SHORT_PROMPT], True), ([], True)])
+def test_an_encoder_in_main_memory_is_streamed_and_stays_there(folder, loads, prompts, pin):
+    pipeline = load(prompts=prompts)
+    expected, calls = load().turbo_nb.prompt_encoder(PROMPT), []
+
+    class Streamed:
+        def __init__(self, module, device, pin):
+            self.module = module
+            calls.append((device, pin))
+
+        def release(self):
+            calls.append("released")
+
+    encoder = pipeline.turbo_nb.prompt_encoder
+    encoder._stream, encoder._cache = Streamed, None
+    encoder.place("cpu", "cuda:1")
+    del loads[:]
+    encode = type(pipeline).encode_prompt
+    pipeline.encode_prompt = lambda *args, device, **more: encode(pipeline, *args, device="cpu", **more)
+    for prompt in (PROMPT, SHORT_PROMPT):
+        found = encoder(prompt)
+        assert pipeline.text_encoder is None
+    assert torch.equal(encoder(PROMPT), expected) and not torch.equal(found, expected)
+    assert loads == ["cpu"] and calls == [("cuda:1", pin), "released", "released"]
+    encoder.place("freed", "cpu")
+    assert encoder._streamed is None
 
 
 def test_words_after_the_512_tokens_are_named_also_for_a_known_prompt(folder):

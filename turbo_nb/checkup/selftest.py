@@ -180,8 +180,6 @@ def check_model(spec: catalog.ModelSpec, quantized: bool, device: str) -> Iterat
         return
     (pipeline,) = loaded
     yield run("clip", clip, pipeline)
-    if _model(pipeline).plan.offload == "group":
-        return  # because the hooks that move single blocks hold on to the attention that was loaded
     sage = device != "cpu" and backends.choose("sagesla", device).chosen is not None
     for name in ("transformer", "transformer_2"):
         if (transformer := getattr(pipeline, name, None)) is not None:
