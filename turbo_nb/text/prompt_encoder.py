@@ -68,6 +68,8 @@ class PromptEncoder:
     ):
         self._pipeline, self._load, self._stream, self._cache = pipeline, load, stream, cache
         self._known, self._is_single = OrderedDict(), len(prompts) == 1
+        self._streamed: Streamed | None = None
+        self._device = ""
         self._all_cached = cache is not None and bool(prompts) and all(map(cache.has, prompts))
 
     def place(self, mode: Literal["resident", "freed", "cpu"], device: str) -> None:
@@ -78,8 +80,9 @@ class PromptEncoder:
                 "cpu" keeps it in main memory, from which its blocks are streamed through the device.
             device: of the pipeline.
         """
+        if (mode, device) != ("cpu", self._device):
+            self._streamed = None
         self._mode, self._device = mode, device
-        self._streamed: Streamed | None = None
         self._pipeline.text_encoder = None
         if mode == "resident" and not self._all_cached:
             self._pipeline.text_encoder = self._load(device)
