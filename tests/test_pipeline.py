@@ -151,8 +151,8 @@ def test_progress_is_told_and_can_cancel(nano):
 def test_frames_are_given_once_and_in_turn_while_others_are_decoded(nano, monkeypatch, fails):
     chunks, events, failures = vae.chunks, [], [torch.OutOfMemoryError("full")] if fails else []
 
-    def told(module, z):
-        for number, sample in enumerate(chunks(module, z)):
+    def told(module, z, length):
+        for number, sample in enumerate(chunks(module, z, length)):
             if number == 2 and failures:
                 events.append("failed")
                 raise failures.pop()

@@ -11,6 +11,7 @@ from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
 from turbo_nb.runtime.block_stream import BlockStream
 from turbo_nb.runtime.plan import Plan
+from turbo_nb.settings import PLAN_NAMES
 
 PROMPT = "a large red circle moving from left to right on a black background"
 CLIP = {"num_frames": 5, "num_steps": 2, "resolution": "64x64"}
@@ -66,6 +67,19 @@ def test_every_plan_makes_the_clip_of_a_resident_model(nano, resident, follow, p
     assert len(set(copied)) == (plan.text_encoder == "cpu") + (plan.offload == "group")
     assert all(stream.loaded == [] for stream in copied)  # nothing stays on the device
     assert nano.turbo_nb.identity == identity
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("memory", [1e6, 1e9])
+@pytest.mark.parametrize("name", PLAN_NAMES[2:])
+def test_every_plan_of_a_gpu_makes_the_clip_of_a_resident_model(name, memory):
+    options = {"device": "cuda", "text_cache": False, "on_plan": lambda chosen: None, "memory": memory}
+    resident, other = (turbo_nb.load_pipeline("nano", memory_plan=plan, **options) for plan in ("resident", name))
+    for text in (PROMPT, PROMPT + " "):
+        frames = [turbo_nb.generate(pipeline, text, **CLIP).frames for pipeline in (resident, other)]
+        assert np.array_equal(*frames) and other.turbo_nb.plan.name == name
+    if other.turbo_nb.plan.offload != "none":
+        assert next(other.transformer.parameters()).device.type == "cpu"
 
 
 class Full:
