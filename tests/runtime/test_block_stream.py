@@ -48,6 +48,11 @@ def at(module: nn.Module) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors_of(module)]
 
 
+def away(model: Transformer, homes: list[list[int]]) -> set[int]:
+    """Blocks whose weights are on the device"""
+    return {index for index, block in enumerate(model.blocks) if at(block) != homes[index]}
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Pieces that end within a block"""
@@ -69,15 +74,15 @@ def test_streamed_blocks_give_the_bits_of_resident_ones(small, keep, packs, infe
     model, plain = Transformer(7), Transformer(7)
     with torch.inference_mode(inference):
         stream = streamed(model, keep, packs)
-        homes = at(model)
+        homes = [at(block) for block in model.blocks]
         for _ in range(3):
-            assert torch.equal(model(X), plain(X)) and at(model) == homes
+            assert torch.equal(model(X), plain(X)) and away(model, homes) == set(stream._home)
         assert stream._memory.nbytes == min(7, keep + 2) * stream._size if keep != 6 else 7 * stream._size
         stream.release()
-        assert stream._memory is None and stream.loaded == []
+        assert stream._memory is None and stream.loaded == [] and away(model, homes) == set()
         assert torch.equal(model(X), plain(X))  # begins again
         stream.remove()
-        assert at(model) == homes and torch.equal(model(X), plain(X)) and stream.loaded == []
+        assert away(model, homes) == set() and torch.equal(model(X), plain(X)) and stream.loaded == []
     for (name, tensor), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(tensor, theirs), name
 
@@ -108,20 +113,33 @@ def test_the_next_block_is_on_its_way_when_one_has_worked(fetched):
         stream.remove()
 
 
-def test_a_block_that_failed_works_again(fetched):
+def fail(*_):
+    raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("failing", [2, 3], ids=["streamed", "stays"])
+def test_a_block_that_failed_works_again(failing, monkeypatch):
     model, plain = Transformer(4), Transformer(4)
-    stream, homes = streamed(model, 1), at(model)
-    model.blocks[2].second.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    stream, homes = streamed(model, 1), [at(block) for block in model.blocks]
+    assert set(stream._home) == {3}
+    model.blocks[failing].second.forward = fail
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             model(X)
-    del model.blocks[2].second.forward
-    assert torch.equal(model(X), plain(X)) and at(model) == homes
-    model.blocks[2].second.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    del model.blocks[failing].second.forward
+    assert torch.equal(model(X), plain(X)) and away(model, homes) == {3}
+    model.blocks[failing].second.forward = fail
     with pytest.raises(torch.OutOfMemoryError):
         model(X)
     stream.release()
-    assert at(model) == homes
+    assert away(model, homes) == set()
+    del model.blocks[failing].second.forward
+    model.blocks[failing].added = nn.Parameter(torch.ones(3), requires_grad=False)  # is copied by itself
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(X)
+    assert torch.equal(model(X), plain(X)) and away(model, homes) == {3}
 
 
 def test_blocks_can_be_called_in_any_order():

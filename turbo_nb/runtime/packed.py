@@ -34,19 +34,21 @@ class Group:
     def bind(
         self, tensors: Iterable[Tensor], copies: Sequence[Tensor], device: torch.device,
         moved: list[tuple[Tensor, Tensor]],
-    ) -> None:  # fmt: skip
-        """Give tensors their data in copies of the ranges on a device.
+    ) -> bool:  # fmt: skip
+        """Give tensors their data in copies of the ranges on a device. Return whether all have it there.
 
         Tensors that were added or replaced after packing, such as a LoRA's, are copied one by one. `moved` gets each
         tensor and the data that it had.
         """
+        whole = True
         for tensor in tensors:
             moved.append((tensor, tensor.data))
             data, number, start = self.places.get(tensor, (None, None, None))
             if data is not None and data.data_ptr() == tensor.data_ptr():
                 tensor.data = _part(copies[number], start, tensor)
             else:
-                tensor.data = tensor.data.to(device)
+                tensor.data, whole = tensor.data.to(device), False
+        return whole
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
