@@ -59,10 +59,14 @@ def test_without_word_of_the_prompts_a_resident_encoder_is_there(folder, loads):
     assert load(prompts=[PROMPT, "a large red circle"]).text_encoder is not None  # one of them is new
 
 
-@pytest.mark.parametrize(("prompts", "pin"), [([PROMPT], False), ([PROMPT, SHORT_PROMPT], True), ([], True)])
+@pytest.mark.parametrize(
+    ("prompts", "pin"), [([PROMPT], False), ([PROMPT] * 2, False), ([PROMPT, SHORT_PROMPT], True), ([], True)]
+)
 def test_an_encoder_in_main_memory_is_streamed_and_stays_there(folder, loads, prompts, pin):
     pipeline = load(prompts=prompts)
     expected, calls = load().turbo_nb.prompt_encoder(PROMPT), []
+    if len(prompts) == 2:  # the first one is on disk now
+        assert load(prompts=[PROMPT, SHORT_PROMPT]).turbo_nb.prompt_encoder._is_single
 
     class Streamed:
         def __init__(self, module, device, pin):

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import warn
@@ -67,10 +68,12 @@ class PromptEncoder:
         prompts: Sequence[str] = (),
     ):
         self._pipeline, self._load, self._stream, self._cache = pipeline, load, stream, cache
-        self._known, self._is_single = OrderedDict(), len(prompts) == 1
+        self._known: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._streamed: Streamed | None = None
         self._device = ""
-        self._all_cached = cache is not None and bool(prompts) and all(map(cache.has, prompts))
+        new = (prompt for prompt in dict.fromkeys(prompts) if cache is None or not cache.has(prompt))
+        count = len(list(islice(new, 2)))
+        self._all_cached, self._is_single = bool(prompts) and count == 0, count == 1
 
     def place(self, mode: Literal["resident", "freed", "cpu"], device: str) -> None:
         """Decide where the text encoder is kept from now on. Call this before the first prompt.
