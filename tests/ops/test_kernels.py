@@ -401,6 +401,40 @@ def test_rms_norm_silu(channels):
         assert_close("norm", triton_conv.rms_norm_silu(*args), exact)
 
 
+@pytest.mark.skipif(CUDA, reason="descriptors in a kernel need scratch memory on a GPU that has them")
+def test_kernels_by_pointers_give_the_bits_of_those_by_descriptors(monkeypatch):
+    q, k, v = (x.unflatten(2, (2, 64)) for x in random(2, 200, 3 * 2 * 64).chunk(3, dim=2))
+    more = random(64, 64, dtype=torch.float32), random(64, dtype=torch.float32), 0.4, 128, 64
+    x, weight = triton_rows.row_quantize(random(2, 50, 144)), linear8_reference.row_quantize(random(72, 144))
+    tiles = (*linear8_reference.int8_quantize(random(70, 144)), *linear8_reference.int8_quantize(random(72, 144)))
+    clip, (kernel, bias), up = rimmed(1, 3, 5, 11, 32), weights(192, 32, 3, 3, 3), weights(96, 32, 3, 3)
+
+    def outputs():
+        yield triton_sla.sparse_linear_attention(q, k, v, *more)
+        yield triton_sage.sage_linear_attention(q, k, v, *more)
+        yield triton_rows.row_product(x, weight.q, weight.scale, random(72))
+        yield triton_tiles.tile_product(*tiles, DTYPE)
+        yield triton_conv.rimmed_conv(clip, kernel, bias)
+        yield triton_conv.upsample_conv(clip, *up)
+
+    def noted(launch, kernel, *arguments, **options):
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    state = GENERATOR.get_state()
+    expected = list(outputs())
+    GENERATOR.set_state(state)
+    launched = []
+    for module in (triton_sla, triton_rows, triton_tiles, triton_conv):
+        monkeypatch.setattr(module, "takes_descriptors", lambda x: False)
+        monkeypatch.setattr(module, "launch", partial(noted, module.launch))
+    assert all(torch.equal(*pair) for pair in zip(outputs(), expected, strict=True))
+    assert {name for name in launched if name.endswith("_by_pointers")} == {
+        "_sparse_linear_by_pointers", "_linear_state_by_pointers", "_row_product_by_pointers",
+        "_tile_product_by_pointers", "_conv_by_pointers",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("arch", "memory", "kernels"), [("120", 99, 8), ("gluon", 227, 4)])
 def test_kernels_compile_for_cards_that_are_not_here(arch, memory, kernels, tmp_path):
     """memory: KiB that a block may share on such a card; the others take minutes more, by the script's own hand"""

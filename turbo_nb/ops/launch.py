@@ -5,6 +5,9 @@
 - Kernels compute the offset of an element in int64, because a tensor may have more than 2³¹ elements. Numbers of rows
   (tokens, pixels) and coordinates in a tensor descriptor stay int32, so `aligned` limits these to `MAX_ROWS`.
 - Kernels that need contiguous channels or aligned rows get them from `channels_inside` and `aligned`.
+- Kernels that load tiles by tensor descriptors have a twin, `…_by_pointers`, for GPUs before sm_90. It makes the same
+  descriptors inside the kernel, because Triton then sees that rows are contiguous and aligned: it loads 16 bytes at a
+  time, ahead of their use. From descriptors of the host it loads single elements there, when they are used.
 """
 
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ MAX_ROWS = 2**31 - 2**16  # because the last tile of rows may reach past the end
 MAX_GRID = 65_535  # of the second and third side of a CUDA grid
 ALIGNMENT = 16  # bytes, of the base and of every row of a tensor descriptor
 PLAIN = {int, float, bool, type(None)}
+COPY_ENGINE_FROM = 9  # major compute capability; this engine loads the tiles of tensor descriptors
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
@@ -87,6 +91,16 @@ def _device(kernel, arguments: tuple) -> int:
             f"tensors of {kernel.__name__} are on devices {devices}. Expected one device. Move them to the same GPU."
         )
     return devices[0]
+
+
+def takes_descriptors(x: Tensor) -> bool:
+    """Return whether kernels for x's GPU take tensor descriptors of the host; else their twin takes pointers."""
+    return not x.is_cuda or _major(x.get_device()) >= COPY_ENGINE_FROM
+
+
+@cache
+def _major(gpu: int) -> int:
+    return torch.cuda.get_device_capability(gpu)[0]
 
 
 def channels_inside(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@
     _sparse_linear  Q_blocks, B·H (8 warps)    its q, the kept blocks of k and v in    its block of out
                                                pairs, state, norm and the bias
 
-k and v come through tensor descriptors: Hopper's and newer GPUs' copy engine (TMA) reads them, older GPUs load them.
+k and v come through tensor descriptors: Hopper's and newer GPUs' copy engine (TMA) reads them. Older GPUs run the same
+kernels through `_…_by_pointers` (`ops.launch` has the reason).
 The linear branch is the epilogue of `_sparse_linear`. With k in int8 that kernel computes SageSLA (`triton_sage`).
 """
 
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import aligned, channels_inside, launch
+from ..launch import aligned, channels_inside, launch, takes_descriptors
 from ..norms.reference import SUM_TOKENS
 from .reference import Sums, kept_count
 
@@ -167,8 +168,44 @@ def _sparse_linear(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
 
 
+@triton.jit
+def _blocks(x, batches, length, heads, x_b, x_l, x_h, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Make the descriptor that `_block` reads"""
+    return tl.make_tensor_descriptor(x, [batches, length, heads, D], [x_b, x_l, x_h, 1], [1, BLOCK, 1, D])
+
+
+@triton.jit
+def _linear_state_by_pointers(
+    k, v, state, norm, length, heads, share, batches, k_b, k_l, k_h, v_b, v_l, v_h,
+    BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    k = _blocks(k, batches, length, heads, k_b, k_l, k_h, BLOCK, D)
+    v = _blocks(v, batches, length, heads, v_b, v_l, v_h, BLOCK, D)
+    _linear_state(k, v, state, norm, length, heads, share, BLOCK, D, STAGES)
+
+
+@triton.jit
+def _sparse_linear_by_pointers(
+    q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+    batches, k_b, k_l, k_h, v_b, v_l, v_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    k = _blocks(k, batches, length, heads, k_b, k_l, k_h, BLOCK_K, D)
+    v = _blocks(v, batches, length, heads, v_b, v_l, v_h, BLOCK_K, D)
+    _sparse_linear(
+        q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h, BLOCK_Q, BLOCK_K, D
+    )
+
+
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _with_blocks(by_descriptors, by_pointers, k: Tensor, v: Tensor, block: int) -> tuple:
+    """Return the kernel for k's GPU, and its arguments for blocks of k and v: k, v and the last ones"""
+    k, v = aligned(k), aligned(v)
+    if not takes_descriptors(k):
+        return by_pointers, (k, v, k.shape[0], *_strides(k), *_strides(v))
+    return by_descriptors, [TensorDescriptor.from_tensor(x, [1, block, 1, x.shape[-1]]) for x in (k, v)]
 
 
 def block_means(x: Tensor, block: int, sums: Tensor | None = None) -> Tensor:
@@ -228,9 +265,9 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grid = triton.cdiv(blocks, share), batch * heads
     state = torch.empty(*grid, dim, dim, device=k.device)
     norm = torch.empty(*grid, dim, device=k.device)
-    keys, values = (TensorDescriptor.from_tensor(aligned(x), [1, STATE_BLOCK, 1, dim]) for x in (k, v))
+    kernel, (keys, values, *more) = _with_blocks(_linear_state, _linear_state_by_pointers, k, v, STATE_BLOCK)
     launch(
-        _linear_state, grid, keys, values, state, norm, length, heads, share,
+        kernel, grid, keys, values, state, norm, length, heads, share, *more,
         BLOCK=STATE_BLOCK, D=dim, STAGES=STATE_STAGES, num_warps=STATE_WARPS,
     )  # fmt: skip
     return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
@@ -265,10 +302,10 @@ def sparse_linear(
     """
     batch, length, heads, dim = q.shape
     q, out = channels_inside(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    keys, values = (TensorDescriptor.from_tensor(aligned(x), [1, block_k, 1, dim]) for x in (k, v))
+    kernel, (k, v, *more) = _with_blocks(_sparse_linear, _sparse_linear_by_pointers, k, v, block_k)
     launch(
-        _sparse_linear, (kept.shape[2], batch * heads), q, keys, values, kept, k_scale, state, norm, bias.contiguous(),
-        out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q),
+        kernel, (kept.shape[2], batch * heads), q, k, v, kept, k_scale, state, norm, bias.contiguous(),
+        out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q), *more,
         BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out

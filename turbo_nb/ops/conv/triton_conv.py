@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import aligned, launch
+from ..launch import aligned, launch, takes_descriptors
 
 NORM_ELEMENTS = 4096  # of a program of the norm
 # Output channels → columns of the two products that a program computes from the same rows, rows, warps, stages
@@ -140,6 +140,24 @@ def _conv(
         _store(total_2, bias, residual, out, columns, row, at, frame, inside, valid, N, SPLIT, RESIDUAL)
 
 
+@triton.jit(do_not_specialize=["pixels", "frames", "height", "width"])
+def _conv_by_pointers(
+    x, weight, bias, residual, out, pixels, frames, height, width,
+    N: tl.constexpr, C: tl.constexpr, TAPS_T: tl.constexpr, TAPS: tl.constexpr, UP: tl.constexpr, SPLIT: tl.constexpr,
+    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BN_2: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    phases: tl.constexpr = 4 if UP else 1
+    depth: tl.constexpr = TAPS_T * TAPS * TAPS * C
+    second: tl.constexpr = BN_2 if BN_2 else BN
+    x = tl.make_tensor_descriptor(x, [pixels, C], [C, 1], [BM, BK])
+    weight_1 = tl.make_tensor_descriptor(weight, [phases * N, depth], [depth, 1], [BN, BK])
+    weight_2 = tl.make_tensor_descriptor(weight, [phases * N, depth], [depth, 1], [second, BK])
+    _conv(
+        x, weight_1, weight_2, bias, residual, out, frames, height, width,
+        N, C, TAPS_T, TAPS, UP, SPLIT, RESIDUAL, BM, BN, BN_2, BK,
+    )  # fmt: skip
+
+
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor, **meta) -> Tensor:
     """Launch `_conv`. weight: (N, taps · C), or (4 · N, taps · C) for the four phases of upsampling."""
     batch, _, height, width, channels = x.shape
@@ -150,14 +168,18 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ou
     if x.is_cuda:  # stages that fit in a program's shared memory: 227 KiB on an H100, 99 KiB on consumer cards
         shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
         stages = min(stages, (shared - 1024) // (2 * (rows + first + second) * depth))
-    weight = aligned(weight)
-    weight_1, weight_2 = (TensorDescriptor.from_tensor(weight, [n, depth]) for n in (first, second or first))
+    x, weight = aligned(x.view(-1, channels)), aligned(weight)
+    kernel, matrices, pixels = _conv_by_pointers, (x, weight), (x.shape[0],)
+    if takes_descriptors(x):
+        tiles = (x, rows), (weight, first), (weight, second or first)
+        kernel, pixels = _conv, ()
+        matrices = [TensorDescriptor.from_tensor(matrix, [side, depth]) for matrix, side in tiles]
     grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
     if meta["UP"]:
         grid = *grid[:2], 4
     launch(
-        _conv, grid, TensorDescriptor.from_tensor(aligned(x.view(-1, channels)), [rows, depth]), weight_1, weight_2,
-        bias.contiguous(), out if residual is None else residual.contiguous(), out, frames, height - 2, width - 2,
+        kernel, grid, *matrices, bias.contiguous(), out if residual is None else residual.contiguous(), out,
+        *pixels, frames, height - 2, width - 2,
         N=columns, C=channels, RESIDUAL=residual is not None, BM=rows, BN=first, BN_2=second, BK=depth,
         num_warps=warps, num_stages=stages, **meta,
     )  # fmt: skip

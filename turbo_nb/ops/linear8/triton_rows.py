@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import aligned, launch
+from ..launch import aligned, launch, takes_descriptors
 from . import reference
 from .reference import QuantizedRows
 
@@ -77,6 +77,19 @@ def _row_product(
         out.store([down, across], result.to(out.dtype))
 
 
+@triton.jit
+def _row_product_by_pointers(
+    a, b, out, a_scale, b_scale, bias, rows, columns, depth,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    a = tl.make_tensor_descriptor(a, [rows, depth], [depth, 1], [BLOCK_M, BLOCK_K])
+    b = tl.make_tensor_descriptor(b, [columns, depth], [depth, 1], [BLOCK_N, BLOCK_K])
+    out = tl.make_tensor_descriptor(out, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N])
+    _row_product(
+        a, b, out, a_scale, b_scale, bias, rows, columns, depth, BIAS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP
+    )  # fmt: skip
+
+
 def row_quantize(x: Tensor, gelu: bool = False) -> QuantizedRows:
     """Compute `reference.row_quantize`: x (…, K) → int8 (…, K) and float32 scales (…)."""
     x = x.contiguous()
@@ -108,18 +121,19 @@ def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | N
     if not fits_descriptors(x, w_q):
         return reference.row_product(x, w_q, w_scale, bias)
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
-    out = torch.empty(*x.scale.shape, columns, dtype=x.dtype, device=x.q.device)
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.q.device)
     sides, options, occupancy = _tiles(x.q.device)
     down, across, deep = sides.values()
     programs = triton.cdiv(rows, down) * triton.cdiv(columns, across)
     if x.q.is_cuda:
         programs = min(programs, occupancy * torch.cuda.get_device_properties(x.q.device).multi_processor_count)
+    kernel, matrices = _row_product_by_pointers, [aligned(y.contiguous()) for y in (x.q.reshape(rows, depth), w_q, out)]
+    if takes_descriptors(x.q):
+        tiles = [down, deep], [across, deep], [down, across]
+        kernel, matrices = _row_product, map(TensorDescriptor.from_tensor, matrices, tiles)
     launch(
-        _row_product, (programs,),
-        TensorDescriptor.from_tensor(aligned(x.q.reshape(rows, depth)), [down, deep]),
-        TensorDescriptor.from_tensor(aligned(w_q), [across, deep]),
-        TensorDescriptor.from_tensor(out.view(rows, columns), [down, across]),
-        x.scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous(),
-        rows, columns, depth, BIAS=bias is not None, GROUP=8, **sides, **options,
+        kernel, (programs,), *matrices, x.scale.contiguous(), w_scale.contiguous(),
+        None if bias is None else bias.contiguous(), rows, columns, depth,
+        BIAS=bias is not None, GROUP=8, **sides, **options,
     )  # fmt: skip
-    return out
+    return out.unflatten(0, x.scale.shape)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..launch import aligned, launch
+from ..launch import aligned, launch, takes_descriptors
 from . import reference
 from .triton_rows import NEAREST_EVEN
 
@@ -49,6 +49,16 @@ def _tile_product(a, b, out, a_scale, b_scale, tiles_m, tiles_n, tiles_k, GROUP:
     out.store([down * SIDE, across * SIDE], total.to(out.dtype))
 
 
+@triton.jit
+def _tile_product_by_pointers(
+    a, b, out, a_scale, b_scale, tiles_m, tiles_n, tiles_k, rows, columns, depth, GROUP: tl.constexpr
+):
+    a = tl.make_tensor_descriptor(a, [rows, depth], [depth, 1], [SIDE, SIDE])
+    b = tl.make_tensor_descriptor(b, [columns, depth], [depth, 1], [SIDE, SIDE])
+    out = tl.make_tensor_descriptor(out, [rows, columns], [columns, 1], [SIDE, SIDE])
+    _tile_product(a, b, out, a_scale, b_scale, tiles_m, tiles_n, tiles_k, GROUP)
+
+
 def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference.int8_quantize`: x (M, K) → int8 (M, K) and float32 scales (⌈M/128⌉, ⌈K/128⌉)."""
     x = x.contiguous()
@@ -64,11 +74,13 @@ def tile_product(q: Tensor, scale: Tensor, w_q: Tensor, w_scale: Tensor, dtype: 
         return reference.tile_product(q, scale, w_q, w_scale, dtype)
     out = torch.empty(q.shape[0], w_q.shape[0], dtype=dtype, device=q.device)
     tiles = [triton.cdiv(side, reference.TILE) for side in (*out.shape, q.shape[1])]
-    square = [reference.TILE, reference.TILE]
+    matrices = [aligned(x.contiguous()) for x in (q, w_q, out)]
+    kernel, sides = _tile_product_by_pointers, (*out.shape, q.shape[1])
+    if takes_descriptors(q):
+        kernel, sides = _tile_product, ()
+        matrices = (TensorDescriptor.from_tensor(x, [reference.TILE, reference.TILE]) for x in matrices)
     launch(
-        _tile_product, (tiles[0] * tiles[1],),
-        TensorDescriptor.from_tensor(aligned(q), square), TensorDescriptor.from_tensor(aligned(w_q), square),
-        TensorDescriptor.from_tensor(out, square), scale.contiguous(), w_scale.contiguous(), *tiles,
+        kernel, (tiles[0] * tiles[1],), *matrices, scale.contiguous(), w_scale.contiguous(), *tiles, *sides,
         GROUP=GROUP, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
