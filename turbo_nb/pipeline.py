@@ -290,6 +290,7 @@ def load(
         phases.mark("load the text encoder")
         place(pipeline, plan)
         phases.mark("place")
+        compiler.finish(pipeline)
     phases.mark("warm up")
     model._weights_at_load = model._fingerprint()
     phases.mark("fingerprint")
@@ -383,6 +384,14 @@ class _Compiler(Beside):
             from .runtime import warm_up
 
             self.start(self._run, "transformer", warm_up.transformer, model, self._on_compile)
+
+    def finish(self, pipeline: "WanPipeline | WanImageToVideoPipeline") -> None:
+        """Wait for both, and time how to launch the kernels where that was not done on this GPU before."""
+        self.wait()
+        if self._device != "cpu":
+            from .runtime import warm_up
+
+            self._run("pipeline", warm_up.choose_launches, pipeline, self._on_compile)
 
     def _run(self, name: str, compile_kernels: Callable, model: Any, *more: Any) -> None:
         import torch

@@ -21,7 +21,7 @@ from ..ops.linear8.reference import QuantizedRows
 from ..sla import SLAProcessor
 from .cache import TensorCache
 
-TEXT_TOKENS = 512  # of a prompt with its padding
+TEXT_TOKENS, PROMPT_TOKENS = 512, 100  # of a prompt with its padding; of one without, for a warm-up
 _recorded: ContextVar[bool] = ContextVar("recorded", default=False)  # whether to run the kernels of a CUDA graph
 
 
@@ -81,7 +81,7 @@ def unfuse(transformer: nn.Module) -> None:
 
 @torch.inference_mode()
 def warm_up(transformer: nn.Module, size: tuple[int, int, int], recorded: bool = False) -> None:
-    """Run a fused transformer's first block once, so that no step has to wait while its kernels compile.
+    """Run a fused transformer's first block once on noise, so that no step has to wait while its kernels compile.
 
     Args:
         transformer: a fused one; nothing happens for another.
@@ -94,9 +94,14 @@ def warm_up(transformer: nn.Module, size: tuple[int, int, int], recorded: bool =
     device, width = block.scale_shift_table.device, block.scale_shift_table.shape[-1]
     tables = transformer.rope(torch.empty(1, 1, *size, device=device, dtype=dtype))
     rows = (tables[0].shape[1], TEXT_TOKENS, 6)
+    generator = torch.Generator(device).manual_seed(0)
+    x, text, temb = (
+        torch.empty(1, count, width, device=device, dtype=dtype).normal_(generator=generator) for count in rows
+    )
+    text[:, PROMPT_TOKENS:] = text[:, -1:].clone()  # the padding
     token = _recorded.set(recorded)
     try:
-        block(*(torch.zeros(1, count, width, device=device, dtype=dtype) for count in rows), tables)
+        block(x, text, temb, tables)
     finally:
         _recorded.reset(token)
 

@@ -22,8 +22,12 @@ class Beside:
         self._started.append(self._executor.submit(context.run, work, *arguments))
         return self._started[-1]
 
+    def wait(self) -> None:
+        """Wait until all of them have ended, and raise the first of their errors."""
+        for future in self._started:
+            future.result()
+
     def __exit__(self, kind: type | None, *error) -> None:
         self._executor.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            for future in self._started:
-                future.result()
+            self.wait()

@@ -257,25 +257,31 @@ def _try_triton(facts: dict, version: str | None) -> str | None:
 
     Only success is kept, because a failure can have a cause that no circumstance shows.
     """
-    compiler, driver = facts["compiler"], facts["driver"]
-    if driver is None:  # nvidia-smi did not tell it
+    if facts["driver"] is None:  # nvidia-smi did not tell it
         return _probe_triton()
-    circumstances = {
-        "gpus": [[card.name, list(card.arch)] for card in facts["gpus"]],
-        "driver": driver,
-        "torch": [facts["torch"], facts["cuda"]],
-        "triton": [version, recall.stamp(getattr(find_spec("triton"), "origin", None))],
-        "compiler": [compiler and shutil.which(compiler), recall.stamp(compiler and shutil.which(compiler))],
-        "python": [sys.version, recall.stamp(Path(sysconfig.get_paths()["include"]) / "Python.h")],
-        "script": recall.stamp(TRIAL),
-        "variables": {name: value for name, value in os.environ.items() if _counts(name)},
-    }
-    if recall.recall("triton", circumstances) == "works":
+    library = Library(version=version)
+    found = circumstances(Machine(**facts, libraries={"triton": library})) | {"script": recall.stamp(TRIAL)}
+    if recall.recall("triton", found) == "works":
         return None
     error = _probe_triton()
     if error is None:
-        recall.remember("triton", circumstances, "works")
+        recall.remember("triton", found, "works")
     return error
+
+
+def circumstances(machine: Machine) -> dict:
+    """Return what decides whether and how fast Triton's kernels run: GPUs, driver, torch, compilers, variables."""
+    triton = machine.libraries["triton"].version
+    compiler = machine.compiler and shutil.which(machine.compiler)
+    return {
+        "gpus": [[card.name, list(card.arch)] for card in machine.gpus],
+        "driver": machine.driver,
+        "torch": [machine.torch, machine.cuda],
+        "triton": [triton, recall.stamp(getattr(find_spec("triton"), "origin", None))],
+        "compiler": [compiler, recall.stamp(compiler)],
+        "python": [sys.version, recall.stamp(Path(sysconfig.get_paths()["include"]) / "Python.h")],
+        "variables": {name: value for name, value in os.environ.items() if _counts(name)},
+    }
 
 
 def _counts(variable: str) -> bool:

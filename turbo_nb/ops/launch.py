@@ -6,8 +6,8 @@
   (tokens, pixels) and coordinates in a tensor descriptor stay int32, so `aligned` limits these to `MAX_ROWS`.
 - Kernels that need contiguous channels or aligned rows get them from `channels_inside` and `aligned`.
 - Kernels that load tiles by tensor descriptors have a twin, `…_by_pointers`, for GPUs before sm_90. It makes the same
-  descriptors inside the kernel, because Triton then sees that rows are contiguous and aligned: it loads 16 bytes at a
-  time, ahead of their use. From descriptors of the host it loads single elements there, when they are used.
+  descriptors inside the kernel, because Triton then sees that rows are contiguous and aligned. So it loads 16 bytes at
+  a time, ahead of their use. From descriptors of the host it loads single elements there, when they are used.
 """
 
 from collections.abc import Iterator

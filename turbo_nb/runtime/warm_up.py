@@ -4,7 +4,7 @@ A block of the transformer and the VAE run once with launches that only compile 
 the clip's shapes and alignments, because kernels are specialised for these. Triton's AsyncCompileMode hands each
 compilation to a thread. Most of the work is in LLVM, ptxas and the C compiler, which run beside Python. Triton keeps
 what it compiles on disk. `vae` runs beside the loading of the transformer, and `transformer` beside that of the text
-encoder.
+encoder. `choose_launches` runs alone, because it times.
 """
 
 import os
@@ -12,13 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..fused import transformer as fused_transformer
 from ..fused import vae as fused_vae
+from ..ops import tuning
 from ..ops.launch import compiling_only
+from . import tune
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 QUIET = 1.0  # seconds of compilation before progress is reported, because kernels on disk take less
 THREADS = min(32, os.cpu_count() or 1)  # about 40 kernels are compiled
@@ -50,6 +56,44 @@ def vae(model: torch.nn.Module, size: tuple[int, int, int]) -> None:
     with _compiling(lambda done, total: None) as together:
         if together:
             _decode(model, _latents(size))
+
+
+def choose_launches(
+    pipeline: "DiffusionPipeline",
+    size: tuple[int, int, int],
+    on_compile: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Time how to launch the kernels on the current GPU, unless that was done before (`tune`).
+
+    The arguments and errors are those of `transformer`, for a pipeline whose transformer and VAE are on the GPU.
+    """
+    gpu = torch.cuda.current_device()
+    if _async_mode() is None or not tune.wanted(gpu):
+        return
+
+    def compiling(work: Callable[[], None]) -> None:
+        with _compiling(on_compile):
+            work()
+
+    if tune.tune(gpu, partial(_sample, pipeline, _latents(size)), compiling):
+        transformer(pipeline.transformer, size, on_compile)
+        vae(pipeline.vae, size)
+
+
+@torch.inference_mode()
+def _sample(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> None:
+    """Run what a clip's time goes into, once: a block, and the VAE on one latent frame after the first"""
+    fused_transformer.warm_up(pipeline.transformer, latents, recorded=True)
+    length, height, width = latents
+    coder, frames = pipeline.vae, min(2, length)
+    z = torch.empty(1, coder.config.z_dim, frames, height, width, device=coder.device, dtype=coder.dtype)
+    z.normal_(generator=torch.Generator(coder.device).manual_seed(0))
+    parts = fused_vae.chunks(coder, z, 1)
+    if frames > 1:
+        with tuning.trying(None):  # because the first frame has other, smaller shapes
+            next(parts)
+    for _ in parts:
+        pass
 
 
 def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import InputError
+from .. import tuning
 from ..launch import channels_inside, launch
 from .triton_sla import LOG2_E, attend
 
-BLOCK_Q = BLOCK_K = 64
 MAX_ELEMENTS = 2**31  # of one prompt's keys, whose offsets are int32 because int64 takes too many registers
 
 
@@ -93,11 +93,16 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, repeats: int | Tensor = 1) 
         )
     q, k, v = channels_inside(q), k.contiguous(), v.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     counted = isinstance(repeats, Tensor)
-    launch(
-        _cross, (triton.cdiv(length, BLOCK_Q), batch * heads), q, k, v, out, repeats if counted else None, length,
-        k.shape[1], heads, dim**-0.5 * LOG2_E, 0.0 if counted else math.log2(repeats), *strides,
-        COUNTED=counted, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, D=dim, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    return out
+
+    def launched(how: tuning.Launch) -> Tensor:
+        rows, keys = how.tile
+        launch(
+            _cross, (triton.cdiv(length, rows), batch * heads), q, k, v, out, repeats if counted else None, length,
+            k.shape[1], heads, dim**-0.5 * LOG2_E, 0.0 if counted else math.log2(repeats), *strides,
+            COUNTED=counted, BLOCK_Q=rows, BLOCK_K=keys, D=dim, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        return out
+
+    return tuning.run("cross", (dim,), q, launched)

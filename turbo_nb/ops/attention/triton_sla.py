@@ -22,14 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import tuning
 from ..launch import aligned, channels_inside, launch, takes_descriptors
 from ..norms.reference import SUM_TOKENS
 from .reference import Sums, kept_count
 
 LOG2_E = 1.4426950408889634
-STATE_BLOCK = 64  # tokens that the linear branch's kernel loads at a time
-STATE_WARPS = 4
-STATE_STAGES = 3
 STATE_PROGRAMS = 264  # of the linear branch's kernel, over all heads: two for each multiprocessor of an H100
 
 
@@ -121,7 +119,7 @@ def _scale(scale, k_scale, block):
 @triton.jit
 def _sparse_linear(
     q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
     batch, head = row // heads, row % heads
@@ -137,7 +135,7 @@ def _sparse_linear(
 
     result, total = tl.zeros((BLOCK_Q, D), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    pairs = (n - 1) // 2 * 2  # the last kept block alone may be ragged
+    pairs = (n - 1) // 2 * 2 if PAIRS else 0  # the last kept block alone may be ragged
     for j in range(0, pairs, 2):
         first, second = tl.load(kept + j), tl.load(kept + j + 1)
         score_1 = tl.dot(queries, tl.trans(_block(k, batch, first, head, BLOCK_K, D))).to(tl.float32)
@@ -159,11 +157,24 @@ def _sparse_linear(
         largest, total, result = attend(score, _scale(scale, k_scale, index), value, largest, total, result)
     result = result / total[:, None]
 
-    phi = _softmax(own).to(own.dtype)
-    summed = tl.load(norm + row * D + columns)
-    share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
-    projected = tl.load(state + row.to(tl.int64) * D * D + columns[:, None] * D + columns)
-    result += tl.dot(phi, projected) / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
+    if PAIRS:
+        phi = _softmax(own).to(own.dtype)
+        summed = tl.load(norm + row * D + columns)
+        share = 1e-5 + tl.sum(phi.to(tl.float32) * summed[None], 1)
+        projected = tl.load(state + row.to(tl.int64) * D * D + columns[:, None] * D + columns)
+        linear = tl.dot(phi, projected)
+    else:  # a half of the channels at a time, which takes half of the shared memory
+        top = tl.max(own.to(tl.float32), 1)
+        factor = 1 / tl.sum(tl.exp(own.to(tl.float32) - top[:, None]), 1)
+        share, linear = tl.zeros((BLOCK_Q,), tl.float32) + 1e-5, tl.zeros((BLOCK_Q, D), tl.float32)
+        for part in tl.static_range(2):
+            half = part * (D // 2) + tl.arange(0, D // 2)
+            some = tl.load(q + rows[:, None] * q_l + half, mask=rows[:, None] < length, other=0.0)
+            phi = (tl.exp(some.to(tl.float32) - top[:, None]) * factor[:, None]).to(own.dtype)
+            share += tl.sum(phi.to(tl.float32) * tl.load(norm + row * D + half)[None], 1)
+            projected = tl.load(state + row.to(tl.int64) * D * D + half[:, None] * D + columns)
+            linear = tl.dot(phi, projected, linear)
+    result += linear / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
     at = ((batch * length + rows[:, None]) * heads + head) * D + columns
     tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
 
@@ -187,13 +198,15 @@ def _linear_state_by_pointers(
 @triton.jit
 def _sparse_linear_by_pointers(
     q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
-    batches, k_b, k_l, k_h, v_b, v_l, v_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr,
+    batches, k_b, k_l, k_h, v_b, v_l, v_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     k = _blocks(k, batches, length, heads, k_b, k_l, k_h, BLOCK_K, D)
     v = _blocks(v, batches, length, heads, v_b, v_l, v_h, BLOCK_K, D)
     _sparse_linear(
-        q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h, BLOCK_Q, BLOCK_K, D
-    )
+        q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+        BLOCK_Q, BLOCK_K, D, PAIRS,
+    )  # fmt: skip
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -260,17 +273,23 @@ def keep_largest(score: Tensor, topk: float) -> Tensor:
 def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σφ(k)ᵀv · weightᵀ (B·H, D, D) in v's dtype and Σφ(k) (B·H, D) float32, over the sequence."""
     batch, length, heads, dim = k.shape
-    blocks = triton.cdiv(length, STATE_BLOCK)
-    share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
-    grid = triton.cdiv(blocks, share), batch * heads
-    state = torch.empty(*grid, dim, dim, device=k.device)
-    norm = torch.empty(*grid, dim, device=k.device)
-    kernel, (keys, values, *more) = _with_blocks(_linear_state, _linear_state_by_pointers, k, v, STATE_BLOCK)
-    launch(
-        kernel, grid, keys, values, state, norm, length, heads, share, *more,
-        BLOCK=STATE_BLOCK, D=dim, STAGES=STATE_STAGES, num_warps=STATE_WARPS,
-    )  # fmt: skip
-    return (state.sum(0) @ weight.float().T).to(v.dtype), norm.sum(0)
+
+    def launched(how: tuning.Launch) -> tuple[Tensor, Tensor]:
+        block = how.tile[0]
+        blocks = triton.cdiv(length, block)
+        share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
+        grid = triton.cdiv(blocks, share), batch * heads
+        state = torch.empty(*grid, dim, dim, device=k.device)
+        norm = torch.empty(*grid, dim, device=k.device)
+        kernel, (keys, values, *more) = _with_blocks(_linear_state, _linear_state_by_pointers, k, v, block)
+        launch(
+            kernel, grid, keys, values, state, norm, length, heads, share, *more,
+            BLOCK=block, D=dim, STAGES=how.stages, num_warps=how.warps,
+        )  # fmt: skip
+        return state.sum(0), norm.sum(0)
+
+    state, norm = tuning.run("linear_state", (dim,), k, launched)
+    return (state @ weight.float().T).to(v.dtype), norm
 
 
 def sparse_linear_attention(
@@ -303,9 +322,15 @@ def sparse_linear(
     batch, length, heads, dim = q.shape
     q, out = channels_inside(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     kernel, (k, v, *more) = _with_blocks(_sparse_linear, _sparse_linear_by_pointers, k, v, block_k)
-    launch(
-        kernel, (kept.shape[2], batch * heads), q, k, v, kept, k_scale, state, norm, bias.contiguous(),
-        out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q), *more,
-        BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, num_warps=8, num_stages=2,
-    )  # fmt: skip
-    return out
+    bias = bias.contiguous()
+
+    def launched(how: tuning.Launch) -> Tensor:
+        launch(
+            kernel, (kept.shape[2], batch * heads), q, k, v, kept, k_scale, state, norm, bias,
+            out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q), *more,
+            BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, PAIRS=how.tile[0] == 2,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        return out
+
+    return tuning.run("sla" if k_scale is None else "sagesla", (dim, block_q, block_k), q, launched)

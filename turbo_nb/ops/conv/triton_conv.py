@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import tuning
 from ..launch import aligned, launch, takes_descriptors
 
 NORM_ELEMENTS = 4096  # of a program of the norm
-# Output channels → columns of the two products that a program computes from the same rows, rows, warps, stages
-TILES = {96: (64, 32, 256, 8, 4), 192: (128, 64, 128, 8, 3), 3: (16, 0, 256, 8, 3)}
-TILE = (128, 0, 256, 8, 3)
 
 
 @triton.jit
@@ -163,27 +161,27 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ou
     batch, _, height, width, channels = x.shape
     split, columns = meta["SPLIT"], out.shape[-1] * meta["SPLIT"]
     frames = out.shape[1] // split
-    first, second, rows, warps, stages = TILES.get(columns, TILE)
-    depth = min(64, channels & -channels)
-    if x.is_cuda:  # stages that fit in a program's shared memory: 227 KiB on an H100, 99 KiB on consumer cards
-        shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-        stages = min(stages, (shared - 1024) // (2 * (rows + first + second) * depth))
-    x, weight = aligned(x.view(-1, channels)), aligned(weight)
-    kernel, matrices, pixels = _conv_by_pointers, (x, weight), (x.shape[0],)
-    if takes_descriptors(x):
-        tiles = (x, rows), (weight, first), (weight, second or first)
-        kernel, pixels = _conv, ()
-        matrices = [TensorDescriptor.from_tensor(matrix, [side, depth]) for matrix, side in tiles]
-    grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
-    if meta["UP"]:
-        grid = *grid[:2], 4
-    launch(
-        kernel, grid, *matrices, bias.contiguous(), out if residual is None else residual.contiguous(), out,
-        *pixels, frames, height - 2, width - 2,
-        N=columns, C=channels, RESIDUAL=residual is not None, BM=rows, BN=first, BN_2=second, BK=depth,
-        num_warps=warps, num_stages=stages, **meta,
-    )  # fmt: skip
-    return out
+    x, weight, bias = aligned(x.view(-1, channels)), aligned(weight), bias.contiguous()
+    added = out if residual is None else residual.contiguous()
+
+    def launched(how: tuning.Launch) -> Tensor:
+        rows, first, second, depth = how.tile
+        grid = triton.cdiv(height * width, rows) * frames * triton.cdiv(columns, first + second), batch, 1
+        if meta["UP"]:
+            grid = *grid[:2], 4
+        kernel, matrices, pixels = _conv_by_pointers, (x, weight), (x.shape[0],)
+        if takes_descriptors(x):
+            tiles = (x, rows), (weight, first), (weight, second or first)
+            kernel, pixels = _conv, ()
+            matrices = [TensorDescriptor.from_tensor(matrix, [side, depth]) for matrix, side in tiles]
+        launch(
+            kernel, grid, *matrices, bias, added, out, *pixels, frames, height - 2, width - 2,
+            N=columns, C=channels, RESIDUAL=residual is not None, BM=rows, BN=first, BN_2=second, BK=depth,
+            num_warps=how.warps, num_stages=how.stages, **meta,
+        )  # fmt: skip
+        return out
+
+    return tuning.run("conv", (columns, channels), x, launched)
 
 
 def rimmed_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, split: int = 1) -> Tensor:

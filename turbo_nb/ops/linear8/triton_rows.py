@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import tuning
 from ..launch import aligned, launch, takes_descriptors
 from . import reference
 from .reference import QuantizedRows
@@ -104,13 +105,6 @@ def row_quantize(x: Tensor, gelu: bool = False) -> QuantizedRows:
     return QuantizedRows(q, scale, x.dtype)
 
 
-def _tiles(device: torch.device) -> tuple[dict, dict, int]:
-    """Return the sides of a tile, the launch options, and how many programs a multiprocessor runs."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
-        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128}, {"num_warps": 8, "num_stages": 3}, 1
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, {"num_warps": 8, "num_stages": 3}, 2
-
-
 def fits_descriptors(x: QuantizedRows, w_q: Tensor) -> bool:
     """Return whether rows of x, the weight and the result begin at multiples of 16 bytes, as descriptors need."""
     return x.q.shape[-1] % 16 == 0 and w_q.shape[0] % 8 == 0
@@ -122,18 +116,23 @@ def row_product(x: QuantizedRows, w_q: Tensor, w_scale: Tensor, bias: Tensor | N
         return reference.row_product(x, w_q, w_scale, bias)
     depth, columns, rows = x.q.shape[-1], w_q.shape[0], x.scale.numel()
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.q.device)
-    sides, options, occupancy = _tiles(x.q.device)
-    down, across, deep = sides.values()
-    programs = triton.cdiv(rows, down) * triton.cdiv(columns, across)
-    if x.q.is_cuda:
-        programs = min(programs, occupancy * torch.cuda.get_device_properties(x.q.device).multi_processor_count)
-    kernel, matrices = _row_product_by_pointers, [aligned(y.contiguous()) for y in (x.q.reshape(rows, depth), w_q, out)]
-    if takes_descriptors(x.q):
-        tiles = [down, deep], [across, deep], [down, across]
-        kernel, matrices = _row_product, map(TensorDescriptor.from_tensor, matrices, tiles)
-    launch(
-        kernel, (programs,), *matrices, x.scale.contiguous(), w_scale.contiguous(),
-        None if bias is None else bias.contiguous(), rows, columns, depth,
-        BIAS=bias is not None, GROUP=8, **sides, **options,
-    )  # fmt: skip
-    return out.unflatten(0, x.scale.shape)
+    matrices = [aligned(y.contiguous()) for y in (x.q.reshape(rows, depth), w_q, out)]
+    scales = x.scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous()
+
+    def launched(how: tuning.Launch) -> Tensor:
+        down, across, deep, occupancy = how.tile
+        programs = triton.cdiv(rows, down) * triton.cdiv(columns, across)
+        if x.q.is_cuda:
+            programs = min(programs, occupancy * torch.cuda.get_device_properties(x.q.device).multi_processor_count)
+        kernel, operands = _row_product_by_pointers, matrices
+        if takes_descriptors(x.q):
+            tiles = [down, deep], [across, deep], [down, across]
+            kernel, operands = _row_product, map(TensorDescriptor.from_tensor, matrices, tiles)
+        launch(
+            kernel, (programs,), *operands, *scales, rows, columns, depth,
+            BIAS=bias is not None, BLOCK_M=down, BLOCK_N=across, BLOCK_K=deep, GROUP=8,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        return out
+
+    return tuning.run("row_product", (columns, depth), x.q, launched).unflatten(0, x.scale.shape)
