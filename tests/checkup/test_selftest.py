@@ -241,12 +241,14 @@ def test_the_attentions_of_a_cpu_do_not_depend_on_the_gpu_of_the_machine(monkeyp
     monkeypatch.setattr(selftest, "load", lambda spec, quantized, device, into: (into.append(nano) or True, ""))
     monkeypatch.setattr(selftest, "clip", lambda pipeline: (True, ""))
     monkeypatch.setattr(selftest, "step", lambda *arguments: (True, ""))
+    monkeypatch.setattr(selftest, "fast", lambda *arguments: (True, ""))
     monkeypatch.setattr(backends, "choose", lambda operation, device=None: backends.Choice(operation, "triton"))
     names = {
-        device: [check.name for check in selftest.check_model(catalog.NANO, False, device)]
+        device: [check.name for check in selftest.check_model(catalog.NANO, False, device, [])]
         for device in ("cpu", "cuda")
     }
-    assert names == {"cpu": MODEL, "cuda": [*MODEL, "transformer: a step with sagesla at topk 1: dense"]}
+    steps = [*MODEL[2:], "transformer: a step with sagesla at topk 1: dense"]
+    assert names == {"cpu": MODEL, "cuda": [*MODEL[:2], "speed", *steps]}
 
 
 def test_an_unknown_model():

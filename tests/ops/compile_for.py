@@ -1,7 +1,7 @@
 """Compile the large kernels for GPUs that are not here: `python compile_for.py 86 120:cross 89:conv:96 gluon`.
 
 Prints a line for each launch that fits the card: architecture, kernel, shape and launch, then three numbers. These are
-the bytes of shared memory that Triton takes, those that `tuning.shared_memory` gives, and the copies ahead of their use.
+the bytes of shared memory that Triton takes, those that `tuning.shared_memory` gives, and the copies ahead of use.
 After the architecture: only this kernel, and of it only the shapes that begin with a number.
 A script of its own, because Triton either compiles or interprets in a process.
 """

@@ -8,7 +8,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,12 @@ from .. import backends, catalog
 from ..errors import CheckpointError, DownloadError, first_line
 from ..machine import probe
 from ..runtime.plan import GB
-from . import doctor, operations, tables
+from . import doctor, operations, speed, tables
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ..ops.tuning import Measured, Shape
 
 SUMS = "SHA256SUMS"  # beside a model that comes with the package, in the format of `sha256sum`
 NUM_FRAMES, NUM_STEPS = 5, 2  # of the short clip
@@ -44,6 +46,8 @@ class Result(tables.Tables):
     model: str
     report: doctor.Report
     checks: tuple[Check, ...]
+    speed: "speed.Speed | None" = None
+    launches: "dict[tuple[str, Shape], Measured]" = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -64,11 +68,13 @@ class Result(tables.Tables):
             "model": self.model,
             "passed": self.exit_code == 0,
             "checks": [asdict(check) for check in self.checks],
+            "speed": self.speed and asdict(self.speed),
+            "launches": speed.launches(self.launches),
             "doctor": self.report.to_dict(),
         }
 
     def tables(self) -> Iterator[tables.Table]:
-        """Yield "Machine", "Versions", and "Checks of" the model."""
+        """Yield "Machine", "Versions", and "Checks of" the model; of a GPU also "Speed of" a clip, and "Launches"."""
         yield from self.report.only("Machine").tables()
         rows = [(package.name, package.installed or "none") for package in self.report.environment.packages]
         rows += [(name, library.version or "") for name, library in self.report.backends.libraries.items()]
@@ -78,6 +84,11 @@ class Result(tables.Tables):
             for check in self.checks
         ]
         yield f"Checks of {self.model}", ("", "check", "seconds", "result"), rows
+        if self.speed:
+            yield f"Speed of {self.speed.clip}", ("", "ms here", "ms on an H100", "times"), speed.rows(self.speed)
+        if self.launches:
+            head = "kernel", "shape", "launch (tile, warps, stages)", "ms of each candidate, * the one in use"
+            yield "Launches timed on this GPU", head, speed.launches(self.launches)
 
 
 def verify(model: str = "nano", *, quantized: bool = False, device: str = "auto") -> Result:
@@ -98,9 +109,21 @@ def verify(model: str = "nano", *, quantized: bool = False, device: str = "auto"
     spec, device = catalog.find(model), probe.device_of(device)
     report = doctor.doctor()
     checks = [*check_operations(report.backends, device), run("mp4", encoder), run("files", files, spec, quantized)]
+    measured: list[speed.Speed] = []
     if checks[-1].passed:
-        checks += check_model(spec, quantized, device)
-    return Result(model=spec.name, report=report, checks=tuple(checks))
+        checks += check_model(spec, quantized, device, measured)
+    return Result(
+        model=spec.name, report=report, checks=tuple(checks), speed=next(iter(measured), None), launches=timed(device)
+    )
+
+
+def timed(device: str) -> "dict[tuple[str, Shape], Measured]":
+    """Return the kernels whose launches were timed on a device."""
+    if device == "cpu":
+        return {}
+    from ..ops import tuning
+
+    return tuning.winners(probe.gpu_index(device))
 
 
 def run(name: str, work: Callable[..., tuple[bool, str]], *arguments) -> Check:
@@ -172,14 +195,21 @@ def files(spec: catalog.ModelSpec, quantized: bool) -> tuple[bool, str]:
     return True, "the right bytes of a transformer, a VAE and a text encoder"
 
 
-def check_model(spec: catalog.ModelSpec, quantized: bool, device: str) -> Iterator[Check]:
-    """Yield checks of loading, of a short clip, and of a step with each attention."""
+def check_model(
+    spec: catalog.ModelSpec, quantized: bool, device: str, measured: "list[speed.Speed]"
+) -> Iterator[Check]:
+    """Yield checks of loading, of a short clip, on a GPU of its speed, and of a step with each attention.
+
+    measured: gets the speed.
+    """
     loaded = []
     yield run("load", load, spec, quantized, device, loaded)
     if not loaded:
         return
     (pipeline,) = loaded
     yield run("clip", clip, pipeline)
+    if device != "cpu":
+        yield run("speed", fast, pipeline, measured)
     sage = device != "cpu" and backends.choose("sagesla", device).chosen is not None
     for name in ("transformer", "transformer_2"):
         if (transformer := getattr(pipeline, name, None)) is not None:
@@ -223,6 +253,13 @@ def clip(pipeline) -> tuple[bool, str]:
     if spec is catalog.NANO and not 0.05 < red < 0.25:
         return False, f"{detail}; {red:.0%} of the picture is red, and the prompt has a large red circle"
     return True, detail
+
+
+def fast(pipeline, into: "list[speed.Speed]") -> tuple[bool, str]:
+    """Time a clip of the model's own size, and append its speed to `into`."""
+    found = speed.measure(pipeline)
+    into.append(found)
+    return True, f"{found.clip}: a step {found.step:.1f} ms, decode {found.decode:.1f} ms"
 
 
 def step(pipeline, transformer: "nn.Module", kind: str) -> tuple[bool, str]:
