@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from turbo_nb.ops import tuning
 from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.ops.compare import relative_error
 from turbo_nb.ops.conv import reference as conv_reference
@@ -433,6 +434,37 @@ def test_kernels_by_pointers_give_the_bits_of_those_by_descriptors(monkeypatch):
         "_sparse_linear_by_pointers", "_linear_state_by_pointers", "_row_product_by_pointers",
         "_tile_product_by_pointers", "_conv_by_pointers",
     }  # fmt: skip
+
+
+def test_every_tile_of_a_launch_computes_the_same(monkeypatch):
+    """Of every card; the interpreter does not know warps and stages"""
+    q, k, v = smooth(1, 300, 2, 128)
+    weight, bias = random(128, 128, dtype=torch.float32), random(128, dtype=torch.float32)
+    x, matrix = triton_rows.row_quantize(random(200, 256)), linear8_reference.row_quantize(random(264, 256))
+    clips = [(rimmed(1, 3, 4, 9, channels), *weights(columns, channels, 3, 1, 1))
+             for columns, channels in [(96, 32), (192, 64), (3, 32), (400, 64)]]  # fmt: skip
+    tried = []
+
+    def trial(kernel, shape, launches, launched):
+        cards = launches if CUDA else {how for arch in tuning.SHARED for how in tuning.candidates(kernel, shape, arch)}
+        expected = None
+        for how in {how.tile: how for how in cards}.values():
+            out = launched(how)
+            out = [y.clone() for y in (out if isinstance(out, tuple) else (out,))]
+            expected = expected or out
+            for y, ref in zip(out, expected, strict=True):
+                assert_close(f"{kernel} {shape} {how}", y, ref)
+            tried.append((kernel, how.tile))
+        return launched(how)
+
+    with tuning.trying(trial):
+        triton_sla.sparse_linear_attention(q, k, v, weight, bias, 0.4, 128, 64)
+        triton_sage.sage_linear_attention(q, k, v, weight, bias, 0.4, 128, 64)
+        triton_cross.cross_attention(q, k[:, :90], v[:, :90], 5)
+        triton_rows.row_product(x, matrix.q, matrix.scale)
+        for clip in clips:
+            triton_conv.rimmed_conv(*clip)
+    assert all(sum(kernel == name for kernel, _ in tried) >= 2 for name in (*tuning.TABLES, "conv"))
 
 
 # All launches of these cards take minutes: TURBO_NB_COMPILE=all. The few are of each kind of kernel and of card.
