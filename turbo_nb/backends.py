@@ -13,16 +13,18 @@ from .errors import BackendError, InputError
 from .machine import probe
 from .machine.probe import Machine
 from .ops import registry
-from .ops.registry import Implementation, no_bfloat16, no_triton, sm
+from .ops.registry import Implementation, no_bfloat16, no_tensor_cores, no_triton, sm
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from .machine.probe import Device
 
 __all__ = [
     "SHOWN", "VARIABLES", "Backends", "Choice",
-    "choose", "detect", "function", "kernel", "load_kernels", "no_bfloat16", "no_triton", "sm",
+    "choose", "detect", "function", "kernel", "load_kernels", "no_bfloat16", "no_tensor_cores", "no_triton",
+    "number_format", "sm",
 ]  # fmt: skip
 
 # What the doctor shows → the operation whose choice stands for the group
@@ -198,6 +200,19 @@ def _half_on_gpu(tensors: "tuple[Tensor, ...]") -> bool:
 def function(operation: str, *tensors: "Tensor", override: str | None = None) -> Callable:
     """Return the function that computes these tensors: `kernel`, else the reference."""
     return kernel(operation, *tensors, override=override) or registry.implementations(operation)[-1].load()
+
+
+def number_format(device: "Device" = None) -> "torch.dtype":
+    """Return the dtype that a model computes in on a device.
+
+    This is bfloat16 on a GPU, float16 on one without it (before sm_80), and float32 on a CPU, which is slower in 16
+    bits.
+    """
+    import torch
+
+    if probe.gpu_index(device) is None:
+        return torch.float32
+    return torch.float16 if no_bfloat16(probe._probe_once().on(device)) else torch.bfloat16
 
 
 def load_kernels(device: "Device" = None) -> None:

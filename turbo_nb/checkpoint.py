@@ -32,7 +32,16 @@ from .files.recognise import (
     require,
     require_tensors,
 )
-from .layerwise import EMBEDDING, Stored, StoredEmbedding, StoredLinear, encoder_tensors, is_finite, stored_weights
+from .layerwise import (
+    EMBEDDING,
+    Stored,
+    StoredEmbedding,
+    StoredLinear,
+    encoder_tensors,
+    is_finite,
+    is_large,
+    stored_weights,
+)
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
 from .machine.mapped import PageReleaser
@@ -308,6 +317,7 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
     layerwise: bool = True,
+    in_16_bits: bool = False,
 ) -> UMT5EncoderModel:
     """Load umT5's encoder: upstream's `models_t5_umt5-xxl-enc-bf16.pth`, ComfyUI's files, GGUF, a transformers folder.
 
@@ -317,6 +327,8 @@ def load_text_encoder(
         dtype: of the weights. None: the file's own, and bfloat16 for weights in 8 bits or less.
         layerwise: keep linears in fp8 and in int8 with per-row scales as the file stores them (`layerwise`). Not with
             dtype float16 or None.
+        in_16_bits: keep the other linears and the embedding in bfloat16, whatever dtype is. Each casts its own weight
+            while it works, so a float32 encoder takes no more memory than the file.
 
     Raises:
         CheckpointError: as `load_transformer`.
@@ -334,8 +346,12 @@ def load_text_encoder(
             _store(model, key, stored.pop(key), contents, device, dtype)
         else:
             whole = _finite(key, _decoded(tensor, device), contents)
-            whole = whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype))
-            _assign(model, key, whole)
+            if in_16_bits and is_large(key):
+                whole = whole.to(torch.bfloat16)
+                _put(model, key, whole, None, dtype)
+            else:
+                whole = whole.to(dtype or (torch.bfloat16 if isinstance(tensor, Encoded) else whole.dtype))
+                _assign(model, key, whole)
             _release(tensor, [whole], pages)
     pages.release()
     model.encoder.embed_tokens = model.shared
@@ -348,6 +364,10 @@ def _store(
 ) -> None:  # fmt: skip
     """Put a layer that keeps its weight as the file stores it in the place of a model's linear or embedding."""
     data, scale = (None if part is None else _finite(key, part.to(device), contents) for part in stored)
+    _put(model, key, data, scale, dtype)
+
+
+def _put(model: UMT5EncoderModel, key: str, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> None:
     module = StoredEmbedding(data, scale, dtype) if key == EMBEDDING else StoredLinear(data, scale)
     model.set_submodule(key.removesuffix(".weight"), module)
 

@@ -103,6 +103,11 @@ def stored_weights(tensors: Mapping[str, Tensor | Encoded], dtype: torch.dtype |
     return found
 
 
+def is_large(name: str) -> bool:
+    """Return whether a tensor is one of the linears or the embedding, which are almost all of the encoder."""
+    return name == EMBEDDING or LINEAR.search(name) is not None
+
+
 def size(tensors: Mapping[str, Tensor | Encoded], dtype: torch.dtype) -> int:
     """Return the bytes of a text encoder that is loaded in `dtype`."""
     tensors = encoder_tensors(tensors)

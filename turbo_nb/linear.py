@@ -71,7 +71,7 @@ def int8_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = N
         raise InputError(f"x is {tuple(x.shape)} and w_q {tuple(w_q.shape)}. Expected equal last dimensions.")
     if tuple(w_scale.shape) != tiles:
         raise InputError(f"w_scale has shape {tuple(w_scale.shape)}. Expected {tiles} for w_q {tuple(w_q.shape)}.")
-    return linear8_reference.int8_linear(x, w_q, w_scale, bias)
+    return backends.function("tile_linear", x)(x, w_q, w_scale, bias)
 
 
 def row_linear(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None) -> Tensor:

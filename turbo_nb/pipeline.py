@@ -311,7 +311,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
 
     make = wan.WanImageToVideoPipeline if resolved.spec.task == "i2v" else wan.WanPipeline
     phases.mark("import diffusers")
-    dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16  # because CPUs are slower in bf16
+    dtype = backends.number_format(plan.device)
     parts = {
         "tokenizer": checkpoint.load_tokenizer(resolved.tokenizer),  # first, because it is the quickest to fail
         "text_encoder": None,
@@ -350,13 +350,16 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     else:
         pipeline = make(**parts, transformer=experts[0])
     pipeline.set_progress_bar_config(disable=True)
+    text_dtype = torch.float32 if dtype is torch.float16 else dtype  # because umT5 exceeds float16
     cached = embedding_cache.uses_cache(resolved.options.text_cache)
     tokenizer = getattr(resolved.tokenizer, "path", resolved.tokenizer)
     encoder = PromptEncoder(
         pipeline,
-        lambda where: checkpoint.load_text_encoder(resolved.text_encoder, device=where, dtype=dtype),
+        lambda where: checkpoint.load_text_encoder(
+            resolved.text_encoder, device=where, dtype=text_dtype, in_16_bits=dtype is torch.float16
+        ),
         StreamedEncoder,
-        embedding_cache.open_cache(resolved.text_encoder.path, tokenizer, dtype) if cached else None,
+        embedding_cache.open_cache(resolved.text_encoder.path, tokenizer, text_dtype) if cached else None,
         prompts,
     )
     return pipeline, encoder

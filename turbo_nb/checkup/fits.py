@@ -65,8 +65,10 @@ def fit(spec: catalog.ModelSpec, quantized: bool, machine: Machine, free: int, h
     if chosen.fits and to_fetch > free:
         disk = f"too large for the disk: {decimal(to_fetch)} to fetch, {decimal(free)} free"
         return Fit(fits=False, plan=chosen.name, text=disk, **common)
-    if slow := backends.no_bfloat16(machine):  # estimates and guesses are of newer GPUs
+    if slow := backends.no_tensor_cores(machine):
         return Fit(fits=chosen.fits, plan=chosen.name, text=f"{chosen}; very slow, because {slow}", **common)
+    if slow := backends.no_bfloat16(machine):  # estimates and guesses are of newer GPUs
+        return Fit(fits=chosen.fits, plan=chosen.name, text=f"{chosen}; in float16, because {slow}", **common)
     takes = _time(spec, quantized, chosen.name, machine) if chosen.fits else ""
     return Fit(fits=chosen.fits, plan=chosen.name, text=str(chosen), time=takes, **common)
 

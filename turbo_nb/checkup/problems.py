@@ -77,7 +77,7 @@ def of_gpu(found: Backends) -> Iterator[Problem]:
             f"other work takes {taken} of the GPU's {gib(found.total_memory)}",
             "find the process with nvidia-smi, and restart the notebook's kernel if it is this one's",
         )
-    if reason := backends.no_bfloat16(found):
+    if reason := backends.no_tensor_cores(found):
         yield _warning(
             f"only {catalog.NANO.name} is fast enough here: {reason}",
             "take a GPU of sm_80 or newer, such as an L4 or an A100; in Colab: Runtime > Change runtime type",

@@ -142,7 +142,7 @@ def _auto(
     """Return the spec, the number format and the reason that "auto" stands for"""
     if device == "cpu":
         return catalog.NANO, quant_linear, "auto: the embedded model runs on a CPU"
-    if reason := backends.no_bfloat16(probe.probe(device)):
+    if reason := backends.no_tensor_cores(probe.probe(device)):
         return catalog.NANO, quant_linear, f"auto: only the embedded model is fast enough, because {reason}"
     fits = suitable(memory=memory, host_memory=host_memory, quant_linear=quant_linear)
     here = next((one for one in fits if to_download or one.downloaded), None)

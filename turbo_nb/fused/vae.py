@@ -26,6 +26,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from .. import backends
+from ..errors import TurboNbError
 from ..ops.registry import CHANNELS
 from .cache import CausalCache
 
@@ -120,12 +121,19 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
         frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0)
         if vae.config.patch_size is not None:
             frames = unpatchify(frames, patch_size=vae.config.patch_size)
+        if frames.dtype is torch.float16 and not frames.isfinite().all():
+            raise TurboNbError(
+                "a frame is not finite. Expected numbers up to 65504, which float16 holds, and the VAE exceeded that. "
+                "Decode with --decoder tiny, or on a GPU of sm_80 or newer, which has bfloat16."
+            )
         yield frames.clamp(-1, 1)
 
 
 def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
     """Return how many latent frames of so many pixels each fit on x's device at a time. 0: not even one."""
     free = CPU_BYTES / FREE
+    if x.is_cuda and backends.kernel("rms_norm_silu", x) is None:
+        return 1  # because the reference takes several times the memory
     if x.is_cuda:
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         free = torch.cuda.mem_get_info(x.device)[0] + unused
@@ -192,6 +200,8 @@ def _takes(coder: nn.Module, x: Tensor) -> bool:
     """Return whether the functions of ops/conv compute this decoder or encoder for x (B, C, T, h, w)."""
     if not x.is_cuda:
         return True  # the reference; on one core 128x128x25 takes 1.3 s, and diffusers' own decoding 3.3 s
+    if x.dtype is torch.float16 and backends.kernel("rms_norm_silu", x) is None:
+        return True  # the reference, because its norms are in float32, where the sums of squares do not overflow
     convs = (module for module in coder.modules() if isinstance(module, nn.Conv3d))
     padded = coder.conv_in if isinstance(coder, WanEncoder3d) else None  # its channels are padded
     return backends.kernel("rms_norm_silu", x) is not None and not any(

@@ -101,7 +101,7 @@ def _facts(model: ResolvedModel, free: int) -> str:
         tags.append(("good", f"runs here, on the {'CPU' if model.device == 'cpu' else 'GPU'}"))
     elif model.device == "cpu":
         tags.append(("bad", "needs a GPU: on this CPU a clip takes hours"))
-    elif slow := backends.no_bfloat16(probe.probe(model.device)):
+    elif slow := backends.no_tensor_cores(probe.probe(model.device)):
         tags.append(("bad", f"very slow: {slow}"))
     elif plan.fits:
         tags.append(("good", f"fits this GPU: plan {plan.name}"))

@@ -14,6 +14,7 @@ from ..machine.probe import LIBRARIES, Machine
 
 Arch = tuple[int, int]
 KERNELS_FROM = (8, 0)  # because older GPUs have no 8-bit product in Triton, and 64 KiB of shared memory are too little
+HALF_FROM = (7, 0)  # the first GPUs with Tensor Cores; older ones are slow in 16 bits
 KERNELS_TRITON = (3, 4)  # the first with tensor descriptors made outside a kernel; it comes with torch 2.8
 GLUON_ARCH = (9, 0)
 GLUON_TRITON, GLUON_TRITON_LAST = (3, 6), (3, 9)  # versions that compile our Gluon kernels; Gluon's names still change
@@ -57,8 +58,15 @@ def no_kernels(machine: Machine) -> str | None:
     return _old_triton(machine, KERNELS_TRITON)
 
 
+def no_tensor_cores(machine: Machine) -> str | None:
+    """Return why the released models are too slow on a machine's GPU, None where they are not, or without a GPU."""
+    if machine.arch is None or machine.arch >= HALF_FROM:
+        return None
+    return f"this GPU ({sm(machine.arch)}) has no Tensor Cores; float16 needs {sm(HALF_FROM)} or newer"
+
+
 def no_bfloat16(machine: Machine) -> str | None:
-    """Return why the released models are too slow on a machine's GPU, None where they are not, or without a GPU.
+    """Return why a machine's GPU computes in float16, None where it computes in bfloat16, or without a GPU.
 
     PyTorch emulates bfloat16 before sm_80, and runs its convolutions without cuDNN.
     """
@@ -177,6 +185,7 @@ IMPLEMENTATIONS = [
     _reference("rope", "norms.reference:apply_rotary_emb"),
     _gluon("sla", "attention.hopper_sla:sparse_linear_attention", takes=_head_dim),
     _triton("sla", "attention.triton_sla:sparse_linear_attention", takes=_head_dim),
+    Implementation("sla", "gathered", no_cuda, "turbo_nb.ops.attention.gathered:sparse_linear_attention"),
     _reference("sla", "attention.reference:sparse_linear_attention"),
     _gluon("sagesla", "attention.hopper_sla:sage_linear_attention", takes=_head_dim),
     _triton("sagesla", "attention.triton_sage:sage_linear_attention", takes=_head_dim),
@@ -189,6 +198,8 @@ IMPLEMENTATIONS = [
     _gluon("linear", "linear8.hopper_rows:row_product"),
     _triton("linear", "linear8.triton_rows:row_product"),
     _reference("linear", "linear8.reference:row_product"),
+    Implementation("tile_linear", "dequantized", no_cuda, "turbo_nb.ops.linear8.dequantized:int8_linear"),
+    _reference("tile_linear", "linear8.reference:int8_linear"),
     _triton("row_quantize", "linear8.triton_rows:row_quantize"),
     _reference("row_quantize", "linear8.reference:row_quantize"),
     _triton("tile_quantize", "linear8.triton_tiles:int8_quantize"),
@@ -220,7 +231,7 @@ IMPLEMENTATIONS = [
 VARIABLES = {
     "TURBO_NB_ROPE": ("rope",),
     "TURBO_NB_ATTENTION": ("sla", "sagesla", "original"),
-    "TURBO_NB_LINEAR": ("linear", "row_quantize", "tile_quantize", "tile_product"),
+    "TURBO_NB_LINEAR": ("linear", "tile_linear", "row_quantize", "tile_quantize", "tile_product"),
     "TURBO_NB_BLOCK": ("gated_norm", "norm_rope", "cross_attention"),
     "TURBO_NB_VAE": ("rms_norm_silu", "rimmed_conv", "normed_conv", "upsample_conv", "picture_attention"),
 }
