@@ -65,8 +65,10 @@ def test_every_machine_gets_a_choice_and_reasons(card):
         best = "gluon" if card == "H100" else "triton"
         sage = card in ("RTX 3090", "A100", "L40S", "RTX 4090", "H100", "B200") and sparge is WORKS
         assert choose("sagesla", machine=here).chosen == (best if kernels else "spargeattn" if sage else None)
-        for operation in ("sla", "linear"):
-            assert choose(operation, machine=here).chosen == (best if kernels else "reference")
+        assert choose("linear", machine=here).chosen == (best if kernels else "reference")
+        without = "reference" if card == "none" else "gathered"
+        assert choose("sla", machine=here).chosen == (best if kernels else without)
+        assert choose("tile_linear", machine=here).chosen == ("reference" if card == "none" else "dequantized")
         for operation in backends.SHOWN:
             assert all(reason for _, reason in choose(operation, machine=here).rejected)
 
@@ -113,7 +115,7 @@ def test_sagesla_where_nothing_runs_it_says_what_to_do(here, reason):
     assert choice.rejected[2][1] == reason
     with pytest.raises(BackendError, match=rf"triton: .*{reason}.*--attention_type sla.*build SpargeAttn"):
         choice.require()
-    assert choose("sla", machine=here).require() == "reference"
+    assert choose("sla", machine=here).require() == "gathered"
 
 
 def test_spargeattn_is_taken_where_it_is_asked_for_or_triton_does_not_work():
@@ -164,7 +166,7 @@ def test_an_attention_override_is_for_the_kinds_that_know_it(monkeypatch):
         ("rope", "triton3", r"rope backend 'triton3' is unknown; give one of auto, flash_attn, reference"),
         ("sagesla", "spargeattn", r"no CUDA GPU"),
         ("linear", "int4", r"give one of auto, gluon, triton, reference"),
-        ("sla", "int4", r"give one of auto, gluon, triton, reference, spargeattn, sdpa"),
+        ("sla", "int4", r"give one of auto, gluon, triton, gathered, reference, spargeattn, sdpa"),
     ],
 )
 def test_an_impossible_override_says_why(operation, override, words, monkeypatch):

@@ -104,12 +104,14 @@ def test_nothing_is_said_where_nothing_would_be_better(machine):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("arch", "taken_model"), [((7, 5), "nano"), ((8, 0), SMALL)], ids=["T4", "A100"])
-def test_auto_takes_no_released_model_on_a_gpu_without_bfloat16(machine, monkeypatch, arch, taken_model):
+@pytest.mark.parametrize(
+    ("arch", "taken_model"), [((6, 0), "nano"), ((7, 5), SMALL), ((8, 0), SMALL)], ids=["P100", "T4", "A100"]
+)
+def test_auto_takes_no_released_model_on_a_gpu_without_tensor_cores(machine, monkeypatch, arch, taken_model):
     machine(15, (SMALL, False), host=12)
     monkeypatch.setattr(probe, "probe", lambda device=None: probe.Machine(gpu="a card", gpu_count=1, arch=arch))
     found = resolve.resolve(LoadOptions())
-    assert found.spec.name == taken_model and ("no bfloat16" in found.reason) == (arch == (7, 5))
+    assert found.spec.name == taken_model and ("no Tensor Cores" in found.reason) == (arch == (6, 0))
     assert resolve.resolve(LoadOptions(model=SMALL)).spec.name == SMALL  # a name is obeyed
 
 

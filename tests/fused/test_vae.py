@@ -157,7 +157,8 @@ def test_the_kernels_decode_and_encode_the_same(monkeypatch):
 def test_what_the_kernels_do_not_take_is_left_to_diffusers(monkeypatch):
     choose_triton(monkeypatch)
     on_gpu = SimpleNamespace(
-        is_cuda=True, is_floating_point=lambda: True, element_size=lambda: 2, get_device=lambda: 0
+        is_cuda=True, is_floating_point=lambda: True, element_size=lambda: 2, get_device=lambda: 0,
+        dtype=torch.bfloat16,
     )  # fmt: skip
     assert fused_vae._takes(make(WAN).decoder, on_gpu)
     assert not fused_vae._takes(make(WAN | {"base_dim": 8}).decoder, on_gpu)  # 8 channels are too few

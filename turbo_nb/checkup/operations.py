@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Largest relative error of an operation, by dtype
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.02}
+BOUNDS = {"float32": 1e-4, "float16": 0.005, "bfloat16": 0.02}
 INT8_BOUND, SAGE_BOUND = 0.02, 0.08  # what rounding to 8 bits costs
 
 

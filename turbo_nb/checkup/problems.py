@@ -80,6 +80,11 @@ def of_gpu(found: Backends) -> Iterator[Problem]:
     if reason := backends.no_tensor_cores(found):
         yield _warning(
             f"only {catalog.NANO.name} is fast enough here: {reason}",
+            "take a GPU of sm_70 or newer, such as a T4 or an L4; in Colab: Runtime > Change runtime type",
+        )
+    elif reason := backends.no_bfloat16(found):
+        yield _warning(
+            f"models compute in float16 here, which takes several times as long: {reason}",
             "take a GPU of sm_80 or newer, such as an L4 or an A100; in Colab: Runtime > Change runtime type",
         )
     if reason := backends.no_triton(found):

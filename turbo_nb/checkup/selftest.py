@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"  # beside a model that comes with the package, in the format of `sha256sum`
 NUM_FRAMES, NUM_STEPS = 5, 2  # of the short clip
 # Largest relative error of a whole transformer, where roundings add up
-STEP_BOUNDS, SAGE_STEP_BOUND = {"float32": 1e-4, "bfloat16": 0.05}, 0.1
+STEP_BOUNDS, SAGE_STEP_BOUND = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.05}, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +159,12 @@ def check_operations(found: backends.Backends, device: str) -> Iterator[Check]:
     yield run("int8 linear: float64", operations.int8, "cpu", "float32")
     if device == "cpu":
         return
+    dtype = str(backends.number_format(device)).removeprefix("torch.")
     for operation, work in (("rope", operations.rope), ("sla", operations.sparse), ("linear", operations.int8)):
         chosen = getattr(found, operation).chosen
-        yield run(f"{operation} by {chosen} on the GPU: float64", work, device, "bfloat16")
+        yield run(f"{operation} by {chosen} on the GPU: float64", work, device, dtype)
     if sage := found.sagesla.chosen:
-        yield run(f"sagesla by {sage} on the GPU: float64", operations.sparse, device, "bfloat16", sage)
+        yield run(f"sagesla by {sage} on the GPU: float64", operations.sparse, device, dtype, sage)
 
 
 def sums(folder: Path) -> str:
