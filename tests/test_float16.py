@@ -9,13 +9,14 @@ from helpers import assert_close, golden, set_machine, write_upstream
 from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from turbo_nb import backends, layerwise, linear
+from turbo_nb import backends, generation, layerwise, linear, pipeline
 from turbo_nb.checkpoint import load_text_encoder, load_transformer, load_vae
 from turbo_nb.errors import TurboNbError
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine.probe import Library, Machine
 from turbo_nb.ops.attention import gathered
 from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.ops.compare import psnr
 from turbo_nb.ops.linear8 import dequantized
 from turbo_nb.sla import attention_type
 
@@ -153,3 +154,14 @@ def test_umt5_in_float32_takes_the_memory_of_its_16_bit_file(tmp_path):
     small = sum(x.numel() for name, x in state.items() if not layerwise.is_large(name))
     total = sum(x.numel() for x in state.values())
     assert sum(parameter.nbytes for parameter in found.parameters()) == 2 * total + 2 * small
+
+
+def test_nano_makes_the_same_clip_in_float16(nano, monkeypatch):
+    expected = generation.generate(nano, "a large red circle", seed=3, num_frames=5).frames
+    monkeypatch.setattr(backends, "number_format", lambda device=None: torch.float16)
+    pipe = pipeline.load_pipeline("nano", device="cpu", text_cache=False)
+    assert pipe.transformer.dtype is pipe.vae.dtype is torch.float16
+    frames = generation.generate(pipe, "a large red circle", seed=3, num_frames=5).frames
+    assert psnr(frames, expected) > 45
+    with pipe.turbo_nb.prompt_encoder.loaded():
+        assert pipe.text_encoder.dtype is torch.float32  # umT5 exceeds float16

@@ -41,3 +41,13 @@ def test_an_error_of_the_caller_comes_first_and_waits_for_the_threads():
         beside.start(lambda: threading.Event().wait(0.2) or ended.append(1) or 1 / 0)
         raise KeyError("the caller's")
     assert ended == [1]
+
+
+def test_waiting_ends_the_work_so_far_and_more_can_begin():
+    done = []
+    with Beside() as beside:
+        beside.start(lambda: threading.Event().wait(0.1) or done.append("first"))
+        beside.wait()
+        assert done == ["first"]
+        beside.start(done.append, "second")
+    assert done == ["first", "second"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from turbo_nb.ops import launch
+from turbo_nb.ops import launch, tuning
 from turbo_nb.runtime import warm_up
 
 
@@ -114,3 +114,36 @@ def test_a_clip_compiles_nothing_after_the_warm_up(monkeypatch, tmp_path):
     with compilations("cuda") as names:
         turbo_nb.generate(pipeline, "a large red circle")
     assert names == []
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(True, {"a kernel": 1}), (True, {}), (False, {})])
+def test_launches_are_timed_once_and_the_fastest_compiled(monkeypatch, wanted, found):
+    """A kernel's other variants are compiled in its fastest launch, too"""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(warm_up, "_async_mode", lambda: object)
+    monkeypatch.setattr(warm_up.tune, "wanted", lambda gpu: wanted)
+    monkeypatch.setattr(warm_up.tune, "tune", lambda gpu, work, compiling: (calls.append("tune"), found)[1])
+    monkeypatch.setattr(warm_up, "transformer", lambda *_: calls.append("transformer"))
+    monkeypatch.setattr(warm_up, "vae", lambda *_: calls.append("vae"))
+    warm_up.choose_launches(SimpleNamespace(transformer=None, vae=None), (832, 480, 81))
+    assert calls == ["tune"] * wanted + ["transformer", "vae"] * bool(found)
+
+
+@pytest.mark.parametrize(("length", "tried"), [(1, [1]), (21, [2])])
+def test_the_sample_of_a_clip_is_the_latent_frame_after_the_first(monkeypatch, length, tried):
+    seen = []
+
+    def chunked(vae, z, chunk):
+        assert chunk == 1 and z.shape == (1, 16, min(2, length), 60, 104) and z.std() > 0.9
+        for number in range(1, z.shape[2] + 1):
+            if tuning._trial.get():
+                seen.append(number)
+            yield z
+
+    monkeypatch.setattr(warm_up.fused_vae, "chunks", chunked)
+    monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_, **more: None)
+    vae = SimpleNamespace(config=SimpleNamespace(z_dim=16), device=torch.device("cpu"), dtype=torch.float32)
+    with tuning.trying(lambda *_: None):
+        warm_up._sample(SimpleNamespace(transformer=None, vae=vae), (length, 60, 104))
+    assert seen == tried
