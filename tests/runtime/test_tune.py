@@ -165,4 +165,5 @@ def test_on_a_gpu_the_choice_is_the_best_one_twice(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_winners", {})
     warm_up.warm_up(pipeline, (128, 128, 25))
     for key, again in tuning._winners[0].items():
-        assert again.times[first[key].launch] <= min(again.times.values()) * 1.1, key  # kernels of microseconds
+        best = min(again.times.values())
+        assert again.times[first[key].launch] <= best * 1.1 + 0.005, key  # ms; these kernels take microseconds

@@ -121,11 +121,6 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
         frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0)
         if vae.config.patch_size is not None:
             frames = unpatchify(frames, patch_size=vae.config.patch_size)
-        if frames.dtype is torch.float16 and not frames.isfinite().all():
-            raise TurboNbError(
-                "a frame is not finite. Expected numbers up to 65504, which float16 holds, and the VAE exceeded that. "
-                "Decode with --decoder tiny, or on a GPU of sm_80 or newer, which has bfloat16."
-            )
         yield frames.clamp(-1, 1)
 
 
@@ -163,7 +158,7 @@ class FusedDecoder(WanDecoder3d):
                 x = _upsample(upsampler, x, past)
             if shortcut:
                 _inner(x).add_(skipped)
-        return _inner(_conv(self.conv_out, _norm(self.norm_out, x, past)))
+        return _finite(_inner(_conv(self.conv_out, _norm(self.norm_out, x, past))))
 
 
 class FusedEncoder(WanEncoder3d):
@@ -194,6 +189,16 @@ class FusedEncoder(WanEncoder3d):
                 x = _residual(block, x, past)
         x = _middle(self.mid_block, x, past)
         return _inner(_conv(self.conv_out, _norm(self.norm_out, x, past)))
+
+
+def _finite(frames: Tensor) -> Tensor:
+    """Return frames; raise TurboNbError where float16 overflowed, because clamping would hide it"""
+    if frames.dtype is torch.float16 and not frames.isfinite().all():
+        raise TurboNbError(
+            "a frame is not finite. Expected numbers up to 65504, which float16 holds, and the VAE exceeded that. "
+            "Decode with --decoder tiny, or on a GPU of sm_80 or newer, which has bfloat16."
+        )
+    return frames
 
 
 def _takes(coder: nn.Module, x: Tensor) -> bool:

@@ -22,6 +22,7 @@ from ..ops.tuning import Launch, Measured, Output, Shape
 VARIABLE = "TURBO_NB_TUNING"  # 0: take every first candidate. 1: time the candidates on sm_90, too
 SECONDS = 10.0  # for all timings of a GPU; what is not timed by then keeps its first candidate until the next start
 RUNS = 5  # of a candidate, whose median counts
+LEAD_CYCLES = 1_000_000  # that a GPU waits before a timing, about 0.6 ms, because the host needs time to launch
 ROUNDING = 0.02  # largest relative difference to the output of the first candidate; float16 and bfloat16 round
 
 log = logging.getLogger("turbo_nb")
@@ -142,7 +143,8 @@ class Clock:
         marks = []
         for _ in range(self.runs):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.cache.zero_()  # also takes the time that the host needs to launch
+            torch.cuda._sleep(LEAD_CYCLES)
+            self.cache.zero_()
             begin.record()
             launched()
             end.record()
