@@ -111,7 +111,10 @@ def test_a_chunk_has_as_many_latent_frames_as_fit_in_free_memory(gigabytes, fram
     norm = SimpleNamespace(gamma=torch.empty(96, 1, 1, 1))
     vae = SimpleNamespace(config=SimpleNamespace(patch_size=None), decoder=SimpleNamespace(norm_out=norm))
     x = SimpleNamespace(is_cuda=True, device="cuda", element_size=lambda: 2)
+    monkeypatch.setattr(fused_vae.backends, "kernel", lambda *_: "a kernel")
     assert fused_vae.chunk_length(vae, x, 1280 * 720) == frames
+    monkeypatch.setattr(fused_vae.backends, "kernel", lambda *_: None)
+    assert fused_vae.chunk_length(vae, x, 1280 * 720) == 1  # the reference takes more memory
 
 
 def test_a_copy_of_a_fused_vae_has_its_own_parameters():
