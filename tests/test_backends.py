@@ -291,7 +291,7 @@ def test_detect_here():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Makes an importable module of a name that has none yet"""
+    """Makes an importable module of a new name"""
 
     def make(name, code):
         for module in [m for m in sys.modules if m.split(".")[0] == name]:
