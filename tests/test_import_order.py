@@ -14,8 +14,8 @@ ORDER = [
     ("errors",), ("catalog",), ("settings", "records"), ("machine",), ("ops",), ("backends",),
     ("rope", "scheduler", "tiny_decoder"), ("linear",), ("sla",), ("shims",), ("fused",), ("files",),
     ("layerwise",), ("checkpoint",), ("files.convert",),
-    ("text", "video"),
-    ("runtime",), ("files.hub",), ("files.remote",), ("files.decide", "files.locate"), ("files.resolve",),
+    ("text", "video"), ("runtime",),
+    ("parallel",), ("files.hub",), ("files.remote",), ("files.decide", "files.locate"), ("files.resolve",),
     ("files.download",), ("wan",), ("presets", "pipeline"), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip

@@ -341,11 +341,14 @@ def _part(
             current_device(model.device),
             compilations(model.device) as compiled,
         ):
+            model.check_ranks()
             embedding = runner.run("text", lambda: encode(model, clip.prompt))
             latents = runner.run("denoise", lambda: denoise(model, embedding, clip, pictures, timer, on_step, graph))
+            model.check_ranks()  # because a GPU that leaves an exchange has wrong numbers
             if model.plan.offload == "model":
                 runner.timings |= {"denoise": runner.timings["denoise"] - timer.switch, "switch": timer.switch}
             frames = runner.run("decode", lambda: decode(pipeline, latents, on_frames, tiny))
+            model.check_ranks()
     finally:
         pipeline.maybe_free_model_hooks()  # a cancelled run leaves nothing on the GPU either
     record = _record(model, clip, settings, runner, timer, graph)
@@ -464,6 +467,7 @@ def denoise(
         if pipeline.interrupt:
             raise TurboNbError("the run was interrupted (pipeline._interrupt), so the clip is not finished.")
     if not latents.isfinite().all():
+        model.check_ranks()
         raise TurboNbError(
             "the model's output is not finite (NaN or Inf), so nothing was written. Try another seed, or other files."
         )
@@ -494,6 +498,9 @@ def _graphs(model: LoadedModel, clip: ResolvedClip, timer: StepTimer, tally: Tal
     model.graphs = model.graphs or graphs.StepGraphs()
     fused = plan.fused_on(model.device)
     later = plan.after_denoise(model.plan, model.resolved.sizes, clip.width, clip.height, fused)
+    if model.team:
+        fits = graphs.unfit(transformers(model.pipeline), model.plan) is None
+        model.team.tell("graphs", later if fits else None)
     return model.graphs.replacing(
         transformers(model.pipeline), model.plan, tally, later=later, on_begin=lambda: timer.mark("begin")
     )
@@ -603,6 +610,7 @@ def _record(
         fps=model.spec.fps,
         memory_plan=model.plan.name,
         device=model.device,
+        gpus=model.plan.gpus if model.plan.gpus > 1 else None,
         image=str(settings.image) if isinstance(settings.image, str | Path) else None,
         last_image=_origin(settings.last_image),
         timings=runner.timings,
@@ -635,6 +643,7 @@ def outlook(
         how, memory_plan = model.attention, model.plan.name
     else:
         how = {name: getattr(model, name) for name in ("attention_type", "sla_topk", "quant_linear")}
-    wanted = asdict(clip) | how | {"memory_plan": memory_plan}
+    gpus = model.resolved.gpus if isinstance(model, LoadedModel) else model.gpus
+    wanted = asdict(clip) | how | {"memory_plan": memory_plan, "gpus": gpus}
     found = estimate.estimate(wanted, model.spec.arch, device=model.device)
     return found and replace(found, seconds=found.seconds * clip.parts)

@@ -8,9 +8,10 @@ imported with the first model.
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import backends
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     from .files.lora import Applied
+    from .parallel.ranks import Member, Team
     from .runtime.graphs import StepGraphs
     from .tiny_decoder import TinyDecoder
 
@@ -51,6 +53,7 @@ class LoadedModel:
         plan: the memory plan in effect.
         load_seconds: what loading took without downloads; None once a clip has reported it.
         graphs: the CUDA graphs of its steps. None: no clip was made yet.
+        team: the ranks on the other GPUs. None: one GPU makes the clips.
         lock: held while a clip is made, because two threads cannot share the scheduler and the weights.
     """
 
@@ -60,6 +63,7 @@ class LoadedModel:
     plan: Plan
     load_seconds: float | None = None
     graphs: "StepGraphs | None" = field(default=None, repr=False)
+    team: "Team | None" = field(default=None, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _tiny_decoder: "TinyDecoder | None" = field(default=None, repr=False)
     _loaded_on: str = "cpu"
@@ -112,6 +116,8 @@ class LoadedModel:
 
     def follow(self, plan: Plan) -> None:
         """Put the parts where a plan says, after the memory of the earlier one is given back."""
+        if self.team:
+            self.team.tell("follow", plan)
         self.pipeline.maybe_free_model_hooks()
         if self.graphs:
             self.graphs.release()
@@ -148,7 +154,14 @@ class LoadedModel:
 
     def drop_graphs(self) -> bool:
         """Drop the CUDA graphs of the steps for good, because memory ran out. Returns whether one existed."""
+        if self.team:
+            self.team.tell("drop_graphs")
         return self.graphs is not None and self.graphs.out_of_memory()
+
+    def check_ranks(self) -> None:
+        """Raise TurboNbError where the ranks on the other GPUs have ended."""
+        if self.team:
+            self.team.check()
 
     def merge(self, resolved: ResolvedModel) -> None:
         """Merge the LoRAs of `resolved`, the same model with other LoRAs; errors as those of `set_loras`."""
@@ -167,6 +180,8 @@ class LoadedModel:
             except BaseException:
                 self._reload(resolved.loras, before.loras)
                 raise
+            if self.team:
+                self.team.tell("merge", resolved.options.loras)
             self.resolved = resolved
             if not was_changed:
                 self._weights_at_load = self._fingerprint()
@@ -268,8 +283,12 @@ def load(
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[hub.Progress], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
+    remake: Callable[[LoadOptions], ResolvedModel] = resolve,
 ) -> "WanPipeline | WanImageToVideoPipeline":
-    """Load a model that `files.resolve.resolve` found; arguments, result and errors as those of `load_pipeline`."""
+    """Load a model that `files.resolve.resolve` found; arguments, result and errors as those of `load_pipeline`.
+
+    Other ranks find the model with `remake`, a function of a module.
+    """
     backends.check_variables()
     resolved.plan(clip)  # a plan that does not suit the device is an error before the download
     resolved = resolved.fetch(on_progress)
@@ -278,6 +297,53 @@ def load(
 
     begin = time.perf_counter()
     phases.mark("download and plan")
+    if resolved.gpus < 2:
+        return _load(resolved, plan, clip, prompts, on_compile, begin)
+    from .parallel import members, ranks
+
+    team = ranks.start(resolved.gpus, members.device_of, _serve, remake, resolved.for_a_rank, plan, clip)
+    try:
+        pipeline = _load(resolved, plan, clip, prompts, on_compile, begin, team)
+        team.join()
+        if plan.device != "cpu" and plan.offload == "none":
+            from .runtime import warm_up
+
+            with current_device(plan.device):  # compiles what the ranks run in other shapes, and connects them
+                warm_up.together(pipeline, clip or (*resolved.spec.size, resolved.spec.num_frames))
+    except BaseException:
+        team.close()
+        raise
+    weakref.finalize(pipeline, team.close)
+    pipeline.turbo_nb.load_seconds = time.perf_counter() - begin
+    return pipeline
+
+
+def _serve(
+    member: "Member",
+    remake: Callable[[LoadOptions], ResolvedModel],
+    options: LoadOptions,
+    plan: Plan,
+    clip: tuple[int, int, int] | None,
+) -> None:
+    """Load a model on another rank, and run rank 0's commands"""
+    from .parallel import members
+
+    resolved = remake(replace(options, device=member.device))
+    model = _load(resolved, plan.for_rank(member.device), clip, (), None, 0, member).turbo_nb
+    member.ready()
+    members.follow(model, member)
+
+
+def _load(
+    resolved: ResolvedModel,
+    plan: Plan,
+    clip: tuple[int, int, int] | None,
+    prompts: Sequence[str],
+    on_compile: Callable[[int, int], None] | None,
+    begin: float,
+    link: "Team | Member | None" = None,
+) -> "WanPipeline | WanImageToVideoPipeline":
+    """Load a model on this rank; link: with the other ranks"""
     device = plan.device if plan.offload == "none" else "cpu"
     size = clip or (*resolved.spec.size, resolved.spec.num_frames)
     with _Compiler(device, size, on_compile or (lambda done, total: None)) as compiler:
@@ -285,6 +351,10 @@ def load(
         model = pipeline.turbo_nb = LoadedModel(
             resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
         )
+        if link:
+            from .parallel import members
+
+            model.team = members.split(pipeline, link)
         phases.mark("make the pipeline")
         encoder.place(plan.text_encoder, plan.device)
         phases.mark("load the text encoder")

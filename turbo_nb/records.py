@@ -55,7 +55,7 @@ class VideoRecord:
         width, height: in pixels, of the clip. A grid's picture is wider.
         quant_linear: whether the linears were 8-bit.
         loras: those that were merged into the model.
-        memory_plan, device: where the parts of the model were.
+        memory_plan, device: where the parts of the model were. gpus: how many made it, None for one.
         timings: seconds by stage. steps: seconds of each denoising step. peaks: most bytes of GPU memory by stage.
         graph: what CUDA graphs did.
         machine: what made the clip. cost: in dollars, None where no price was set.
@@ -88,6 +88,7 @@ class VideoRecord:
     loras: list[LoRARecord] = field(default_factory=list)
     memory_plan: str | None = None
     device: str | None = None
+    gpus: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     peaks: dict[str, float] = field(default_factory=dict)

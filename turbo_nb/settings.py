@@ -27,6 +27,7 @@ MAX_STEPS = 4  # steps that rCM models were trained for
 MAX_SEED = 2**63 - 1  # torch's generators take 63 bits
 MAX_STRENGTH = 100  # of a LoRA; useful ones are below 5, and bfloat16 overflows far above
 MAX_SAMPLES = 10_000  # clips of one prompt in one run
+MAX_GPUS = 1024
 MAX_EXTENSIONS = 20  # of a clip, whose frames stay in memory
 MAX_POSITIONS = 1024  # length of diffusers' rotary tables, in latent patches along each axis
 MAX_FRAMES = 4 * (MAX_POSITIONS - 1) + 1
@@ -57,6 +58,20 @@ class Whole:
         if number is None or not self.least <= number <= self.most:
             raise _wrong(name, value, f"a whole number from {self.least} to {self.most}", self.fix)
         return number
+
+
+@dataclass(frozen=True)
+class Count:
+    """A whole number from 1, or "all". The command line gives text."""
+
+    most: int
+    type: type = str
+
+    def __call__(self, name: str, value: Any) -> int | str:
+        if isinstance(value, str) and value == "all":
+            return "all"
+        number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,4}", value) else value
+        return Whole(1, self.most, 'Or take "all".')(name, number)
 
 
 @dataclass(frozen=True)
@@ -417,6 +432,9 @@ class LoadOptions(_Checked):
         Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:[0-9]{1,3}"),
         "auto, cpu, cuda, or one GPU such as cuda:1.",
         "memory",
+    )
+    gpus: int | Literal["all"] = _option(
+        1, Count(MAX_GPUS), "GPUs of this machine that make a clip together, or all.", "memory"
     )
     memory_plan: str = _option(
         "auto", Choice(PLAN_NAMES), "Where the parts go; auto takes the fastest that fits.", "memory", flag="--plan"

@@ -4,6 +4,8 @@
 learned projection of the linear branch is then a parameter of the transformer, `blocks.N.attn1.processor.sla.proj_l`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -119,6 +121,7 @@ class SLAProcessor(nn.Module):
 
     _attention_backend = None  # diffusers sets these two on every processor
     _parallel_config = None
+    exchange = None  # a `parallel.ulysses.Ulysses`, where several ranks share the tokens
 
     def __init__(self, sla: SparseLinearAttention):
         super().__init__()
@@ -137,7 +140,10 @@ class SLAProcessor(nn.Module):
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_q, attn.to_k, attn.to_v), hidden_states))
         q, q_sums = rope.norm_rope(q, attn.norm_q, cos, sin, sums=True)
         k, k_sums = rope.norm_rope(k, attn.norm_k, cos, sin, sums=True)
-        out = self.sla(q.to(v.dtype), k.to(v.dtype), v, (q_sums, k_sums)).flatten(2)
+        attend = self.sla
+        if self.exchange and self.exchange.bounds:
+            attend = partial(self.exchange.attend, self.sla)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, (q_sums, k_sums)).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 

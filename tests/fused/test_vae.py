@@ -163,8 +163,8 @@ def test_what_the_kernels_do_not_take_is_left_to_diffusers(monkeypatch):
         is_cuda=True, is_floating_point=lambda: True, element_size=lambda: 2, get_device=lambda: 0,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    assert fused_vae._takes(make(WAN).decoder, on_gpu)
-    assert not fused_vae._takes(make(WAN | {"base_dim": 8}).decoder, on_gpu)  # 8 channels are too few
-    assert fused_vae._takes(make(WAN).encoder, on_gpu)  # whose pictures have 3, which are padded to 16
+    assert fused_vae.takes(make(WAN).decoder, on_gpu)
+    assert not fused_vae.takes(make(WAN | {"base_dim": 8}).decoder, on_gpu)  # 8 channels are too few
+    assert fused_vae.takes(make(WAN).encoder, on_gpu)  # whose pictures have 3, which are padded to 16
     on_gpu.element_size = lambda: 4
-    assert not fused_vae._takes(make(WAN).decoder, on_gpu)
+    assert not fused_vae.takes(make(WAN).decoder, on_gpu)

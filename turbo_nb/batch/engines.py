@@ -103,6 +103,13 @@ def engine_for(
                 "process alone. Give the model's name or its options in place of the pipeline."
             )
         return InProcess(model, **more)
+    if model_gpus(model) > 1:
+        if ray_address or (workers or 1) > 1:
+            raise InputError(
+                f"gpus is {model_gpus(model)}. Expected 1 beside {'ray' if ray_address else 'workers'}, because each "
+                "actor has one GPU. Leave one of the two out."
+            )
+        return InProcess(model, **more)
     if ray_address:
         if not has_ray:
             raise InputError(f"ray is {ray_address!r}. Expected None, {INSTALL_RAY}")
@@ -118,6 +125,11 @@ def engine_for(
         warn(f"this machine has {gpus} GPUs, and the batch uses 1 of them, {INSTALL_RAY}")
         count = 1
     return InProcess(model, **more) if count == 1 else Actors(model, folder, count, **more)
+
+
+def model_gpus(model: ResolvedModel | FoundModel) -> int:
+    """Return how many GPUs make a clip together."""
+    return model.gpus if isinstance(model, ResolvedModel) else 1
 
 
 @dataclass

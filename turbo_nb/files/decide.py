@@ -86,7 +86,7 @@ class Decision:
         spec: the model. None: the tensors in `given` tell.
         given: files or folders of the transformers that were given, or ship with the package.
         quantized: whether the linears are 8-bit; "auto": as the files have them.
-        device, memory, host_memory, reason: as in `ResolvedModel`.
+        gpus, device, memory, host_memory, reason: as in `ResolvedModel`.
     """
 
     spec: ModelSpec | None
@@ -96,6 +96,7 @@ class Decision:
     memory: float
     host_memory: float
     reason: str
+    gpus: int = 1
 
 
 def decide(options: LoadOptions, *, to_download: bool = False, host_memory: float | None = None) -> Decision:
@@ -113,6 +114,9 @@ def decide(options: LoadOptions, *, to_download: bool = False, host_memory: floa
     name, given = asked(options)
     spec = catalog.find(name) if name not in (None, "auto") else None  # an unknown name fails before torch is imported
     device = probe.device_of(options.device)
+    gpus = probe.gpus_of(options.gpus, device)
+    if gpus > 1 and device == "cuda":
+        device = "cuda:0"  # whatever torch's current GPU is, because the other ranks take the following ones
     memory = options.memory or probe.free_memory(device)
     host_memory, quantized = host_memory or probe.free_memory("cpu"), options.quant_linear
     if options.attention_type == "sagesla":
@@ -132,8 +136,20 @@ def decide(options: LoadOptions, *, to_download: bool = False, host_memory: floa
         quantized = next((one for one in ordered if one.downloaded and not to_download), ordered[0]).quantized
     return Decision(
         spec=spec, given=given, quantized=quantized, device=device, memory=memory, host_memory=host_memory,
-        reason=reason,
+        reason=reason, gpus=gpus,
     )  # fmt: skip
+
+
+def ranks_for(gpus: int, heads: int) -> int:
+    """Return the largest number of ranks up to `gpus` that divides the heads. Warns if it is less than `gpus`."""
+    count = next(n for n in range(min(gpus, heads), 0, -1) if heads % n == 0)
+    if count < gpus:
+        warn(
+            f"gpus is {gpus}, and {count} of them make the clip, because each GPU computes equally many of the model's "
+            f"{heads} heads.",
+            stacklevel=3,
+        )
+    return count
 
 
 def _auto(

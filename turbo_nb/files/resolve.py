@@ -22,7 +22,7 @@ from ..runtime import plan
 from ..settings import LoadOptions, LoRAFile
 from ..tiny_decoder import LATENT_CHANNELS
 from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
-from .decide import asked, decide
+from .decide import asked, decide, ranks_for
 from .fingerprint import fingerprint
 from .recognise import Contents
 
@@ -48,6 +48,7 @@ class ResolvedModel:
         loras: those that are merged into the transformers.
         heads: what the files are that a reference names and that are not here, by their heads.
         tiny_decoder: that of `--decoder tiny`, where it is wanted.
+        gpus: how many GPUs make a clip together.
     """
 
     spec: ModelSpec
@@ -67,6 +68,7 @@ class ResolvedModel:
     loras: tuple[lora.Applied, ...] = ()
     heads: dict[HubFile, Contents] = field(default_factory=dict, repr=False)
     tiny_decoder: Contents | HubFile | None = None
+    gpus: int = 1
 
     @property
     def downloads(self) -> tuple[HubFile, ...]:
@@ -185,6 +187,20 @@ class ResolvedModel:
             device=self.device,
             fused=plan.fused_on(self.device),
             name=self.options.memory_plan,
+            gpus=self.gpus,
+        )
+
+    @property
+    def for_a_rank(self) -> LoadOptions:
+        """Options for the same model on another rank, which decides nothing by itself."""
+        named = not asked(self.options)[1]
+        return replace(
+            self.options,
+            model=self.spec.name if named else self.options.model,
+            attention_type=self.attention_type,
+            sla_topk=self.sla_topk,
+            quant_linear=self.quant_linear,
+            gpus=1,
         )
 
     @cached_property
@@ -329,6 +345,7 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
         reason=decision.reason,
         options=options,
         heads=heads,
+        gpus=ranks_for(decision.gpus, spec.arch.num_heads),
     )
     found.check()
     return found.with_loras(options.loras, quiet=True) if options.loras else found

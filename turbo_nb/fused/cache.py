@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +48,35 @@ class TensorCache:
         return TensorCache, ()
 
 
+class Strip(Protocol):
+    """Some rows of a clip whose other rows other ranks have, as `parallel.strips.Strip`."""
+
+    def fill(self, x: Tensor) -> None:
+        """Put the neighbours' rows into the upper and lower rim of x (B, T, h + 2, W + 2, C)."""
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        """Return all ranks' rows of x (N, h · W, C): (N, H · W, C)."""
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of x (N, H · W, C): (N, h · W, C)."""
+
+
 class CausalCache:
     """The two frames before a chunk, for each causal convolution in turn.
 
     Args:
         slots: diffusers' feat_cache, one entry for each convolution.
+        strip: the rows that this rank has. None: all rows.
     """
 
-    def __init__(self, slots: list):
-        self.slots, self.at = slots, 0
+    def __init__(self, slots: list, strip: Strip | None = None):
+        self.slots, self.at, self.strip = slots, 0, strip
+
+    def filled(self, x: Tensor) -> Tensor:
+        """Return a convolution's input x (B, T, h + 2, W + 2, C) with its rim as the convolution reads it."""
+        if self.strip:
+            self.strip.fill(x)
+        return x
 
     def starts(self) -> bool:
         """Return whether this is the first chunk; then skip the next convolution, in this chunk only."""

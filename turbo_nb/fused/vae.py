@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..errors import TurboNbError
 from ..ops.registry import CHANNELS
-from .cache import CausalCache
+from .cache import CausalCache, Strip
 
 CHUNK = 4  # latent frames decoded or encoded at a time, where memory allows
 # Memory that decoding needs, and more for each latent frame, in sizes of the widest layer's activations of one latent
@@ -108,17 +108,26 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     Yields:
         Frames (B, 3, t, 8h, 8w) in [-1, 1], 4T − 3 in all.
     """
+    strips = getattr(vae, "strips", None)  # a `parallel.strips.Strips`, where several ranks share the rows
+    if strips and strips.takes(vae, z):
+        yield from strips.chunks(vae, z, length)
+        return
     if length is None:
         length = chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
     edge = max(s // vae.spatial_compression_ratio for s in (vae.tile_sample_min_height, vae.tile_sample_min_width))
     if not length and vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    length = length or 1
+    yield from decoded(vae, z, length or 1)
+
+
+def decoded(vae: AutoencoderKLWan, z: Tensor, length: int, strip: Strip | None = None) -> Iterator[Tensor]:
+    """Decode as `chunks` does, on this rank, with `length` latent frames in a chunk; strip: these rows of a clip."""
     past = [None] * vae._cached_conv_counts["decoder"]
     z = vae.post_quant_conv(z)
     for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
-        frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0)
+        own = {} if strip is None else {"strip": strip}
+        frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0, **own)
         if vae.config.patch_size is not None:
             frames = unpatchify(frames, patch_size=vae.config.patch_size)
         yield frames.clamp(-1, 1)
@@ -141,12 +150,19 @@ def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
 class FusedDecoder(WanDecoder3d):
     """diffusers' decoder, on clips that are channels last with a rim of zeros around each picture."""
 
-    def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None, first_chunk: bool = False) -> Tensor:
-        """Decode a chunk: x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w)."""
-        if feat_cache is None or not _takes(self, x):
+    def forward(
+        self,
+        x: Tensor,
+        feat_cache: list | None = None,
+        feat_idx=None,
+        first_chunk: bool = False,
+        strip: Strip | None = None,
+    ) -> Tensor:
+        """Decode a chunk: x (B, C, T, h, w) → (B, 3, T or 4T, 8h, 8w). strip: x has these rows of a clip."""
+        if feat_cache is None or not takes(self, x):
             return super().forward(x, feat_cache, feat_idx or [0], first_chunk)
-        past = CausalCache(feat_cache)
-        x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1, 1, 1))
+        past = CausalCache(feat_cache, strip)
+        x = past.filled(F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 1, 1, 1, 1)))
         x = _conv(self.conv_in, past.keep(torch.cat([past.before(x), x], 1)))
         x = _middle(self.mid_block, x, past)
         for block in self.up_blocks:
@@ -166,7 +182,7 @@ class FusedEncoder(WanEncoder3d):
 
     def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None) -> Tensor:
         """Encode a chunk: x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w)."""
-        if feat_cache is None or not _takes(self, x):
+        if feat_cache is None or not takes(self, x):
             return super().forward(x, feat_cache, feat_idx or [0])
         past, first, fill = CausalCache(feat_cache), self.conv_in, -x.shape[1] % CHANNELS
         x = F.pad(x.permute(0, 2, 3, 4, 1), (0, fill, 1, 1, 1, 1))
@@ -201,8 +217,8 @@ def _finite(frames: Tensor) -> Tensor:
     return frames
 
 
-def _takes(coder: nn.Module, x: Tensor) -> bool:
-    """Return whether the functions of ops/conv compute this decoder or encoder for x (B, C, T, h, w)."""
+def takes(coder: nn.Module, x: Tensor) -> bool:
+    """Return whether the functions of ops/conv compute a fused decoder or encoder for x (B, C, T, h, w)."""
     if not x.is_cuda:
         return True  # the reference; on one core 128x128x25 takes 1.3 s, and diffusers' own decoding 3.3 s
     if x.dtype is torch.float16 and backends.kernel("rms_norm_silu", x) is None:
@@ -225,14 +241,16 @@ def _conv(conv: nn.Module, x: Tensor, residual: Tensor | None = None, split: int
 
 def _norm(norm: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute norm and SiLU, and prepend the frames before for a causal convolution."""
-    return past.keep(backends.function("rms_norm_silu", x)(x, norm.gamma, past.before(x)))
+    return past.keep(backends.function("rms_norm_silu", x)(past.filled(x), norm.gamma, past.before(x)))
 
 
 def _residual(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute `WanResidualBlock`."""
     y, conv = _norm(block.norm1, x, past), block.conv1
     convolve = backends.function("normed_conv", y)
-    y = past.keep(convolve(y, conv.weight, conv.bias, block.norm2.gamma, past.before(y, conv.out_channels)))
+    y = convolve(y, conv.weight, conv.bias, block.norm2.gamma, past.before(y, conv.out_channels))
+    past.filled(y[:, 2:])  # the two frames before were filled when they were kept
+    past.keep(y)
     if isinstance(block.conv_shortcut, nn.Conv3d):
         x = _conv(block.conv_shortcut, x)
     return _conv(block.conv2, y, x)
@@ -242,17 +260,19 @@ def _middle(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute `WanMidBlock`."""
     x = _residual(block.resnets[0], x, past)
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        x = _residual(resnet, _attention(attention, x), past)
+        x = _residual(resnet, _attention(attention, x, past.strip), past)
     return x
 
 
-def _attention(block: nn.Module, x: Tensor) -> Tensor:
-    """Compute `WanAttentionBlock` within each picture; changes x."""
+def _attention(block: nn.Module, x: Tensor, strip: Strip | None = None) -> Tensor:
+    """Compute `WanAttentionBlock` within each picture; changes x. strip: x has these rows of the pictures."""
     inner = x[:, :, 1:-1, 1:-1]
     y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
     y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
     qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)  # (B·T, H·W, 3C)
-    y = backends.function("picture_attention", qkv)(qkv)
+    whole = strip.all_rows(qkv) if strip else qkv
+    y = backends.function("picture_attention", qkv)(whole)
+    y = strip.own_rows(y) if strip else y
     inner += F.linear(y, block.proj.weight.flatten(1), block.proj.bias).view(inner.shape)
     return x
 
@@ -261,7 +281,7 @@ def _upsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute `WanResample`, upwards."""
     if block.mode == "upsample3d" and not past.starts():
         x = _conv(block.time_conv, past.keep(torch.cat([past.before(x), x], 1)), split=2)
-    return backends.function("upsample_conv", x)(x, block.resample[1].weight, block.resample[1].bias)
+    return backends.function("upsample_conv", x)(past.filled(x), block.resample[1].weight, block.resample[1].bias)
 
 
 def _downsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:

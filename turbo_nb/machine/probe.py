@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Device = str | torch.device | int | None
 
 HIDES = "CUDA_VISIBLE_DEVICES"
+RANKS = "TURBO_NB_RANKS"  # cpu: several ranks share a CPU, for tests
 TRIAL = Path(__file__).parent / "triton_trial.py"
 TORCH_SITE = "pytorch.org/get-started"
 TRIAL_SECONDS = 60.0  # of the trial kernel: torch's import, Triton's compilation, one launch
@@ -368,6 +369,30 @@ def device_of(device: str) -> str:
         last = torch.cuda.device_count() - 1
         raise InputError(f"device is {str(device)!r}. Expected cuda:0{f' to cuda:{last}' * (last > 0)}, as torch sees.")
     return str(asked)
+
+
+def gpus_of(gpus: int | str, device: str) -> int:
+    """Return how many GPUs make a clip together; "all" is every GPU that torch sees.
+
+    Raises:
+        InputError: this machine has fewer GPUs, or the device is one of them.
+    """
+    import torch
+
+    if os.environ.get(RANKS) == "cpu" and device == "cpu":  # the tests' ranks
+        return 2 if gpus == "all" else gpus
+    count = torch.cuda.device_count() if device.startswith("cuda") else 0
+    if gpus == 1 or (gpus == "all" and count < 2):
+        return 1
+    if count == 0:
+        raise InputError(f"gpus is {gpus}. Expected 1, because the device is the CPU.")
+    if device not in ("cuda", "cuda:0"):
+        raise InputError(f"device is {device!r}. Expected cuda beside gpus {gpus}, which takes the first {gpus} GPUs.")
+    if not torch.distributed.is_nccl_available():
+        raise InputError(f"gpus is {gpus}. Expected 1, because this torch has no NCCL. Use Linux, and a CUDA build.")
+    if gpus != "all" and gpus > count:
+        raise InputError(f"gpus is {gpus}. Expected at most {count}, the number of GPUs that torch sees here.")
+    return count if gpus == "all" else gpus
 
 
 def free_memory(device: str) -> float:

@@ -105,8 +105,15 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} days"
 
 
-def machine(device: str | None = None) -> str:
-    """Return the name of a GPU, or the kind and the cores of the CPU. None: the GPU if this machine has one."""
+def machine(device: str | None = None, gpus: int | None = None) -> str:
+    """Return the name of a GPU, or the kind and the cores of the CPU.
+
+    Args:
+        device: None: the GPU if this machine has one.
+        gpus: how many of them make a clip together. None: one.
+    """
+    if gpus and gpus > 1:
+        return f"{gpus} × {machine(device)}"
     if device != "cpu":
         import torch
 
@@ -154,7 +161,7 @@ def remember(
     with suppress(OSError, KeyError):
         names = ("model", "attention_type", "width", "height", "num_frames", "num_steps", "quant_linear", "memory_plan")
         row = Row(
-            machine=machine(settings["device"]),
+            machine=machine(settings["device"], settings.get("gpus")),
             timings=timings,
             steps=[*steps],
             work=work,
@@ -213,8 +220,8 @@ def estimate(
     the first one. Without rows the size of the GPU gives a first guess.
 
     Args:
-        wanted: model, attention_type, sla_topk, width, height, num_frames and num_steps; also quant_linear and
-            memory_plan, if they are known.
+        wanted: model, attention_type, sla_topk, width, height, num_frames and num_steps; also quant_linear,
+            memory_plan and gpus, if they are known.
         arch: the transformer's shape. None: not known.
         device: where the clip will be made. None: on the GPU if this machine has one.
         known: rows to learn from. None: those of `rows`.
@@ -222,7 +229,8 @@ def estimate(
     Returns:
         The estimate. None for a CPU without rows.
     """
-    here, topk = machine(device), None if wanted["attention_type"] == "original" else wanted["sla_topk"]
+    gpus = wanted.get("gpus") or 1
+    here, topk = machine(device, gpus), None if wanted["attention_type"] == "original" else wanted["sla_topk"]
     work = work_of(arch, wanted["width"], wanted["height"], wanted["num_frames"], topk)
     pixels = wanted["width"] * wanted["height"] * wanted["num_frames"]
     known = [
@@ -240,7 +248,7 @@ def estimate(
     known = _preferred(known, lambda row: row.warm or not row.steps)
     clips = [row for row in known if row.steps and row.work]
     if not clips:
-        return _guess(work, wanted["num_steps"], pixels, device)
+        return _guess(work / gpus, wanted["num_steps"], pixels / gpus, device)
     step = median(
         seconds * work / row.work for row in clips[:LATEST] for seconds in (row.steps if row.warm else [min(row.steps)])
     )

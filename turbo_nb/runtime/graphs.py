@@ -199,14 +199,22 @@ class _Run:
     ):
         self._graphs, self._model, self._plan, self._later = graphs, model, plan, later
         self._on_begin, self._tally = on_begin, tally
-        self._plain, self._state = model.forward, graphs.state(model)
+        self.plain, self._state = model.forward, graphs.state(model)
+        self._ulysses = getattr(model, "ulysses", None)  # where several ranks share the step
         self._known = set(graphs._needs)  # shapes of earlier runs
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **more: Any) -> Any:
         inputs = (hidden_states, timestep, encoder_hidden_states)
         if reason := _unusual(more):
             self._tally.reason = reason
-            return self._plain(*inputs, **more)
+            return self.plain(*inputs, **more)
+        if not self._ulysses:
+            return self._run(inputs, more)
+        with self._ulysses.sharing(self._model, inputs, recorded=True):
+            return self._run(inputs, more)
+
+    def _run(self, inputs: tuple[Tensor, ...], more: dict) -> Any:
+        """Run a step plainly, or as a graph"""
         key = (self._state, *((x.shape, x.dtype, x.device) for x in inputs))
         graph = self._graphs._graphs.get(key)
         if graph is None:
@@ -219,7 +227,7 @@ class _Run:
         """Run a plain step, and note the memory that it took"""
         recorder = self._graphs._recorder = self._graphs._recorder or self._graphs._make(self._plan.device)
         before = recorder.used()
-        result = self._plain(*inputs, **more)
+        result = self.plain(*inputs, **more)
         self._graphs._needs.setdefault(key, max(0, recorder.used(peak=True) - before))
         return result
 
@@ -230,6 +238,7 @@ class _Run:
         if key not in self._known:
             return None
         reason = graphs._refused.get(key) or ("memory ran out" if graphs._out_of_memory else self._too_large(key))
+        reason, made = self._agreed(reason), None
         if not reason:
             while len(graphs._graphs) >= MOST:
                 graphs._graphs.popitem(last=False)
@@ -238,15 +247,11 @@ class _Run:
             try:
                 fused_transformer.forget_prompt(model)
                 replay_prompt, kept = graphs._recorder.record(lambda: fused_transformer.prepare_prompt(model, text))
-                replay, result = graphs._recorder.record(
-                    lambda: self._plain(latents, timestep, text, return_dict=False)
-                )
-                graph = graphs._graphs[key] = _Graph(
+                replay, result = graphs._recorder.record(lambda: self.plain(latents, timestep, text, return_dict=False))
+                made = _Graph(
                     key=key, model=model, latents=latents, timestep=timestep, text=text, replay_prompt=replay_prompt,
                     replay=replay, output=result[0], held=[kept, tables],
                 )  # fmt: skip
-                self._tally.captured += 1
-                return graph
             except torch.OutOfMemoryError:
                 reason = "memory ran out"
                 graphs.out_of_memory()
@@ -254,8 +259,17 @@ class _Run:
                 reason = f"not recorded: {first_line(error)}"
             finally:
                 fused_transformer.forget_prompt(model)  # because these tensors are recorded and not computed
+            reason = self._agreed(reason)
+        if not reason:
+            graphs._graphs[key] = made
+            self._tally.captured += 1
+            return made
         graphs._refused[key] = self._tally.reason = reason
         return None
+
+    def _agreed(self, reason: str) -> str:
+        """Return a reason not to record a step, which another rank may have; empty where none has one"""
+        return self._ulysses.agree(reason) if self._ulysses else reason
 
     def _too_large(self, key: tuple) -> str:
         """Say why a graph would take memory that later stages need; empty if it would not"""

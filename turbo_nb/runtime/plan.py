@@ -64,6 +64,7 @@ class Plan:
         needs: peak bytes of `device`, of which `budget` may be used.
         host: bytes of main memory that hold offloaded parts, of which `host_budget` are free (None: not known).
         next: the plan to take when memory runs out all the same. None: this is the smallest one.
+        gpus: how many GPUs work together. `needs` and `budget` are those of the first one, which needs the most.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Plan:
     host_budget: float | None = None
     device: str = "cuda"
     next: "Plan | None" = field(default=None, repr=False)
+    gpus: int = 1
 
     @property
     def fits(self) -> bool:
@@ -94,6 +96,10 @@ class Plan:
         """Whether one stage needs memory that torch may have cached for another one."""
         return self.needs > self.budget * TIGHT
 
+    def for_rank(self, device: str) -> "Plan":
+        """Return the plan for another rank, which has no text encoder."""
+        return replace(self, device=device, text_encoder="freed", next=None)
+
     def __str__(self) -> str:
         text = {"resident": None, "freed": "text encoder freed after encoding", "cpu": "text encoder in main memory"}
         offload = {
@@ -103,7 +109,8 @@ class Plan:
         }
         does = [text[self.text_encoder], offload[self.offload]]
         how = ", ".join(filter(None, does)) or "everything stays loaded"
-        line = f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB: {how}"
+        each = f" on each of {self.gpus} GPUs" if self.gpus > 1 else ""
+        line = f"plan {self.name}: needs {self.needs / GB:.1f} GB of {self.budget / GB:.1f} GB{each}: {how}"
         if not self.fits_device:
             return f"{line}; it may run out of memory"
         if not self.fits:
@@ -212,10 +219,10 @@ def after_denoise(plan: Plan, sizes: Sizes, width: int, height: int, fused: bool
     return max(ALLOCATED * _decoding(plan, width, height, fused), text)
 
 
-def _host(plan: Plan, sizes: Sizes) -> float:
-    """Return the bytes that a plan for a GPU keeps in main memory"""
+def _host(plan: Plan, sizes: Sizes, gpus: int) -> float:
+    """Return the bytes that a plan keeps in main memory; every GPU has its own copy of the offloaded models"""
     text = sizes.text_encoder if plan.text_encoder == "cpu" else 0
-    return text + (0 if plan.offload == "none" else sizes.transformer * sizes.experts + sizes.vae)
+    return text + gpus * (0 if plan.offload == "none" else sizes.transformer * sizes.experts + sizes.vae)
 
 
 def choose(
@@ -230,6 +237,7 @@ def choose(
     device: str = "cuda",
     fused: bool = True,
     name: str = "auto",
+    gpus: int = 1,
 ) -> Plan:
     """Choose a memory plan.
 
@@ -242,6 +250,7 @@ def choose(
         device: "cpu" keeps everything in main memory; only the text encoder can be freed there.
         fused: whether the fused kernels run, as `fused_on` says.
         name: a plan to take, one of settings.PLAN_NAMES; "auto" takes the first fitting plan.
+        gpus: how many GPUs share the tokens of a step and the rows of the decoding.
 
     Returns:
         The plan, with what it needs. If none fits, the most frugal one, first of the device's memory, then of main
@@ -252,15 +261,19 @@ def choose(
     """
     on_gpu = device != "cpu"
     fused, held = fused and on_gpu, ALLOCATED if on_gpu else 1
-    denoise = held * _activations(arch, width, height, num_frames, fused)
+    denoise = _activations(arch, width, height, num_frames, fused) / gpus
+    if gpus > 1:  # q, k and v before, in and after the exchange, and two tensors of the width beside them
+        denoise = max(denoise, 2.0 * catalog.tokens_of(width, height, num_frames) * 11 * arch.dim / gpus)
+    denoise *= held
 
     def filled(plan: Plan, following: Plan | None, block_budget: float = budget) -> Plan:
         keep, weights = _streamed(sizes, arch, block_budget, denoise)
         blocks = {"keep": keep, "blocks": arch.num_layers} if plan.offload == "group" else {}
         weights = weights if blocks else sizes.transformer
-        needs = _needs(plan, sizes, weights, denoise, held * _decoding(plan, width, height, fused))
-        host = _host(plan, sizes) if on_gpu else 0
-        given = {"budget": budget, "host": host, "host_budget": host_budget, "device": device}
+        decode = _decoding(plan, width, height, fused) / (1 if plan.vae_tiling else gpus)
+        needs = _needs(plan, sizes, weights, denoise, held * decode)
+        host = _host(plan, sizes, gpus) if on_gpu else 0
+        given = {"budget": budget, "host": host, "host_budget": host_budget, "device": device, "gpus": gpus}
         return replace(plan, needs=needs, next=following, **blocks, **given)
 
     # A plan that saves a little would run out again. So the next plan may decode in tiles, and the last one keeps no

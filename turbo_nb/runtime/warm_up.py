@@ -96,6 +96,22 @@ def _sample(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> Non
         pass
 
 
+@torch.inference_mode()
+def together(pipeline: "DiffusionPipeline", size: tuple[int, int, int]) -> None:
+    """Run a step and the first chunks of the decoding, for real, where several ranks share them.
+
+    Args:
+        pipeline: its transformer and VAE are split.
+        size: width, height and frames of the clip.
+    """
+    model, vae, latents = pipeline.transformer, pipeline.vae, _latents(size)
+    given = {"device": model.device, "dtype": model.dtype}
+    x = torch.zeros(1, model.config.in_channels, *latents, **given)
+    text = torch.zeros(1, fused_transformer.TEXT_TOKENS, model.config.text_dim, **given)
+    model(x, torch.full((1,), 900.0, device=model.device), text, return_dict=False)
+    _decode(vae, latents)
+
+
 def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
     width, height, frames = size
     return 1 + (frames - 1) // 4, height // 8, width // 8

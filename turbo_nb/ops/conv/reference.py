@@ -1,7 +1,8 @@
 """Convolutions and norms of Wan's VAE in plain PyTorch: reads like the formula, runs anywhere.
 
 The kernels beside this file have the same signatures and are tested against it. A clip is (B, T, H + 2, W + 2, C):
-channels last, with a rim of zeros around each picture of H × W pixels.
+channels last, with a rim around each picture of H × W pixels. The rim is zero. Where the picture is a strip of a larger
+one, the rim has the neighbours' rows.
 """
 
 import torch
@@ -61,13 +62,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Double the pictures' sides by repeating pixels, then convolve.
 
     Args:
-        x: (B, T, H + 2, W + 2, C) with a rim of zeros.
+        x: (B, T, H + 2, W + 2, C) with a rim.
         weight: (N, C, 3, 3).
         bias: (N,).
 
     Returns:
         (B, T, 2H + 2, 2W + 2, N) with a rim of zeros.
     """
-    inner = x[:, :, 1:-1, 1:-1].flatten(0, 1).permute(0, 3, 1, 2)
-    out = F.conv2d(F.interpolate(inner, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
+    doubled = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
+    out = F.conv2d(doubled[:, :, 1:-1, 1:-1], weight, bias)
     return F.pad(out.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unflatten(0, x.shape[:2])

@@ -1,0 +1,93 @@
+"""What the other ranks of the tests run"""
+
+import os
+import time
+
+import torch
+
+from turbo_nb.errors import InputError
+
+
+def exchange(member):
+    """Follow rank 0 through exchanges and failures."""
+    member.ready()
+    for command, arguments in member.commands():
+        globals()[f"_{command}"](member, *arguments)
+
+
+def _sum(member):
+    member.group.sum(torch.ones(1, device=member.device))
+
+
+def _die(member, number):
+    if member.rank == 1:
+        os.kill(os.getpid(), number)
+    _sum(member)
+
+
+def _fail(member):
+    if member.rank == 1:
+        raise InputError("x is 1. Expected 2. Take 2.")
+    _sum(member)
+
+
+def _loop(member):
+    """Hang with a thread that still shows signs of life"""
+    while member.rank == 1:
+        time.sleep(0.1)
+
+
+def fail_at_load(member):
+    if member.rank == 1:
+        raise InputError("model is 'x'. Expected a model.")
+    time.sleep(60)
+
+
+def tiny_transformer(heads, attention, device):
+    from diffusers import WanTransformer3DModel
+
+    from turbo_nb import sla
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        attention_head_dim=16, num_attention_heads=heads, num_layers=2, ffn_dim=64, text_dim=24, freq_dim=32
+    ).requires_grad_(False)
+    if attention == "sagesla":
+        sla.set_attention_type(model, "sagesla", 0.3, backend="reference")
+    else:
+        sla.set_attention_type(model, attention, 0.3)
+    for block in model.blocks:
+        if attention != "original":
+            torch.nn.init.normal_(block.attn1.processor.sla.proj_l.weight, std=0.3)
+    return model.to(device)
+
+
+def tiny_vae(device):
+    from diffusers import AutoencoderKLWan
+
+    from turbo_nb.fused import vae as fused_vae
+
+    torch.manual_seed(1)
+    vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).eval().to(device)
+    fused_vae.fuse(vae)
+    return vae
+
+
+@torch.inference_mode()
+def models(member, heads, attentions):
+    """Follow rank 0 through steps of several transformers, and through decoding."""
+    from turbo_nb.parallel import strips, ulysses
+
+    steps = [tiny_transformer(heads, attention, member.device) for attention in attentions]
+    for number, model in enumerate(steps):
+        ulysses.split(model, ulysses.Ulysses(member, number))
+    vae = tiny_vae(member.device)
+    member.ready()
+    for command, arguments in member.commands():
+        if command == "step":
+            number, *told = arguments
+            steps[number].ulysses.follow(steps[number], *told)
+        elif command == "decode":
+            next_chunk = strips.follow(vae, *arguments, member.group)
+        else:
+            next_chunk()

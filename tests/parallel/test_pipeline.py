@@ -1,0 +1,188 @@
+"""load_pipeline(gpus=2): the same seed gives the same clip, and the ranks outlive what ends a clip."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, GPUS
+
+import turbo_nb
+from turbo_nb import catalog, sla
+from turbo_nb.batch import engines
+from turbo_nb.errors import InputError, TurboNbError, TurboNbWarning
+from turbo_nb.files import decide
+from turbo_nb.files.resolve import resolve
+from turbo_nb.machine import probe
+from turbo_nb.runtime import estimate
+from turbo_nb.settings import LoadOptions
+
+PROMPT = "a small cyan triangle growing on a navy background"
+CLIP = {"seed": 7, "num_frames": 5, "resolution": "80x64", "num_steps": 2}
+PSNR = 45
+
+
+@pytest.fixture(scope="module")
+def one():
+    return turbo_nb.load_pipeline("nano", device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def two():
+    pipeline = turbo_nb.load_pipeline("nano", device=DEVICE, gpus=2)
+    yield pipeline
+    pipeline.turbo_nb.team.close()
+
+
+def psnr(a, b):
+    error = np.square(a.astype(float) - b.astype(float)).mean()
+    return np.inf if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def assert_same(one, two, **clip):
+    before = two.turbo_nb.team.group.exchanges
+    videos = [turbo_nb.generate(pipeline, PROMPT, **CLIP | clip) for pipeline in (one, two)]
+    assert psnr(*(video.frames for video in videos)) >= PSNR
+    assert two.turbo_nb.team.group.exchanges > before
+    return videos
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [{}, {"resolution": "48x112", "num_frames": 9}, {"resolution": "16x176"}, {"num_frames": 1, "ode": True}],
+    ids=str,
+)
+def test_the_same_seed_gives_the_same_clip(one, two, clip):
+    first, second = assert_same(one, two, **clip)
+    assert second.settings == first.settings | {"gpus": 2}
+
+
+def test_a_cancelled_clip_leaves_the_ranks_at_work(one, two):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(*_):
+        raise Cancelled
+
+    for callback in ("on_step", "on_frames"):
+        with pytest.raises(Cancelled):
+            turbo_nb.generate(two, PROMPT, **CLIP, **{callback: cancel})
+    assert_same(one, two)
+
+
+def test_the_other_rank_follows_topk_and_loras(one, two):
+    for pipeline in (one, two):
+        sla.set_topk(pipeline.transformer, 0.9)
+    assert_same(one, two)
+    for pipeline in (one, two):
+        turbo_nb.set_loras(pipeline, ["tests/files/nano_lora.safetensors:0.8"])
+    with_lora = assert_same(one, two)[0]
+    for pipeline in (one, two):
+        turbo_nb.set_loras(pipeline)
+        sla.set_topk(pipeline.transformer, one.turbo_nb.resolved.sla_topk)
+    assert psnr(with_lora.frames, assert_same(one, two)[0].frames) < PSNR
+
+
+def test_diffusers_own_call_runs_on_all_ranks(one, two):
+    before = two.turbo_nb.team.group.exchanges
+    frames = [
+        pipeline(PROMPT, height=64, width=80, num_frames=5, num_inference_steps=2, output_type="np",
+                 generator=torch.Generator().manual_seed(3)).frames
+        for pipeline in (one, two)
+    ]  # fmt: skip
+    assert psnr(*(255 * one for one in frames)) >= PSNR and two.turbo_nb.team.group.exchanges > before
+
+
+@pytest.mark.skipif(not GPUS, reason="CUDA graphs need GPUs")
+def test_steps_of_the_second_clip_are_cuda_graphs(two):
+    clip = CLIP | {"resolution": "128x128", "num_frames": 25}
+    first, second, third = (turbo_nb.generate(two, PROMPT, **clip) for _ in range(3))
+    assert second.graph.captured == 1 and third.graph.replayed == 2
+    assert psnr(first.frames, third.frames) >= PSNR
+
+
+def test_a_lost_rank_ends_the_clip_and_a_new_load_works(two):
+    process = two.turbo_nb.team._others[0].process
+    for _ in range(2):  # the second clip does not begin
+        with pytest.raises(TurboNbError, match=r"^rank 1 ended by SIGKILL.*Load the model again"):
+            turbo_nb.generate(two, PROMPT, **CLIP, on_step=lambda *_: process.kill())
+    again = turbo_nb.load_pipeline("nano", device=DEVICE, gpus="all")
+    process = again.turbo_nb.team._others[0].process
+    turbo_nb.generate(again, PROMPT, **CLIP)
+    del again
+    gc.collect()
+    assert process.poll() == 0  # because a pipeline that is dropped ends its ranks
+
+
+# Which numbers of GPUs can be asked for
+
+
+@pytest.mark.parametrize(
+    ("heads", "takes"),
+    [(12, {2: 2, 3: 3, 4: 4, 5: 4, 6: 6, 7: 6, 8: 6}), (40, {2: 2, 3: 2, 4: 4, 5: 5, 6: 5, 8: 8, 9: 8, 10: 10})],
+)
+def test_the_heads_decide_how_many_gpus_are_used(heads, takes):
+    for gpus, count in takes.items():
+        if gpus == count:
+            assert decide.ranks_for(gpus, heads) == count
+        else:
+            with pytest.warns(
+                TurboNbWarning, match=f"gpus is {gpus}, and {count} of them make the clip.* {heads} heads"
+            ):
+                assert decide.ranks_for(gpus, heads) == count
+
+
+def test_a_number_of_gpus_that_the_machine_does_not_have(monkeypatch):
+    monkeypatch.delenv("TURBO_NB_RANKS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with (
+        monkeypatch.context() as without,
+        pytest.raises(InputError, match=r"^gpus is 2. Expected 1, because this torch"),
+    ):
+        without.setattr(torch.distributed, "is_nccl_available", lambda: False)
+        probe.gpus_of(2, "cuda")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    with pytest.raises(InputError, match=r"^gpus is 5. Expected at most 4, the number of GPUs"):
+        probe.gpus_of(5, "cuda")
+    assert [probe.gpus_of(gpus, "cuda") for gpus in (1, 3, "all")] == [1, 3, 4]
+    with pytest.raises(InputError, match=r"^device is 'cuda:1'. Expected cuda beside gpus 2"):
+        probe.gpus_of(2, "cuda:1")
+    assert probe.gpus_of("all", "cpu") == 1
+    with pytest.raises(InputError, match=r"^gpus is 2. Expected 1, because the device is the CPU"):
+        turbo_nb.load_pipeline("nano", device="cpu", gpus=2)
+
+
+@pytest.mark.parametrize("value", [0, -1, "many", 1.5, True, "٢2", ""])
+def test_a_value_that_is_no_number_of_gpus(value):
+    with pytest.raises(InputError, match=r'^gpus is .*Expected a whole number from 1 .*Or take "all"'):
+        LoadOptions(gpus=value)
+
+
+def test_the_plan_counts_a_ranks_share():
+    from turbo_nb.runtime import plan
+
+    def needs(gpus, name="resident"):
+        given = {"budget": 80e9, "host_budget": 500e9, "name": name, "gpus": gpus}
+        return plan.for_model(catalog.MODELS["TurboWan2.1-T2V-14B-720P"], quantized=True, **given)
+
+    assert needs(4).needs < needs(2).needs < needs(1).needs and "on each of 2 GPUs" in str(needs(2))
+    assert needs(2, "offload").host == 2 * needs(1, "offload").host
+
+
+def test_times_of_two_gpus_are_those_of_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path))
+    clip = {"model": "m", "attention_type": "sla", "quant_linear": False, "memory_plan": "resident", "device": "cpu"}
+    clip |= {"width": 64, "height": 64, "num_frames": 5, "num_steps": 2, "sla_topk": 0.1}
+    for gpus, seconds in ((None, 8.0), (2, 4.0)):
+        estimate.remember(clip | {"gpus": gpus}, {"denoise": seconds}, steps=[seconds / 2] * 2, work=1e9)
+    found = {gpus: estimate.estimate(clip | {"gpus": gpus}, None, device="cpu") for gpus in (1, 2, 3)}
+    assert found[1].seconds == 2 * found[2].seconds > 0 and found[3] is None
+
+
+def test_a_batch_on_several_gpus_runs_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_RANKS", "cpu")
+    resolved = resolve(LoadOptions(model="nano", device="cpu", gpus=2))
+    assert resolved.gpus == 2 and isinstance(engines.engine_for(resolved, (64, 64, 5), tmp_path), engines.InProcess)
+    for given in ({"workers": 2}, {"ray_address": "auto"}):
+        with pytest.raises(InputError, match=r"^gpus is 2. Expected 1 beside (workers|ray), because each actor"):
+            engines.engine_for(resolved, (64, 64, 5), tmp_path, **given)

@@ -1,0 +1,123 @@
+"""A step and the decoding on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
+
+from itertools import pairwise
+
+import pytest
+import targets
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from helpers import assert_close
+
+from turbo_nb import sla
+from turbo_nb.fused import vae as fused_vae
+from turbo_nb.parallel import ranks, strips, ulysses
+from turbo_nb.parallel.group import shares
+
+HEADS = 6  # 2 for each of 3 ranks, which exchange one while they compute the other
+ATTENTIONS = ("sla", "sagesla", "original")
+CPU = "cpu"  # also on a GPU machine, because float32 tells more of the exchanges
+
+
+def device_of(rank):
+    return CPU
+
+
+@pytest.fixture(scope="module")
+def team():
+    team = ranks.start(3, device_of, targets.models, HEADS, ATTENTIONS)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(team):
+    """Models of rank 0 that are split, and the same models on one rank"""
+    split = [targets.tiny_transformer(HEADS, attention, CPU) for attention in ATTENTIONS]
+    whole = [targets.tiny_transformer(HEADS, attention, CPU) for attention in ATTENTIONS]
+    for number, model in enumerate(split):
+        ulysses.split(model, ulysses.Ulysses(team, number))
+    vae = targets.tiny_vae(CPU)
+    vae.strips = strips.Strips(team)
+    team.join()
+    return dict(zip(ATTENTIONS, zip(split, whole, strict=True), strict=True)), (vae, targets.tiny_vae(CPU))
+
+
+def step(model, size, batch=1, seed=0):
+    torch.manual_seed(seed)
+    text = torch.randn(batch, 7, 24)
+    with torch.inference_mode():
+        return model(torch.randn(batch, 16, *size), torch.full((batch,), 900.0), text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("size", [(1, 14, 14), (3, 18, 14), (2, 26, 40)], ids=["49", "189", "520"])
+def test_a_step_is_that_of_one_rank(loaded, team, attention, size):
+    split, whole = loaded[0][attention]
+    before = team.group.exchanges
+    assert_close(f"{attention} {size}", step(whole, size), step(split, size), 1e-5)
+    assert team.group.exchanges - before >= 2 + 2 * len(split.blocks)  # each block exchanged twice
+
+
+def test_a_step_of_two_clips_and_one_of_too_few_tokens(loaded, team):
+    split, whole = loaded[0]["sla"]
+    assert_close("two clips", step(whole, (2, 12, 12), 2), step(split, (2, 12, 12), 2), 1e-5)
+    before = team.group.exchanges
+    assert_close("few tokens", step(whole, (1, 4, 4)), step(split, (1, 4, 4)), 1e-6)
+    assert team.group.exchanges == before
+
+
+def test_other_ranks_take_over_another_attention_and_topk(loaded):
+    split, whole = loaded[0]["sla"]
+    for attention, topk in (("sla", 0.9), ("original", 0.1), ("sla", 0.3)):
+        kept = [block.attn1.processor for block in whole.blocks]
+        for model in (split, whole):
+            sla.set_attention_type(model, attention, topk)
+        if attention == "sla" and not isinstance(kept[0], sla.SLAProcessor):  # proj_l was dropped, and starts at zero
+            assert all(not block.attn1.processor.sla.proj_l.weight.any() for block in split.blocks)
+        assert_close(f"{attention} {topk}", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
+
+
+def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
+    split, whole = loaded[0]["original"]
+    before, processors = team.group.exchanges, [block.attn1.processor for block in split.blocks]
+
+    class Own(WanAttnProcessor):
+        pass
+
+    split.blocks[1].attn1.set_processor(Own())
+    assert_close("an attention of its own", step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-6)
+    split.blocks[1].attn1.set_processor(processors[1])
+    split.peft_config = {"lora": None}
+    assert_close("a LoRA of its own", step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-6)
+    del split.peft_config
+    assert team.group.exchanges == before
+
+
+@pytest.mark.parametrize("size", [(1, 3, 2), (3, 7, 4), (6, 4, 3), (2, 11, 5)], ids=str)
+def test_strips_are_the_pictures_of_one_rank(loaded, team, size):
+    torch.manual_seed(0)
+    vae, alone = loaded[1]
+    z, before = torch.randn(1, 16, *size), team.group.exchanges
+    with torch.inference_mode():
+        ref = torch.cat(list(fused_vae.chunks(alone, z)), 2)
+        for length in (None, 1, 2):
+            assert_close(f"{size}, {length}", ref, torch.cat(list(fused_vae.chunks(vae, z, length)), 2), 1e-5)
+    assert team.group.exchanges > before + 30
+
+
+def test_a_clip_with_fewer_rows_than_ranks_is_decoded_by_one(loaded, team):
+    vae, alone = loaded[1]
+    z, before = torch.randn(1, 16, 1, 1, 3), team.group.exchanges
+    with torch.inference_mode():
+        out, ref = (torch.cat(list(fused_vae.chunks(one, z)), 2) for one in (vae, alone))
+    assert_close("one row", ref, out, 1e-6)
+    assert team.group.exchanges == before
+
+
+@pytest.mark.parametrize("total", [17, 49, 1000, 32_760, 75_600])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_shares_are_even_and_at_multiples(total, size):
+    bounds = shares(total, size, 16)
+    counts = [end - begin for begin, end in pairwise(bounds)]
+    assert (bounds[0], bounds[-1], len(counts)) == (0, total, size)
+    assert all(bound % 16 == 0 for bound in bounds[:-1]) and max(counts) - min(counts) < 32

@@ -1,0 +1,149 @@
+"""Exchanges of tensors between ranks: NCCL between GPUs, gloo between CPUs.
+
+The groups are objects of their own beside torch's default group. So they do not meet with a user's own use of
+torch.distributed, with a second model, or with a group that failed.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+JOIN = timedelta(seconds=25)  # until all ranks have joined
+LONGEST = timedelta(hours=1)  # of an exchange; `ranks.Team` finds a rank that hangs earlier
+CTAS = 16  # multiprocessors that an exchange takes at most, because it runs beside kernels
+# The watchdog of NCCL would end the user's process. `ranks.Team` ends the exchange and raises an error instead.
+NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+class Group:
+    """The ranks of one model.
+
+    Args:
+        store: through which the ranks find each other.
+        rank: the number of this process.
+        size: how many ranks there are.
+        device: of this rank, "cpu" or a GPU with its number.
+
+    Attributes:
+        exchanges: how many this rank has begun. A rank that falls behind for long is hung.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, device: str | torch.device):
+        self.rank, self.size, self.device, self.exchanges = rank, size, torch.device(device), 0
+        if self.device.type == "cpu":
+            self._group = dist.ProcessGroupGloo(store, rank, size, JOIN)
+            with suppress(AttributeError):
+                self._group._set_default_timeout(LONGEST)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = LONGEST
+            options.config.max_ctas = CTAS
+            with patch.dict(os.environ, NO_WATCHDOG):
+                self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        self.sum(torch.zeros(1, device=self.device)).item()  # connects the ranks now, and so tells of a fault now
+        self._takes_lists = self._try_lists()
+
+    def _try_lists(self) -> bool:
+        """Return whether the backend exchanges lists of tensors; gloo does not"""
+        parts = [
+            torch.zeros(int(rank != self.rank), dtype=torch.uint8, device=self.device) for rank in range(self.size)
+        ]
+        try:
+            self._group.alltoall([part.clone() for part in parts], parts).wait()
+        except RuntimeError:
+            return False
+        return True
+
+    def exchange(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> "Arrival":
+        """Begin to exchange contiguous tensors with all ranks; `wait()` of the result waits for them.
+
+        Args:
+            received: a tensor to write for each rank, in order. sent: a tensor for each rank. Empty ones are not
+                exchanged. A rank's own ones must be empty, because a copy is faster.
+        """
+        self.exchanges += 1
+        received, sent = [*map(_bytes, received)], [*map(_bytes, sent)]
+        if self._takes_lists:
+            return Arrival(self._group.alltoall(received, sent))
+        both = [torch.empty(sum(map(len, received)), dtype=torch.uint8, device=self.device), torch.cat(sent)]
+        work = self._group.alltoall_base(*both, [*map(len, received)], [*map(len, sent)])
+        return Arrival(work, received, both)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Copy rank 0's contiguous tensor into that of each other rank, and return it."""
+        self.exchanges += 1
+        self._group.broadcast(_bytes(x), 0).wait()
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up a tensor of all ranks, in place."""
+        self.exchanges += 1
+        self._group.allreduce(x).wait()
+        return x
+
+    def gather(self, x: Tensor, counts: Sequence[int], everywhere: bool = False) -> Tensor | None:
+        """Put the parts of all ranks together.
+
+        Args:
+            x: this rank's part, (counts[rank], …) contiguous.
+            counts: rows of each rank's part.
+            everywhere: on every rank, and not on rank 0 alone.
+
+        Returns:
+            (sum of counts, …) on rank 0, None on the other ranks; with everywhere on every rank.
+        """
+        receives = everywhere or self.rank == 0
+        whole = x.new_empty((sum(counts) if receives else 0, *x.shape[1:]))
+        parts = [*whole.split(counts)] if receives else [whole] * self.size
+        if receives:
+            parts[self.rank].copy_(x)
+            parts[self.rank] = whole[:0]
+        others = [rank != self.rank and (everywhere or rank == 0) for rank in range(self.size)]
+        self.exchange(parts, [x if other else x[:0] for other in others]).wait()
+        return whole if receives else None
+
+    def abort(self) -> None:
+        """End all exchanges, those that are under way too. Other ranks' part in them is not waited for."""
+        with suppress(Exception):  # because the group may be broken already
+            self._group.abort()
+
+    def close(self) -> None:
+        """Give the group's memory and threads back."""
+        if self.device.type == "cuda":
+            self.abort()
+
+
+class Arrival:
+    """An exchange that is under way.
+
+    Args:
+        work: of torch.
+        received, buffers: what the bytes are copied to, and where they are, of a backend without lists.
+    """
+
+    def __init__(self, work: "dist.Work", received: Sequence[Tensor] = (), buffers: Sequence[Tensor] = ()):
+        self._work, self._received, self._buffers = work, received, buffers
+
+    def wait(self) -> None:
+        """Let later work on this device wait for the exchange. On a CPU, wait for it."""
+        self._work.wait()
+        if self._buffers:
+            for part, own in zip(self._received, self._buffers[0].split([*map(len, self._received)]), strict=True):
+                part.copy_(own)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Return a view of a contiguous tensor as bytes, because gloo does not know every dtype"""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # of one element, too, whose stride may be 0
+
+
+def shares(total: int, size: int, multiple: int = 1) -> list[int]:
+    """Return size + 1 bounds that split `total` evenly, at multiples of a number (the end excepted)."""
+    runs = -(-total // multiple)
+    return [min(total, (runs * rank // size) * multiple) for rank in range(size + 1)]

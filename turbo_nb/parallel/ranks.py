@@ -1,0 +1,451 @@
+"""The ranks: processes that make one clip together, one for each GPU. The user's process is rank 0.
+
+    rank 0 (a notebook's kernel, or a shell)             rank 1, 2, …  (`main`)
+    ─────────────────────────────────────────            ─────────────────────────────────────────────
+    start: begins the processes              ──────────► run `target`, which loads the model
+    join: waits for all of them              ◄────────── "ready"
+    tell: a command and its arguments        ──────────► commands(): run it, with exchanges in `Group`
+    a thread watches                         ◄────────── a sign of life every second, and errors
+    close, or this process ends              ──────────► the lifeline closes, and a thread ends the process
+
+A rank that dies, raises, runs out of memory or hangs ends all others. Rank 0 then leaves its exchange and raises one
+TurboNbError. Under torchrun the processes exist already: those with another rank run `target` and exit with rank 0.
+"""
+
+import atexit
+import os
+import pickle
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
+from typing import IO, Any
+
+from ..errors import InputError, TurboNbError, collect_warnings, first_line
+from ..machine.signals import interrupt_deferred
+
+HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
+BEAT = 1.0  # seconds between two signs of life
+VERDICT = 3.0  # seconds in which the thread finds out why an exchange failed
+LOADING = 1800.0  # seconds for loading a model
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+LOST_MEMORY = "ran out of GPU memory. Take fewer frames, a smaller resolution, more GPUs or the int8 checkpoint."
+
+
+@dataclass
+class _Other:
+    """What rank 0 knows of another rank"""
+
+    rank: int
+    connection: Connection
+    lifeline: Any  # this process's end, which the system closes with this process
+    process: subprocess.Popen | None = None  # None under torchrun
+    stderr: IO[bytes] | None = None
+    ready: bool = False
+    exchanges: int = 0
+    since: float = field(default_factory=time.monotonic)  # when `exchanges` changed
+
+
+class Team:
+    """All ranks, as rank 0 sees them. `start` makes one.
+
+    Attributes:
+        size: number of ranks.
+        group: their exchanges, after `join`.
+        failure: why the ranks have ended. None while they work.
+    """
+
+    def __init__(self, others: Sequence[_Other], size: int, device: str, store: Any):
+        self.size, self.group, self.failure = size, None, None
+        self._others, self._device, self._store = list(others), device, store
+        self._failed, self._closing, self._lock = threading.Event(), False, threading.Lock()
+        self._own = 0, time.monotonic()  # rank 0's number of exchanges, and when it changed
+        self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="turbo_nb ranks")
+        self._thread.start()
+        atexit.register(_close, weakref.ref(self))
+
+    def join(self) -> None:
+        """Wait until the other ranks have loaded, then connect all ranks."""
+        from .group import Group
+
+        end = time.monotonic() + LOADING
+        while not all(other.ready for other in self._others):
+            if not self._failed.wait(0.05) and time.monotonic() > end:
+                self.end(f"a rank did not load the model in {LOADING / 60:.0f} minutes.")
+            self.check()
+        with self.together():
+            self.tell("connect")
+            self.group = Group(self._store, 0, self.size, self._device)
+
+    def tell(self, command: str, *arguments: Any) -> None:
+        """Send a command to all other ranks."""
+        message = pickle.dumps((command, arguments))
+        self.check()
+        for other in self._others:
+            try:
+                other.connection.send_bytes(message)
+            except OSError:
+                self._failed.wait(VERDICT)
+                self.end(f"rank {other.rank} has ended")
+                self.check()
+
+    def check(self) -> None:
+        """Raise TurboNbError where the ranks have ended."""
+        if self.failure:
+            raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work with the other ranks inside this context.
+
+        An error inside, here or on another rank, ends all other ranks. Ctrl-C is kept until the end of the context,
+        because ranks that are left in an exchange could not go on.
+
+        Raises:
+            TurboNbError: a rank failed.
+        """
+        self.check()
+        finished = False
+        try:
+            with interrupt_deferred():
+                yield
+                finished = True
+        except BaseException as error:
+            if finished:  # the Ctrl-C that was kept
+                raise
+            if not isinstance(error, Exception):
+                self.end("rank 0 was interrupted within a step.")
+                raise
+            import torch
+
+            memory = isinstance(error, torch.OutOfMemoryError)
+            if isinstance(error, RuntimeError | OSError) and not memory:
+                self._failed.wait(VERDICT)  # because the other side of an exchange may have failed first
+            self.end(f"rank 0 {LOST_MEMORY}" if memory else f"rank 0 failed: {first_line(error)}.")
+            raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.") from error
+        self.check()
+
+    def end(self, failure: str) -> None:
+        """End the other ranks because of a failure, and let this process leave an exchange with them."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing, self.failure = True, failure
+        self._kill()
+        if self.group:
+            self.group.abort()
+        self._failed.set()
+
+    def close(self) -> None:
+        """End the other ranks, because the model is not needed any more."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing, self.failure = True, "the model was closed."
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2)  # because it reads the same connections
+        for other in self._others:
+            with suppress(OSError):
+                other.connection.send_bytes(pickle.dumps(("end", ())))
+        end = time.monotonic() + 5
+        for other in self._others:
+            with suppress(OSError, EOFError):  # until the rank's end of the connection closes
+                while other.connection.poll(max(0.1, end - time.monotonic())):
+                    other.connection.recv_bytes()
+        self._kill()
+        if self.group:
+            self.group.close()
+        self._failed.set()
+
+    def _kill(self) -> None:
+        """Kill the other ranks, wait for their end, and close what connects this process with them"""
+        for other in self._others:
+            if other.process and other.process.poll() is None:
+                other.process.kill()
+        for other in self._others:
+            if other.process:
+                with suppress(subprocess.TimeoutExpired):
+                    other.process.wait(5)
+            with suppress(OSError):
+                other.lifeline.close()
+            with suppress(OSError):
+                other.connection.close()
+            if other.stderr:
+                other.stderr.close()
+
+    # The thread
+
+    def _look(self) -> bool:
+        """Take what the other ranks sent, and end all where one has failed. Return whether to go on"""
+        open_ones = {other.connection: other for other in self._others}
+        try:
+            for connection in wait(list(open_ones), timeout=0.2):
+                if not self._closing:
+                    self._take(open_ones[connection])
+        except (OSError, ValueError):  # closed meanwhile
+            pass
+        if self._closing:
+            return False
+        own, now = self.group.exchanges if self.group else 0, time.monotonic()
+        if own != self._own[0]:
+            self._own = own, now
+        for other in self._others:
+            if other.process and other.process.poll() is not None and not self._closing:
+                with suppress(OSError, EOFError):
+                    while other.connection.poll():
+                        self._take(other)
+                if not self._closing:
+                    self.end(_how_it_ended(other))
+            elif own > other.exchanges and now - max(other.since, self._own[1]) > HANGS:
+                self.end(f"rank {other.rank} hangs: rank 0 has waited for it for {HANGS:.0f} s.")
+        return not self._closing
+
+    def _take(self, other: _Other) -> None:
+        """Take one message of another rank"""
+        try:
+            kind, *values = pickle.loads(other.connection.recv_bytes())
+        except (EOFError, OSError):
+            if other.process:
+                with suppress(subprocess.TimeoutExpired):
+                    other.process.wait(2)
+            self.end(_how_it_ended(other))
+            return
+        if kind == "failed":
+            self.end(f"rank {other.rank} {values[0]}")
+        elif kind == "ready":
+            other.ready = True
+        elif values[0] != other.exchanges:
+            other.exchanges, other.since = values[0], time.monotonic()
+
+
+def _watch(team: "weakref.ref[Team]") -> None:
+    while (alive := team()) is not None and alive._look():
+        del alive
+
+
+def _close(team: "weakref.ref[Team]") -> None:
+    if alive := team():
+        alive.close()
+
+
+def _how_it_ended(other: _Other) -> str:
+    code = other.process.poll() if other.process else None
+    how = f"with exit code {code}" if code is not None and code >= 0 else "without an answer"
+    if code is not None and code < 0:
+        how = f"by {signal.Signals(-code).name}" if -code in list(signal.Signals) else f"by signal {-code}"
+    if code == -signal.SIGKILL:
+        how += ", which the system sends where main memory runs out"
+    last = ""
+    if other.stderr:
+        other.stderr.seek(0, os.SEEK_END)
+        other.stderr.seek(max(0, other.stderr.tell() - 2000))
+        lines = [line.strip() for line in other.stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        last = f" Its last line: {lines[-1]}." if lines else ""
+    return f"rank {other.rank} ended {how}.{last}"
+
+
+def start(size: int, device: Callable[[int], str], target: Callable, *arguments: Any) -> Team | None:
+    """Begin the other ranks, which load while this process loads.
+
+    Args:
+        size: number of ranks.
+        device: returns the device of a rank.
+        target: a function of a module, called as target(member, *arguments) on each other rank.
+        arguments: what pickle takes.
+
+    Returns:
+        The team. Under torchrun the other ranks do not return; they exit when rank 0 ends.
+    """
+    from torch import distributed as dist
+
+    task = pickle.dumps((target, arguments))
+    if under_torchrun():
+        if (world := int(os.environ["LOCAL_WORLD_SIZE"])) < size:
+            raise InputError(
+                f"gpus is {size}. Expected at most {world}, because torchrun began so many processes on this machine. "
+                "Start without torchrun, which load_pipeline does not need."
+            )
+        return _start_under_torchrun(size, device, task)
+    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    others = []
+    try:
+        for rank in range(1, size):
+            others.append(_begin(rank, size, device(rank), store.port))
+            others[-1].connection.send_bytes(task)
+    except BaseException:
+        for other in others:
+            other.process.kill()
+            other.process.wait()
+        raise
+    return Team(others, size, device(0), store)
+
+
+def _begin(rank: int, size: int, device: str, port: int) -> _Other:
+    """Begin the process of a rank"""
+    here, there = Pipe()
+    life_there, life_here = os.pipe()
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 because it is closed with the rank
+    code = f"from {__name__} import main; main({rank}, {size}, {device!r}, {port}, {there.fileno()}, {life_there})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=(there.fileno(), life_there),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,  # because Ctrl-C is rank 0's to answer
+        )
+    finally:
+        there.close()
+        os.close(life_there)
+    return _Other(rank, here, os.fdopen(life_here, "wb", buffering=0), process, stderr)
+
+
+# The other ranks
+
+
+class Member:
+    """Another rank, as it sees itself.
+
+    Attributes:
+        rank, size, device: as in `Group`.
+        group: the exchanges, after `ready`.
+    """
+
+    def __init__(self, rank: int, size: int, device: str, port: int, connection: Connection, lifeline: Any):
+        self.rank, self.size, self.device, self.group = rank, size, device, None
+        self._port, self._connection, self._lock = port, connection, threading.Lock()
+        threading.Thread(target=self._live, args=(lifeline,), daemon=True, name="turbo_nb lifeline").start()
+
+    def task(self) -> tuple[Callable, tuple]:
+        """Return what rank 0 wants this rank to run: a function, and its arguments."""
+        return pickle.loads(self._connection.recv_bytes())
+
+    def ready(self) -> None:
+        """Tell rank 0 that the model is loaded, and connect all ranks."""
+        from torch import distributed as dist
+
+        from .group import Group
+
+        self._send("ready")
+        command, _ = pickle.loads(self._connection.recv_bytes())
+        if command == "connect":
+            store = dist.TCPStore("127.0.0.1", self._port, self.size, is_master=False)
+            self.group = Group(store, self.rank, self.size, self.device)
+
+    def commands(self) -> Iterator[tuple[str, tuple]]:
+        """Yield the commands of rank 0, until it ends this rank."""
+        while self.group:
+            command, arguments = pickle.loads(self._connection.recv_bytes())
+            if command == "end":
+                return
+            yield command, arguments
+
+    def failed(self, message: str) -> None:
+        """Tell rank 0 why this rank ends."""
+        with suppress(OSError):
+            self._send("failed", message)
+
+    def _send(self, *message: Any) -> None:
+        with self._lock:
+            self._connection.send_bytes(pickle.dumps(message))
+
+    def _live(self, lifeline: Any) -> None:
+        """Send signs of life, and end this process when rank 0's has ended"""
+        parent = os.getppid()
+        while not wait([lifeline], timeout=BEAT) and os.getppid() == parent:
+            try:
+                self._send("beat", self.group.exchanges if self.group else 0)
+            except OSError:
+                break
+        os._exit(1)
+
+
+def main(rank: int, size: int, device: str, port: int, connection: int, lifeline: int) -> None:
+    """Run a rank that `start` began. The arguments are those of `_begin`."""
+    _run(Member(rank, size, device, port, Connection(connection), lifeline))
+
+
+def _run(member: Member) -> None:
+    """Run what rank 0 sent, then exit without the interpreter's clean-up, which may wait for a broken exchange"""
+    code = 0
+    try:
+        if member.device != "cpu":
+            import torch
+
+            torch.cuda.set_device(member.device)  # so that nothing is allocated on rank 0's GPU
+        target, arguments = member.task()
+        with collect_warnings():  # because rank 0 warns of the same
+            target(member, *arguments)
+    except EOFError:
+        pass
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        member.failed(_as_failure(error))
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _as_failure(error: BaseException) -> str:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return LOST_MEMORY
+    if isinstance(error, TurboNbError):
+        return f"failed: {error}"
+    return f"failed: {type(error).__name__}: {first_line(error)}."
+
+
+# torchrun
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun began this process, and others beside it."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _start_under_torchrun(size: int, device: Callable[[int], str], task: bytes) -> Team | None:
+    """Use the processes that torchrun began"""
+    from torch import distributed as dist
+
+    shared, rank, _ = next(dist.rendezvous("env://"))
+    name = "turbo_nb"
+    if rank == 0:
+        if shared.add("turbo_nb/starts", 1) > 1:
+            raise InputError(
+                f"gpus is {size} for a second model. Expected 1, because the other ranks of torchrun ended with the "
+                "first model. Start without torchrun, which load_pipeline does not need."
+            )
+        key = secrets.token_bytes(32)
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        with Listener(("127.0.0.1", 0), authkey=key, backlog=2 * size) as listener:
+            shared.set(name, pickle.dumps((store.port, listener.address, key)))
+            accepted = [listener.accept() for _ in range(2 * (size - 1))]
+        found: dict[tuple[int, str], Connection] = {}
+        for connection in accepted:
+            found[connection.recv()] = connection
+        others = [_Other(one, found[one, "commands"], found[one, "life"]) for one in range(1, size)]
+        for other in others:
+            other.connection.send_bytes(task)
+        return Team(others, size, device(0), store)
+    if rank >= size:  # a rank that the model's heads leave over
+        os._exit(0)
+    port, address, key = pickle.loads(shared.get(name))
+    connection, lifeline = Client(address, authkey=key), Client(address, authkey=key)
+    connection.send((rank, "commands"))
+    lifeline.send((rank, "life"))
+    _run(Member(rank, size, device(rank), port, connection, lifeline))
+    return None

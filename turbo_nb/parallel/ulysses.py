@@ -1,0 +1,302 @@
+"""A step on several GPUs: each rank has some tokens, and during attention some heads (Ulysses, arXiv:2309.14509).
+
+    rank 0                     tells the others the step, and sends them latents, timestep and prompt
+    every rank                 embeds its tokens, and runs all blocks on them
+      in each block            q, k, v of its tokens, all heads
+        one exchange      ──►  q, k, v of all tokens, its heads; attention as on one GPU
+        one exchange      ──►  the result for its tokens, all heads
+                               in two parts: one half of the heads is exchanged while the other is computed
+    rank 0                     gathers the velocity of all tokens
+
+A head's attention sees the whole sequence, so block maps, scales of 8-bit keys and the linear branch are those of one
+GPU. Ranks split the tokens at multiples of 16, so the sums that block maps are pooled from are the same, too.
+
+diffusers' own context parallelism (`enable_parallelism`) does not carry fused blocks. Its Ulysses is in
+`dispatch_attention_fn`, which SLA does not call. For uneven lengths it exchanges the lengths through the host, which a
+CUDA graph cannot.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel as WholeTransformer
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+
+from .. import rope
+from ..linear import project
+from ..ops import launch
+from ..ops.attention.reference import Sums
+from ..ops.norms.reference import SUM_TOKENS
+from ..sla import SLAProcessor, attention_type, set_attention_type, topk_of
+from .group import CTAS, Group, shares
+
+if TYPE_CHECKING:
+    from .ranks import Member, Team
+
+PARTS = 2  # of a rank's heads; while one part is computed, the other is exchanged
+
+
+class Ulysses:
+    """The exchange of one transformer.
+
+    Args:
+        link: on rank 0 the team, which tells the other ranks; on these the member.
+        number: of the transformer among those of the pipeline.
+    """
+
+    def __init__(self, link: "Team | Member", number: int):
+        self.link, self.number = link, number
+        self.bounds: list[int] | None = None  # of the ranks' tokens, while a step is split
+        self.shared = False  # whether the other ranks know of the step that runs
+        self._text: weakref.ref | None = None
+        self._text_version = None
+        self._received: Tensor | None = None  # the prompt that rank 0 sent last
+
+    def __reduce__(self):  # a copy of the transformer runs on one GPU
+        return type(None), ()
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks; None before they are connected."""
+        return self.link.group
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each rank."""
+        return [end - begin for begin, end in pairwise(self.bounds)]
+
+    # Steps: rank 0 tells, the other ranks follow
+
+    def tell(self, model: nn.Module, inputs: Sequence[Tensor], recorded: bool) -> None:
+        """Tell the other ranks a step, and send them its inputs."""
+        split(model, self)  # again, because the user may have changed the attention
+        latents, timestep, text = (x.to(self.group.device).contiguous() for x in inputs)
+        version = None if inputs[2].is_inference() else inputs[2]._version
+        known = self._text is not None and self._text() is inputs[2] and self._text_version == version
+        described = [(tuple(x.shape), x.dtype) for x in (latents, timestep, text)]
+        self.link.tell("step", self.number, described, known, (attention_type(model), topk_of(model)), recorded)
+        for x in (latents, timestep) if known else (latents, timestep, text):
+            self.group.broadcast(x)
+        self._text, self._text_version = weakref.ref(inputs[2]), version
+
+    def follow(self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool) -> None:
+        """Run a step that rank 0 told. The arguments are those of `tell`."""
+        if attention != (attention_type(model), topk_of(model)):
+            set_attention_type(model, attention[0], attention[1] or 1, device=self.group.device)
+            split(model, self)
+        count = 2 if known else 3
+        inputs = [torch.empty(shape, dtype=dtype, device=self.group.device) for shape, dtype in described[:count]]
+        for x in inputs:
+            self.group.broadcast(x)
+        if not known:
+            self._received = inputs.pop()
+        run = model if recorded else getattr(vars(model).get("forward"), "plain", model)
+        self.shared = True
+        try:
+            run(*inputs, self._received, return_dict=False)
+        finally:
+            self.shared = False
+
+    @contextmanager
+    def sharing(self, model: nn.Module, inputs: Sequence[Tensor], recorded: bool = False) -> Iterator[None]:
+        """Let the other ranks run the step of this context, too, unless they do already."""
+        if self.shared:
+            yield
+            return
+        with self.link.together():
+            self.tell(model, inputs, recorded)
+            self.shared = True
+            try:
+                yield
+            finally:
+                self.shared = False
+
+    def agree(self, reason: str) -> str:
+        """Return a reason that any rank has, so that all ranks decide alike; empty if none has one."""
+        refusals = self.group.sum(torch.tensor([float(bool(reason))], device=self.group.device))
+        return reason or ("another GPU cannot record it" if refusals.item() else "")
+
+    # Attention
+
+    def attend(self, attention: Any, q: Tensor, k: Tensor, v: Tensor, sums: Sums = (None, None)) -> Tensor:
+        """Compute an attention over all tokens.
+
+        Args:
+            attention: called as attention(q, k, v, sums), with all tokens of some heads.
+            q, k, v: (B, l, H, D), this rank's tokens.
+            sums: of q and k, as `rope.norm_rope` returns them.
+
+        Returns:
+            (B, l, H, D), this rank's tokens.
+        """
+        own = q.shape[2] // self.group.size
+        bounds = shares(own, min(PARTS, own))  # of the heads of each part
+        pooled = None
+        if sums[0] is not None:
+            runs = [-(-count // SUM_TOKENS) for count in self.counts]
+            pooled = self._to_heads(sums, runs, 0, own)
+        coming = [self._to_heads((q, k, v), self.counts, *part) for part in pairwise(bounds)]
+        pooled = pooled() if pooled else (None, None)
+        leaving = []
+        for arrived, (begin, end) in zip(coming, pairwise(bounds), strict=True):
+            part = (None, None) if pooled[0] is None else tuple(x[:, :, begin:end] for x in pooled)
+            with launch.leaving(CTAS if len(bounds) > 2 else 0):  # else the last programs wait for the exchange
+                leaving.append(self._to_tokens(attention(*arrived(), part)))
+        out = q.new_empty(*q.shape[:2], self.group.size, own, q.shape[3])
+        for arrived, (begin, end) in zip(leaving, pairwise(bounds), strict=True):
+            for rank, part in enumerate(arrived()):
+                out[:, :, rank, begin:end] = part
+        return out.flatten(2, 3)
+
+    def _to_heads(
+        self, tensors: Sequence[Tensor], counts: list[int], begin: int, end: int
+    ) -> Callable[[], list[Tensor]]:
+        """Begin to exchange tensors of equal shape: (B, counts[rank], H, D) → (B, sum of counts, end - begin, D).
+
+        Returns a function that waits for the results, views with all tokens of each rank's heads from begin to end.
+        """
+        (batch, length, heads, dim), ranks, own = tensors[0].shape, self.group.size, end - begin
+        sent = tensors[0].new_empty(ranks - 1, length, batch, len(tensors), own, dim)
+        received = sent.new_empty(sum(counts), batch, len(tensors), own, dim)
+        from_ranks, to_ranks = [*received.split(counts)], [*sent.unbind(0)]
+        to_ranks.insert(self.group.rank, from_ranks[self.group.rank])  # a rank's own part is there at once
+        for number, x in enumerate(tensors):
+            for to, part in zip(to_ranks, x.unflatten(2, (ranks, heads // ranks)).unbind(2), strict=True):
+                to[:, :, number] = part[:, :, begin:end].transpose(0, 1)
+        from_ranks[self.group.rank] = to_ranks[self.group.rank] = received[:0]
+        arrival = self.group.exchange(from_ranks, to_ranks)
+
+        def arrived(sent: Tensor = sent) -> list[Tensor]:  # which must live as long as the exchange
+            arrival.wait()
+            return [received[:, :, number].transpose(0, 1) for number in range(len(tensors))]
+
+        return arrived
+
+    def _to_tokens(self, x: Tensor) -> Callable[[], list[Tensor]]:
+        """Begin to exchange a result (B, L, h, D). Returns a function that waits for (B, l, h, D) of each rank."""
+        (batch, _, own, dim), rank = x.shape, self.group.rank
+        sent = x.transpose(0, 1).contiguous()  # a view for one clip
+        to_ranks = [*sent.split(self.counts)]
+        received = sent.new_empty(self.group.size - 1, self.counts[rank], batch, own, dim)
+        from_ranks = [*received.unbind(0)]
+        results = [*from_ranks[:rank], to_ranks[rank], *from_ranks[rank:]]
+        from_ranks.insert(rank, sent[:0])
+        to_ranks[rank] = sent[:0]
+        arrival = self.group.exchange(from_ranks, to_ranks)
+
+        def arrived(sent: Tensor = sent) -> list[Tensor]:
+            arrival.wait()
+            return [one.transpose(0, 1) for one in results]
+
+        return arrived
+
+
+class DenseProcessor(WanAttnProcessor):
+    """diffusers' dense self-attention, with the exchange."""
+
+    def __init__(self, exchange: Ulysses):
+        super().__init__()
+        self.exchange = exchange
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
+        if self.exchange.bounds is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_q, attn.to_k, attn.to_v), hidden_states))
+        q, k = rope.norm_rope(q, attn.norm_q, cos, sin), rope.norm_rope(k, attn.norm_k, cos, sin)
+        out = self.exchange.attend(_dense, q.to(v.dtype), k.to(v.dtype), v).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, sums: Sums) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+class WanTransformer3DModel(WholeTransformer):
+    """diffusers' transformer, whose steps run on several ranks. It has diffusers' name, because saving writes it."""
+
+    ulysses: Ulysses | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor]:
+        """Compute a step on all ranks, as diffusers' forward computes it: (B, C, T, H, W) of the same shape.
+
+        Only rank 0 gets the result. It computes alone what the ranks cannot share: gradients, a timestep for each
+        token, embeddings of a picture, and very short clips.
+        """
+        if not splits(self, hidden_states, timestep, encoder_hidden_states_image, attention_kwargs):
+            return super().forward(
+                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict,
+                attention_kwargs,
+            )  # fmt: skip
+        with self.ulysses.sharing(self, (hidden_states, timestep, encoder_hidden_states)):
+            sample = self._split(hidden_states, timestep, encoder_hidden_states)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _split(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Compute this rank's tokens; on rank 0 return those of all ranks"""
+        ulysses, group = self.ulysses, self.ulysses.group
+        grid = tuple(side // patch for side, patch in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        bounds = shares(grid[0] * grid[1] * grid[2], group.size, SUM_TOKENS)
+        own = slice(*bounds[group.rank : group.rank + 2])
+        tables = tuple(table[:, own] for table in self.rope(latents))
+        x = self.patch_embedding(latents).flatten(2)[..., own].transpose(1, 2).contiguous()
+        temb, modulation, text, _ = self.condition_embedder(timestep, text, None, timestep_seq_len=None)
+        modulation = modulation.unflatten(1, (6, -1))
+        ulysses.bounds = bounds
+        try:
+            for block in self.blocks:
+                x = block(x, text, modulation, tables)
+        finally:
+            ulysses.bounds = None
+        shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
+        x = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        counts = [end - begin for begin, end in pairwise(bounds)]
+        whole = group.gather(x.transpose(0, 1).contiguous(), counts)
+        if whole is None:
+            return x
+        x = whole.transpose(0, 1).unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def splits(
+    model: nn.Module, latents: Tensor, timestep: Tensor, image: Tensor | None = None, more: dict | None = None
+) -> bool:
+    """Return whether the ranks share a step of a transformer."""
+    ulysses = getattr(model, "ulysses", None)
+    if ulysses is None or ulysses.group is None or torch.is_grad_enabled():
+        return False
+    if getattr(model, "peft_config", None) or not all(_is_known(block.attn1.processor) for block in model.blocks):
+        return False  # a LoRA or an attention that only rank 0 has
+    tokens = latents[0, 0].numel() // torch.Size(model.config.patch_size).numel()
+    return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
+
+
+def _is_known(processor: Any) -> bool:
+    """Return whether the other ranks can have the same attention"""
+    return isinstance(processor, SLAProcessor | DenseProcessor) or type(processor) is WanAttnProcessor
+
+
+def split(transformer: nn.Module, ulysses: Ulysses) -> None:
+    """Let the steps of a transformer run on several ranks, in place. Call it on every rank, before `runtime.place`."""
+    transformer.__class__ = WanTransformer3DModel
+    transformer.ulysses = ulysses
+    for block in transformer.blocks:
+        if isinstance(block.attn1.processor, SLAProcessor):
+            block.attn1.processor.exchange = ulysses
+        elif type(block.attn1.processor) is WanAttnProcessor:
+            block.attn1.set_processor(DenseProcessor(ulysses))
