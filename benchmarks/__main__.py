@@ -23,6 +23,7 @@ Size = Annotated[str, typer.Option(help="WIDTHxHEIGHTxFRAMES in pixels.")]
 CheckSize = Annotated[str, typer.Option(help="The clip of the correctness check.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Runs = Annotated[int, typer.Option(min=1, help="Number of timed calls. The median counts.")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs that share the work. step and vae measure one GPU, too.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Calls between the first call and the timed calls.")]
 
 
@@ -41,6 +42,7 @@ def step(
     check_size: CheckSize = "832x480x5",
     runs: Runs = 5,
     warmup: Warmup = 2,
+    gpus: Gpus = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
@@ -54,9 +56,15 @@ def step(
     setup = benchmark.Setup(
         model=model, layers=layers, size=clip(size), attention=attention, topk=topk, linears=linears, device=device
     )
-    jobs = benchmark.jobs(
-        setup, mode.split(","), check_layers=check_layers, check_size=clip(check_size), runs=runs, warmup=warmup
-    )
+    if gpus > 1:
+        from . import gpus as several
+
+        several.check(gpus, device)
+        jobs = several.step_jobs(setup, gpus, runs=runs, warmup=warmup)
+    else:
+        jobs = benchmark.jobs(
+            setup, mode.split(","), check_layers=check_layers, check_size=clip(check_size), runs=runs, warmup=warmup
+        )
     raise typer.Exit(harness.run(jobs, device, csv))
 
 
@@ -93,6 +101,7 @@ def vae(
     check_size: CheckSize = "256x128x5",
     runs: Runs = 3,
     warmup: Warmup = 1,
+    gpus: Gpus = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
@@ -103,6 +112,12 @@ def vae(
     from . import vae as benchmark
 
     device = device_of(device)
+    if gpus > 1:
+        from . import gpus as several
+
+        several.check(gpus, device)
+        jobs = several.vae_jobs(clip(size), gpus, base_dim=base_dim, runs=runs, warmup=warmup)
+        raise typer.Exit(harness.run(jobs, device, csv))
     jobs = benchmark.jobs(
         clip(size), mode.split(","), vae, encoding=encode, base_dim=base_dim, check_size=clip(check_size),
         device=device, runs=runs, warmup=warmup,
@@ -181,6 +196,7 @@ def e2e(
     ] = None,
     runs: Runs = 3,
     warmup: Warmup = 1,
+    gpus: Gpus = 1,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
@@ -203,6 +219,7 @@ def e2e(
     if memory is not None and not memory > 0:
         raise InputError(f"memory is {memory:g}. Expected GB, above 0.")
     memory = None if memory is None else memory * 1e9
+    load |= {"gpus": gpus}
     jobs = benchmark.jobs(model, random, prompt, device, load, made, memory=memory, runs=runs, warmup=warmup)
     raise typer.Exit(harness.run(jobs, device, csv))
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -33,7 +34,7 @@ import turbo_nb
 from turbo_nb import catalog
 from turbo_nb import pipeline as pipelines
 from turbo_nb.errors import InputError
-from turbo_nb.files import resolve
+from turbo_nb.files import decide, resolve
 from turbo_nb.files.recognise import Contents
 from turbo_nb.machine import probe
 from turbo_nb.settings import LoadOptions
@@ -102,6 +103,7 @@ def jobs(
             mode="as loaded" if memory is None else f"plan {plan.name} in {memory / 1e9:g} GB",
             weights=f"random {random}" if random else spec.name,
             run=lambda timing=timing: (timing, check),
+            gpus=plan.gpus,
         )
 
 
@@ -154,7 +156,11 @@ def random_pipeline(name: str, load: dict, parts: "Parts | None" = None):
     found = random_model(name, LoadOptions(**load), parts)
     if found.device != "cpu":
         torch.cuda.empty_cache()  # because drawing the weights has left free blocks
-    pipeline = pipelines.load(found, clip=size)
+    pipeline = pipelines.load(found, clip=size, remake=partial(random_model, name))
+    if found.gpus > 1:
+        several = pipeline.vae.strips.chunks
+        pipeline.vae.strips.chunks = lambda vae, z, length: several(vae, smooth(z), length)
+        return pipeline
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
     return pipeline
 
@@ -228,6 +234,7 @@ def random_model(name: str, options: LoadOptions, parts: Parts | None = None) ->
         quant_linear=options.quant_linear is True,
         reason="its weights are random",
         options=options,
+        gpus=decide.ranks_for(probe.gpus_of(options.gpus, device), arch.num_heads),
     )
 
 

@@ -53,13 +53,14 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A configuration. weights: "random", or the name of the file. run: times and checks it."""
+    """A configuration. weights: "random", or the name of the file. run: times and checks it. gpus: that share it."""
 
     work: str
     shape: str
     mode: str
     weights: str
     run: Callable[[], tuple[Timing, Check]]
+    gpus: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Row:
     error: float
     limit: float
     check: str
+    gpus: int = 1
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -109,7 +111,7 @@ def run(jobs: Iterable[Job], device: str, path: Path | None) -> int:
         torch.backends.cudnn.allow_tf32 = False  # because TF32 would round the float32 references
     machine, failed = facts(device), False
     for job in jobs:
-        name = f"{job.work}, {job.shape}, {job.mode}"
+        name = f"{job.work}, {job.shape}, {job.mode}" + (f", {job.gpus} GPUs" if job.gpus > 1 else "")
         try:
             timing, check = job.run()
         except Exception as error:  # because the other modes can still be measured
@@ -125,7 +127,7 @@ def run(jobs: Iterable[Job], device: str, path: Path | None) -> int:
         row = Row(
             date=datetime.now(UTC).isoformat(timespec="seconds"), **machine,
             work=job.work, shape=job.shape, mode=job.mode, weights=job.weights,
-            **asdict(timing), error=check.error, limit=check.limit, check=check.what,
+            **asdict(timing), error=check.error, limit=check.limit, check=check.what, gpus=job.gpus,
         )  # fmt: skip
         peak = "" if row.peak_gib is None else f", {row.peak_gib:.2f} GiB"
         print(f"{name}: {row.ms:.3f} ms (min {row.ms_min:.3f}, n {row.n}, first {row.first_ms:.0f}{peak}); {check}")
@@ -224,8 +226,14 @@ def check_file(path: Path) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Append a row, and write the header first if the file is new."""
+    """Append a row. Write the header first if the file is new, and the number of GPUs into a file without it."""
     new = not path.exists() or not path.stat().st_size
+    if not new and path.open(encoding="utf-8").readline().strip() != ",".join(COLUMNS):
+        rows = read(path)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
@@ -243,17 +251,17 @@ def read(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{str(path)!r} does not exist. Expected a CSV that python -m benchmarks wrote.")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
+        if reader.fieldnames not in (COLUMNS, COLUMNS[:-1]):  # older files are of one GPU
             raise InputError(
                 f"{str(path)!r} has the columns {','.join(reader.fieldnames or ['none'])}. Expected "
                 f"{','.join(COLUMNS)}. Give another file."
             )
-        return list(reader)
+        return [{**row, "gpus": row.get("gpus") or "1"} for row in reader]
 
 
 def table(rows: list[dict[str, str]]) -> str:
     """Return a Markdown table with the latest row of each work, shape and mode on each machine."""
-    latest = {(row["work"], row["shape"], row["mode"], row["gpu"]): row for row in rows}
+    latest = {(row["work"], row["shape"], row["mode"], row["gpu"], row["gpus"]): row for row in rows}
     lines = ["| work | shape | mode | ms (min, n) | first, s | peak, GiB | rel. error | GPU | commit |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in latest.values():
@@ -265,7 +273,7 @@ def table(rows: list[dict[str, str]]) -> str:
             f"{float(row['first_ms']) / 1e3:.1f}",
             row["peak_gib"],
             row["error"],
-            row["gpu"],
+            row["gpu"] if row["gpus"] == "1" else f"{row['gpus']} × {row['gpu']}",
             row["commit"][:8],
         )
         lines.append(f"| {' | '.join(cells)} |")

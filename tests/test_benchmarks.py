@@ -55,6 +55,18 @@ def test_a_step_is_a_row_with_its_check(bench, monkeypatch):
     assert 0 < float(row["error"]) < float(row["limit"]) and float(row["ms"]) > 0 and float(row["first_ms"]) > 0
 
 
+def test_a_step_on_two_gpus_is_a_row_beside_one_gpu_and_where_it_goes(bench, monkeypatch, capsys):
+    monkeypatch.setenv("TURBO_NB_RANKS", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, rows = bench(*TINY, "--gpus", 2)
+    assert code == 0 and [(row["gpus"], row["mode"]) for row in rows] == [
+        ("1", "fused, graph"), ("2", "fused, graph"), ("2", "fused, graph, in order"),
+        ("2", "fused, graph, only compute"), ("2", "fused, graph, only exchange"),
+    ]  # fmt: skip
+    assert all(float(row["error"]) < 1e-5 and "same block maps" in row["check"] for row in rows)
+    assert "2 GPUs: " in capsys.readouterr().out and "2 × CPU" in harness.table(rows)
+
+
 @pytest.mark.parametrize(
     ("options", "work", "kept"),
     [

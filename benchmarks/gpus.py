@@ -1,0 +1,291 @@
+"""Steps and decoding on several GPUs, beside the same work on one GPU in the same run.
+
+The ranks are those of `turbo_nb.parallel`. Every rank has the same random weights. Four CUDA graphs are timed:
+
+    whole      a step, as `generate` runs it
+    in order   the same without overlap: the exchange, then the attention
+    compute    the same kernels without any exchange
+    exchange   only the exchanges, with the same sizes and in the same order
+
+waiting = in order − compute − exchange: what neither explains, such as a rank that waits for a slower one. The overlap
+saves in order − whole.
+
+The check: the same step on one GPU and on all, with the block maps of one GPU on every rank.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from turbo_nb import backends
+from turbo_nb.checkup.selftest import SAGE_STEP_BOUND
+from turbo_nb.fused import transformer as fused_transformer
+from turbo_nb.fused import vae as fused_vae
+from turbo_nb.machine import probe
+from turbo_nb.parallel import members, ranks, strips, ulysses
+from turbo_nb.runtime.graphs import CudaRecorder
+
+from . import harness, step
+from . import vae as vae_benchmark
+from .harness import Check, Job, Timing
+
+LIMIT = 5e-3  # relative L2 error of a step on several GPUs against one GPU; with 8 bits the mode's own error
+PSNR = 45  # dB, the least of decoded frames
+KINDS = ("whole", "in order", "compute", "exchange")
+
+
+def check(gpus: int, device: str) -> None:
+    """Raise InputError where the machine has fewer GPUs."""
+    probe.gpus_of(gpus, device)
+
+
+class _Done:
+    """An exchange that did nothing"""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+
+class Rank:
+    """A rank with a transformer, and what it can run.
+
+    Args:
+        setup: the transformer and the clip.
+        link: with the other ranks; `members.split` takes it.
+        device: of this rank.
+    """
+
+    def __init__(self, setup: step.Setup, link: Any, device: str):
+        self.setup, self.link, self.device = setup, link, device
+        own = step.replace(setup, device=device)
+        with _on(device):
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            self.model, self.inputs = step.build(own, dtype), step.make_inputs(own, dtype)
+            fused_transformer.fuse(self.model, device)
+        self.maps: list[Tensor] = []
+        self._works: dict[str, Callable[[], Any]] = {}
+        self._recorder, self.sizes, self._kept = None, [], []
+
+    @torch.inference_mode()
+    def alone(self) -> Tensor:
+        """Run the step on this GPU alone, and keep its block maps."""
+        choose, self.maps = step.attention_reference.block_map, []
+
+        def record(*arguments) -> Tensor:
+            self.maps.append(choose(*arguments))
+            return self.maps[-1]
+
+        with _on(self.device), step.maps_from(record):
+            return self.model(**self.inputs, return_dict=False)[0]
+
+    def split(self) -> None:
+        """Let the step run on all ranks from now on."""
+        ulysses.split(self.model, ulysses.Ulysses(self.link, 0))
+
+    @torch.inference_mode()
+    def together(self, same_maps: bool = False) -> Tensor:
+        """Run the step on all ranks; rank 0 gets the result."""
+        taken = 0  # maps of this rank's heads that the blocks have asked for
+
+        def own_heads(q: Tensor, *_) -> Tensor:
+            nonlocal taken
+            own = self.setup.arch.num_heads // self.link.group.size
+            layer, begin = divmod(taken, own)
+            begin += self.link.group.rank * own
+            taken += q.shape[2]
+            return self.maps[layer][:, begin : begin + q.shape[2]]
+
+        self.model.ulysses.shared = True
+        try:
+            with _on(self.device), step.maps_from(own_heads) if same_maps else nullcontext():
+                return self.model(**self.inputs, return_dict=False)[0]
+        finally:
+            self.model.ulysses.shared = False
+
+    def exchanges(self) -> None:
+        """Run only the exchanges of a step."""
+        for received, sent in self.sizes:
+            self.link.group.exchange(received, sent).wait()
+
+    def prepare(self) -> None:
+        """Record a graph of each kind; on a CPU the works stay functions."""
+        group, real = self.link.group, type(self.link.group).exchange
+        spare: dict[tuple, tuple] = {}  # one pair of lists for each size, because a step reuses its memory, too
+
+        def note(received: list[Tensor], sent: list[Tensor]) -> Any:
+            key = tuple(x.nbytes for x in (*received, *sent))
+            spare.setdefault(key, tuple([x.clone() for x in both] for both in (received, sent)))
+            self.sizes.append(spare[key])
+            return real(group, received, sent)
+
+        self.together()
+        with patch.object(ulysses, "PARTS", 1):
+            group.exchange = note
+            self.together()
+            group.exchange = lambda *_: _Done()
+            self._works["compute"] = self._recorded(self.together)
+            del group.exchange
+            self._works["in order"] = self._recorded(self.together)
+        self._works["exchange"] = self._recorded(self.exchanges)
+        self._works["whole"] = self._recorded(self.together)
+
+    def _recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        if self.device == "cpu":
+            return work
+        work()  # warm, because a graph can only launch what is compiled and connected
+        torch.cuda.synchronize(self.device)
+        self._recorder = self._recorder or CudaRecorder(self.device)
+        with _on(self.device), torch.inference_mode():
+            text = self.inputs["encoder_hidden_states"]
+            self._kept.append(fused_transformer.prepare_prompt(self.model, text))
+            replay, out = self._recorder.record(work)
+        self._kept.append((replay, out))  # because a pool whose graphs are all gone takes no new one
+        return replay
+
+    @torch.inference_mode()
+    def run(self, kind: str, runs: int) -> list[float]:
+        """Run a work several times, and return the milliseconds of each time on this rank."""
+        with _on(self.device):
+            return times(self._works[kind], self.device, runs)
+
+
+def times(work: Callable[[], Any], device: str, runs: int) -> list[float]:
+    """Return the milliseconds of each of several runs."""
+    if device == "cpu":
+        return [1e3 * harness._seconds(work) for _ in range(runs)]
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for begin, end in marks:
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def _on(device: str):
+    return nullcontext() if device == "cpu" else torch.cuda.device(device)
+
+
+def serve_step(member: ranks.Member, setup: step.Setup) -> None:
+    """Be another rank of `step_jobs`."""
+    rank = Rank(setup, member, member.device)
+    rank.alone()
+    rank.split()
+    member.ready()
+    for command, arguments in member.commands():
+        getattr(rank, command)(*arguments)
+
+
+@contextmanager
+def team_of(gpus: int, target: Callable, *arguments: Any) -> Iterator[ranks.Team]:
+    """Start ranks, and end them after the context. Call `join` of the team when this rank has loaded."""
+    team = ranks.start(gpus, members.device_of, target, *arguments)
+    try:
+        yield team
+    finally:
+        team.close()
+
+
+def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterator[Job]:
+    """Yield a job for one GPU, one for all GPUs, and one for each part of a step on all GPUs."""
+    with team_of(gpus, serve_step, setup) as team:
+        rank = Rank(setup, team, members.device_of(0))
+        ref = rank.alone()
+        single = _single(rank, runs, warmup)
+        rank.split()
+        team.join()
+
+        def told(command: str, *arguments: Any) -> Any:
+            with team.together():
+                team.tell(command, *arguments)
+                return getattr(rank, command)(*arguments)
+
+        out = told("together", True)
+        own = told("together")
+        error = harness.relative_error(out, ref)
+        what = f"against one GPU, same block maps, all layers; with its own maps {harness.relative_error(own, ref):.2e}"
+        limit = SAGE_STEP_BOUND if "sagesla" in setup.attention or setup.linears == "int8" else LIMIT
+        check = Check(error=error, limit=limit, what=what)
+        told("prepare")
+        peak = None if rank.device == "cpu" else torch.cuda.max_memory_allocated(rank.device) / 2**30
+        shape = "x".join(map(str, setup.size))
+        job = partial(Job, work=setup.work, shape=shape, weights="random")
+        yield job(mode="fused, graph", run=lambda: (single, check), gpus=1)
+        spent = {}
+        for kind in KINDS:
+            told("run", kind, max(1, warmup))
+            measured = told("run", kind, runs)
+            spent[kind] = median(measured)
+            timing = Timing(ms=spent[kind], ms_min=min(measured), n=runs, first_ms=measured[0], peak_gib=peak)
+            mode = "fused, graph" + {"whole": "", "in order": ", in order"}.get(kind, f", only {kind}")
+            yield job(mode=mode, run=lambda timing=timing: (timing, check), gpus=gpus)
+        waiting = spent["in order"] - spent["compute"] - spent["exchange"]
+        whole, overlap = spent["whole"], spent["in order"] - spent["whole"]
+        parts = f"compute {spent['compute']:.1f} + exchange {spent['exchange']:.1f} + waiting {waiting:.1f}"
+        faster = f"one GPU {single.ms:.1f} ms, so {single.ms / whole:.2f} times as fast"
+        print(f"{gpus} GPUs: {whole:.1f} ms = {parts} - overlap {overlap:.1f}; {faster}")
+
+
+def _single(rank: Rank, runs: int, warmup: int) -> Timing:
+    """Time the step of rank 0 alone"""
+    work = rank._recorded(partial(step.velocity, rank.model, rank.inputs))
+    with _on(rank.device), torch.inference_mode():
+        times(work, rank.device, max(1, warmup))
+        measured = times(work, rank.device, runs)
+    peak = None if rank.device == "cpu" else torch.cuda.max_memory_allocated(rank.device) / 2**30
+    return Timing(ms=median(measured), ms_min=min(measured), n=runs, first_ms=measured[0], peak_gib=peak)
+
+
+def _vae(base_dim: int, device: str) -> nn.Module:
+    with _on(device):
+        vae = nn.Module.to(
+            vae_benchmark.random_vae(base_dim, device), torch.float32 if device == "cpu" else torch.bfloat16
+        )
+        fused_vae.fuse(vae)
+        if device != "cpu":
+            backends.load_kernels(device)
+    return vae
+
+
+@torch.inference_mode()
+def serve_vae(member: ranks.Member, base_dim: int) -> None:
+    """Be another rank of `vae_jobs`."""
+    vae = _vae(base_dim, member.device)
+    member.ready()
+    with _on(member.device):
+        for command, arguments in member.commands():
+            if command == "decode":
+                next_chunk = strips.follow(vae, *arguments, member.group)
+            else:
+                next_chunk()
+
+
+def vae_jobs(size: tuple[int, int, int], gpus: int, *, base_dim: int, runs: int, warmup: int) -> Iterator[Job]:
+    """Yield a job of decoding on one GPU, and one on all GPUs."""
+    with team_of(gpus, serve_vae, base_dim) as team:
+        device = members.device_of(0)
+        vae = _vae(base_dim, device)
+        team.join()
+        clip = vae_benchmark.latents(vae, size)
+        with _on(device):
+            ref = vae_benchmark.decode(vae, clip)
+            for count in (1, gpus):
+                vae.strips = None if count == 1 else strips.Strips(team)
+                out = vae_benchmark.decode(vae, clip)
+                to_one = vae_benchmark.psnr(out, ref, peak=2)
+                check = Check(
+                    error=harness.relative_error(out, ref) if to_one >= PSNR else torch.inf,
+                    limit=harness.WORST,
+                    what=f"against one GPU, PSNR {to_one:.1f} dB, at least {PSNR}",
+                )
+                timing = harness.measure(partial(vae_benchmark.decode, vae, clip), device, runs=runs, warmup=warmup)
+                yield Job(
+                    work=f"vae decode, base_dim {base_dim}", shape="x".join(map(str, size)), mode="fused",
+                    weights="random", run=lambda timing=timing, check=check: (timing, check), gpus=count,
+                )  # fmt: skip
