@@ -144,3 +144,18 @@ def test_threads_probe_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert calls == [True] and found() is found()
+
+
+@pytest.mark.parametrize("name", ["_accelerator_setAllocatorSettings", "of_an_older_torch"])
+def test_the_allocator_joins_memory_unless_the_user_has_set_it(name, monkeypatch):
+    asked = []
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
+    monkeypatch.setattr(torch._C, name, asked.append, raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append)
+    for variable in probe.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    probe.avoid_fragments()
+    assert asked == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    probe.avoid_fragments()
+    assert len(asked) == 1

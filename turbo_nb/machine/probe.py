@@ -407,6 +407,22 @@ def free_memory(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def avoid_fragments() -> None:
+    """Let torch's allocator join free GPU memory, unless a variable of the user sets the allocator.
+
+    Pieces of fixed sizes leave gaps: 14B at 1280x720x81 held 1.8 GB more than its tensors on an H100, so a plan for 10
+    GB ran out of memory.
+    """
+    import torch
+
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        setting = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # the name in torch from 2.9 on
+        (setting or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
 def release_memory() -> None:
     """Return unused GPU memory and pinned memory to the system, also that of modules that refer to each other."""
     import torch

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ..machine import probe
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ def place(pipeline: "DiffusionPipeline", plan: Plan) -> None:
     An earlier plan is undone first.
     """
     from . import expert_swap
+
+    if plan.device != "cpu" and plan.offload != "none":
+        probe.avoid_fragments()
 
     expert_swap.disable(pipeline)
     if plan.vae_tiling:
