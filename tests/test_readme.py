@@ -116,7 +116,7 @@ def planted(old: str, new: str) -> str:
         ("](LICENSE)", "](LICENCE)", "lacks the target: link LICENCE"),
         ("![", "[", "lacks the target: link docs/"),
         ("`turbo-nb verify`", "`turbo-nb verify nano`", "lacks the word: `turbo-nb verify nano`"),
-        ("| 1.38 s |", "| 1.83 s |", "has a word that README.md has not: 1.38"),
+        ("| 1.19 s |", "| 1.91 s |", "has a word that README.md has not: 1.19"),
     ],
 )
 def test_a_difference_is_told_in_words(old, new, words):

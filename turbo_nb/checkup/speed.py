@@ -23,9 +23,9 @@ class Speed:
 # Model, attention, 8-bit linears → ms of a step and of the decoding of a clip of the model's own size on an H100 80GB.
 # Each has its commit, from the rows "step of a clip" and "decode of a clip" of benchmarks/results/h100.csv.
 H100 = {
-    ("TurboWan2.1-T2V-1.3B-480P", "sla", False): ((189.4, "19546fb2"), (630.1, "19546fb2")),
-    ("TurboWan2.1-T2V-1.3B-480P", "sla", True): ((142.8, "19546fb2"), (638.0, "f919eec")),
-    ("TurboWan2.1-T2V-1.3B-480P", "sagesla", True): ((138.8, "f919eec"), (638.0, "f919eec")),
+    ("TurboWan2.1-T2V-1.3B-480P", "sla", False): ((189.4, "19546fb2"), (482.7, "16f42e3")),
+    ("TurboWan2.1-T2V-1.3B-480P", "sla", True): ((142.8, "19546fb2"), (482.7, "16f42e3")),
+    ("TurboWan2.1-T2V-1.3B-480P", "sagesla", True): ((140.0, "16f42e3"), (482.7, "16f42e3")),
     ("nano", "sla", False): ((0.9135, "f919eec"), (27.53, "f919eec")),
 }
 

@@ -16,6 +16,7 @@ TIGHT = 0.6  # share of the budget above which stages give cached memory back
 # Bytes that torch's allocator holds for a byte of activations, because free memory between tensors of other sizes stays
 # unused. 14B at 1280x720x81 ran out of 10 GB with tensors of 8.0 GB.
 ALLOCATED = 1.1
+BESIDE = 0.25 * GB  # at least, of a forward: RoPE's tables, latents, a prompt's keys and values; 1.3B ran out of 3 GB
 # Peaks in bf16, measured on an H100: bytes a pixel of a frame. The fused VAE decodes one latent frame at a time.
 DECODE_FUSED, DECODE_PLAIN = 8_600, 12_500
 DECODE_TILED = 1.2 * GB  # measured likewise, in all
@@ -264,7 +265,7 @@ def choose(
     denoise = _activations(arch, width, height, num_frames, fused) / gpus
     if gpus > 1:  # q, k and v before, in and after the exchange, and two tensors of the width beside them
         denoise = max(denoise, 2.0 * catalog.tokens_of(width, height, num_frames) * 11 * arch.dim / gpus)
-    denoise *= held
+    denoise = max(held * denoise, denoise + BESIDE) if on_gpu else denoise
 
     def filled(plan: Plan, following: Plan | None, block_budget: float = budget) -> Plan:
         keep, weights = _streamed(sizes, arch, block_budget, denoise)
