@@ -265,7 +265,8 @@ def choose(
     denoise = _activations(arch, width, height, num_frames, fused) / gpus
     if gpus > 1:  # q, k and v before, in and after the exchange, and two tensors of the width beside them
         denoise = max(denoise, 2.0 * catalog.tokens_of(width, height, num_frames) * 11 * arch.dim / gpus)
-    denoise = max(held * denoise, denoise + BESIDE) if on_gpu else denoise
+    beside = min(BESIDE, sizes.transformer / 4)  # less for a model that is smaller than the released ones
+    denoise = max(held * denoise, denoise + beside) if on_gpu else denoise
 
     def filled(plan: Plan, following: Plan | None, block_budget: float = budget) -> Plan:
         keep, weights = _streamed(sizes, arch, block_budget, denoise)
