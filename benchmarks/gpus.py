@@ -37,7 +37,15 @@ from .harness import Check, Job, Timing
 
 LIMIT = 5e-3  # relative L2 error of a step on several GPUs against one GPU; with 8 bits the mode's own error
 PSNR = 45  # dB, the least of decoded frames
-KINDS = ("whole", "in order", "compute", "exchange")
+SINGLE = "one GPU"
+MODES = {
+    SINGLE: "fused, graph",
+    "whole": "fused, graph",
+    "in order": "fused, graph, in order",
+    "compute": "fused, graph, only compute",
+    "exchange": "fused, graph, only exchange",
+}
+KINDS = [kind for kind in MODES if kind != SINGLE]
 
 
 def check(gpus: int, device: str) -> None:
@@ -83,6 +91,21 @@ class Rank:
 
         with _on(self.device), step.maps_from(record):
             return self.model(**self.inputs, return_dict=False)[0]
+
+    def record_single(self) -> None:
+        """Record the step on this GPU alone, before it is split."""
+
+        def work() -> Tensor:
+            with patch.object(self.model, "ulysses", None, create=True):  # a CPU runs it after the split
+                return step.velocity(self.model, self.inputs)
+
+        self._works[SINGLE] = self._recorded(work)
+
+    def release(self) -> None:
+        """Drop the graphs, because NCCL cannot end while they are there."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        self._works, self._kept = {}, []
 
     def split(self) -> None:
         """Let the step run on all ranks from now on."""
@@ -192,12 +215,15 @@ def team_of(gpus: int, target: Callable, *arguments: Any) -> Iterator[ranks.Team
         team.close()
 
 
+ROUNDS = 5  # over all kinds and one GPU, so that a change of the clock reaches all of them
+
+
 def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterator[Job]:
     """Yield a job for one GPU, one for all GPUs, and one for each part of a step on all GPUs."""
     with team_of(gpus, serve_step, setup) as team:
         rank = Rank(setup, team, members.device_of(0))
         ref = rank.alone()
-        single = _single(rank, runs, warmup)
+        rank.record_single()
         rank.split()
         team.join()
 
@@ -214,32 +240,26 @@ def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterat
         check = Check(error=error, limit=limit, what=what)
         told("prepare")
         peak = None if rank.device == "cpu" else torch.cuda.max_memory_allocated(rank.device) / 2**30
+        measured: dict[str, list[float]] = {kind: [] for kind in (SINGLE, *KINDS)}
+        for _ in range(ROUNDS):
+            for kind, found in measured.items():
+                run = rank.run if kind == SINGLE else partial(told, "run")
+                run(kind, max(1, warmup))
+                found += run(kind, -(-runs // ROUNDS))
+        told("release")
         shape = "x".join(map(str, setup.size))
-        job = partial(Job, work=setup.work, shape=shape, weights="random")
-        yield job(mode="fused, graph", run=lambda: (single, check), gpus=1)
-        spent = {}
-        for kind in KINDS:
-            told("run", kind, max(1, warmup))
-            measured = told("run", kind, runs)
-            spent[kind] = median(measured)
-            timing = Timing(ms=spent[kind], ms_min=min(measured), n=runs, first_ms=measured[0], peak_gib=peak)
-            mode = "fused, graph" + {"whole": "", "in order": ", in order"}.get(kind, f", only {kind}")
-            yield job(mode=mode, run=lambda timing=timing: (timing, check), gpus=gpus)
+        for kind, found in measured.items():
+            timing = Timing(ms=median(found), ms_min=min(found), n=len(found), first_ms=found[0], peak_gib=peak)
+            yield Job(
+                work=setup.work, shape=shape, mode=MODES[kind], weights="random",
+                run=lambda timing=timing: (timing, check), gpus=1 if kind == SINGLE else gpus,
+            )  # fmt: skip
+        spent = {kind: median(found) for kind, found in measured.items()}
         waiting = spent["in order"] - spent["compute"] - spent["exchange"]
         whole, overlap = spent["whole"], spent["in order"] - spent["whole"]
         parts = f"compute {spent['compute']:.1f} + exchange {spent['exchange']:.1f} + waiting {waiting:.1f}"
-        faster = f"one GPU {single.ms:.1f} ms, so {single.ms / whole:.2f} times as fast"
+        faster = f"one GPU {spent[SINGLE]:.1f} ms, so {spent[SINGLE] / whole:.2f} times as fast"
         print(f"{gpus} GPUs: {whole:.1f} ms = {parts} - overlap {overlap:.1f}; {faster}")
-
-
-def _single(rank: Rank, runs: int, warmup: int) -> Timing:
-    """Time the step of rank 0 alone"""
-    work = rank._recorded(partial(step.velocity, rank.model, rank.inputs))
-    with _on(rank.device), torch.inference_mode():
-        times(work, rank.device, max(1, warmup))
-        measured = times(work, rank.device, runs)
-    peak = None if rank.device == "cpu" else torch.cuda.max_memory_allocated(rank.device) / 2**30
-    return Timing(ms=median(measured), ms_min=min(measured), n=runs, first_ms=measured[0], peak_gib=peak)
 
 
 def _vae(base_dim: int, device: str) -> nn.Module:

@@ -5,6 +5,7 @@ torch.distributed, with a second model, or with a group that failed.
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch import distributed as dist
 
 JOIN = timedelta(seconds=25)  # until all ranks have joined
 LONGEST = timedelta(hours=1)  # of an exchange; `ranks.Team` finds a rank that hangs earlier
+ABORTS = 2.0  # seconds that ending the exchanges may take
 CTAS = 16  # multiprocessors that an exchange takes at most, because it runs beside kernels
 # The watchdog of NCCL would end the user's process. `ranks.Team` ends the exchange and raises an error instead.
 NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -109,7 +111,16 @@ class Group:
         return whole if receives else None
 
     def abort(self) -> None:
-        """End all exchanges, those that are under way too. Other ranks' part in them is not waited for."""
+        """End all exchanges, those that are under way too. Other ranks' part in them is not waited for.
+
+        NCCL frees its memory only after the last CUDA graph with an exchange is gone. A thread waits for that, because
+        the user may keep the graphs.
+        """
+        thread = threading.Thread(target=self._abort, daemon=True, name="turbo_nb abort")
+        thread.start()
+        thread.join(ABORTS)
+
+    def _abort(self) -> None:
         with suppress(Exception):  # because the group may be broken already
             self._group.abort()
 
