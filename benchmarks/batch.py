@@ -33,7 +33,7 @@ def random_weights() -> None:
 
     def load(model: ResolvedModel, clip=None, **_):
         asked = {name: getattr(model, name) for name in ("attention_type", "sla_topk", "quant_linear")}
-        options = asked | {"device": "cuda:0", "memory_plan": "resident", "text_cache": False, "clip": clip}
+        options = asked | {"device": model.device, "memory_plan": "resident", "text_cache": False, "clip": clip}
         with patch.object(pipeline, "load", original):
             return e2e.random_pipeline(os.environ[RANDOM], options)
 

@@ -339,7 +339,7 @@ class Order:
     def resolve(self) -> ResolvedModel:
         """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
         loras = tuple(map(_lora_here, self.options.loras, self.loras)) if self.loras else self.options.loras
-        model = resolve(replace(self.options, loras=loras))
+        model = resolve(replace(self.options, loras=loras, device=own_device(self.options.device)))
         if model.identity != self.identity:
             raise TurboNbError(
                 f"the model is {model.identity} in an actor. Expected {self.identity}, for which the job ids were "
@@ -352,6 +352,16 @@ class Order:
         with suppress(OSError):
             return self.mark.read_text() == self.mark.name
         return False
+
+
+def own_device(device: str) -> str:
+    """Return the device of this actor: the GPU that Ray gave it, also where it sees the others."""
+    import ray
+    import torch
+
+    given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    hidden = torch.cuda.device_count() <= len(given)  # Ray hides the others, but for an option of its own
+    return device if device != "cuda" or hidden or not given else f"cuda:{given[0]}"
 
 
 def _lora_here(lora: LoRAFile, sent: Sent | None) -> LoRAFile:

@@ -6,10 +6,9 @@ torch.distributed, with a second model, or with a group that failed.
 
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class Group:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = LONGEST
             options.config.max_ctas = CTAS
-            with patch.dict(os.environ, NO_WATCHDOG):
+            with _without_watchdog():
                 self._group = dist.ProcessGroupNCCL(store, rank, size, options)
         self.sum(torch.zeros(1, device=self.device)).item()  # connects the ranks now, and so tells of a fault now
         self._takes_lists = self._try_lists()
@@ -147,6 +146,19 @@ class Arrival:
         if self._buffers:
             for part, own in zip(self._received, self._buffers[0].split([*map(len, self._received)]), strict=True):
                 part.copy_(own)
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """Set `NO_WATCHDOG`, and nothing else, because NCCL's threads read the environment while it changes"""
+    added = NO_WATCHDOG.keys() - os.environ.keys()
+    for name in added:
+        os.environ[name] = NO_WATCHDOG[name]
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _bytes(x: Tensor) -> Tensor:
