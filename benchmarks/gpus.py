@@ -1,14 +1,12 @@
 """Steps and decoding on several GPUs, beside the same work on one GPU in the same run.
 
-The ranks are those of `turbo_nb.parallel`. Every rank has the same random weights. Four CUDA graphs are timed:
+The ranks are those of `turbo_nb.parallel`. Every rank has the same random weights. Three CUDA graphs are timed:
 
     whole      a step, as `generate` runs it
-    in order   the same without overlap: the exchange, then the attention
     compute    the same kernels without any exchange
     exchange   only the exchanges, with the same sizes and in the same order
 
-waiting = in order − compute − exchange: what neither explains, such as a rank that waits for a slower one. The overlap
-saves in order − whole.
+waiting = whole − compute − exchange: what neither explains, such as a rank that waits for a slower one.
 
 The check: the same step on one GPU and on all, with the block maps of one GPU on every rank.
 """
@@ -41,7 +39,6 @@ SINGLE = "one GPU"
 MODES = {
     SINGLE: "fused, graph",
     "whole": "fused, graph",
-    "in order": "fused, graph, in order",
     "compute": "fused, graph, only compute",
     "exchange": "fused, graph, only exchange",
 }
@@ -148,13 +145,11 @@ class Rank:
             return real(group, received, sent)
 
         self.together()
-        with patch.object(ulysses, "PARTS", 1):
-            group.exchange = note
-            self.together()
-            group.exchange = lambda *_: _Done()
-            self._works["compute"] = self._recorded(self.together)
-            del group.exchange
-            self._works["in order"] = self._recorded(self.together)
+        group.exchange = note
+        self.together()
+        group.exchange = lambda *_: _Done()
+        self._works["compute"] = self._recorded(self.together)
+        del group.exchange
         self._works["exchange"] = self._recorded(self.exchanges)
         self._works["whole"] = self._recorded(self.together)
 
@@ -255,11 +250,10 @@ def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterat
                 run=lambda timing=timing: (timing, check), gpus=1 if kind == SINGLE else gpus,
             )  # fmt: skip
         spent = {kind: median(found) for kind, found in measured.items()}
-        waiting = spent["in order"] - spent["compute"] - spent["exchange"]
-        whole, overlap = spent["whole"], spent["in order"] - spent["whole"]
-        parts = f"compute {spent['compute']:.1f} + exchange {spent['exchange']:.1f} + waiting {waiting:.1f}"
+        whole, compute, exchange = (spent[kind] for kind in KINDS)
+        parts = f"compute {compute:.1f} + exchange {exchange:.1f} + waiting {whole - compute - exchange:.1f}"
         faster = f"one GPU {spent[SINGLE]:.1f} ms, so {spent[SINGLE] / whole:.2f} times as fast"
-        print(f"{gpus} GPUs: {whole:.1f} ms = {parts} - overlap {overlap:.1f}; {faster}")
+        print(f"{gpus} GPUs: {whole:.1f} ms = {parts}; {faster}")
 
 
 def _vae(base_dim: int, device: str) -> nn.Module:

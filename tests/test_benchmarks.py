@@ -60,7 +60,7 @@ def test_a_step_on_two_gpus_is_a_row_beside_one_gpu_and_where_it_goes(bench, mon
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, rows = bench(*TINY, "--gpus", 2)
     assert code == 0 and [(row["gpus"], row["mode"]) for row in rows] == [
-        ("1", "fused, graph"), ("2", "fused, graph"), ("2", "fused, graph, in order"),
+        ("1", "fused, graph"), ("2", "fused, graph"),
         ("2", "fused, graph, only compute"), ("2", "fused, graph, only exchange"),
     ]  # fmt: skip
     assert all(float(row["error"]) < 1e-5 and "same block maps" in row["check"] for row in rows)

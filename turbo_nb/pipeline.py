@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import backends
@@ -313,6 +314,7 @@ def load(
     except BaseException:
         team.close()
         raise
+    team.drop_graphs = partial(_drop_graphs, weakref.ref(pipeline.turbo_nb))
     weakref.finalize(pipeline, team.close)
     pipeline.turbo_nb.load_seconds = time.perf_counter() - begin
     return pipeline
@@ -332,6 +334,11 @@ def _serve(
     model = _load(resolved, plan.for_rank(member.device), clip, (), None, 0, member).turbo_nb
     member.ready()
     members.follow(model, member)
+
+
+def _drop_graphs(model: "weakref.ref[LoadedModel]") -> None:
+    if (alive := model()) and alive.graphs:
+        alive.graphs.release()
 
 
 def _load(

@@ -85,7 +85,9 @@ class FakeRay:
 
     def get_runtime_context(self):
         node = next((one["NodeID"] for one in self.machines if one["Alive"]), None)
-        return SimpleNamespace(get_actor_id=lambda: f"actor-{next(COUNT)}", get_node_id=lambda: node)
+        return SimpleNamespace(
+            get_actor_id=lambda: f"actor-{next(COUNT)}", get_node_id=lambda: node, get_accelerator_ids=dict
+        )
 
     def remote(self, *function, **options):
         if not function:

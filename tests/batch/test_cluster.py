@@ -370,3 +370,19 @@ def test_an_order_pins_every_decision(gpus, monkeypatch):
         monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)
         assert order.resolve().identity == model.identity
     assert json.dumps(model.identity)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "seen", "own"),
+    [
+        ("cuda", ["1"], 1, "cuda"),  # Ray hides the other GPUs
+        ("cuda", ["1"], 2, "cuda:1"),  # RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES
+        ("cuda", [], 2, "cuda"),
+        ("cpu", ["1"], 2, "cpu"),
+    ],
+)
+def test_an_actor_takes_the_gpu_that_ray_gave_it(ray, monkeypatch, device, given, seen, own):
+    context = type("Context", (), {"get_accelerator_ids": lambda _: {"GPU": given}})()
+    monkeypatch.setattr(ray(), "get_runtime_context", lambda: context, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    assert cluster.own_device(device) == own

@@ -17,7 +17,7 @@ from conftest import DEVICE, MOST
 
 from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.machine.signals import interrupt_deferred
-from turbo_nb.parallel import ranks
+from turbo_nb.parallel import group, ranks
 
 ENDS = 10  # seconds in which the others have ended; the issue allows 30
 
@@ -141,7 +141,7 @@ PARENT = """
 import time
 import targets
 from test_ranks import add, device_of
-from turbo_nb.parallel import ranks
+from turbo_nb.parallel import group, ranks
 team = ranks.start(2, device_of, targets.exchange)
 team.join()
 print(add(team), team._others[0].process.pid, flush=True)
@@ -171,7 +171,7 @@ import os
 import targets
 from test_ranks import add, device_of
 from turbo_nb.errors import InputError
-from turbo_nb.parallel import ranks
+from turbo_nb.parallel import group, ranks
 team = ranks.start(2, device_of, targets.exchange)
 team.join()
 print("rank", os.environ["RANK"], "added", add(team), flush=True)
@@ -198,3 +198,24 @@ def test_torchrun_with_too_few_processes(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"^gpus is 3. Expected at most 2, because torchrun"):
         ranks.start(3, device_of, targets.exchange)
+
+
+def test_nccls_variables_are_set_while_a_group_begins_and_others_stay(monkeypatch):
+    given, removed = next(iter(group.NO_WATCHDOG)), [*group.NO_WATCHDOG][1:]
+    monkeypatch.setenv(given, "of the user")
+    changed = []
+    monkeypatch.setattr(os, "putenv", lambda name, _: changed.append(name), raising=False)
+    monkeypatch.setattr(os, "unsetenv", lambda name: changed.append(name), raising=False)
+    with group._without_watchdog():
+        assert os.environ[given] == "of the user" and all(os.environ[name] == "0" for name in removed)
+    assert not set(removed) & set(os.environ) and set(map(os.fsdecode, changed)) <= set(removed)
+
+
+def test_cuda_graphs_are_dropped_before_the_exchanges_end(monkeypatch):
+    done = []
+    with team_of(2) as team:
+        team.drop_graphs = lambda: done.append("graphs")
+        monkeypatch.setattr(team.group, "close", lambda: done.append("group"))
+    assert done == ["graphs", "group"]
+    with pytest.raises(TurboNbError, match="closed"):
+        team.check()

@@ -7,8 +7,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .launch import left_free
-
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # their names up to Triton 3.6
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -29,10 +27,6 @@ def init_barriers(stages: gl.constexpr, count: gl.constexpr):
 
 
 @cache
-def _count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors of a GPU a kernel may take, with one program for each."""
-    return max(1, _count(device) - left_free())
+    """Return how many multiprocessors of a GPU a kernel has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -79,24 +79,6 @@ def _compile(kernel, grid: tuple[int, ...], arguments: tuple, options: dict) -> 
     kernel.warmup(*arguments, grid=grid, **options)
 
 
-_left: ContextVar[int] = ContextVar("left", default=0)
-
-
-@contextmanager
-def leaving(multiprocessors: int) -> Iterator[None]:
-    """Let kernels with one program for each multiprocessor leave some to other kernels inside this context."""
-    token = _left.set(multiprocessors)
-    try:
-        yield
-    finally:
-        _left.reset(token)
-
-
-def left_free() -> int:
-    """Return how many multiprocessors kernels leave to others now."""
-    return _left.get()
-
-
 _gpu_count = cache(torch.cuda.device_count)
 
 

@@ -61,7 +61,10 @@ class Team:
         size: number of ranks.
         group: their exchanges, after `join`.
         failure: why the ranks have ended. None while they work.
+        drop_graphs: drops rank 0's CUDA graphs, because NCCL cannot end before them.
     """
+
+    drop_graphs: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, others: Sequence[_Other], size: int, device: str, store: Any):
         self.size, self.group, self.failure = size, None, None
@@ -100,6 +103,7 @@ class Team:
     def check(self) -> None:
         """Raise TurboNbError where the ranks have ended."""
         if self.failure:
+            self.drop_graphs()
             raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.")
 
     @contextmanager
@@ -130,6 +134,7 @@ class Team:
             if isinstance(error, RuntimeError | OSError) and not memory:
                 self._failed.wait(VERDICT)  # because the other side of an exchange may have failed first
             self.end(f"rank 0 {LOST_MEMORY}" if memory else f"rank 0 failed: {first_line(error)}.")
+            self.drop_graphs()
             raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.") from error
         self.check()
 
@@ -161,6 +166,8 @@ class Team:
                 while other.connection.poll(max(0.1, end - time.monotonic())):
                     other.connection.recv_bytes()
         self._kill()
+        if threading.current_thread() is not self._thread:
+            self.drop_graphs()
         if self.group:
             self.group.close()
         self._failed.set()

@@ -5,7 +5,6 @@
       in each block            q, k, v of its tokens, all heads
         one exchange      ──►  q, k, v of all tokens, its heads; attention as on one GPU
         one exchange      ──►  the result for its tokens, all heads
-                               in two parts: one half of the heads is exchanged while the other is computed
     rank 0                     gathers the velocity of all tokens
 
 A head's attention sees the whole sequence, so block maps, scales of 8-bit keys and the linear branch are those of one
@@ -14,6 +13,9 @@ GPU. Ranks split the tokens at multiples of 16, so the sums that block maps are 
 diffusers' own context parallelism (`enable_parallelism`) does not carry fused blocks. Its Ulysses is in
 `dispatch_attention_fn`, which SLA does not call. For uneven lengths it exchanges the lengths through the host, which a
 CUDA graph cannot.
+
+Nothing overlaps with an exchange, because NCCL's kernels need the multiprocessors. On two H200, exchanging one half of
+the heads while the other was computed made a step 1 % slower.
 """
 
 import weakref
@@ -31,16 +33,13 @@ from torch import Tensor, nn
 
 from .. import rope
 from ..linear import project
-from ..ops import launch
 from ..ops.attention.reference import Sums
 from ..ops.norms.reference import SUM_TOKENS
 from ..sla import SLAProcessor, attention_type, set_attention_type, topk_of
-from .group import CTAS, Group, shares
+from .group import Group, shares
 
 if TYPE_CHECKING:
     from .ranks import Member, Team
-
-PARTS = 2  # of a rank's heads; while one part is computed, the other is exchanged
 
 
 class Ulysses:
@@ -136,40 +135,27 @@ class Ulysses:
         Returns:
             (B, l, H, D), this rank's tokens.
         """
-        own = q.shape[2] // self.group.size
-        bounds = shares(own, min(PARTS, own))  # of the heads of each part
         pooled = None
         if sums[0] is not None:
-            runs = [-(-count // SUM_TOKENS) for count in self.counts]
-            pooled = self._to_heads(sums, runs, 0, own)
-        coming = [self._to_heads((q, k, v), self.counts, *part) for part in pairwise(bounds)]
-        pooled = pooled() if pooled else (None, None)
-        leaving = []
-        for arrived, (begin, end) in zip(coming, pairwise(bounds), strict=True):
-            part = (None, None) if pooled[0] is None else tuple(x[:, :, begin:end] for x in pooled)
-            with launch.leaving(CTAS if len(bounds) > 2 else 0):  # else the last programs wait for the exchange
-                leaving.append(self._to_tokens(attention(*arrived(), part)))
-        out = q.new_empty(*q.shape[:2], self.group.size, own, q.shape[3])
-        for arrived, (begin, end) in zip(leaving, pairwise(bounds), strict=True):
-            for rank, part in enumerate(arrived()):
-                out[:, :, rank, begin:end] = part
-        return out.flatten(2, 3)
+            pooled = self._to_heads(sums, [-(-count // SUM_TOKENS) for count in self.counts])
+        arrived = self._to_heads((q, k, v), self.counts)()
+        out = self._to_tokens(attention(*arrived, pooled() if pooled else (None, None)))
+        return torch.stack(out, dim=2).flatten(2, 3)
 
-    def _to_heads(
-        self, tensors: Sequence[Tensor], counts: list[int], begin: int, end: int
-    ) -> Callable[[], list[Tensor]]:
-        """Begin to exchange tensors of equal shape: (B, counts[rank], H, D) → (B, sum of counts, end - begin, D).
+    def _to_heads(self, tensors: Sequence[Tensor], counts: list[int]) -> Callable[[], list[Tensor]]:
+        """Begin to exchange tensors of equal shape: (B, counts[rank], H, D) → (B, sum of counts, H / ranks, D).
 
-        Returns a function that waits for the results, views with all tokens of each rank's heads from begin to end.
+        Returns a function that waits for the results, views with all tokens of this rank's heads.
         """
-        (batch, length, heads, dim), ranks, own = tensors[0].shape, self.group.size, end - begin
+        (batch, length, heads, dim), ranks = tensors[0].shape, self.group.size
+        own = heads // ranks
         sent = tensors[0].new_empty(ranks - 1, length, batch, len(tensors), own, dim)
         received = sent.new_empty(sum(counts), batch, len(tensors), own, dim)
         from_ranks, to_ranks = [*received.split(counts)], [*sent.unbind(0)]
         to_ranks.insert(self.group.rank, from_ranks[self.group.rank])  # a rank's own part is there at once
         for number, x in enumerate(tensors):
-            for to, part in zip(to_ranks, x.unflatten(2, (ranks, heads // ranks)).unbind(2), strict=True):
-                to[:, :, number] = part[:, :, begin:end].transpose(0, 1)
+            for to, part in zip(to_ranks, x.unflatten(2, (ranks, own)).unbind(2), strict=True):
+                to[:, :, number] = part.transpose(0, 1)
         from_ranks[self.group.rank] = to_ranks[self.group.rank] = received[:0]
         arrival = self.group.exchange(from_ranks, to_ranks)
 
@@ -179,8 +165,8 @@ class Ulysses:
 
         return arrived
 
-    def _to_tokens(self, x: Tensor) -> Callable[[], list[Tensor]]:
-        """Begin to exchange a result (B, L, h, D). Returns a function that waits for (B, l, h, D) of each rank."""
+    def _to_tokens(self, x: Tensor) -> list[Tensor]:
+        """Exchange a result (B, L, h, D) for this rank's tokens of each rank's heads, (B, l, h, D)"""
         (batch, _, own, dim), rank = x.shape, self.group.rank
         sent = x.transpose(0, 1).contiguous()  # a view for one clip
         to_ranks = [*sent.split(self.counts)]
@@ -189,13 +175,8 @@ class Ulysses:
         results = [*from_ranks[:rank], to_ranks[rank], *from_ranks[rank:]]
         from_ranks.insert(rank, sent[:0])
         to_ranks[rank] = sent[:0]
-        arrival = self.group.exchange(from_ranks, to_ranks)
-
-        def arrived(sent: Tensor = sent) -> list[Tensor]:
-            arrival.wait()
-            return [one.transpose(0, 1) for one in results]
-
-        return arrived
+        self.group.exchange(from_ranks, to_ranks).wait()
+        return [one.transpose(0, 1) for one in results]
 
 
 class DenseProcessor(WanAttnProcessor):
