@@ -28,7 +28,8 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
     if not module and not script.exists():
         raise InputError(f"{target} does not exist. Expected the path of a Python script. Check the path.")
     sys.argv[:] = [target, *arguments]
-    sys.path[0] = os.getcwd() if module else str(script.resolve().parent)
+    if not sys.flags.safe_path:  # because Python then adds no folder
+        sys.path[0] = os.getcwd() if module else str(script.resolve().parent)
     sys.path += _upstream(Path.cwd() / "turbodiffusion" / "x" if module else script.resolve())
     install()
     with cuda_on_cpu():
