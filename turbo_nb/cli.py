@@ -593,7 +593,9 @@ def run_script(
 ) -> None:
     """Run upstream's own script, unmodified, with nothing compiled."""
     from . import shims
+    from .shims.script import show_exception
 
+    sys.excepthook = show_exception
     warnings.showwarning = lambda *warning: (
         _show_warning(*warning) if issubclass(warning[1], TurboNbWarning) else PYTHONS_WARNING(*warning)
     )

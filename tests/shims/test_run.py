@@ -19,6 +19,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", ["bin", *sys.path])
 
     def run(text, *arguments, name="script.py", call=("script.py",)):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -89,9 +90,31 @@ def test_exit_codes_are_the_scripts(run, text, code, words):
     assert given == code and out == "" and err.endswith(words) and "Traceback" not in err
 
 
-def test_an_exception_of_the_script_is_not_hidden(run):
-    with pytest.raises(ZeroDivisionError):
-        run("1 / 0")
+@pytest.mark.parametrize(
+    ("text", "call", "shown"),
+    [
+        ("def f(): 1 / 0\nf()", (), ["line 2, in <module>", "line 1, in f", "ZeroDivisionError: "]),
+        ("f(:", (), ["line 1\n", "SyntaxError: "]),
+        ("", ("-m", "nothing_here"), ["ImportError: No module named nothing_here"]),
+        ("import runpy\nrunpy.run_path('script.py', run_name='x' * (__name__ == '__main__') or 1 / 0)", (),
+         ["line 2, in <module>", "run_path", "ZeroDivisionError: "]),
+    ],
+    ids=["exception", "syntax", "no module", "script of a script"],
+)  # fmt: skip
+def test_an_exception_shows_the_lines_of_the_script_only(run, text, call, shown):
+    with pytest.raises((ZeroDivisionError, SyntaxError, ImportError)) as caught:
+        run(text, call=call or ("script.py",))
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    err = sys.stderr.getvalue()
+    assert "turbo_nb/" not in err and "typer" not in err
+    places = [err.index(words) for words in shown]
+    assert places == sorted(places)
+
+
+def test_no_folder_is_added_where_python_adds_none(run, monkeypatch):
+    flags = {"safe_path": True, "__getattr__": lambda self, name, real=sys.flags: getattr(real, name)}
+    monkeypatch.setattr(sys, "flags", type("Flags", (), flags)())  # PYTHONSAFEPATH=1
+    assert run("import sys; print(sys.path[0])")[1] == "bin\n"
 
 
 def test_a_missing_script_is_an_error(run):

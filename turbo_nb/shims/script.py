@@ -5,6 +5,7 @@ import runpy
 import sys
 import threading
 from pathlib import Path
+from types import TracebackType
 
 from ..errors import InputError
 from .hooks import install
@@ -40,6 +41,22 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
+
+
+def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught exception as Python does for a script: `sys.excepthook` without the calls that led to it."""
+    own = trace
+    while own and not _in_runpy(own):
+        own = own.tb_next
+    if own:
+        while own and _in_runpy(own):
+            own = own.tb_next
+        error = error.with_traceback(own)
+    sys.__excepthook__(kind, error, error.__traceback__)
+
+
+def _in_runpy(trace: TracebackType) -> bool:
+    return trace.tb_frame.f_globals.get("__name__") == "runpy"
 
 
 def _upstream(path: Path) -> list[str]:
