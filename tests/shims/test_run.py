@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+import torch.utils.checkpoint
 
 from turbo_nb import cli, shims
 from turbo_nb.errors import InputError
@@ -18,6 +19,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["bin", *sys.path])
 
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     def run(text, *arguments, name="script.py", call=("script.py",)):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .upstream import replaced
@@ -17,13 +18,7 @@ class _CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), named=None):
         if function is torch.Tensor.cuda:
             return arguments[0]
-        convert = _float32 if function is F.layer_norm and torch.is_autocast_enabled("cpu") else _on_cpu
-        return function(*map(convert, arguments), **{name: convert(value) for name, value in (named or {}).items()})
-
-
-def _float32(value: Any) -> Any:
-    """Return a tensor in float32, as autocast gives norms to a GPU; any other value as it is."""
-    return value.float() if isinstance(value, torch.Tensor) else value
+        return function(*map(_on_cpu, arguments), **{name: _on_cpu(value) for name, value in (named or {}).items()})
 
 
 def _on_cpu(value: Any) -> Any:
@@ -56,18 +51,26 @@ def cuda_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    load = torch.load
+    load, layer_norm = torch.load, F.layer_norm
 
     def load_on_cpu(file: Any, map_location: Any = None, *arguments: Any, **named: Any) -> Any:
         return load(file, _on_cpu(map_location), *arguments, **named)
+
+    def in_float32(*arguments: Any, **named: Any) -> Tensor:
+        """Compute a norm in float32 within autocast, as a GPU does. A backward that recomputes blocks calls it, too."""
+        if torch.is_autocast_enabled("cpu"):
+            arguments = [x.float() if isinstance(x, Tensor) else x for x in arguments]
+            named = {name: x.float() if isinstance(x, Tensor) else x for name, x in named.items()}
+        return layer_norm(*arguments, **named)
 
     cuda = replaced(torch.cuda, current_device=lambda: 0, synchronize=lambda device=None: None)
     functions = replaced(torch, load=load_on_cpu, Generator=_Generator, autocast=_Autocast)
     # torch remembers the module of a device by its name
     forget = getattr(torch.get_device_module, "cache_clear", lambda: None)
     try:
-        with cuda, functions, replaced(torch.amp, autocast=_Autocast), _CudaToCpu():
+        with cuda, functions, replaced(torch.amp, autocast=_Autocast), replaced(F, layer_norm=in_float32):
             forget()
-            yield
+            with _CudaToCpu():
+                yield
     finally:
         forget()
