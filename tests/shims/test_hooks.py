@@ -1,8 +1,11 @@
 """The stand-ins come when they are asked for, yield to what is installed, and leave nothing behind."""
 
 import importlib
+import multiprocessing.spawn
+import pickle
 import sys
 import warnings
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -34,7 +37,7 @@ def install(monkeypatch):
 
 def everything():
     """What install could change: modules, the hooks, and what torch's modules hold"""
-    holders = torch, torch.cuda, torch.amp, torch.nn.Module, torch.Tensor
+    holders = torch, torch.cuda, torch.amp, torch.nn.Module, torch.Tensor, F, multiprocessing.spawn
     return dict(sys.modules), list(sys.meta_path), list(sys.path), [dict(vars(holder)) for holder in holders]
 
 
@@ -108,6 +111,28 @@ def test_a_broken_library_is_replaced_and_the_warning_says_why(body, reason, tmp
     assert apply_rotary_emb is MODULES["flash_attn.layers.rotary"]["apply_rotary_emb"]
     shims.uninstall()
     assert not [name for name in sys.modules if name.startswith("flash_attn")]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_new_processes_have_the_stand_ins_and_the_cpu_for_cuda(within, install, monkeypatch):
+    install()
+    with shims.cuda_on_cpu() if within else nullcontext():
+        data = multiprocessing.spawn.get_preparation_data("one")
+        sent = pickle.dumps([value for name, value in data.items() if name.startswith("turbo_nb")])
+    shims.uninstall()
+    monkeypatch.setattr(shims.on_cpu, "_kept", kept := [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the parent has given it
+        pickle.loads(sent)  # as a new process does before it imports the main module
+    try:
+        assert importlib.import_module("flash_attn").flash_attn_func
+        assert len(kept) == within
+        assert not within or torch.cuda.is_available() or torch.zeros(1, device="cuda").device.type == "cpu"
+    finally:
+        for one in kept:
+            one.__exit__(None, None, None)
+        shims.uninstall()
+    assert not [name for name in multiprocessing.spawn.get_preparation_data("one") if name.startswith("turbo_nb")]
 
 
 def test_a_stand_in_is_not_taken_for_the_library(install):

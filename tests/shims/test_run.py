@@ -1,13 +1,14 @@
 """`turbo-nb run` runs a script as Python does, and CUDA is the CPU for it where torch has no CUDA."""
 
 import io
+import multiprocessing.spawn
 import sys
 import warnings
 
 import pytest
 import torch
-from torch import nn
 import torch.utils.checkpoint
+from torch import nn
 
 from turbo_nb import cli, shims
 from turbo_nb.errors import InputError
@@ -18,10 +19,9 @@ def run(tmp_path, monkeypatch):
     """A function that runs a script's text through the command line: (exit code, standard output, standard error)"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["bin", *sys.path])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     def run(text, *arguments, name="script.py", call=("script.py",)):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -206,11 +206,25 @@ def test_autocast_computes_norms_in_float32():
         norm(x)
 
 
+@pytest.mark.usefixtures("cuda")
+def test_a_backward_that_recomputes_blocks_has_the_same_norms():
+    norm = nn.LayerNorm(8).bfloat16()
+
+    def block(x):
+        with torch.amp.autocast("cuda", dtype=torch.float32):
+            return norm(x)
+
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).square().sum().backward()
+    assert x.grad.isfinite().all() and norm.weight.grad.any()
+
+
 def test_torch_is_itself_afterwards():
-    before = [dict(vars(holder)) for holder in (torch, torch.cuda, torch.amp)]
+    holders = torch, torch.cuda, torch.amp, nn.functional, multiprocessing.spawn
+    before = [dict(vars(holder)) for holder in holders]
     with pytest.raises(ZeroDivisionError), shims.cuda_on_cpu():
         raise ZeroDivisionError
-    assert [dict(vars(holder)) for holder in (torch, torch.cuda, torch.amp)] == before
+    assert [dict(vars(holder)) for holder in holders] == before
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
 

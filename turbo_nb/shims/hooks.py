@@ -12,11 +12,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 from .. import backends
-from ..errors import InputError, first_line, warn
+from ..errors import InputError, collect_warnings, first_line, warn
 from ..machine import probe
 from ..ops.registry import no_cuda, no_triton
 from . import flash_attn, spas_sage_attn, turbo_diffusion_ops, upstream
-from .support import UnsupportedName
+from .support import UnsupportedName, in_new_processes
 
 # Module that upstream's code imports → the names that it takes from there
 MODULES: dict[str, dict[str, Callable]] = {
@@ -63,6 +63,7 @@ class _Hooks(MetaPathFinder, Loader):
     def __init__(self):
         self.replaced: dict[str, str] = {}  # package → why
         self.before = dict(sys.modules)
+        self.processes = in_new_processes(_install_quietly)
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name in MODULES and name.partition(".")[0] in self.replaced:
@@ -113,10 +114,17 @@ def install() -> dict[str, str]:
     for name in [name for name in sys.modules if name.partition(".")[0] in hooks.replaced]:
         del sys.modules[name]
     sys.meta_path.insert(0, hooks)
+    hooks.processes.__enter__()
     _installed = hooks
     if notes := _notes(hooks.replaced):
         warn(f"upstream's code runs with stand-ins: {'; '.join(notes)}")
     return hooks.replaced
+
+
+def _install_quietly() -> None:
+    """Install in a new process; its parent gave the warning."""
+    with collect_warnings():
+        install()
 
 
 def uninstall() -> None:
@@ -126,6 +134,7 @@ def uninstall() -> None:
         return
     hooks, _installed = _installed, None
     sys.meta_path.remove(hooks)
+    hooks.processes.__exit__(None, None, None)
     ours = (*hooks.replaced, *upstream.TOP_LEVEL)
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         if sys.modules[name] is not hooks.before.get(name):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .upstream import replaced
+from .support import in_new_processes, replaced
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -70,7 +70,16 @@ def cuda_on_cpu() -> Iterator[None]:
     try:
         with cuda, functions, replaced(torch.amp, autocast=_Autocast), replaced(F, layer_norm=in_float32):
             forget()
-            with _CudaToCpu():
+            with in_new_processes(_for_good), _CudaToCpu():
                 yield
     finally:
         forget()
+
+
+_kept = []
+
+
+def _for_good() -> None:
+    """Enter `cuda_on_cpu` until the process ends."""
+    _kept.append(cuda_on_cpu())
+    _kept[-1].__enter__()

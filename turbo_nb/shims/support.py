@@ -1,8 +1,12 @@
-"""What every stand-in for a compiled function shares: its signature, its limits, and their error."""
+"""What every stand-in for a compiled function shares: its signature, its limits, their error, and new processes."""
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import spawn
+from typing import Any
 
 import torch
 
@@ -63,3 +67,54 @@ def require_no_gradient(call: str, *tensors: torch.Tensor) -> None:
             f"{call}: an input requires a gradient. Expected none, because 8-bit kernels have no backward. Train with "
             "SparseLinearAttention and without quantised linears; run inference within torch.no_grad()."
         )
+
+
+@contextmanager
+def replaced(module: Any, **values: Any) -> Iterator[None]:
+    """Give a module other attributes within the block."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars_of = module.__dict__
+        vars_of.update(values)
+        yield
+    finally:
+        vars_of.update(before)
+
+
+# What a new process of multiprocessing calls before its main module, and the function that `in_new_processes` replaces
+_starts: list[Callable[[], object]] = []
+_given: list[Callable[[str], dict]] = []
+
+
+class _Start:
+    """Calls a function of a module when it is unpickled."""
+
+    def __init__(self, function: Callable[[], object]):
+        self.function = function
+
+    def __reduce__(self) -> tuple:
+        module, name = self.function.__module__, self.function.__name__
+        # sys.path comes first, because only the parent may have the folder of this package in it
+        return exec, (f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; {name}()",)
+
+
+def _preparation_data(name: str) -> dict:
+    return _given[0](name) | {f"turbo_nb {one.__name__}": _Start(one) for one in _starts}
+
+
+@contextmanager
+def in_new_processes(function: Callable[[], object]) -> Iterator[None]:
+    """Let processes that multiprocessing spawns within the block call a module's function first.
+
+    Forked processes do not need it. A DataLoader whose workers use CUDA spawns them.
+    """
+    if not _starts:
+        _given.append(spawn.get_preparation_data)
+        spawn.get_preparation_data = _preparation_data
+    _starts.append(function)
+    try:
+        yield
+    finally:
+        _starts.remove(function)
+        if not _starts:
+            spawn.get_preparation_data = _given.pop()

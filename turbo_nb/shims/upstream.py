@@ -8,8 +8,9 @@ SLA.core            its Triton kernels are our references                SageSLA
 rcm.networks.wan2*                                                       loading is tolerant, with a warning
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -21,22 +22,11 @@ from ..errors import CheckpointError, listed, warn
 from ..machine import probe
 from ..ops.attention import reference
 from ..ops.registry import no_triton
+from .support import replaced
 from .turbo_diffusion_ops import layer_norm_cuda, rms_norm_cuda
 
 TOP_LEVEL = ("rcm", "imaginaire", "ops", "SLA", "modify_model", "serve", "turbodiffusion")
 PROJECTION = "local_attn.proj_l."  # in the names of SLA's trained projections
-
-
-@contextmanager
-def replaced(module: Any, **values: Any) -> Iterator[None]:
-    """Give a module other attributes within the block."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        vars_of = module.__dict__
-        vars_of.update(values)
-        yield
-    finally:
-        vars_of.update(before)
 
 
 def _after_import(patch: Callable[[ModuleType], None], during: Callable = nullcontext) -> Callable[[Any], None]:
