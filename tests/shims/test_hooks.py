@@ -187,6 +187,17 @@ def test_with_triton_upstreams_own_kernels_run(checkout, install, monkeypatch):
 
 
 def test_sagesla_without_a_gpu_names_spargeattn_and_the_flag(checkout, install):
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_fork_may_be_without_parts_of_upstream(checkout, install, monkeypatch, triton):
+    if triton:
+        choose_triton(monkeypatch)
+    for name in "SLA/core.py", "SLA/__init__.py", "rcm/networks/wan2pt1.py":
+        (checkout / name).write_text("other = 1")
+    install()
+    for name in "SLA.core", "rcm.networks.wan2pt1":
+        assert importlib.import_module(name).other == 1
+
+
     install()
     with pytest.raises(BackendError, match=r"--attention_type sla.*SpargeAttn"):
         importlib.import_module("SLA").SageSparseLinearAttention(64, 0.1)

@@ -67,14 +67,16 @@ def _rows(norm: Callable, x: Tensor, eps: float, *weights: Tensor | None) -> Ten
 
 
 def _attention(core: ModuleType) -> None:
-    module, construct = core.SageSparseLinearAttention, core.SageSparseLinearAttention.__init__
+    if module := getattr(core, "SageSparseLinearAttention", None):  # a fork may be without it
+        construct = module.__init__
 
-    def checked(self, *arguments, **named) -> None:
-        if not getattr(core.qattn, "__file__", None):  # SpargeAttn itself, where it is installed, has its own limits
-            backends.choose("sagesla").require()
-        construct(self, *arguments, **named)
+        def checked(self, *arguments, **named) -> None:
+            # SpargeAttn itself, where it is installed, has its own limits
+            if not getattr(sys.modules.get("spas_sage_attn._qattn"), "__file__", None):
+                backends.choose("sagesla").require()
+            construct(self, *arguments, **named)
 
-    module.__init__ = checked
+        module.__init__ = checked
     if no_triton(probe._probe_once()):
         core.get_block_map, core._attention = _block_map, SimpleNamespace(apply=_sparse_attention)
         core.get_cuda_arch = lambda device: "sm89"  # blocks of 128 × 64, as our reference has
@@ -104,7 +106,8 @@ def _dense(attention: ModuleType) -> None:
 
 
 def _tolerant(networks: ModuleType) -> None:
-    networks.WanModel.load_state_dict = load_state_dict
+    if model := getattr(networks, "WanModel", None):
+        model.load_state_dict = load_state_dict
 
 
 def load_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
