@@ -33,7 +33,8 @@ try:
     from spas_sage_attn.utils import get_vanilla_qk_quant, block_map_lut_triton
 except ImportError:
     qattn = None
-def get_block_map(q, k, topk_ratio, BLKQ=64, BLKK=64): raise NotImplementedError
+def get_block_map(q, k, topk_ratio, BLKQ=64, BLKK=64):
+    return "upstream's", int(topk_ratio * -(-k.shape[-2] // BLKK))
 def get_cuda_arch(device): raise NotImplementedError
 class _attention: pass
 class SageSparseLinearAttention:

@@ -181,12 +181,12 @@ def test_with_triton_upstreams_own_kernels_run(checkout, install, monkeypatch):
     choose_triton(monkeypatch)
     install()
     core = importlib.import_module("SLA.core")
-    with pytest.raises(NotImplementedError):
-        core.get_block_map(None, None, 0.1)
+    for length, ratio, kept in (1, 0.1, 1), (300, 0.01, 1), (49 * 64, 0.001, 1), (3200, 0.1, 5):
+        q = torch.zeros(1, 1, length, 8)
+        assert core.get_block_map(q, q, topk_ratio=ratio, BLKQ=128, BLKK=64) == ("upstream's", kept)
     assert core.SageSparseLinearAttention(64, 0.1).topk == 0.1  # without SpargeAttn
 
 
-def test_sagesla_without_a_gpu_names_spargeattn_and_the_flag(checkout, install):
 @pytest.mark.parametrize("triton", [False, True])
 def test_a_fork_may_be_without_parts_of_upstream(checkout, install, monkeypatch, triton):
     if triton:
@@ -198,6 +198,7 @@ def test_a_fork_may_be_without_parts_of_upstream(checkout, install, monkeypatch,
         assert importlib.import_module(name).other == 1
 
 
+def test_sagesla_without_a_gpu_names_spargeattn_and_the_flag(checkout, install):
     install()
     with pytest.raises(BackendError, match=r"--attention_type sla.*SpargeAttn"):
         importlib.import_module("SLA").SageSparseLinearAttention(64, 0.1)

@@ -80,6 +80,19 @@ def _attention(core: ModuleType) -> None:
     if no_triton(probe._probe_once()):
         core.get_block_map, core._attention = _block_map, SimpleNamespace(apply=_sparse_attention)
         core.get_cuda_arch = lambda device: "sm89"  # blocks of 128 × 64, as our reference has
+    elif block_map := getattr(core, "get_block_map", None):
+        core.get_block_map = _at_least_one(block_map)
+
+
+def _at_least_one(block_map: Callable) -> Callable:
+    """Let each query block keep one block, because upstream keeps none on a short clip, and computes NaN."""
+
+    def get_block_map(q: Tensor, k: Tensor, topk_ratio: float, BLKQ: int = 64, BLKK: int = 64, **more: Any) -> tuple:
+        blocks = -(-k.shape[-2] // BLKK)
+        # 1.5 because upstream rounds the product down
+        return block_map(q, k, topk_ratio=max(topk_ratio, 1.5 / blocks), BLKQ=BLKQ, BLKK=BLKK, **more)
+
+    return get_block_map
 
 
 def _block_map(q: Tensor, k: Tensor, topk_ratio: float, BLKQ: int = 64, BLKK: int = 64) -> tuple[Tensor, Tensor, int]:
