@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import spawn
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ class _Start:
     def __reduce__(self) -> tuple:
         module, name = self.function.__module__, self.function.__name__
         # sys.path comes first, because only the parent may have the folder of this package in it
-        return exec, (f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; {name}()",)
+        path = [*sys.path, str(Path(__file__).parents[2])]
+        return exec, (f"import sys; sys.path[:] = {path!r}; from {module} import {name}; {name}()",)
 
 
 def _preparation_data(name: str) -> dict:
