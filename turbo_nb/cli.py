@@ -592,15 +592,16 @@ def run_script(
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as with python -m.")] = False,
 ) -> None:
     """Run upstream's own script, unmodified, with nothing compiled."""
-    from . import shims
-    from .shims.script import show_exception
+    from .shims import script as scripts
 
-    sys.excepthook = show_exception
+    if not sys.flags.safe_path:
+        del sys.path[0]  # because it is the folder of turbo-nb, not of the script
+    sys.excepthook = scripts.show_exception
     warnings.showwarning = lambda *warning: (
         _show_warning(*warning) if issubclass(warning[1], TurboNbWarning) else PYTHONS_WARNING(*warning)
     )
     with redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__):  # because a script may want a terminal
-        shims.run(script, arguments or [], module=module)
+        scripts.execute(script, arguments or [], module)
 
 
 def _show(report, as_json: bool) -> None:

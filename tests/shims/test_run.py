@@ -1,9 +1,11 @@
 """`turbo-nb run` runs a script as Python does, and CUDA is the CPU for it where torch has no CUDA."""
 
+import builtins
 import io
 import multiprocessing.spawn
 import sys
 import warnings
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -124,9 +126,33 @@ def test_a_missing_script_is_an_error(run):
                                              "Check the path.\n")  # fmt: skip
 
 
-def test_the_threads_of_a_script_are_awaited(run, tmp_path):
-    text = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('done'))).start()"
-    assert run(text)[1] == "done\n"
+def test_a_script_may_leave_an_executor_open(run):
+    text = """
+from concurrent.futures import ThreadPoolExecutor
+executor = ThreadPoolExecutor(1)
+executor.submit(print, "done").result()
+def shutdown(): executor.shutdown()
+import builtins; builtins.shutdown_of_the_test = shutdown
+"""
+    try:
+        assert run(text)[:2] == (0, "done\n")  # Python ends the workers, and waits for other threads, when it exits
+    finally:
+        vars(builtins).pop("shutdown_of_the_test")()
+
+
+def test_in_python_a_script_leaves_argv_and_path_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", ["first", *sys.path])  # a kernel has no folder of a script there
+    before = list(sys.argv), list(sys.path)
+    (tmp_path / "script.py").write_text("import sys\nprint(sys.argv, sys.path[:2])\nsys.path.append('x')\n1 / 0")
+    out = io.StringIO()
+    try:
+        with redirect_stdout(out), warnings.catch_warnings(), pytest.raises(ZeroDivisionError):
+            warnings.simplefilter("ignore")
+            shims.run(str(tmp_path / "script.py"), ["--a"])
+    finally:
+        shims.uninstall()
+    assert out.getvalue() == f"{[str(tmp_path / 'script.py'), '--a']} {[str(tmp_path), 'first']}\n"
+    assert (sys.argv, sys.path) == before
 
 
 # --- CUDA on the CPU ---

@@ -3,7 +3,6 @@
 import os
 import runpy
 import sys
-import threading
 from pathlib import Path
 from types import TracebackType
 
@@ -13,9 +12,10 @@ from .on_cpu import cuda_on_cpu
 
 
 def run(target: str, arguments: list[str], *, module: bool = False) -> None:
-    """Run a script or a module as `__main__`, and wait for its threads.
+    """Run a script or a module as `__main__` in this process, such as a notebook's kernel.
 
-    The folder of upstream's packages is added to the end of `sys.path` if the script lies in it.
+    Until it ends, its folder is the first of `sys.path`. The folder of upstream's packages is the last if the script
+    lies in it. The stand-ins stay installed.
 
     Args:
         target: path of the script, or name of the module.
@@ -25,12 +25,21 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
     Raises:
         InputError: the script does not exist.
     """
+    before = list(sys.argv), list(sys.path)
+    try:
+        execute(target, arguments, module)
+    finally:
+        sys.argv[:], sys.path[:] = before
+
+
+def execute(target: str, arguments: list[str], module: bool) -> None:
+    """Do what `run` does, and leave `sys.argv` and `sys.path` to the script's threads and exit handlers."""
     script = Path(target)
     if not module and not script.exists():
         raise InputError(f"{target} does not exist. Expected the path of a Python script. Check the path.")
     sys.argv[:] = [target, *arguments]
     if not sys.flags.safe_path:  # because Python then adds no folder
-        sys.path[0] = os.getcwd() if module else str(script.resolve().parent)
+        sys.path.insert(0, os.getcwd() if module else str(script.resolve().parent))
     sys.path += _upstream(Path.cwd() / "turbodiffusion" / "x" if module else script.resolve())
     install()
     with cuda_on_cpu():
@@ -38,9 +47,6 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(target, run_name="__main__")
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
 
 
 def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
