@@ -663,7 +663,7 @@ def _run() -> None:
     try:
         app()
     except TurboNbError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         sys.exit(2)
     except _Cancelled:
         sys.exit(CANCELLED)

@@ -121,6 +121,13 @@ def test_no_folder_is_added_where_python_adds_none(run, monkeypatch):
     assert run("import sys; print(sys.path[0])")[1] == "bin\n"
 
 
+def test_an_unsupported_call_shows_its_line(run):
+    text = "import torch, flash_attn\nx = torch.zeros(1, 2, 1, 8)\n\nflash_attn.flash_attn_func(x, x, x, 0.1)"
+    code, _, err = run(text)
+    assert code == 2 and "error: flash_attn.flash_attn_func: dropout_p is 0.1" in err
+    assert err.endswith("\nscript.py:4 calls it: flash_attn.flash_attn_func(x, x, x, 0.1)\n")
+
+
 def test_a_missing_script_is_an_error(run):
     assert run("", call=("no.py",))[::2] == (2, "error: no.py does not exist. Expected the path of a Python script. "
                                              "Check the path.\n")  # fmt: skip

@@ -3,12 +3,16 @@
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
+
+import torch
 
 from ..errors import InputError
 from .hooks import install
 from .on_cpu import cuda_on_cpu
+from .support import UnsupportedCall
 
 
 def run(target: str, arguments: list[str], *, module: bool = False) -> None:
@@ -42,11 +46,17 @@ def execute(target: str, arguments: list[str], module: bool) -> None:
         sys.path.insert(0, os.getcwd() if module else str(script.resolve().parent))
     sys.path += _upstream(Path.cwd() / "turbodiffusion" / "x" if module else script.resolve())
     install()
-    with cuda_on_cpu():
-        if module:
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(target, run_name="__main__")
+    try:
+        with cuda_on_cpu():
+            if module:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(target, run_name="__main__")
+    except UnsupportedCall as error:
+        own = str(Path(__file__).parents[1]), os.path.dirname(torch.__file__)
+        calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(own)]
+        error.add_note(f"{calls[-1].filename}:{calls[-1].lineno} calls it: {calls[-1].line}")
+        raise
 
 
 def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
