@@ -4,7 +4,8 @@ module              on a machine without CUDA, or without Triton         everywh
 rcm.utils.umt5      torch.cuda.current_device() works during its import
 rcm.utils.attention SDPA chooses its own backend
 ops.core                                                                 its Triton norms are PyTorch's norms
-SLA.core            its Triton kernels are our references                SageSLA raises early where it cannot run
+SLA.core            its Triton kernels are our references                SageSLA raises early where it cannot run,
+                                                                         a query block keeps one block at least
 rcm.networks.wan2*                                                       loading is tolerant, with a warning
 """
 
