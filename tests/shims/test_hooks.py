@@ -98,8 +98,8 @@ def test_an_installed_library_takes_precedence(kind, tmp_path, monkeypatch, inst
 @pytest.mark.parametrize(
     ("body", "reason"),
     [("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol"), ("import nothing_here", "nothing_here"),
-     ("", "flash_attn.layers")],
-    ids=["symbol", "dependency", "other package"],
+     ("", "flash_attn.layers"), ("raise SystemExit('no GPU')", "no GPU")],
+    ids=["symbol", "dependency", "other package", "exit"],
 )  # fmt: skip
 def test_a_broken_library_is_replaced_and_the_warning_says_why(body, reason, tmp_path, monkeypatch):
     (tmp_path / "flash_attn").mkdir()

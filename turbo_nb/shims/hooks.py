@@ -153,7 +153,7 @@ def _reason(package: str) -> str | None:
         if error.name == package:
             return "not installed"
         return f"installed, but broken: {first_line(error)}"
-    except Exception as error:  # an undefined symbol, a wrong torch
+    except (Exception, SystemExit) as error:  # an undefined symbol, a wrong torch
         return f"installed, but broken: {first_line(error)}"
     return None
 
