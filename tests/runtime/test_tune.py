@@ -163,7 +163,7 @@ def test_on_a_gpu_the_choice_is_the_best_one_twice(monkeypatch, tmp_path):
     assert tuning.winners(0) == first  # from disk
     monkeypatch.setattr(tuning, "winners", lambda gpu: tuning._winners.setdefault(gpu, {}))
     monkeypatch.setattr(tuning, "_winners", {})
-    warm_up.warm_up(pipeline, (128, 128, 25))
+    warm_up.choose_launches(pipeline, (128, 128, 25))
     for key, again in tuning._winners[0].items():
         best = min(again.times.values())
         assert again.times[first[key].launch] <= best * 1.1 + 0.005, key  # ms; these kernels take microseconds
