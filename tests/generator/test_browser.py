@@ -267,6 +267,14 @@ def test_after_a_restart_of_the_kernel_the_page_goes_on(page, notebook, shots):
 CUT = """() => [...document.querySelectorAll('.tnb .widget-label, .tnb button')]
     .filter(one => one.checkVisibility() && one.scrollWidth > one.clientWidth).map(one => one.textContent)"""
 
+# whether the longest entry of a list fits the list
+FITS = """(list) => {
+    const [pen, style] = [document.createElement("canvas").getContext("2d"), getComputedStyle(list)];
+    pen.font = style.font;
+    const room = list.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    return pen.measureText("1280x720 (default)").width <= room;
+}"""
+
 
 def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
     tnb = notebook.tnb
@@ -309,3 +317,6 @@ def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
             page.set_viewport_size({"width": width, "height": 2300})
             page.wait_for_timeout(300)
             tnb.screenshot(path=shots / f"04-{width}-{theme.lower()}-all.png")
+    page.set_viewport_size({"width": 1405, "height": 900})  # two columns of settings would be narrow
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Size", exact=True).evaluate(FITS)

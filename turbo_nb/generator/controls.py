@@ -16,7 +16,7 @@ from ..settings import Choice, ClipSettings, Flag, LoadOptions, Number, Whole
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
 BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to
-COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(250px, 1fr))", "grid_gap": "4px 16px"}
+COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(270px, 1fr))", "grid_gap": "4px 16px"}
 LABELS = {
     "num_frames": "Frames", "num_steps": "Steps", "attention_type": "Attention", "sla_topk": "SLA top-k",
     "quant_linear": "Weights", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
