@@ -1,11 +1,12 @@
 """Presets: fast, normal, best, and those that the user saved."""
 
+from contextlib import suppress
 from typing import Any
 
 import ipywidgets as w
 
 from .. import presets
-from ..errors import TurboNbError
+from ..errors import InputError, TurboNbError
 from .controls import in_page_words, styled
 from .form import LOAD, MORE, Form
 from .page import button, error_box, paragraph, visible
@@ -31,6 +32,7 @@ class PresetBar:
         self.choice.observe(lambda change: self._use(change["new"]), "value")
         self.save.on_click(lambda _: self._on_save())
         self.delete.on_click(lambda _: self._on_delete())
+        self._used: dict[str, Any] | None = None  # the settings that the chosen preset has made
         self.show()
 
     def list(self, chosen: str | None = None) -> None:
@@ -48,6 +50,18 @@ class PresetBar:
         self.note.value = paragraph(words, "tnb-help") if words else ""
         visible(self.delete, bool(name) and name not in presets.BUILT_IN)
 
+    def settings_changed(self) -> None:
+        """Show no preset where the settings are not those of the preset any more, so that it can be chosen again."""
+        with suppress(InputError):
+            if self.choice.value and self._used is not None and self._settings() != self._used:
+                self.list()
+                self.show()
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the present settings that a preset keeps. Raises InputError"""
+        state = self._form.state
+        return {option: state[option] for option in KEPT if option in state}
+
     def _use(self, name: str) -> None:
         self.show()
         if not name or self._listing:
@@ -57,7 +71,10 @@ class PresetBar:
         else:
             kept: dict[str, Any] = dict.fromkeys(KEPT)
             values = kept | presets.own().get(name, {})
+        self._used = None
         lost = self._form.put(values)
+        with suppress(InputError):
+            self._used = self._settings()
         if lost:
             words = ", ".join(f"{one} ({reason})" for one, reason in lost.items())
             self.note.value = error_box(in_page_words(f"Not set: {words}."))
@@ -65,13 +82,13 @@ class PresetBar:
     def _on_save(self) -> None:
         name = self.name.value.strip()
         try:
-            state = self._form.state
-            presets.save(name, {option: state[option] for option in KEPT if option in state})
+            presets.save(name, used := self._settings())
         except TurboNbError as error:
             self.note.value = error_box(in_page_words(str(error)))
             return
         self.name.value = ""
         self.list(name)
+        self._used = used
         self.show()
 
     def _on_delete(self) -> None:

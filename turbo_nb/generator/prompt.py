@@ -136,3 +136,4 @@ class PromptInput:
     def _on_example(self, change) -> None:
         if change["new"]:
             self.text.value = change["new"]
+            self.examples.value = ""  # so that the same one can be chosen again

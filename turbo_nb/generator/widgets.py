@@ -108,7 +108,7 @@ class Generator:
         self.root.add_class("tnb")
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
-        form.on_change, form.on_model = self.run.update, self._on_model
+        form.on_change, form.on_model = self._on_form, self._on_model
         form.fields["decoder"].widget.observe(lambda _: self.models.show(), "value")  # it may need a download
         form.on_prompt = lambda: self.run.update(prompt_only=True)
         self._closed = threading.Event()
@@ -148,6 +148,10 @@ class Generator:
         job = self.runner.job
         self.keys.running = bool(job and job.running)
         self.keys.title = f"{job.progress.fraction:.0%}" if self.keys.running else ""
+
+    def _on_form(self) -> None:
+        self.run.update()
+        self.presets.settings_changed()
 
     def _on_model(self) -> None:
         self.models.show()
