@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from .. import presets
 from ..errors import TurboNbError
+from ..files import hub_cache
 from ..generation import UNTRAINED
 from ..machine import environment
 from ..runtime.estimate import in_words
@@ -161,7 +162,10 @@ class RunPanel:
 def _problem(outlook: Outlook, form: Form) -> str:
     """Return why Generate cannot be pressed, in words; empty where it can"""
     if outlook.to_fetch:
-        return f"This model is not on the disk. Press Download first ({decimal(outlook.to_fetch)})."
+        size = decimal(outlook.to_fetch)
+        if outlook.to_fetch > hub_cache.free_bytes():
+            return f"This model is not on the disk, and its {size} do not fit there. Choose another, or free space."
+        return f"This model is not on the disk. Press Download first ({size})."
     if form.spec and form.spec.task == "i2v" and form.image.picture is None:
         return "This model begins with an image. Choose one."
     if not form.prompt.text.value.strip():
