@@ -34,6 +34,10 @@ HELP = {  # in place of what `--help` says
     "quant_linear": "8-bit weights take half the memory.",
     "extend": "Continue the clip so many times from its last frame. 0: do not.",
 }
+UNUSED = {  # why a control is disabled
+    "sla_topk": "Dense attention has none.", "boundary": "This model has only one expert.",
+    "extend": "This model cannot: it does not begin with a picture.", "decoder": "This model has only its own.",
+}  # fmt: skip
 MISSING = {"sagesla": "SageSLA cannot run here: it needs an NVIDIA GPU of sm_80 or newer with a working Triton."}
 
 
@@ -83,12 +87,15 @@ class Field:
     @cached_property
     def box(self) -> w.VBox:
         """The control above its explanation, made on first use, because nobody closes a widget outside the page."""
+        return w.VBox([self.widget, w.HTML(self._explanation())], layout=w.Layout(min_width="0"))
+
+    def _explanation(self) -> str:
         explained = [
             HELP.get(self.name, self._option.help),
             *(MISSING[value] for value in self._choices if not _can_run(value)),
+            *([UNUSED[self.name]] if self.widget.disabled and self.name in UNUSED else []),
         ]
-        help_text = w.HTML(f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>')
-        return w.VBox([self.widget, help_text], layout=w.Layout(min_width="0"))
+        return f'<p class="tnb-help">{html.escape(" ".join(explained))}</p>'
 
     @property
     def value(self) -> Any:
@@ -117,6 +124,8 @@ class Field:
     def enable(self, enabled: bool) -> None:
         """Let the person change the control, or not."""
         self.widget.disabled = not enabled
+        if "box" in vars(self):
+            self.box.children[1].value = self._explanation()
 
     @property
     def _is_typed(self) -> bool:
