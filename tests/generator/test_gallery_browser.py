@@ -119,6 +119,7 @@ def test_posters_show_and_play_from_a_folder_that_the_page_cannot_reach(page):
 
 
 def test_clips_are_compared_in_step(page, shots):
+    page.get_by_text("Tick two clips to compare them.").wait_for()
     for prompt in list(CLIPS)[:2]:
         page.get_by_role("checkbox", name=f"Select: {prompt}").check()
     page.get_by_role("button", name="Compare", exact=True).click()

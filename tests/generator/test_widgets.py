@@ -434,6 +434,11 @@ def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
     toggle.value = True
     assert content.layout.display is None
     assert fields["boundary"].widget.disabled and generator.form.request.clip.boundary is None
+    for name, why in controls.UNUSED.items():
+        fill(generator, attention_type="original", model="nano")
+        assert fields[name].widget.disabled and why in fields[name].box.children[1].value
+        fill(generator, attention_type="sla", model="TurboWan2.2-I2V-A14B-720P")
+        assert not fields[name].widget.disabled and why not in fields[name].box.children[1].value
 
 
 def test_the_tiny_decoder_is_offered_where_it_fits_and_counts_among_the_downloads(generator):
@@ -628,9 +633,12 @@ def test_a_clip_shows_what_it_cost(generator, monkeypatch):
 
 def test_continue_from_the_last_frame_where_the_model_can(generator):
     make(generator)
-    assert "Continue from last frame" not in offered(generator)
+    for action in ("extend", "continue"):  # offered, because a person has to learn how
+        act(generator, action)
+        assert "begins with a picture. Choose TurboWan2.2-I2V-A14B-720P under Model" in problem(generator)
+        assert problem(generator) in generator.run.note.value and generator.runner.jobs == []
     fill(generator, model="TurboWan2.2-I2V-A14B-720P")
-    assert "Continue from last frame" in offered(generator)
+    assert {"Extend", "Continue from last frame"} <= set(offered(generator))
     act(generator, "continue")
     assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image.note.value
 
@@ -699,7 +707,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     model, pipeline = tiny_i2v
     make(generator)
     first = generator.runner.job.clip
-    assert "Extend" not in offered(generator) and generator.clips.times.layout.display == "none"
+    assert generator.clips.times.layout.display == "none"
     assert generator.form.fields["extend"].widget.disabled  # a text model cannot
     generator.close()
     monkeypatch.setattr(ResolvedModel, "downloads", ())
@@ -869,6 +877,20 @@ def test_presets_are_used_saved_and_deleted(generator):
     bar.choice.value = "mine"
     bar.delete.click()
     assert presets.own() == {} and bar.choice.value == ""
+    bar.choice.value = "fast"
+    fill(generator, prompt="a blue square")
+    assert bar.choice.value == "fast"
+    fill(generator, num_steps=3)
+    assert bar.choice.value == "" and steps.value == 3  # so that "fast" can be chosen again
+
+
+def test_an_example_can_be_chosen_again(generator):
+    prompt = generator.form.prompt
+    example = prompt.examples.options[1][1]
+    for _ in range(2):
+        fill(generator, prompt="else")
+        prompt.examples.value = example
+        assert prompt.text.value == example
 
 
 def test_the_length_of_the_prompt_and_what_is_cut(generator):
@@ -976,7 +998,9 @@ def test_a_model_is_downloaded_by_its_button_alone(generator, monkeypatch):
     assert "Steps is lost" in card.progress.value and card.cancel.layout.display == "none"
     monkeypatch.setattr(hub_cache, "free_bytes", lambda: 10**9)
     card.show()
+    generator.run.update()
     assert card.download.disabled and "too little" in card.facts.value
+    assert "its 14.4 GB do not fit" in generator.run.outlook.value and "Press" not in generator.run.outlook.value
 
 
 def test_models_are_compared(generator):

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import ipywidgets as w
 
-from ..errors import TurboNbError, first_line
+from .. import catalog
+from ..errors import InputError, TurboNbError, first_line, listed
 from ..records import VideoRecord
 from ..settings import MAX_EXTENSIONS
 from ..video import mp4
@@ -18,6 +19,11 @@ from .parts.clips import GalleryView, ResultPlayer
 from .parts.controls import ClipDrop
 from .restore import in_words, restore
 from .run import RunPanel
+
+ACTIONS = (  # name and label
+    ("use", "Use these settings"), ("vary", "Vary seed"), ("extend", "Extend"),
+    ("continue", "Continue from last frame"),
+)  # fmt: skip
 
 
 class ResultPanel:
@@ -54,6 +60,7 @@ class GalleryPanel:
         self.view = GalleryView(
             runner.gallery, on_act=self._act, on_delete=self._delete, on_zip=self._zip, on_error=self._show_error
         )
+        self.view.actions = [list(action) for action in ACTIONS]
         self.drop = ClipDrop(self._on_drop)
         self.drop.observe(lambda change: change["new"] and run.say(**change["new"]), "message")
         self.times = w.BoundedIntText(
@@ -72,18 +79,29 @@ class GalleryPanel:
         self.show()
 
     def show(self) -> None:
-        """Show the clips as the folder has them now, with the actions that suit the form's model."""
-        actions = [("use", "Use these settings"), ("vary", "Vary seed")]
-        continues = bool(self._form.spec and self._form.spec.task == "i2v")
-        if continues:
-            actions += [("extend", "Extend"), ("continue", "Continue from last frame")]
-        visible(self.times, continues)
-        self.view.actions = [list(action) for action in actions]
+        """Show the clips as the folder has them now."""
+        visible(self.times, self._continues)
         self.view.show()
+
+    @property
+    def _continues(self) -> bool:
+        return bool(self._form.spec and self._form.spec.task == "i2v")
+
+    def _require_i2v(self) -> None:
+        """Raise InputError where the form's model cannot continue a clip"""
+        if not self._continues:
+            names = listed(name for name, spec in catalog.MODELS.items() if spec.task == "i2v")
+            raise InputError(
+                f"model is {self._form.spec.name if self._form.spec else self._form.model.label}, which begins with text alone. Expected one that begins with a "
+                f"picture. Choose {names} under Model."
+            )
 
     def _act(self, name: str, clip: Clip) -> None:
         if does := self._does.get(name):
-            does(clip)
+            try:
+                does(clip)
+            except TurboNbError as error:
+                self._say(in_page_words(str(error)), alert=True)
 
     def _say(self, text: str, alert: bool = False) -> None:
         """Show what has happened to the form, here and above Generate"""
@@ -119,6 +137,7 @@ class GalleryPanel:
 
     def _extend(self, clip: Clip) -> None:
         """Put a job into the queue that continues a clip, with its prompt and size and what else the form says"""
+        self._require_i2v()
         request = self._form.outline
         own = {"prompt": clip.record.prompt or request.clip.prompt, "extend_clip": clip.path, "resolution": None}
         own |= {"aspect_ratio": None, "image": None, "extend": self.times.value}
@@ -127,6 +146,7 @@ class GalleryPanel:
         self._say(f"The queue has a job that extends {clip.path.name} {parts}, with its own prompt.")
 
     def _continue(self, clip: Clip) -> None:
+        self._require_i2v()
         frame = mp4.last_frame(clip.path)
         self._form.image.take(frame, f"the last frame of {clip.path.name}", "; say in the prompt what happens next")
         self._say(f"The next clip begins with the last frame of {clip.path.name}.")

@@ -109,7 +109,7 @@ function render(model, el, transfer) {
   function selection() {
     const number = selected.size;
     const items = model.get("items");
-    chosen.textContent = number ? `${number} selected` : "";
+    chosen.textContent = number ? `${number} selected` : items.length > 1 ? "Tick two clips to compare them." : "";
     all.hidden = !items.length;
     all.textContent = items.length && items.every((item) => selected.has(item.name)) ? "Unselect page" : "Select page";
     compare.hidden = remove.hidden = none.hidden = !number;
