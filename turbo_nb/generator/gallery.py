@@ -92,7 +92,7 @@ class GalleryPanel:
         if not self._continues:
             names = listed(name for name, spec in catalog.MODELS.items() if spec.task == "i2v")
             raise InputError(
-                f"model is {self._form.spec.name if self._form.spec else self._form.model.label}, which begins with text alone. Expected one that begins with a "
+                f"model is {self._form.model.label}, which begins with text alone. Expected one that begins with a "
                 f"picture. Choose {names} under Model."
             )
 
