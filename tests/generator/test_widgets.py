@@ -638,6 +638,7 @@ def test_continue_from_the_last_frame_where_the_model_can(generator):
         assert "begins with a picture. Choose TurboWan2.2-I2V-A14B-720P under Model" in problem(generator)
         assert problem(generator) in generator.run.note.value and generator.runner.jobs == []
     fill(generator, model="TurboWan2.2-I2V-A14B-720P")
+    assert problem(generator) == generator.run.note.value == ""  # it named the other model
     assert {"Extend", "Continue from last frame"} <= set(offered(generator))
     act(generator, "continue")
     assert generator.form.request.clip.image.size == (64, 64) and "the last frame of" in generator.form.image.note.value

@@ -72,6 +72,7 @@ class GalleryPanel:
             "open": result.show, "use": self._use, "vary": self._vary, "continue": self._continue,
             "extend": self._extend,
         }  # fmt: skip
+        self.show_model()
         self.show()
 
     def add(self, clip: Clip) -> None:
@@ -80,8 +81,12 @@ class GalleryPanel:
 
     def show(self) -> None:
         """Show the clips as the folder has them now."""
-        visible(self.times, self._continues)
         self.view.show()
+
+    def show_model(self) -> None:
+        """Show what suits the form's model, and drop the note on an earlier one."""
+        visible(self.times, self._continues)
+        self._say("")
 
     @property
     def _continues(self) -> bool:

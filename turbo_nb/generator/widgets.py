@@ -155,7 +155,7 @@ class Generator:
 
     def _on_model(self) -> None:
         self.models.show()
-        self.clips.show()
+        self.clips.show_model()
 
     def _on_change(self, change: Job | Download) -> None:
         """Show a change of a job or a download; their threads call this"""
