@@ -163,6 +163,7 @@ def test_a_person_at_the_generator(page, notebook, shots):
     assert notebook.nameless() == []
     tnb.screenshot(path=shots / "04-more.png")
     assert strength.input_value() == "0.33"
+    assert strength.evaluate("one => one.closest('.widget-hbox').clientHeight") < 50  # its label takes no line
     slider = page.get_by_role("slider")  # which the kernel moves after the number
     page.wait_for_function("s => s.getAttribute('aria-valuenow') < 0.5", arg=slider.element_handle())
     slider.press("ArrowRight")

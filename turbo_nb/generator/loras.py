@@ -44,6 +44,7 @@ class Row:
         self.slider = made(w.FloatSlider, "1 1 160px", readout=False, continuous_update=False, **strength)
         self.strength = made(w.BoundedFloatText, "0 0 88px", **strength)
         self.strength.style.description_width = "0px"  # because the slider's label is beside it
+        self.strength.add_class("tnb-no-label")
         self.remove = button("Remove")
         # screen readers name the number field only, because ipywidgets gives a slider's handle no name
         self.slider.observe(lambda change: setattr(self.strength, "value", round(change["new"], DIGITS)), "value")

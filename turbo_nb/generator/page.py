@@ -21,6 +21,7 @@ STYLE = """<style>
 %3E%3Cpath fill='none' stroke='%23888' stroke-width='2' d='M5 7l4 4 4-4'/%3E%3C/svg%3E"); }
 .tnb .tnb-under { margin-left: 100px; }
 .tnb .widget-label { min-width: 0; height: auto; line-height: 1.2; white-space: normal; }
+.tnb .tnb-no-label .widget-label { height: 0; margin: 0; overflow: hidden; }
 .tnb .widget-html, .tnb .widget-html-content { height: auto; line-height: 1.45; }
 .tnb-columns { display: grid; grid-template: auto 1fr / minmax(0, 5fr) minmax(0, 6fr); gap: 14px; align-items: start; }
 .tnb-columns > :nth-child(2) { grid-area: 1 / 2 / span 2; }
