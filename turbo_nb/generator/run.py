@@ -164,7 +164,9 @@ def _problem(outlook: Outlook, form: Form) -> str:
     if outlook.to_fetch:
         size = decimal(outlook.to_fetch)
         if outlook.to_fetch > hub_cache.free_bytes():
-            return f"This model is not on the disk, and its {size} do not fit there. Choose another, or free space."
+            return (
+                f"This model is not on the disk, and its {size} do not fit there. Choose another model, or free space."
+            )
         return f"This model is not on the disk. Press Download first ({size})."
     if form.spec and form.spec.task == "i2v" and form.image.picture is None:
         return "This model begins with an image. Choose one."
@@ -185,8 +187,8 @@ def _lines(outlook: Outlook, count: int) -> list[str]:
         duration = str(outlook.time)
         if count > 1:
             duration += f"; {in_words(count * outlook.time.seconds)} for {count} clips"
-    if not outlook.loaded:
-        load = outlook.time and outlook.time.load
+    if outlook.time and not outlook.loaded:
+        load = outlook.time.load
         duration += f", and {in_words(load) if load else 'more'} to load the model"
     memory = outlook.memory
     needs = f"memory: {memory.needs / 1e9:.1f} GB of {memory.budget / 1e9:.1f} GB free"

@@ -105,6 +105,6 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+const megabytes = (bytes) => (bytes < 1e5 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 const plays = (video) => video.play().catch(() => {}); // a browser may refuse to play before the first click
