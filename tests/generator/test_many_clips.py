@@ -11,6 +11,7 @@ from ipywidgets.widgets import widget
 from turbo_nb import presets
 from turbo_nb.generator import widgets
 from turbo_nb.generator.jobs import JobRunner
+from turbo_nb.machine import mapped
 
 FEW = 3  # clips or pages after which nothing may grow any more
 SMALLEST = {"prompt": "a large red circle", "resolution": "32x32", "num_frames": 1, "num_steps": 1}
@@ -38,7 +39,9 @@ def alive() -> dict[str, int]:
     return {"widgets": len(widget._instances), "threads": threads, "files": files}
 
 
-def test_clips_in_a_row_leave_nothing_behind(runner):
+def test_clips_in_a_row_leave_nothing_behind(runner, monkeypatch):
+    trims = []
+    monkeypatch.setattr(mapped, "trim", lambda: trims.append(1))
     page = widgets.show(runner.gallery.folder, model="nano")
     counts = []
     for number in range(3 * FEW):
@@ -48,6 +51,7 @@ def test_clips_in_a_row_leave_nothing_behind(runner):
         counts.append(alive())
     assert len(runner.gallery.clips()) == 3 * FEW
     assert counts[-1] == counts[FEW - 1] and runner.jobs == []
+    assert len(trims) == 3 * FEW  # memory that the allocator would keep
 
 
 def test_pages_in_a_row_leave_nothing_behind(runner):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turbo_nb.machine.mapped import BATCH, PageReleaser
+from turbo_nb.machine.mapped import BATCH, PageReleaser, trim
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -33,6 +33,13 @@ def test_other_memory_keeps_its_bytes():
     pages.done(values.data_ptr(), values.nbytes)
     pages.release()
     assert torch.equal(values, torch.arange(1 << 22, dtype=torch.float32))
+
+
+def test_freed_memory_between_used_memory_goes_back():
+    used = [bytes(100_000) for _ in range(500)][::100]  # too small for mappings of their own
+    before = resident("RssAnon")
+    trim()
+    assert before - resident("RssAnon") > 10e6 and not any(map(any, used))
 
 
 def test_nothing_to_release_is_fine():

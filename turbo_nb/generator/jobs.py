@@ -23,7 +23,7 @@ from typing import Any
 from .. import generation, settings
 from ..batch.queue import QueueFile, QueueRecord
 from ..errors import InputError, OutputError, TurboNbError, collect_warnings
-from ..machine import atomic
+from ..machine import atomic, mapped
 from ..runtime import estimate
 from ..runtime.plan import Plan
 from ..runtime.progress import Progress
@@ -301,6 +301,7 @@ class JobRunner:
         with self._lock:
             self._end(job, state)
         self._notify(job)
+        mapped.trim()  # because clips in a row would take more and more of the main memory
 
     def _expected(self, job: Job) -> dict[str, float]:
         """Return the seconds that each stage is expected to take; empty where nothing is known"""

@@ -43,7 +43,13 @@ class PageReleaser:
                 # only pages of files, because the pages of other memory would lose their bytes
                 if begin < end and any(low <= begin and end <= high for low, high in mappings):
                     libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONTNEED)
-            libc.malloc_trim(ctypes.c_size_t(0))
+        trim()
+
+
+def trim() -> None:
+    """Let the allocator return what it does not use to the system. It would keep some of it for each thread."""
+    with suppress(OSError, AttributeError, TypeError):  # because another C library may lack the function
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def _file_mappings() -> list[tuple[int, int]]:
