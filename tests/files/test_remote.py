@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 from collections import namedtuple
@@ -201,6 +202,7 @@ def test_the_command_line_makes_a_clip_from_a_repository(hub, cache, repository,
         "--num_frames", 5, "--num_steps", 1, "--resolution", "64x48", "--save_path", tmp_path / "x.mp4", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^note: .* files, .* MB; .* MB to fetch, .* free in ", result.stderr)  # before the download
     assert f"{SGLANG}@{hub.commits[SGLANG]}" in command_line("info", tmp_path / "x.mp4", cwd=tmp_path).stdout
 
 
