@@ -1005,6 +1005,12 @@ def test_a_model_is_downloaded_by_its_button_alone(generator, monkeypatch):
     assert "its 14.4 GB do not fit" in generator.run.outlook.value and "Press" not in generator.run.outlook.value
 
 
+def test_rows_of_buttons_wrap_where_the_page_is_narrow(generator):
+    rows = [one for one in family(generator.root) if isinstance(one, w.HBox)]
+    rows = [row for row in rows if sum(isinstance(child, w.Button) for child in row.children) > 1]
+    assert len(rows) > 2 and {row.layout.flex_flow for row in rows} == {"row wrap"}  # else "Cancel" is cut off
+
+
 def test_models_are_compared(generator):
     assert generator.models.table.value == ""
     generator.models.compare.toggle.value = True

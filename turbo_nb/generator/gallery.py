@@ -14,7 +14,7 @@ from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
 from .jobs import JobRunner
-from .page import card, visible
+from .page import WRAPPED, card, visible
 from .parts.clips import GalleryView, ResultPlayer
 from .parts.controls import ClipDrop
 from .restore import in_words, restore
@@ -67,7 +67,7 @@ class GalleryPanel:
             description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="200px"),
             style={"description_width": "120px"}, tooltip="How many parts the Extend button of a clip adds to it",
         )  # fmt: skip
-        self.card = card("Clips", w.HBox([self.drop, self.times]), self.view)
+        self.card = card("Clips", w.HBox([self.drop, self.times], layout=w.Layout(**WRAPPED)), self.view)
         self._does: dict[str, Callable[[Clip], object]] = {
             "open": result.show, "use": self._use, "vary": self._vary, "continue": self._continue,
             "extend": self._extend,

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..settings import ClipSettings
 from ..video import images
 from .controls import in_page_words, styled
-from .page import button, error_box, fold, paragraph, thumbnail, visible
+from .page import WRAPPED, button, error_box, fold, paragraph, thumbnail, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,12 +38,10 @@ class PictureInput:
             description=f"Choose {name}", accept=images.ACCEPT,
             layout=w.Layout(width="auto"), tooltip=settings.options(ClipSettings)[option].help,
         )  # fmt: skip
-        self.path = styled(
-            w.Text, label, placeholder="a png, jpg or webp file on this machine", continuous_update=False
-        )
+        self.path = styled(w.Text, label, placeholder="a file on this machine", continuous_update=False)
         self.remove = button(f"Remove {name}", tooltip=f"Make the clip without this {name}")
         self.note = w.HTML()
-        self.box = w.VBox([self.note, w.HBox([self.upload, self.remove]), self.path])
+        self.box = w.VBox([self.note, w.HBox([self.upload, self.remove], layout=w.Layout(**WRAPPED)), self.path])
         self.upload.observe(lambda _: self._on_upload(), "value")
         self.path.observe(lambda _: self._on_path(), "value")
         self.remove.on_click(lambda _: self.clear())

@@ -18,7 +18,7 @@ from .controls import in_page_words
 from .downloads import Download
 from .form import Form
 from .jobs import JobRunner
-from .page import button, error_box, fold, paragraph, visible
+from .page import WRAPPED, button, error_box, fold, paragraph, visible
 
 
 class ModelCard:
@@ -30,7 +30,9 @@ class ModelCard:
         self.download, self.cancel = button("Download", button_style="primary"), button("Cancel download")
         self.progress, self.table = w.HTML(), w.HTML()
         self.compare = fold("Compare models", self.table, "What each model makes, and whether it fits this machine")
-        self.box = w.VBox([self.facts, w.HBox([self.download, self.cancel]), self.progress, self.compare])
+        self.box = w.VBox(
+            [self.facts, w.HBox([self.download, self.cancel], layout=w.Layout(**WRAPPED)), self.progress, self.compare]
+        )
         self.facts.add_class("tnb-model")
         self.download.on_click(lambda _: self._on_download())
         self.cancel.on_click(lambda _: self._on_cancel())

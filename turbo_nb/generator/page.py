@@ -77,6 +77,8 @@ ADVICE = (
     "and the queue are kept.</p>"
 )
 
+WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}  # of buttons, which a narrow page would cut off
+
 
 def image_tag(data: bytes, kind: str, label: str, width: int = 0) -> str:
     """Return an <img> that contains its bytes. width: in pixels; 0: as the style has it."""

@@ -9,7 +9,7 @@ from .. import presets
 from ..errors import InputError, TurboNbError
 from .controls import in_page_words, styled
 from .form import LOAD, MORE, Form
-from .page import button, error_box, paragraph, visible
+from .page import WRAPPED, button, error_box, paragraph, visible
 
 # options that a preset of the user keeps: how a clip is made, and not what it shows
 KEPT = ("resolution", "aspect_ratio", "num_frames", "num_steps", *LOAD, *MORE)
@@ -24,9 +24,9 @@ class PresetBar:
         self.name = styled(w.Text, "Save as", placeholder="a name for the present settings", continuous_update=False)
         self.save, self.delete = button("Save preset"), button("Delete preset")
         self.note = w.HTML()
-        more = w.HBox([self.name, self.save], layout=w.Layout(flex_flow="row wrap"))
+        more = w.HBox([self.name, self.save], layout=w.Layout(**WRAPPED))
         self.name.layout.flex = self.choice.layout.flex = "1 1 180px"
-        self.box = w.VBox([w.HBox([self.choice, self.delete]), self.note])
+        self.box = w.VBox([w.HBox([self.choice, self.delete], layout=w.Layout(**WRAPPED)), self.note])
         self.own = more
         self.list()
         self.choice.observe(lambda change: self._use(change["new"]), "value")

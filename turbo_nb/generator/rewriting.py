@@ -8,7 +8,7 @@ import ipywidgets as w
 from ..catalog import ModelSpec
 from ..errors import TurboNbError, collect_warnings
 from ..text import rewrite
-from .page import button, error_box, paragraph, visible
+from .page import WRAPPED, button, error_box, paragraph, visible
 
 PRIVACY = "The text of the prompt is sent to the language model at TURBO_NB_REWRITE_URL. No picture is sent."
 
@@ -32,7 +32,7 @@ class RewriteBar:
         self.rewrite = button("Rewrite", tooltip=f"Rewrite the prompt in long English. {PRIVACY}")
         self.cancel, self.undo = button("Cancel rewriting"), button("Undo", tooltip="Bring back the earlier prompt")
         self.note = w.HTML()
-        buttons = w.HBox([self.rewrite, self.cancel, self.undo], layout=w.Layout(align_items="center"))
+        buttons = w.HBox([self.rewrite, self.cancel, self.undo], layout=w.Layout(**WRAPPED))
         self.box = w.VBox([buttons, self.note])
         self.box.add_class("tnb-under")  # the text, beside its label
         visible(self.box, rewrite.is_set())

@@ -16,7 +16,7 @@ from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
 from .jobs import JobRunner
-from .page import button, error_box, image_tag, paragraph, visible
+from .page import WRAPPED, button, error_box, image_tag, paragraph, visible
 from .request import Job, Outlook
 
 NAMES = {
@@ -52,7 +52,7 @@ class RunPanel:
         self.outlook, self.status, self.preview = w.HTML(), w.HTML(), preview
         self.note = w.HTML()  # what an action of the gallery has done to the form
         self.generate.add_class("tnb-go")
-        buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(align_items="center"))
+        buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(**WRAPPED))
         self.box = w.VBox([self.note, buttons, self.outlook, self.status])
         self.generate.on_click(lambda _: self.start())
         self.cancel.on_click(lambda _: runner.cancel())
