@@ -193,11 +193,23 @@ def test_torchruns_ranks_are_used(tmp_path):
     assert first == "rank 0 added 2.0" and second.startswith("gpus is 2 for a second model. Expected 1")
 
 
-def test_torchrun_with_too_few_processes(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}.items():
+@pytest.mark.parametrize(
+    ("size", "variables", "words"),
+    [
+        (3, {}, r"^gpus is 3. Expected at most 2, because torchrun"),
+        (2, {"WORLD_SIZE": "x"}, r"^WORLD_SIZE is 'x', beside TORCHELASTIC_RUN_ID. Expected a whole number"),
+        (2, {"LOCAL_WORLD_SIZE": ""}, r"^LOCAL_WORLD_SIZE is '', beside TORCHELASTIC_RUN_ID"),
+        (2, {"MASTER_PORT": "x"}, r"^the variables of torchrun give no connection"),
+        (2, {"RANK": "x"}, r"^the variables of torchrun give no connection"),
+    ],
+)
+def test_torchrun_with_variables_that_do_not_suit(monkeypatch, size, variables, words):
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in (usual | variables).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"^gpus is 3. Expected at most 2, because torchrun"):
-        ranks.start(3, device_of, targets.exchange)
+    with pytest.raises(InputError, match=words):
+        ranks.start(size, device_of, targets.exchange)
 
 
 def test_nccls_variables_are_set_while_a_group_begins_and_others_stay(monkeypatch):

@@ -15,6 +15,7 @@ TurboNbError. Under torchrun the processes exist already: those with another ran
 import atexit
 import os
 import pickle
+import re
 import secrets
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from typing import IO, Any
 
 from ..errors import InputError, TurboNbError, collect_warnings, first_line
 from ..machine.signals import interrupt_deferred
+from ..settings import shown
 
 HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
 BEAT = 1.0  # seconds between two signs of life
@@ -275,7 +277,7 @@ def start(size: int, device: Callable[[int], str], target: Callable, *arguments:
 
     task = pickle.dumps((target, arguments))
     if under_torchrun():
-        if (world := int(os.environ["LOCAL_WORLD_SIZE"])) < size:
+        if (world := _number_of("LOCAL_WORLD_SIZE")) < size:
             raise InputError(
                 f"gpus is {size}. Expected at most {world}, because torchrun began so many processes on this machine. "
                 "Start without torchrun, which load_pipeline does not need."
@@ -421,14 +423,30 @@ def _as_failure(error: BaseException) -> str:
 
 def under_torchrun() -> bool:
     """Return whether torchrun began this process, and others beside it."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(name in os.environ for name in TORCHRUN) and _number_of("WORLD_SIZE") > 1
+
+
+def _number_of(name: str) -> int:
+    """Return the number in a variable of torchrun. Raises InputError where it has none"""
+    if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
+        raise InputError(
+            f"{name} is {shown(os.environ[name])}, beside TORCHELASTIC_RUN_ID. Expected a whole number, as torchrun "
+            "sets it. Unset TORCHELASTIC_RUN_ID to start without torchrun."
+        )
+    return int(os.environ[name])
 
 
 def _start_under_torchrun(size: int, device: Callable[[int], str], task: bytes) -> Team | None:
     """Use the processes that torchrun began"""
     from torch import distributed as dist
 
-    shared, rank, _ = next(dist.rendezvous("env://"))
+    try:
+        shared, rank, _ = next(dist.rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the variables of torchrun give no connection ({first_line(error)}). Expected a running torchrun. Unset "
+            "TORCHELASTIC_RUN_ID to start without torchrun."
+        ) from error
     name = "turbo_nb"
     if rank == 0:
         if shared.add("turbo_nb/starts", 1) > 1:
