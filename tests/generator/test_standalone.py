@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from turbo_nb.errors import InputError
+from turbo_nb.errors import InputError, OutputError
 from turbo_nb.generator import standalone
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,19 @@ def test_a_port_in_use_is_an_error_before_the_server_starts():
         taken.listen()
         with pytest.raises(InputError, match="Expected a free port"):
             standalone.serve(port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["", "☃..a", "a" * 64 + ".b", "::g"])
+def test_a_host_that_is_not_an_address_is_named_and_not_the_port(host):
+    with pytest.raises(InputError, match=r"^host is .*Correct --host"):
+        standalone.serve(host=host)
+
+
+@pytest.mark.parametrize("name", ["file", "file/clips", "x" * 300])
+def test_a_folder_that_cannot_keep_clips_is_an_error_before_the_server_starts(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"^folder is .*cannot keep clips"):
+        standalone.serve(tmp_path / name, port=1)
 
 
 @pytest.mark.parametrize("package", ["voila", "jupyter_server"])

@@ -4,6 +4,7 @@ Voilà renders a notebook that shows the generator, inside a Jupyter server. So 
 token of JUPYTER_TOKEN or JUPYTER_PASSWORD, a password that was configured for Jupyter, or a token made at the start.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -11,10 +12,12 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from ..errors import InputError
-from ..settings import Weights
+from ..errors import InputError, OutputError, first_line
+from ..machine import environment
+from ..settings import Weights, shown, with_home
 
 PAGE = "generator.ipynb"
 CELL = "from turbo_nb.generator import widgets\n\nwidgets.show({folder!r}, model={model!r})"
@@ -52,14 +55,17 @@ def serve(
     from jupyter_server.serverapp import ServerApp
 
     _require_free(host, port)
-    address, secret = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/voila/render/{PAGE}", _secret()
+    folder = Path(with_home(folder)).absolute()
+    _require_folder(folder)
+    shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    address, secret = f"http://{shown_host}:{port}/voila/render/{PAGE}", _secret()
     if not secret:
         secret = secrets.token_urlsafe(24)
         address += f"?token={secret}"
     os.environ["JUPYTER_TOKEN"] = secret  # where the server looks; an argument would show in the list of processes
     on_address(address)
     with tempfile.TemporaryDirectory(prefix="turbo_nb_ui_") as root:
-        (Path(root) / PAGE).write_text(notebook(Path(folder).absolute(), model), encoding="utf-8")
+        (Path(root) / PAGE).write_text(notebook(folder, model), encoding="utf-8")
         argv = [
             f"--ServerApp.root_dir={root}", f"--ip={host}", f"--port={port}", "--ServerApp.port_retries=0",
             f"--ServerApp.default_url=/voila/render/{PAGE}",
@@ -74,6 +80,16 @@ def serve(
 
 def _require_free(host: str, port: int) -> None:
     """Raise InputError where the server could not listen"""
+    try:
+        if not host:  # which would be every address of this machine
+            raise ValueError("it is empty")
+        socket.getaddrinfo(host, port)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(
+            f"host is {shown(host)}, which is not an address ({reason}). Expected one of this machine, such as "
+            "127.0.0.1, or 0.0.0.0 for all of them. Correct --host."
+        ) from error
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -83,6 +99,23 @@ def _require_free(host: str, port: int) -> None:
                 f"port is {port} on {host!r}, where the page cannot listen ({error.strerror or error}). Expected a "
                 "free port of this machine. Give another --port."
             ) from error
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise OutputError where a folder of clips could not be made"""
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(folder)
+        parent = environment.existing(folder)
+        if not environment.is_dir(parent):
+            raise NotADirectoryError(errno.ENOTDIR, f"{str(parent)!r} is a file")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission in {str(parent)!r}")
+    except OSError as error:
+        raise OutputError(
+            f"folder is {shown(str(folder), 300)}, which cannot keep clips ({error.strerror or error}). Expected a "
+            "folder that can be written. Choose another folder."
+        ) from error
 
 
 def _secret() -> str:
