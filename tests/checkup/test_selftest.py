@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from turbo_nb import backends, catalog, linear, pipeline, rope
 from turbo_nb.checkup import selftest
-from turbo_nb.errors import UnknownModelError
+from turbo_nb.errors import InputError, UnknownModelError
 from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.ops.linear8 import reference as linear8_reference
 
@@ -254,3 +254,9 @@ def test_the_attentions_of_a_cpu_do_not_depend_on_the_gpu_of_the_machine(monkeyp
 def test_an_unknown_model():
     with pytest.raises(UnknownModelError):
         selftest.verify("gigantic")
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "gpu", "", 0])
+def test_a_device_is_checked_as_every_option(device):
+    with pytest.raises(InputError, match=f"^device is {device!r}. Expected auto, cpu, cuda"):
+        selftest.verify("nano", device=device)

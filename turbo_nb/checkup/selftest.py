@@ -16,6 +16,7 @@ from .. import backends, catalog
 from ..errors import CheckpointError, DownloadError, first_line
 from ..machine import probe
 from ..runtime.plan import GB
+from ..settings import LoadOptions, options
 from . import doctor, operations, speed, tables
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def verify(model: str = "nano", *, quantized: bool = False, device: str = "auto"
         UnknownModelError: the catalogue does not have the model.
         InputError: the machine does not have the device.
     """
-    spec, device = catalog.find(model), probe.device_of(device)
+    spec, device = catalog.find(model), probe.device_of(options(LoadOptions)["device"].check("device", device))
     report = doctor.doctor()
     checks = [*check_operations(report.backends, device), run("mp4", encoder), run("files", files, spec, quantized)]
     measured: list[speed.Speed] = []
