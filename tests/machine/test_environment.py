@@ -232,7 +232,7 @@ def test_price(monkeypatch, text, price):
     assert environment.price_per_hour() == price
 
 
-@pytest.mark.parametrize("text", ["$3", "-1", "nan", "1e9", "free"])
+@pytest.mark.parametrize("text", ["$3", "-1", "nan", "1e9", "free", "9" * 400, "１.5"])
 def test_a_price_that_is_none(monkeypatch, text):
     monkeypatch.setenv("TURBO_NB_PRICE_PER_HOUR", text)
     with pytest.raises(InputError, match=r"such as 2\.99"):

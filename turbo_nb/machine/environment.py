@@ -122,7 +122,7 @@ def price_per_hour() -> float | None:
     text = os.environ.get(PRICE)
     if not text:
         return None
-    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text.strip()):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+", text.strip()):
         raise InputError(f"{PRICE} is {text!r}. Expected a number of dollars, such as 2.99. Set it again, or unset it.")
     return float(text)
 
