@@ -4,12 +4,14 @@ The message of an error has three parts: NAME is GOT. Expected ALLOWED. FIX. `wa
 package, so that a job in a thread can collect its own warnings without touching Python's process-wide filters.
 """
 
+import errno
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+FULL = re.compile("No space left|quota exceeded|the disk is full")
 LONGEST = 1000  # characters of a line of a message
 # What a terminal obeys, what turns text around, and what UTF-8 cannot encode
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -92,6 +94,20 @@ def collect_warnings() -> Iterator[list[str]]:
         yield messages
     finally:
         _collector.reset(token)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is a disk without space. A limit of one file's size is not."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def space_or(fix: str, error: BaseException) -> str:
+    """Return a fix, with the advice to free some space in front of it where the disk is full."""
+    return f"Free some space, or {fix}." if is_full(error) else f"{fix[0].upper()}{fix[1:]}."
 
 
 def first_line(error: BaseException) -> str:

@@ -102,6 +102,10 @@ def test_a_zip_holds_the_clips_and_takes_the_place_of_the_last(tmp_path):
     assert sorted(zipfile.ZipFile(path).namelist()) == sorted(one.path.name for one in clips)
     assert zipfile.ZipFile(path).read(clips[0].path.name) == clips[0].path.read_bytes()
     assert len(list(tmp_path.iterdir())) == 3
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match=r"Remove what is in its place\.$"):  # and not "Free some space"
+        gallery.archive(clips)
 
 
 def odd(folder, settings: dict, name: str):

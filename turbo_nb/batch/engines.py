@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import generation, pipeline
 from ..catalog import ModelSpec
-from ..errors import InputError, OutputError, TurboNbError, warn
+from ..errors import InputError, OutputError, TurboNbError, is_full, warn
 from ..files.resolve import ResolvedModel
 from ..machine import environment
 from ..pipeline import LoadedModel
@@ -178,7 +178,7 @@ def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures) -> 
         return task.done(video.record, write=time.perf_counter() - begin)
     except Exception as error:  # any error of a job is its own, except those that every job would have
         if isinstance(error, OutputError):
-            if mp4.is_full(error):
+            if is_full(error):
                 raise
             mp4.check_output(task.path.with_name(mp4.PROBE))
         message = str(error) if isinstance(error, TurboNbError) else f"{type(error).__name__}: {error}"

@@ -19,10 +19,9 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from .. import records
-from ..errors import OutputError, collect_warnings, warn
+from ..errors import OutputError, collect_warnings, space_or, warn
 from ..machine import atomic
 from ..settings import with_home
-from ..video import mp4
 
 MANIFEST = "manifest.jsonl"
 WORKERS_END = 8  # seconds within which the actors of a killed run end by themselves
@@ -170,9 +169,9 @@ def as_output_error(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
-        fix = "Free some space, or choose" if mp4.is_full(error) else "Choose"
         raise OutputError(
-            f"cannot use {str(path)!r}: {error}. Expected a folder that can be written. {fix} another output_dir."
+            f"cannot use {str(path)!r}: {error}. Expected a folder that can be written. "
+            f"{space_or('choose another output_dir', error)}"
         ) from error
 
 

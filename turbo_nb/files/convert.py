@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
-from ..errors import CheckpointError, InputError, OutputError, first_line
+from ..errors import CheckpointError, InputError, OutputError, first_line, space_or
 from ..machine import environment
 from ..settings import LoadOptions, options, with_home
 from . import lora
@@ -67,7 +67,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
         raise OutputError(
             f"{str(place)!r} cannot be written ({first_line(error)}). Expected a folder with room for "
             f"{sum(t.numel() * t.element_size() for t in contents.tensors.values()) / 1e9:.1f} GB. "
-            "Free some space or choose another folder."
+            f"{space_or('choose another folder', error)}"
         ) from error
     note = f", with {len(merged)} LoRA{'s' if len(merged) > 1 else ''} merged: {changed} tensors changed"
     return f"{place}: {contents}{note if merged else ''}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import generation, settings
 from ..batch.queue import QueueFile, QueueRecord
-from ..errors import InputError, OutputError, TurboNbError, collect_warnings
+from ..errors import InputError, OutputError, TurboNbError, collect_warnings, space_or
 from ..machine import atomic, mapped
 from ..runtime import estimate
 from ..runtime.plan import Plan
@@ -274,7 +274,9 @@ class JobRunner:
             if not path.exists():
                 atomic.write(path, file.getvalue())
         except OSError as error:
-            raise OutputError(f"{str(path)!r} cannot be written ({error}). Free some space.") from error
+            raise OutputError(
+                f"{str(path)!r} cannot be written ({error}). {space_or('choose another folder', error)}"
+            ) from error
         return str(path)
 
     def _advance(self, job: Job, stage: str, done: int = 0, total: int = 0) -> None:

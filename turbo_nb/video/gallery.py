@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..errors import InputError, OutputError
+from ..errors import InputError, OutputError, space_or
 from ..machine import atomic, environment
 from ..records import MEASURED, VideoRecord, write
 from ..settings import with_home
@@ -271,7 +271,8 @@ class Gallery:
                     with suppress(FileNotFoundError):
                         archive.write(clip.path, os.fsencode(clip.path.name).decode(errors="replace"))
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error}. Free some space.") from error
+            fix = space_or("remove what is in its place", error)
+            raise OutputError(f"cannot write {str(path)!r}: {error}. {fix}") from error
         return path
 
 
