@@ -87,6 +87,35 @@ def test_frames_are_encoded_while_others_are_decoded_but_of_a_grid(tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == made
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("t2v", "--prompt", PROMPT, "--save_path", ""),
+        ("t2v", "--prompt", PROMPT, "--vae_path", ""),
+        ("t2v", "--prompt", PROMPT, "--decoder", "tiny", "--tiny_decoder_path", ""),
+        ("i2v", "--prompt", PROMPT, "--extend_clip", ""),
+        ("i2v", "--prompt", PROMPT, "--image_path", "a", "--low_noise_model_path", "b", "--high_noise_model_path", ""),
+        ("batch", "p.txt", "--output_dir", ""),
+        ("batch", ""),
+        ("info", ""),
+        ("convert", "", "folder"),
+        ("convert", "vae", ""),
+        ("notebooks", ""),
+        ("ui", ""),
+    ],
+    ids=lambda line: f"{line[0]} {line[-2]}",
+)
+def test_an_empty_path_is_an_error_and_not_the_current_folder(tmp_path, line):
+    result = command_line(*line, cwd=tmp_path)
+    assert result.returncode == 2 and "''" in result.stderr and not list(tmp_path.iterdir()), result.stderr
+
+
+def test_a_grid_that_no_encoder_takes_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "generate", None)
+    result = command_line("t2v", *SHORT, "--num_samples", 257, "--grid", cwd=tmp_path)
+    assert result.returncode == 2 and "16448x48 pixels. Expected sides of at most 16384" in result.stderr
+
+
 SHORT = ("--prompt", PROMPT, "--num_frames", 5, "--num_steps", 1, "--resolution", "64x48", "--save_path", "v.mp4")
 
 
@@ -107,6 +136,7 @@ def test_a_failure_in_a_later_clip_keeps_and_reports_the_earlier_clips(tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == made
     assert [line.partition(":")[0] for line in result.stdout.splitlines() if ".mp4" in line] == made
     if grid:
+        assert "fps, seeds 0 to 1\n" in result.stdout
         assert read_metadata(tmp_path / "v.mp4")["seed"] == [0, 1]
         assert mp4.read_frames(tmp_path / "v.mp4", 128, 48).shape == (5, 48, 128, 3)
 

@@ -135,6 +135,7 @@ def _parameter(name: str, cls: type, default: Any) -> inspect.Parameter:
     made = typer.Option(
         *flags, help=escape(text), rich_help_panel=PANELS[option.group], metavar=METAVARS.get(kind, "TEXT")
     )
+    kind = str if kind is Path else kind  # because Path turns "" into the current folder, and // into /
     required = default is MISSING
     if default == ():  # a list, which typer leaves out as None
         default = None
@@ -210,12 +211,19 @@ def _scaled(cls: type, name: str, value: Any) -> Any:
     return option.check(name, value) * option.scale if option.scale else value
 
 
+def _path(text: str) -> Path:
+    """Return an argument as a path. "" is an unset variable of a script, and not the current folder"""
+    if not text:
+        raise typer.BadParameter("'' is not a path. Is a variable of the shell empty?")
+    return Path(text)
+
+
 HighNoise = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--high-noise-model-path", help="The high-noise expert.", rich_help_panel="Model", metavar="PATH"),
 ]
 LowNoise = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--low-noise-model-path", help="The low-noise expert.", rich_help_panel="Model", metavar="PATH"),
 ]
 DefaultNorm = Annotated[
@@ -268,7 +276,7 @@ def i2v(
     _make(clip, _with_experts(load, high_noise_model, low_noise_model), run, rewrite, timing)
 
 
-def _with_experts(load: LoadOptions, high: Path | None, low: Path | None) -> LoadOptions:
+def _with_experts(load: LoadOptions, high: str | None, low: str | None) -> LoadOptions:
     """Return the options with two experts as their checkpoint"""
     if (high is None) != (low is None):
         missing = "--low_noise_model_path" if high else "--high_noise_model_path"
@@ -293,7 +301,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     path = Path(run.save_path)
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
     phases.mark("import")
-    resolved, prepared = generation.preflight(clip, load, paths)
+    resolved, prepared = generation.preflight(clip, load, paths, columns=run.num_samples if run.grid else 1)
     phases.mark("resolve")
     atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
     with _progress() as (progress, bar, console):
@@ -321,11 +329,11 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
             )
             return replace(video, record=replace(video.record, original_prompt=original if rewrite else ""))
 
-        def save(video: generation.Video, seed: int, to: mp4.Encoder | Path) -> None:
+        def save(video: generation.Video, to: mp4.Encoder | Path) -> None:
             progress.reset(bar, description="write", total=None)
             begin = time.perf_counter()
             path = video.save(to)
-            _report(path, seed, video, {"write": time.perf_counter() - begin})
+            _report(path, video, {"write": time.perf_counter() - begin})
             phases.mark("clip")
 
         if run.grid:
@@ -336,11 +344,11 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
                 if made:
                     record = replace(made[-1].record, seed=[*every[: len(made)]])
                     frames = sheet.grid([video.frames for video in made])
-                    save(replace(made[-1], frames=frames, record=record), every[len(made) - 1], path)
+                    save(replace(made[-1], frames=frames, record=record), path)
         else:
             for seed, path in zip(every, paths, strict=True):
                 with mp4.Encoder(path, resolved.spec.fps) as encoder:
-                    save(make(seed, encoder), seed, encoder)
+                    save(make(seed, encoder), encoder)
     if timing:
         _print_phases(phases.seconds())
 
@@ -382,12 +390,12 @@ def _shows_download(progress, bar) -> Callable:
     return show
 
 
-def _report(path: Path, seed: int, video, more: dict[str, float]) -> None:
+def _report(path: Path, video, more: dict[str, float]) -> None:
     """Print where a clip is, and the seconds and the peak memory of its stages"""
     from .machine import environment
 
     frames, height, width, _ = video.frames.shape
-    print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, seed {seed}")
+    print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {_seeds(video.record.seed)}")
     timings, parts = video.timings | more, []
     for stage, seconds in timings.items():
         details = [f"{video.peaks[stage] / 1e9:.1f} GB"] if video.peaks.get(stage) else []
@@ -397,13 +405,20 @@ def _report(path: Path, seed: int, video, more: dict[str, float]) -> None:
     print("  ".join(parts) + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
+def _seeds(seed: int | list[int]) -> str:
+    """Return the seed of a clip, or those of a grid, which are consecutive"""
+    first, last = (seed[0], seed[-1]) if isinstance(seed, list) else (seed, seed)
+    return f"seed {first}" if first == last else f"seeds {first} to {last}"
+
+
 @command(LoadOptions, ClipSettings, RunOptions, skip=("prompt", "extend_clip", "text_cache", "save_path", "grid"))
 def batch(
     load: LoadOptions,
     settings: dict,
     run: RunOptions,
     prompts: Annotated[
-        Path, typer.Argument(help="txt (a prompt a line), csv or jsonl (rows with their own settings).")
+        Path,
+        typer.Argument(help="txt (a prompt a line), csv or jsonl (rows with their own settings).", parser=_path),
     ],
     high_noise_model: HighNoise = None,
     low_noise_model: LowNoise = None,
@@ -443,7 +458,9 @@ def batch(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, a checkpoint or a LoRA.")]) -> None:
+def info(
+    file: Annotated[Path, typer.Argument(help="An mp4 that turbo-nb made, a checkpoint or a LoRA.", parser=_path)],
+) -> None:
     """Print how a video was made, or what a checkpoint or a LoRA is."""
     if file.suffix.lower() == ".mp4":
         from .video import mp4
@@ -471,8 +488,8 @@ def _as_text(value: Any) -> str:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint: transformer, VAE or text encoder.")],
-    folder: Annotated[Path, typer.Argument(help="The diffusers folder to write it into.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint: transformer, VAE or text encoder.", parser=_path)],
+    folder: Annotated[Path, typer.Argument(help="The diffusers folder to write it into.", parser=_path)],
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:STRENGTH to merge first; may be repeated.")
     ] = None,
@@ -540,7 +557,9 @@ def verify(
 
 @app.command()
 def ui(
-    folder: Annotated[Path, typer.Argument(help="Where the clips are kept.", metavar="FOLDER")] = Path("outputs"),
+    folder: Annotated[Path, typer.Argument(help="Where the clips are kept.", metavar="FOLDER", parser=_path)] = Path(
+        "outputs"
+    ),
     model: Annotated[str, typer.Option(help="The model chosen at first.", metavar="TEXT")] = "auto",
     host: Annotated[
         str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.", metavar="TEXT")
@@ -552,13 +571,15 @@ def ui(
     from .generator import standalone
 
     standalone.serve(
-        folder.expanduser(), model=model, host=host, port=port, browser=browser,
+        folder, model=model, host=host, port=port, browser=browser,
         on_address=lambda address: print(f"the generator: {address}\nCtrl-C ends it", flush=True),
     )  # fmt: skip
 
 
 @app.command()
-def notebooks(folder: Annotated[Path, typer.Argument(help="Where to copy them.", metavar="FOLDER")]) -> None:
+def notebooks(
+    folder: Annotated[Path, typer.Argument(help="Where to copy them.", metavar="FOLDER", parser=_path)],
+) -> None:
     """Copy the notebooks of this version into a folder. Files that are there and differ are an error."""
     from .machine import atomic
 

@@ -130,7 +130,11 @@ class PreparedClip:
 
 
 def preflight(
-    settings: ClipSettings, load: LoadOptions | Callable[[], ResolvedModel], paths: Iterable["str | Path"]
+    settings: ClipSettings,
+    load: LoadOptions | Callable[[], ResolvedModel],
+    paths: Iterable["str | Path"],
+    *,
+    columns: int = 1,
 ) -> tuple[ResolvedModel, PreparedClip]:
     """Check everything that can stop a run, before anything is downloaded or loaded.
 
@@ -143,6 +147,7 @@ def preflight(
         settings: the clip.
         load: the model, or a function that resolves it.
         paths: of the mp4 files to write.
+        columns: clips that each file has side by side.
 
     Returns:
         The model, and the clip with its pictures.
@@ -163,7 +168,9 @@ def preflight(
     prepared = prepare(settings, resolved.spec, opened)
     resolved = resolved.decoding(settings.decoder)
     resolved.plan(prepared.clip.size)
-    mp4.check_space(paths[0], *prepared.clip.size[:2], count_frames(settings, resolved.spec))
+    width, height = prepared.clip.width * columns, prepared.clip.height
+    mp4.check_size(paths[0], width, height)
+    mp4.check_space(paths[0], width, height, count_frames(settings, resolved.spec))
     return resolved, prepared
 
 

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from ..errors import InputError, OutputError, TurboNbError, first_line
+from ..errors import InputError, OutputError, TurboNbError, first_line, is_full
 from ..machine import atomic, environment
 from ..settings import shown, with_home
 from . import atoms
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "turbo_nb"
 FFMPEG = "IMAGEIO_FFMPEG_EXE"
-FULL = re.compile("No space left|quota exceeded|the disk is full")
+LARGEST_SIDES = {"x264": 16384, "nvenc": 4096}  # pixels: limits of libx264, and of H.264 on NVIDIA's encoders
 PATIENCE = 60  # seconds for what takes a second, after which ffmpeg is taken for stuck
 PIXELS_A_BYTE = 16  # of a quiet clip; noise takes ten times as much
 NAME_BYTES = 255  # limit of a file's name on common file systems
@@ -110,6 +110,18 @@ def check_output(path: str | os.PathLike) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _unwritable(path, PermissionError(errno.EACCES, f"no permission in {str(parent)!r}"))
     return path
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """Raise OutputError where the encoder takes no pictures of so many pixels."""
+    name = os.environ.get(ENCODER) or "x264"
+    most = LARGEST_SIDES[name]
+    if max(width, height) > most:
+        fix = "Unset TURBO_NB_ENCODER." if most < LARGEST_SIDES["x264"] else "Make fewer clips, or leave grid out."
+        raise OutputError(
+            f"{shown(str(path), 300)} would be of {width}x{height} pixels. Expected sides of at most {most}, which "
+            f"{name} can encode. {fix}"
+        )
 
 
 def check_space(path: Path, width: int, height: int, frames: int) -> None:
@@ -303,15 +315,6 @@ class Encoder:
             yield
         except OSError as error:
             raise _unwritable(self.path, error) from error
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Return whether an error, or what caused it, is a disk without space. A limit of one file's size is not."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _unwritable(path: Path, error: Exception) -> OutputError:
