@@ -427,7 +427,7 @@ def under_torchrun() -> bool:
 
 
 def _number_of(name: str) -> int:
-    """Return the number in a variable of torchrun. Raises InputError where it has none"""
+    """Return the number in a variable of torchrun. Raises InputError for any other value"""
     if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
         raise InputError(
             f"{name} is {shown(os.environ[name])}, beside TORCHELASTIC_RUN_ID. Expected a whole number, as torchrun "
