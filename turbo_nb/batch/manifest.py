@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from .. import records
 from ..errors import OutputError, collect_warnings, space_or, warn
-from ..machine import atomic
+from ..machine import atomic, environment
 from ..settings import with_home
 
 MANIFEST = "manifest.jsonl"
@@ -101,11 +101,14 @@ def _rows(path: Path, cls: type[records.Record]) -> Iterator[tuple[int, records.
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict | None]]:
     """Yield where each line of a file begins, the line, and its JSON object; None for one that is torn or else"""
-    with as_output_error(path.parent), suppress(FileNotFoundError), path.open("rb") as file:
-        begin = 0
-        for line in file:
-            yield begin, line, _object(line) if line.endswith(b"\n") else None
-            begin += len(line)
+    with as_output_error(path.parent):
+        if environment.exists(path) and not environment.is_file(path):  # a pipe or a device may never end
+            raise OSError(f"{path.name} is not a file")
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            begin = 0
+            for line in file:
+                yield begin, line, _object(line) if line.endswith(b"\n") else None
+                begin += len(line)
 
 
 def _object(line: bytes) -> dict | None:
