@@ -153,8 +153,13 @@ def test_an_interrupted_call_ends_early_and_generate_raises(nano):
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [({"guidance_scale": 5.0}, "guidance_scale is above 1"), ({"negative_prompt": "ugly"}, "negative_prompt has no")],
-    ids=["guidance", "negative prompt"],
+    [
+        ({"guidance_scale": 5.0}, "guidance_scale is above 1"),
+        ({"negative_prompt": "ugly"}, "negative_prompt has no"),
+        ({"prompt": f"{PROMPT} " * 80}, r"the prompt has \d+ tokens, and the text encoder reads 512"),
+        ({"prompt": [PROMPT, f"{PROMPT} " * 80]}, r"the prompt has \d+ tokens, and the text encoder reads 512"),
+    ],
+    ids=["guidance", "negative prompt", "512 tokens", "512 tokens of one of two"],
 )
 def test_guidance_and_what_has_no_effect_warn(nano, more, words):
     with pytest.warns(TurboNbWarning, match=words):

@@ -45,6 +45,8 @@ def _few_steps(theirs: Callable) -> Callable:
             warn("guidance_scale is above 1. The model was trained without guidance, which doubles the time. Take 1.")
         elif given["negative_prompt"] is not None or given["negative_prompt_embeds"] is not None:
             warn("negative_prompt has no effect, because the model works without guidance. Leave it out.")
+        for prompt in [given["prompt"]] if isinstance(given["prompt"], str) else given["prompt"] or ():
+            self.turbo_nb.prompt_encoder.warn_of_lost_words(prompt)
         with self.turbo_nb.lock, self.scheduler.drawing_from(given["generator"]):
             if given["latents"] is None:
                 given["latents"] = self.scheduler.start_latents(_latents_shape(self, given))

@@ -532,7 +532,7 @@ def test_errors_of_the_folder_are_output_errors(nano, made, tmp_path, monkeypatc
             run(nano, tmp_path)
         (tmp_path / name).rmdir()
     os.mkfifo(tmp_path / manifest.MANIFEST)  # whose reader would wait for ever
-    with pytest.raises(OutputError, match="manifest.jsonl is not a file"):
+    with pytest.raises(OutputError, match=r"manifest\.jsonl is not a file"):
         run(nano, tmp_path)
     (tmp_path / manifest.MANIFEST).unlink()
 

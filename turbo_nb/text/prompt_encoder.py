@@ -95,7 +95,7 @@ class PromptEncoder:
 
         Warns of the words that the text encoder does not read, because they come after its 512 tokens.
         """
-        self._warn_of_lost_words(prompt)
+        self.warn_of_lost_words(prompt)
         if prompt not in self._known:
             self._known[prompt] = self._find_or_encode(prompt)
             while len(self._known) > REMEMBERED:
@@ -103,7 +103,8 @@ class PromptEncoder:
         self._known.move_to_end(prompt)
         return self._known[prompt]
 
-    def _warn_of_lost_words(self, prompt: str) -> None:
+    def warn_of_lost_words(self, prompt: str) -> None:
+        """Warn of the words that the text encoder does not read."""
         if len(prompt.encode()) < TEXT_LENGTH:  # a token has a byte at least, and one token ends the prompt
             return
         found = length(prompt, self._pipeline.tokenizer)
