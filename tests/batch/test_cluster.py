@@ -1,6 +1,7 @@
 """The driver of Ray's actors: no job is lost or made twice, whatever ends. Real clusters are in test_ray.py."""
 
 import json
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from turbo_nb.batch import cluster, engines, manifest, runner
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning, warn
 from turbo_nb.machine import atomic, environment, probe
 from turbo_nb.video import mp4
+
+REQUIRE_ANSWER = cluster._require_answer  # tests with a stand-in of Ray replace it
 
 LOAD = {"model": "nano", "device": "cpu"}
 TINY = {"num_frames": 1, "resolution": "16x16"}
@@ -29,6 +32,7 @@ def ray(monkeypatch, nano, made):
         return fake
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_require_answer", lambda address: None)
     monkeypatch.setattr(environment, "version", lambda name: "2.60.0")
     monkeypatch.setattr(pipeline, "load", lambda model, **options: nano)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
@@ -386,3 +390,30 @@ def test_an_actor_takes_the_gpu_that_ray_gave_it(ray, monkeypatch, device, given
     monkeypatch.setattr(ray(), "get_runtime_context", lambda: context, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     assert cluster.own_device(device) == own
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:1",
+        "ray://127.0.0.1:1",
+        "[::1]:1",
+        "127.0.0.1:99999",
+        "☃..a:1",
+        "http://127.0.0.1:1",
+        "/tmp",
+        "x",
+        ":1",
+    ],
+)
+def test_an_address_without_a_cluster_is_named_within_seconds(address):
+    with pytest.raises(InputError, match=r"^ray is .*, where no cluster answers \(.*\)\. Expected"):
+        REQUIRE_ANSWER(address)
+
+
+def test_an_address_that_answers_is_tried():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        REQUIRE_ANSWER(f"127.0.0.1:{server.getsockname()[1]}")
+    REQUIRE_ANSWER("auto")

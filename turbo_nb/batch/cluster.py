@@ -27,7 +27,7 @@ from ..errors import InputError, TurboNbError, collect_warnings, first_line, war
 from ..files.fingerprint import fingerprint
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import atomic, environment, signals
-from ..settings import PICTURES, LoadOptions, LoRAFile
+from ..settings import PICTURES, LoadOptions, LoRAFile, shown
 from ..video import images
 from .engines import FoundModel, Work, has_lost_gpu, make
 from .jobs import Task
@@ -39,6 +39,7 @@ MAX_LOADS = 5  # actors that may die one after the other while they load, if the
 LOST_NODES = 3  # lost nodes that count as one killed actor, because most jobs on a lost node are innocent
 NODE_DIED = "its node has died"  # Ray's words for an actor whose node it could not know before
 POLL = 2  # seconds after which the driver looks for new GPUs
+ANSWERS = 5  # seconds within which a cluster's port answers
 OBJECTS = 100 << 20  # bytes of the object store on this machine, where clips go through the folder
 ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a clip any more
 KEPT = 8  # images that stay in the object store between two jobs
@@ -60,6 +61,8 @@ def connected(address: str | None, **options: Any) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    if address is not None:
+        _require_answer(address)
     with ExitStack() as stack:
         if address is None:
             short = "/tmp" if os.access("/tmp", os.W_OK) else None  # because the path of a socket has 107 bytes
@@ -73,13 +76,29 @@ def connected(address: str | None, **options: Any) -> Iterator[Any]:
         except Exception as error:  # ConnectionError, RuntimeError, ValueError and others
             if address is None:
                 raise TurboNbError(f"Ray cannot start here ({first_line(error)}). Take one worker.") from error
-            raise InputError(
-                f"ray is {address!r}, where no cluster answers ({first_line(error)}). Expected the address of a "
-                "running cluster, such as 10.0.0.5:6379, or auto. Start it with: ray start --head"
-            ) from error
+            raise _no_cluster(address, error) from error
         if context.dashboard_url:
             log.info("Ray's dashboard: http://%s", context.dashboard_url)
         yield ray
+
+
+def _require_answer(address: str) -> None:
+    """Raise InputError where nothing listens at an address, because Ray itself tries for minutes"""
+    place = re.fullmatch(r"(?:ray://)?\[?([^\[\]/@]+?)\]?:([0-9]+)", address)
+    try:
+        if place:
+            socket.create_connection((place[1], int(place[2])), timeout=ANSWERS).close()
+        elif address not in ("auto", "local"):
+            raise ValueError("it is not HOST:PORT")
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> InputError:
+    return InputError(
+        f"ray is {shown(address)}, where no cluster answers ({first_line(error)}). Expected the address of a running "
+        "cluster, such as 10.0.0.5:6379, or auto. Start it with: ray start --head"
+    )
 
 
 def pinned(model: ResolvedModel, device: str) -> LoadOptions:
