@@ -1,7 +1,8 @@
-"""Seeded fuzzers: each kind of input has an index, and the kind and the index determine the input.
+"""Seeded fuzzers: each kind of input has an index, and the seed, the kind and the index determine the input.
 
 TURBO_NB_FUZZ=1000 tries as many inputs of each kind, and one that takes over 5 s is a fault. Without it a kind has a
 few inputs, and only one that takes over 60 s is a fault, because machines that test are busy.
+TURBO_NB_FUZZ_SEED=spring tries other inputs. CI has no seed, because its inputs must not change.
 TURBO_NB_FUZZ_ONLY=arguments:17 tries one input again, and raises its error as it is.
 """
 
@@ -11,17 +12,20 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from turbo_nb.errors import TurboNbError
 
 COUNT = int(os.environ.get("TURBO_NB_FUZZ") or 0)
+SEED = os.environ.get("TURBO_NB_FUZZ_SEED", "")
 ONLY = os.environ.get("TURBO_NB_FUZZ_ONLY", "")
 LIMIT = 5 if COUNT else 60  # seconds for one input
 CODES = {0, 1, 2, 130}  # that the README documents
 LINES, CHARACTERS = 10, 2500  # of an error on stderr; 5 bad rows of a file have a line each
 SHOWN = 12  # faults in the failure of a test
+ENDS: Counter[str] = Counter()  # how the inputs of a kind ended: exit codes, and errors of turbo_nb
 
 
 class Hang(BaseException):
@@ -42,7 +46,8 @@ def fuzz(kind: str, count: int, attempt: Callable[[random.Random], object], limi
         if only == kind:
             _once(kind, int(index), attempt, limit)
         return
-    faults, slowest = [], (0.0, 0)
+    faults, slowest, start = [], (0.0, 0), time.perf_counter()
+    ENDS.clear()
     for index in range(COUNT or count):
         begin = time.perf_counter()
         try:
@@ -51,11 +56,15 @@ def fuzz(kind: str, count: int, attempt: Callable[[random.Random], object], limi
             lines = str(error).strip().splitlines() or [""]
             faults.append(f"{kind}:{index}  {type(error).__name__}: {lines[0][:300]}{_place(error)}")
         slowest = max(slowest, (time.perf_counter() - begin, index))
-    figures = f"{kind}: {COUNT or count} inputs, {len(faults)} faults, slowest {slowest[0]:.2f} s ({kind}:{slowest[1]})"
+    figures = (
+        f"{kind}: {COUNT or count} inputs in {time.perf_counter() - start:.0f} s, {len(faults)} faults, "
+        f"slowest {slowest[0]:.2f} s ({kind}:{slowest[1]}), {dict(ENDS.most_common())}"
+    )
     print(figures)
     if faults:
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        again = f"Try one again: TURBO_NB_FUZZ_ONLY={faults[0].split('  ')[0]!r} pytest tests/fuzz"
+        seed = f"TURBO_NB_FUZZ_SEED={SEED!r} " if SEED else ""
+        again = f"Try one again: {seed}TURBO_NB_FUZZ_ONLY={faults[0].split('  ')[0]!r} pytest tests/fuzz"
         raise AssertionError("\n".join([figures, *faults[:SHOWN], *more, again]))
 
 
@@ -63,8 +72,9 @@ def _once(kind: str, index: int, attempt: Callable[[random.Random], object], lim
     begin = time.perf_counter()
     with _limited(limit):
         try:
-            attempt(random.Random(f"{kind} {index}"))
+            attempt(random.Random(f"{SEED}{kind} {index}"))
         except TurboNbError as error:
+            ENDS[type(error).__name__] += 1
             require_short(str(error))
     if (seconds := time.perf_counter() - begin) > limit:  # in code that no signal interrupts
         raise Hang(f"took {seconds:.1f} s")
@@ -81,6 +91,7 @@ def require_short(text: str) -> None:
 
 def require_documented(result) -> None:
     """Require the result of a command to be a documented one, and a failure to have a short reason"""
+    ENDS[f"exit {result.returncode}"] += 1
     assert result.returncode in CODES, f"exit code {result.returncode}: {result.stderr[-300:]}"
     require_short(result.stderr)
     assert result.returncode != 2 or (result.stderr + result.stdout).strip(), "exit code 2 without a word"

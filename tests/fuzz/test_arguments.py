@@ -21,6 +21,9 @@ BASE = {
     "doctor": [],
     "download": [],
     "verify": ["nope"],  # a whole self-test takes seconds
+    "ui": ["out", "--no-browser"],
+    "notebooks": [],
+    "run": [],
 }
 LIKELY = {  # values that pass the first check, so that later ones are reached
     "--model": ["nano", "auto", "TurboWan2.1-T2V-1.3B-480P", "Wan2.2-A14B", "nanoo", "dir", "good.mp4"],
@@ -37,8 +40,20 @@ LIKELY = {  # values that pass the first check, so that later ones are reached
     "--seed": ["0", str(2**63 - 1)],
     "--memory": ["12", "1e-9", "1e300"],
     "--workers": ["1", "2", "1024"],
+    "--gpus": ["1", "2", "3", "all", "1024", "ALL"],
+    "--decoder": ["full", "tiny"],
+    "--tiny-decoder-path": ["page.safetensors", "pointer.safetensors", "good.png", "dir"],
+    "--extend": ["1", "2", "20", "21"],
+    "--extend-clip": ["good.mp4", "page.mp4", "empty.mp4", "out/v.mp4"],
+    "--last-image": ["good.png", "page.png"],
+    "--ray": ["auto", "local", "127.0.0.1:1", "ray://127.0.0.1:1"],
+    "--host": ["127.0.0.1", "0.0.0.0", "::1", "::", "localhost", "256.0.0.1", "a" * 64 + ".example"],
+    "--port": ["1", "0", "65535", "65536"],
 }
-PLACES = {"batch": ["good.txt", "good.csv", "good.jsonl"], "convert": ["good.mp4", "out"], "info": ["good.mp4"]}
+PLACES = {
+    "batch": ["good.txt", "good.csv", "good.jsonl"], "convert": ["good.mp4", "out"], "info": ["good.mp4"],
+    "ui": ["out"], "notebooks": ["out", "dir/new"], "run": ["dir", "file.py", "gone.py", "no_such_module", "a.b"],
+}  # fmt: skip
 
 
 def spelled(flag, chance):
@@ -57,6 +72,8 @@ def within(text: str) -> str:
 def arguments(chance) -> list[str]:
     """Return a command with options that are odd"""
     weights = {"t2v": 5, "i2v": 3, "batch": 4, "info": 2, "convert": 2, "download": 2, "verify": 1, "doctor": 0.2}
+    weights |= {"ui": 1, "notebooks": 1, "run": 1}
+    assert {*weights} == {*COMMANDS}
     name = chance.choices([*weights], [*weights.values()])[0]
     line = [*BASE[name]]
     flags = [(one.opts + one.secondary_opts, one) for one in COMMANDS[name].params]
@@ -74,7 +91,7 @@ def arguments(chance) -> list[str]:
             line.append(f"{spelled(flag, chance)}={text}")
         else:
             line += [spelled(flag, chance), text]
-    if name in ("t2v", "i2v", "batch", "convert"):  # which write
+    if name in ("t2v", "i2v", "batch", "convert", "ui", "notebooks"):  # which write
         line = [within(text) for text in line]
     if chance.random() < 0.05:
         line.append(chance.choice(["--bogus", "--help", "-h", "--json", "--", "-", "--=", "--prompt", *TEXTS]))
@@ -85,7 +102,14 @@ def arguments(chance) -> list[str]:
     return [name, *line]
 
 
-@pytest.mark.usefixtures("cheap")
+@pytest.fixture
+def served(monkeypatch):
+    """Let no server start, because it would run until it is interrupted"""
+    application = pytest.importorskip("jupyter_server.serverapp").ServerApp
+    monkeypatch.setattr(application, "launch_instance", lambda argv: None)
+
+
+@pytest.mark.usefixtures("cheap", "served")
 def test_argument_lists_have_a_documented_end(folder):
     def attempt(chance):
         line = arguments(chance)

@@ -1,22 +1,29 @@
 """Odd environments: whole processes of `turbo-nb`, and so few of them in CI."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from fuzz.harness import NUMBERS, PATHS, TEXTS, fuzz, require_documented
 
+import turbo_nb
+
 VARIABLES = (
     "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "TERM", "COLUMNS", "LINES", "NO_COLOR",
-    "PATH", "USER", "SHELL", "XDG_CACHE_HOME", "TURBO_NB_CACHE", "TURBO_NB_HOME", "TURBO_NB_LORAS",
-    "TURBO_NB_TEXT_CACHE", "TURBO_NB_ENCODER", "TURBO_NB_PRICE_PER_HOUR", "TURBO_NB_ROPE", "TURBO_NB_ATTENTION",
-    "TURBO_NB_LINEAR", "TURBO_NB_BLOCK", "TURBO_NB_VAE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN",
-    "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT",
-    "HF_HUB_DISABLE_XET", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HTTP_PROXY",
-    "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS", "RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "COLAB_RELEASE_TAG", "TRITON_CACHE_DIR",
-    "TRITON_INTERPRET", "IMAGEIO_FFMPEG_EXE", "MPLBACKEND",
+    "PATH", "USER", "SHELL", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_CACHE",
+    "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE",
+    "HF_HUB_ETAG_TIMEOUT", "TRANSFORMERS_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_DISABLE_XET", "HF_HUB_VERBOSITY",
+    "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CC", "LD_LIBRARY_PATH",
+    "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RAY_ADDRESS", "RUNPOD_POD_ID",
+    "RUNPOD_ENDPOINT_ID", "COLAB_RELEASE_TAG", "SERVER_SOFTWARE", "JUPYTER_TOKEN", "JUPYTER_PASSWORD",
+    "TRITON_CACHE_DIR", "TRITON_INTERPRET", "IMAGEIO_FFMPEG_EXE", "MPLBACKEND", "TURBO_NB_REWRITE_KEY",
+    "TURBO_NB_REWRITE_MODEL",
 )  # fmt: skip
+SOURCE = "".join(path.read_text(encoding="utf-8") for path in Path(turbo_nb.__file__).parent.rglob("*.py"))
+VARIABLES += tuple(sorted({*re.findall(r"TURBO_NB_[A-Z_]*[A-Z]\b", SOURCE)} - {*VARIABLES}))
 LIKELY = (
     "0", "1", "C", "POSIX", "de_DE.UTF-8", "ja_JP.eucJP", "ascii", "latin-1:strict", "utf-16", "dumb", "nvenc", "x264",
     "reference", "triton", "http://127.0.0.1:1", "127.0.0.1:1", "socks5://127.0.0.1:1",
@@ -27,6 +34,9 @@ SMALL = ["--num_frames", "1", "--num_steps", "1", "--resolution", "16x16", "--de
 LINES = (
     ["doctor"], ["doctor", "--json"], ["info", "good.mp4"], ["info", "page.mp4"], ["download", "a/b"],
     ["download", "TurboWan2.1-T2V-1.3B-480P"], ["t2v", "--prompt", "a red circle", "--save_path", "out/v.mp4", *SMALL],
+    ["t2v", "--prompt", "a red circle", "--save_path", "out/v.mp4", "--rewrite", "--timing", *SMALL],
+    ["t2v", "--prompt", "a red circle", "--save_path", "out/v.mp4", "--gpus", "all", "--decoder", "tiny", *SMALL],
+    ["i2v", "--prompt", "a red circle", "--extend_clip", "good.mp4", "--save_path", "out/v.mp4", "--device", "cpu"],
     ["batch", "good.txt", "--output_dir", "out/b", *SMALL],
 )  # fmt: skip
 USER = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")  # has no passwd entry and owns nothing
