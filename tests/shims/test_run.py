@@ -3,6 +3,7 @@
 import builtins
 import io
 import multiprocessing.spawn
+import shutil
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -128,9 +129,28 @@ def test_an_unsupported_call_shows_its_line(run):
     assert err.endswith("\nscript.py:4 calls it: flash_attn.flash_attn_func(x, x, x, 0.1)\n")
 
 
-def test_a_missing_script_is_an_error(run):
-    assert run("", call=("no.py",))[::2] == (2, "error: no.py does not exist. Expected the path of a Python script. "
-                                             "Check the path.\n")  # fmt: skip
+NO_SCRIPT = {
+    "no.py": "which does not exist",
+    "a" * 5000: "which does not exist",
+    "no\0.py": "which does not exist",
+    "folder": "a folder without __main__.py",
+    "/dev/zero": "which is not a file",
+}
+
+
+@pytest.mark.parametrize("target", NO_SCRIPT, ids=lambda target: ascii(target)[1:12])
+def test_what_cannot_be_a_script_is_an_error(run, tmp_path, target):
+    (tmp_path / "folder").mkdir()
+    code, _, err = run("", call=(target,))
+    assert code == 2 and err.startswith(f"error: SCRIPT is {target[:4]!r}"[:-3])
+    assert err.endswith(f", {NO_SCRIPT[target]}. Expected the path of a Python script. Check the path.\n")
+
+
+def test_folders_and_archives_are_scripts(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text("print('ran')")
+    shutil.make_archive("packed", "zip", "folder")
+    assert [run("", call=(target,))[1] for target in ("folder", "packed.zip")] == ["ran\n"] * 2
 
 
 def test_a_script_may_leave_an_executor_open(run):

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 from ..errors import InputError
+from ..settings import shown
 from .hooks import install
 from .on_cpu import cuda_on_cpu
 from .support import UnsupportedCall
@@ -27,7 +28,7 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
         module: whether target is a module, as with `python -m`.
 
     Raises:
-        InputError: the script does not exist.
+        InputError: the target is not a file, or a folder with __main__.py. What Python and the script raise stays.
     """
     before = list(sys.argv), list(sys.path)
     try:
@@ -38,9 +39,9 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
 
 def execute(target: str, arguments: list[str], module: bool) -> None:
     """Do what `run` does, and leave `sys.argv` and `sys.path` to the script's threads and exit handlers."""
+    if not module:
+        _require_script(target)
     script = Path(target)
-    if not module and not script.exists():
-        raise InputError(f"{target} does not exist. Expected the path of a Python script. Check the path.")
     sys.argv[:] = [target, *arguments]
     if not sys.flags.safe_path:  # because Python then adds no folder
         sys.path.insert(0, os.getcwd() if module else str(script.resolve().parent))
@@ -57,6 +58,17 @@ def execute(target: str, arguments: list[str], module: bool) -> None:
         calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(own)]
         error.add_note(f"{calls[-1].filename}:{calls[-1].lineno} calls it: {calls[-1].line}")
         raise
+
+
+def _require_script(target: str) -> None:
+    """Raise InputError for a path that Python cannot run, or that has no end"""
+    fault = ""
+    if os.path.isdir(target):  # os.path's functions take any name, and Path's raise for some
+        fault = "" if os.path.isfile(os.path.join(target, "__main__.py")) else "a folder without __main__.py"
+    elif not os.path.isfile(target):
+        fault = "which is not a file" if os.path.exists(target) else "which does not exist"
+    if fault:
+        raise InputError(f"SCRIPT is {shown(target)}, {fault}. Expected the path of a Python script. Check the path.")
 
 
 def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
