@@ -1,7 +1,10 @@
 """Argument lists of every command, in one process: a documented exit code and a short reason."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fuzz.harness import ONLY, PATHS, TEXTS, fuzz, odd, require_documented
@@ -9,6 +12,7 @@ from helpers import command_line
 from typer.main import get_command
 
 from turbo_nb import cli
+from turbo_nb.shims import script
 
 COMMANDS = get_command(cli.app).commands
 CHEAP = ["--device", "cpu", "--num_frames", "1", "--num_steps", "1", "--resolution", "16x16"]
@@ -103,18 +107,21 @@ def arguments(chance) -> list[str]:
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """Let no server start, because it would run until it is interrupted"""
+def alone(monkeypatch):
+    """Start no server, because it would run until it is interrupted, and leave this process without the stand-ins"""
     application = pytest.importorskip("jupyter_server.serverapp").ServerApp
     monkeypatch.setattr(application, "launch_instance", lambda argv: None)
+    monkeypatch.setattr(script, "install", lambda: None)
+    monkeypatch.setattr(script, "cuda_on_cpu", contextlib.nullcontext)
 
 
-@pytest.mark.usefixtures("cheap", "served")
+@pytest.mark.usefixtures("cheap", "alone")
 def test_argument_lists_have_a_documented_end(folder):
     def attempt(chance):
         line = arguments(chance)
         print(json.dumps(line)[:2000]) if ONLY else None
-        require_documented(command_line(*line, cwd=folder))
+        with mock.patch("sys.path", [*sys.path]):  # because `run` puts the script's folder in front
+            require_documented(command_line(*line, cwd=folder))
 
     fuzz("arguments", 120, attempt)
     assert not list(Path(folder).rglob(".turbo_nb-*"))
