@@ -222,6 +222,22 @@ def test_an_error_of_an_endless_argument_is_short(tmp_path, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["t2v", "batch", "notebooks", "doctor"])
+def test_names_do_not_command_the_terminal(tmp_path, monkeypatch, command):
+    (tmp_path / "p.txt").write_text(PROMPT)
+    monkeypatch.setenv("HF_HUB_CACHE", f"{tmp_path}/\x1b[31mred")
+    small = ["--num_frames", 1, "--num_steps", 1, "--resolution", "16x16", "--device", "cpu", "--model", "nano"]
+    arguments = {
+        "t2v": ["--prompt", PROMPT, *small, "--save_path", "\x1b[31mred.mp4"],
+        "batch": ["p.txt", *small, "--output_dir", "\x1b[31mred"],
+        "notebooks": ["\x1b[31mred"],
+        "doctor": [],
+    }
+    result = command_line(command, *arguments[command], cwd=tmp_path)
+    assert result.returncode == 0 and "\\x1b[31mred" in re.sub(r"\W*\n\W*", "", result.stdout), result
+    assert "\x1b" not in result.stdout + result.stderr
+
+
 def test_info_of_something_else(tmp_path):
     result = run("info", "missing.mp4", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith(

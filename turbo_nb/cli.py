@@ -360,7 +360,7 @@ def _rewritten(clip: ClipSettings, spec: Any, progress: Any, bar: Any) -> ClipSe
     progress.reset(bar, description="rewrite", total=None)
     clip = replace(clip, prompt=rewrite_prompt(clip.prompt, task=spec.task, vocabulary=spec.vocabulary))
     progress.reset(bar, description="load", total=None)
-    print(presentable(f"prompt: {clip.prompt}", 10_000))
+    _say(f"prompt: {clip.prompt}")
     return clip
 
 
@@ -368,6 +368,11 @@ def _print_phases(seconds: dict[str, float]) -> None:
     """Print the seconds of each phase on stderr"""
     for name, value in (seconds | {"all": sum(seconds.values())}).items():
         print(f"{value:8.2f} s  {name}", file=sys.stderr)
+
+
+def _say(what: Any) -> None:
+    """Print a result at once. Text of a path or a file cannot command the terminal, because names may have escapes"""
+    print(presentable(str(what), 10_000_000), flush=True)
 
 
 @contextmanager
@@ -395,14 +400,14 @@ def _report(path: Path, video, more: dict[str, float]) -> None:
     from .machine import environment
 
     frames, height, width, _ = video.frames.shape
-    print(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {_seeds(video.record.seed)}")
+    _say(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {_seeds(video.record.seed)}")
     timings, parts = video.timings | more, []
     for stage, seconds in timings.items():
         details = [f"{video.peaks[stage] / 1e9:.1f} GB"] if video.peaks.get(stage) else []
         if stage == "denoise":
             details.append("steps " + " ".join(f"{step:.2f}" for step in video.steps))
         parts.append(f"{stage} {seconds:.2f} s" + (f" ({'; '.join(details)})" if details else ""))
-    print("  ".join(parts) + environment.dollars(environment.cost(sum(timings.values())), "  "))
+    _say("  ".join(parts) + environment.dollars(environment.cost(sum(timings.values())), "  "))
 
 
 def _seeds(seed: int | list[int]) -> str:
@@ -434,7 +439,7 @@ def batch(
             def show(record, number: int, total: int) -> None:
                 nonlocal made
                 made += record.status == "done"
-                print(f"{number}/{total}  {batch.describe(record)}", flush=True)
+                _say(f"{number}/{total}  {batch.describe(record)}")
 
             summary = batch.run(
                 prompts,
@@ -453,7 +458,7 @@ def batch(
     except KeyboardInterrupt:
         print(f"cancelled; {made} made, which stay: the same command makes the rest", file=sys.stderr)
         raise _Cancelled from None
-    print(summary)
+    _say(summary)
     raise typer.Exit(int(bool(summary.failures)))
 
 
@@ -466,11 +471,11 @@ def info(
         from .video import mp4
 
         for name, value in mp4.read_metadata(file).items():
-            print(mp4.printable(f"{name:15} {_as_text(value)}"))
+            _say(mp4.printable(f"{name:15} {_as_text(value)}"))
     else:
         from .files import lora
 
-        print(lora.describe(file))
+        _say(lora.describe(file))
     _require_shown()
 
 
@@ -503,7 +508,7 @@ def convert(
 
     asked = options(LoadOptions)["loras"].check("lora", lora or ())
 
-    print(convert(source, folder, loras=locate.local_loras(asked), low_noise=low_noise))
+    _say(convert(source, folder, loras=locate.local_loras(asked), low_noise=low_noise))
 
 
 @app.command()
@@ -534,9 +539,9 @@ def download(
     from .files.download import download_model
 
     _check_variables()
-    files = download_model(model, quantized=quant, on_plan=lambda plan: print(plan, flush=True))
+    files = download_model(model, quantized=quant, on_plan=_say)
     if files:
-        print(files)
+        _say(files)
 
 
 @app.command()
@@ -572,7 +577,7 @@ def ui(
 
     standalone.serve(
         folder, model=model, host=host, port=port, browser=browser,
-        on_address=lambda address: print(f"the generator: {address}\nCtrl-C ends it", flush=True),
+        on_address=lambda address: _say(f"the generator: {address}\nCtrl-C ends it"),
     )  # fmt: skip
 
 
@@ -598,7 +603,7 @@ def notebooks(
             )
         for path in new:
             atomic.write(folder / path.name, path.read_bytes())
-            print(folder / path.name)
+            _say(folder / path.name)
     except OSError as error:
         reason = first_line(error)
         raise OutputError(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from typing import Any
 
+from ..errors import presentable
 from ..machine.environment import dollars
 
 GIB = 2**30
@@ -45,7 +46,7 @@ class Tables:
             for name in head:
                 drawing.add_column(name, overflow="fold")
             for row in rows:
-                drawing.add_row(*map(Text, row), style=STYLES.get(row[0]))
+                drawing.add_row(*(Text(presentable(cell)) for cell in row), style=STYLES.get(row[0]))
             drawn.append(drawing)
         return Group(*drawn, *([Text(self.verdict, style="bold")] if self.verdict else []))
 
