@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("dir", "dir.mp4", "out"):
         Path(name).mkdir()
-    Path("file").write_text("x")
+    Path("file").write_text("1")  # which `turbo-nb run` runs, as well
     mp4.write_mp4(
         "good.mp4", np.zeros((1, 32, 32, 3), np.uint8), 8, {"model": "nano", "prompt": "a red circle", "seed": 3}
     )

@@ -73,7 +73,7 @@ def test_commands_in_odd_environments(folder):
         if chance.random() < 0.1:
             streams["stdout"] = open("/dev/full", "w") if os.path.exists("/dev/full") else subprocess.PIPE  # noqa: SIM115
         result = subprocess.run(command, cwd=folder, env=environment, timeout=120, check=False, **streams)
-        result.stdout = (result.stdout or b"").decode(errors="replace").replace("\x1b", "")
+        result.stdout = (result.stdout or b"").decode(errors="replace")
         result.stderr = result.stderr.decode(errors="replace")
         try:
             if (
