@@ -135,6 +135,7 @@ NO_SCRIPT = {
     "no\0.py": "which does not exist",
     "folder": "a folder without __main__.py",
     "/dev/zero": "which is not a file",
+    "/proc/self/mem": "which cannot be read (Input/output error)",
 }
 
 

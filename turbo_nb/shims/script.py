@@ -10,7 +10,6 @@ from types import TracebackType
 import torch
 
 from ..errors import InputError
-from ..settings import shown
 from .hooks import install
 from .on_cpu import cuda_on_cpu
 from .support import UnsupportedCall
@@ -67,8 +66,14 @@ def _require_script(target: str) -> None:
         fault = "" if os.path.isfile(os.path.join(target, "__main__.py")) else "a folder without __main__.py"
     elif not os.path.isfile(target):
         fault = "which is not a file" if os.path.exists(target) else "which does not exist"
+    else:
+        try:
+            with open(target, "rb") as file:
+                file.read(1)
+        except OSError as error:
+            fault = f"which cannot be read ({error.strerror})"
     if fault:
-        raise InputError(f"SCRIPT is {shown(target)}, {fault}. Expected the path of a Python script. Check the path.")
+        raise InputError(f"SCRIPT is {target!r}, {fault}. Expected the path of a Python script. Check the path.")
 
 
 def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
