@@ -379,7 +379,7 @@ def own_device(device: str) -> str:
     import torch
 
     given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    hidden = torch.cuda.device_count() <= len(given)  # Ray hides the others, but for an option of its own
+    hidden = torch.cuda.device_count() <= len(given)  # Ray hides the others, except with an option of its own
     return device if device != "cuda" or hidden or not given else f"cuda:{given[0]}"
 
 
