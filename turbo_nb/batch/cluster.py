@@ -358,7 +358,7 @@ class Order:
     def resolve(self) -> ResolvedModel:
         """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
         loras = tuple(map(_lora_here, self.options.loras, self.loras)) if self.loras else self.options.loras
-        model = resolve(replace(self.options, loras=loras, device=own_device(self.options.device)))
+        model = resolve(replace(self.options, loras=loras))
         if model.identity != self.identity:
             raise TurboNbError(
                 f"the model is {model.identity} in an actor. Expected {self.identity}, for which the job ids were "
@@ -443,6 +443,8 @@ class TurboNbActor:
 
         here = ray.get_runtime_context()
         torch.set_num_threads(self.order.threads)
+        options = replace(self.order.options, device=own_device(self.order.options.device))
+        self.order = replace(self.order, options=options)
         with collect_warnings() as messages:
             try:
                 self.folder = self.order.mark.parent if self.order.sees_folder() else None
