@@ -65,7 +65,8 @@ def get(address: str) -> tuple[int, str]:
 
 def test_the_page_asks_for_the_token_and_shows_the_generator(server, tmp_path):
     pytest.importorskip("voila")
-    address = urllib.parse.urlsplit(server(JUPYTER_PASSWORD=" s3cret "))
+    homeless = {"HOME": "/dev/null", "JUPYTER_CONFIG_DIR": "", "JUPYTER_RUNTIME_DIR": ""}  # as a user of a container
+    address = urllib.parse.urlsplit(server(JUPYTER_PASSWORD=" s3cret ", **homeless))
     page = f"{address.scheme}://{address.netloc}/voila/render/{standalone.PAGE}"
     assert "s3cret" not in address.query  # a token that the user knows is not printed
     status, text = get(page)
@@ -119,7 +120,7 @@ def test_a_host_that_is_not_an_address_is_named_and_not_the_port(host):
 def test_a_folder_that_cannot_keep_clips_is_an_error_before_the_server_starts(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"^folder is .*cannot keep clips"):
-        standalone.serve(tmp_path / name, port=1)
+        standalone.serve(tmp_path / name, port=free_port())
 
 
 @pytest.mark.parametrize("package", ["voila", "jupyter_server"])

@@ -64,7 +64,8 @@ def serve(
         address += f"?token={secret}"
     os.environ["JUPYTER_TOKEN"] = secret  # where the server looks; an argument would show in the list of processes
     on_address(address)
-    with tempfile.TemporaryDirectory(prefix="turbo_nb_ui_") as root:
+    with tempfile.TemporaryDirectory(prefix="turbo_nb_ui_") as root, tempfile.TemporaryDirectory() as spare:
+        _provide_jupyters_folders(Path(spare))
         (Path(root) / PAGE).write_text(notebook(folder, model), encoding="utf-8")
         argv = [
             f"--ServerApp.root_dir={root}", f"--ip={host}", f"--port={port}", "--ServerApp.port_retries=0",
@@ -116,6 +117,25 @@ def _require_folder(folder: Path) -> None:
             f"folder is {shown(str(folder), 300)}, which cannot keep clips ({error.strerror or error}). Expected a "
             "folder that can be written. Choose another folder."
         ) from error
+
+
+def _provide_jupyters_folders(spare: Path) -> None:
+    """Give Jupyter folders in `spare` in place of its own that cannot be made, because a user may have no home"""
+    from jupyter_core import paths
+
+    own = {
+        "JUPYTER_CONFIG_DIR": paths.jupyter_config_dir,
+        "JUPYTER_DATA_DIR": paths.jupyter_data_dir,
+        "JUPYTER_RUNTIME_DIR": paths.jupyter_runtime_dir,  # in the data's folder, unless the variable is set
+    }
+    for variable, find in own.items():
+        try:
+            os.makedirs(find(), mode=0o700, exist_ok=True)
+            usable = variable != "JUPYTER_RUNTIME_DIR" or os.access(find(), os.W_OK)
+        except OSError:
+            usable = False
+        if not usable:
+            os.environ[variable] = str(spare / variable)
 
 
 def _secret() -> str:
