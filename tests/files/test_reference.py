@@ -57,7 +57,8 @@ def test_every_form_of_a_reference(text, expected):
     "text",
     ["", "o", "a.safetensors", "models/a.safetensors", "./o/r", "../o/r", "/o/r", "~/o/r", "C:\\o\\r", "o\\r", "o/../r",
      "o/r/../x.pth", "o/r/./x.pth", "o//r", "o/r//x.pth", "o/r@", "o/r@../x", "o/r@a@b", "o/r x@\n", "o/a--b",
-     "o/r.git", "-o/r", "o/r/x\x1b.pth", "hf_tok en/r", "é/r", "o/..", "file:///o/r.pth", "s3://o/r"],
+     "o/r.git", "-o/r", "o/r/x\x1b.pth", "hf_tok en/r", "é/r", "o/..", "file:///o/r.pth", "s3://o/r",
+     "o/r-", "o/r.", "o-/r", "o./r@main", f"o/{'r' * 97}", f"{'o' * 97}/r"],
 )  # fmt: skip
 def test_text_of_another_form_is_not_a_reference(text):
     assert parse(text) is None
@@ -71,7 +72,7 @@ def test_text_of_another_form_is_not_a_reference(text):
         f"{HF}/o", f"{HF}/datasets/o/r", f"{HF}/spaces/o/r", f"{HF}/o/r/commits/main", f"{HF}/o/r/discussions/1",
         f"{HF}/o/r/resolve", f"{HF}/o/r/resolve/main", f"{HF}/o/r/blob/main/../x.pth", f"{HF}/o/..", "https:///o/r",
         f"{HF}/o/r/blob/main/%2e%2e/x.pth", f"{HF}/o/r/resolve/main/a%2Fb.pth", "https://[::1/o/r",
-        f"{HF}/o/r/raw/main/a%5Cb.pth",
+        f"{HF}/o/r/raw/main/a%5Cb.pth", f"{HF}/o/r-", f"{HF}/o/{'r' * 97}",
     ],
 )  # fmt: skip
 def test_an_address_that_names_no_model_is_an_input_error(text):

@@ -31,7 +31,8 @@ from .filenames import (
 
 FORMS = "owner/repo, owner/repo/path/file.safetensors, each with or without @revision, or their address"
 HOSTS = {urlsplit(HUB).netloc, "www.huggingface.co", "hf.co"}
-REFERENCE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)((?:/[^/\\@]+)*)/?(?:@([^\s\\@]+))?", re.ASCII)
+NAME = r"\w(?:[\w.-]{0,94}\w)?"  # of an owner or a repository, as huggingface_hub requires it
+REFERENCE = re.compile(rf"({NAME}/{NAME})((?:/[^/\\@]+)*)/?(?:@([^\s\\@]+))?", re.ASCII)
 # Where the other parts of a model lie, first in diffusers' layout, then in that of Wan-AI's repositories
 PARTS = {
     "vae": ("vae/", catalog.VAE.path),
