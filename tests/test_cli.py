@@ -211,6 +211,7 @@ LONG = "long " * 30_000
         ["t2v", "--prompt", "x", "--device", LONG],
         ["t2v", "--prompt", "x", "--save_path", f"{'a/' * 5000}x.mp4"], ["info", "9" * 5000], ["download", "/" * 5000],
         ["t2v", "--prompt", "x", "--model", "x/" * 9000], ["batch", f"{LONG}.txt"], ["info", "\x1b]0;x\x07"],
+        ["notebooks", "\0"], ["download", f"{'o' * 200}/r"],
     ],
     ids=lambda line: " ".join(line)[:40].encode("unicode_escape").decode(),
 )  # fmt: skip

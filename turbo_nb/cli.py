@@ -604,7 +604,7 @@ def notebooks(
         for path in new:
             atomic.write(folder / path.name, path.read_bytes())
             _say(folder / path.name)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError for a name with a null byte
         reason = first_line(error)
         raise OutputError(
             f"{str(folder)!r} cannot take the notebooks ({reason}). Expected a folder. Take another one."
