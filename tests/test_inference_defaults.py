@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_sla_is_the_default_attention_everywhere(asked):
 
 def test_defaults_are_the_models_own(asked):
     clip, load, run = asked("t2v", ["--prompt", "x"])
-    assert (clip, load, run) == (ClipSettings(prompt="x"), LoadOptions(), RunOptions())
+    assert (clip, load, run) == (ClipSettings(prompt="x"), LoadOptions(), RunOptions(save_path="video.mp4"))
+    assert RunOptions().save_path == Path(run.save_path)
     clip = resolve_clip(ClipSettings(prompt="x"), catalog.find("Wan2.2-A14B"))
     assert (clip.sigma_max, clip.boundary, clip.width, clip.num_frames) == (200.0, 0.9, 1280, 81)
     clip = resolve_clip(ClipSettings(prompt="x"), catalog.find("Wan2.1-1.3B"))
@@ -99,7 +101,7 @@ def test_upstreams_text_to_video_line_is_understood(asked):
 
 def test_upstreams_image_to_video_line_is_understood(asked):
     clip, load, _ = asked("i2v", arguments(UPSTREAM_I2V))
-    assert [path.stem for path in load.checkpoint] == [
+    assert [Path(path).stem for path in load.checkpoint] == [
         "TurboWan2.2-I2V-A14B-high-720P-quant",
         "TurboWan2.2-I2V-A14B-low-720P-quant",
     ]

@@ -596,12 +596,7 @@ def notebooks(
     try:
         new = [path for path in paths if not os.path.lexists(folder / path.name)]
         changed = [p.name for p in paths if p not in new and p.read_bytes() != (folder / p.name).read_bytes()]
-        if changed:
-            raise InputError(
-                f"{listed(changed)} in {str(folder)!r} differs from this version's. "
-                "Expected no such file, or an unchanged one. Take another folder, or move the file away."
-            )
-        for path in new:
+        for path in [] if changed else new:
             atomic.write(folder / path.name, path.read_bytes())
             _say(folder / path.name)
     except (OSError, ValueError) as error:  # ValueError for a name with a null byte
@@ -609,6 +604,11 @@ def notebooks(
         raise OutputError(
             f"{str(folder)!r} cannot take the notebooks ({reason}). Expected a folder. Take another one."
         ) from error
+    if changed:
+        raise InputError(
+            f"{listed(changed)} in {str(folder)!r} differs from this version's. "
+            "Expected no such file, or an unchanged one. Take another folder, or move the file away."
+        )
 
 
 @app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
