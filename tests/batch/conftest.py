@@ -1,3 +1,4 @@
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,13 @@ from turbo_nb.errors import TurboNbError
 from turbo_nb.pipeline import LoadedModel
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Give Ray a home, because it writes there, where the user of the tests has none"""
+    if not os.access(Path("~").expanduser(), os.W_OK):
+        monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ class Batches:
         del variables["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"]  # real clips
         os.environ.update(variables)
         self.options = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)  # where Cluster writes its address in any case
         self.cluster = Cluster(initialize_head=True, head_node_args={**self.options, "temp_dir": str(folder / "ray")})
         self.nodes = [self.cluster.add_node(**self.options) for _ in range(2)]
 

@@ -75,7 +75,7 @@ class Batch:
 
 def until(value, wanted):
     """Wait until a function returns what is wanted, or that many things, and return it"""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 500
     while (got := value()) != wanted and (not isinstance(got, list) or len(got) < wanted):
         assert time.monotonic() < end, got
         time.sleep(0.02)
