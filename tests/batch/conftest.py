@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tes
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
-    """Give Ray a home, because it writes there, where the user of the tests has none"""
-    if not os.access(Path("~").expanduser(), os.W_OK):
+    """Give Ray a home to write in where the home of the user does not exist"""
+    if not os.access(os.path.expanduser("~"), os.W_OK):
         monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
 
 
