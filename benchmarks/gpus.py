@@ -34,6 +34,7 @@ from . import vae as vae_benchmark
 from .harness import Check, Job, Timing
 
 LIMIT = 5e-3  # relative L2 error of a step on several GPUs against one GPU; with 8 bits the mode's own error
+ROUNDS = 5  # over all kinds and one GPU, so that a change of the clock reaches all of them
 PSNR = 45  # dB, the least of decoded frames
 SINGLE = "one GPU"
 MODES = {
@@ -208,9 +209,6 @@ def team_of(gpus: int, target: Callable, *arguments: Any) -> Iterator[ranks.Team
         yield team
     finally:
         team.close()
-
-
-ROUNDS = 5  # over all kinds and one GPU, so that a change of the clock reaches all of them
 
 
 def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterator[Job]:
