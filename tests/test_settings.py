@@ -60,6 +60,14 @@ def test_a_value_that_cannot_be_used_is_an_error_of_three_parts(cls, name, value
         assert len(str(error.value)) < 400
 
 
+def test_a_long_value_loses_its_middle_because_a_path_ends_in_the_file_s_name():
+    text = "/a" * 50 + "/red.png"
+    assert len(settings.shown(text)) == 80 and settings.shown(text).endswith("red.png'")
+    assert settings.shown(Path(text)) == repr(text)  # whole
+    assert len(settings.shown(Path("/a" * 200))) == 300
+    assert settings.shown("x" * 78) == repr("x" * 78)
+
+
 @pytest.mark.parametrize("pair", [(96, 128), [96, 128], (np.int64(96), np.int32(128)), "96x128"], ids=str)
 def test_a_resolution_is_text_or_a_pair_of_whole_numbers(pair):
     assert resolve_clip(ClipSettings(prompt="x", resolution=pair), NANO).size[:2] == (96, 128)

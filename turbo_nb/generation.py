@@ -161,7 +161,7 @@ def preflight(
     for path in paths:
         if settings.extend_clip is not None and path.exists() and path.samefile(settings.extend_clip):
             raise InputError(
-                f"save_path is {shown(str(path))}, the clip to extend. Expected another file, so that the clip stays. "
+                f"save_path is {shown(path)}, the clip to extend. Expected another file, so that the clip stays. "
                 "Choose another name."
             )
     resolved = resolve(load) if isinstance(load, LoadOptions) else load()
@@ -207,7 +207,7 @@ def prepare(
 
 def _check_earlier(path: Path, earlier: VideoRecord, spec: ModelSpec) -> None:
     """Raise InputError for a clip of another rate, whatever its metadata say, or of several clips side by side"""
-    name = shown(str(path))
+    name = shown(path)
     if isinstance(earlier.seed, list) and len(earlier.seed) > 1:
         raise InputError(
             f"extend_clip is {name}, a grid of {len(earlier.seed)} clips. Expected one clip. Make it without grid."

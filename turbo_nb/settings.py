@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache, wraps
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from . import catalog
@@ -299,12 +299,20 @@ def _close(value: Any, words: Iterable[str]) -> str:
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """Return the repr of a value for an error message, shortened to `length` characters."""
+    """Return the repr of a value for an error message.
+
+    Args:
+        value: a `Path` appears as text of up to 300 characters.
+        length: characters of any other value. A longer one loses its middle, because a path ends in the file's name.
+    """
+    if isinstance(value, PurePath):
+        value, length = str(value), 300
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python prints no integer of more than 4300 digits, and no deep nesting
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    head = length * 2 // 3
+    return text if len(text) <= length else f"{text[:head]}…{text[head + 1 - length :]}"
 
 
 def _wrong(name: str, value: Any, allowed: str, fix: str = "") -> InputError:
@@ -725,7 +733,7 @@ def resolve_clip(
 
 def _size_of_extended(settings: ClipSettings, width: int, height: int, *own: int) -> tuple[int, int]:
     """Return the size of a finished clip. Raises InputError where another one was asked for"""
-    name, size = shown(str(settings.extend_clip)), "{}x{}".format(*own)
+    name, size = shown(Path(settings.extend_clip)), "{}x{}".format(*own)
     if settings.resolution is None:
         _check_sides(size, *own, f"{name} cannot be extended.")
     elif (width, height) != own:

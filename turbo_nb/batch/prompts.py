@@ -97,7 +97,7 @@ def rows_of(jobs: Any) -> Iterator[Job | InputError]:
 def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
     """Read a file as `read_prompts` does, with an InputError in the place of each wrong row."""
     path = Path(PathLike()("prompts", path))
-    name = shown(str(path), 300)
+    name = shown(path)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
     suffix = path.suffix.lower()
     if suffix not in readers:

@@ -114,7 +114,7 @@ def _require_folder(folder: Path) -> None:
             raise PermissionError(errno.EACCES, f"no permission in {str(parent)!r}")
     except OSError as error:
         raise OutputError(
-            f"folder is {shown(str(folder), 300)}, which cannot keep clips ({error.strerror or error}). Expected a "
+            f"folder is {shown(folder)}, which cannot keep clips ({error.strerror or error}). Expected a "
             "folder that can be written. Choose another folder."
         ) from error
 

@@ -62,7 +62,7 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", nam
             f"{name} is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
             "(height, width, 3). Convert it."
         )
-    what = f"{name} is {shown(str(image))}"
+    what = f"{name} is {shown(str(image), 300)}"
     return _read(_file(image, what), what)
 
 

@@ -119,7 +119,7 @@ def check_size(path: Path, width: int, height: int) -> None:
     if max(width, height) > most:
         fix = "Unset TURBO_NB_ENCODER." if most < LARGEST_SIDES["x264"] else "Make fewer clips, or leave grid out."
         raise OutputError(
-            f"{shown(str(path), 300)} would be of {width}x{height} pixels. Expected sides of at most {most}, which "
+            f"{shown(path)} would be of {width}x{height} pixels. Expected sides of at most {most}, which "
             f"{name} can encode. {fix}"
         )
 
@@ -329,7 +329,7 @@ def _unwritable(path: Path, error: Exception) -> OutputError:
         fix = "Look at what else runs on this machine, and at the free space."
     else:
         fix = "Choose another folder or name."
-    return OutputError(f"cannot write {shown(str(path), 300)}: {text}. {fix}")
+    return OutputError(f"cannot write {shown(path)}: {text}. {fix}")
 
 
 def _broken(how: str) -> OutputError:
@@ -436,7 +436,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
     """
     if (found := metadata_of(_moov(path))) is None:
         raise InputError(
-            f"path is {shown(str(path), 300)}, which says nothing of how it was made. Expected an mp4 that turbo-nb "
+            f"path is {shown(Path(path))}, which says nothing of how it was made. Expected an mp4 that turbo-nb "
             "wrote. Give the file as it was written: other programs drop the metadata."
         )
     return found
@@ -451,7 +451,7 @@ def _moov(path: str | os.PathLike) -> bytes:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
-            f"path is {shown(str(path), 300)}, which cannot be read ({reason}). Expected an mp4. Check its permissions."
+            f"path is {shown(Path(path))}, which cannot be read ({reason}). Expected an mp4. Check its permissions."
         ) from error
 
 
@@ -474,7 +474,7 @@ def _existing(path: str | os.PathLike) -> Path:
     """Return a file's path with "~" expanded. Raises InputError for a missing file"""
     place = Path(with_home(path))
     if not environment.is_file(place):
-        raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
+        raise InputError(f"path is {shown(Path(path))}, which is not a file. Expected an mp4. Check the path.")
     return place
 
 
@@ -548,6 +548,4 @@ def poster(path: str | os.PathLike, width: int = 480) -> bytes:
 
 
 def _unreadable(path: str | os.PathLike) -> InputError:
-    return InputError(
-        f"path is {shown(str(path), 300)}, which cannot be read as a video. Expected an mp4. Make it again."
-    )
+    return InputError(f"path is {shown(Path(path))}, which cannot be read as a video. Expected an mp4. Make it again.")

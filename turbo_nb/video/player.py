@@ -66,6 +66,6 @@ def play(path: str | os.PathLike, width: int | None = None) -> Player:
     """
     place = Path(with_home(path))
     if not environment.is_file(place):
-        raise InputError(f"path is {shown(str(path), 300)}, which is not a file. Expected an mp4. Check the path.")
+        raise InputError(f"path is {shown(place)}, which is not a file. Expected an mp4. Check the path.")
     mp4.poster(place, 16)  # because a file that is not a video would be a black player without a word
     return Player(place, width)
