@@ -358,7 +358,7 @@ def test_a_batch_is_videos_manifest_and_contact_sheet(nano, made, tmp_path):
     assert Image.open(summary.sheet).size == (2 * (3 * 128 + 2 * 2 + 8) + 8, 2 * (128 + 18 + 8) + 8)
     table = str(summary).splitlines()
     assert table[0].split() == ["video", "prompt", "seed", "text", "denoise", "decode", "write", "total"]
-    assert table[1].startswith(names[0]) and "1.50" in table[1]
+    assert table[1].startswith(names[0]) and " 0  " in table[1] and "1.50" in table[1]
     assert table[-1].startswith("4 made, 0 there before, 0 failed, 1 asked for twice")
 
 

@@ -127,7 +127,8 @@ class Summary:
             cells = [f"{timings[stage]:.2f}" if stage in timings else "" for stage in stages]
             total = f"{sum(timings.values()):.2f}" if timings else ""
             cells += [total, *([environment.dollars(record.cost, "")] if priced else [])]
-            yield (record.file or "failed", record.prompt, str(record.settings.seed or ""), *cells)
+            seed = record.settings.seed
+            yield (record.file or "failed", record.prompt, "" if seed is None else str(seed), *cells)
 
     def _lines(self) -> list[str]:
         """Return the last lines: up to 20 failed jobs, and the outcome"""
