@@ -197,6 +197,7 @@ jupyter_lab() { # python: becomes the server. Its configuration takes the token 
   mkdir -p "$config"
   echo 'import os; c.IdentityProvider.token = os.environ["JUPYTER_TOKEN"]' >"$config/jupyter_server_config.py"
   export JUPYTER_CONFIG_DIR=$config JUPYTER_CONFIG_PATH=$config JUPYTER_DATA_DIR=$run/jupyter JUPYTER_PATH=$run/jupyter
+  [[ -d ~ && -w ~ ]] || export HOME=$run/home # of a user without one, because Jupyter ends without it
   export JUPYTER_RUNTIME_DIR=$run/jupyter/runtime IPYTHONDIR=$run/ipython JUPYTER_TOKEN=$token PATH=$venv/bin:$PATH
   exec "$1" -m jupyterlab "${options[@]}"
 }

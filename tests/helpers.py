@@ -27,6 +27,11 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / f"{name}.safetensors")
 
 
+def home_or(folder: Path) -> dict[str, str]:
+    """The variable that makes `folder` the home of a tool which needs one; none where the user has a home"""
+    return {} if os.access(os.path.expanduser("~"), os.W_OK) else {"HOME": str(folder)}
+
+
 def assert_close(name: str, ref: torch.Tensor, out: torch.Tensor, bound: float) -> None:
     assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     assert out.isfinite().all(), f"{name}: not finite"

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers import home_or
 
 ROOT = Path(__file__).parents[1]
 WAIT = 120_000  # ms
@@ -63,7 +64,7 @@ def jupyter_lab(root: Path, folder: Path, name: str, **environment: str) -> Iter
                 sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
                 f"--port={port}", f"--ServerApp.root_dir={root}", "--expose-app-in-browser",
             ],
-            env=os.environ | folders | {"JUPYTER_TOKEN": token, "PYTHONPATH": path} | environment,
+            env=os.environ | home_or(folder) | folders | {"JUPYTER_TOKEN": token, "PYTHONPATH": path} | environment,
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:

@@ -608,6 +608,12 @@ def test_on_a_plain_box_all_stays_under_the_checkout_and_only_this_machine_may_c
     assert not box.calls("runpodctl") and process.poll() is None
 
 
+@pytest.mark.parametrize("home", ["/nowhere", "/dev/null"])
+def test_a_user_without_a_home_gets_one_because_jupyter_ends_without(box, home):
+    box.start(HOME=home)
+    assert box.jupyter()["env"]["HOME"] == str(box.home / "run/home")
+
+
 def test_on_a_plain_box_home_can_be_named(box):
     box.start(TURBO_NB_HOME=str(box.root / "elsewhere"))
     box.wait_until_said("setup: done")

@@ -1,10 +1,10 @@
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import home_or
 
 from turbo_nb import generation, records, settings
 from turbo_nb.errors import TurboNbError
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tes
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
     """Give Ray a home to write in where the home of the user does not exist"""
-    if not os.access(os.path.expanduser("~"), os.W_OK):
-        monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    for name, value in home_or(tmp_path_factory.mktemp("home")).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
