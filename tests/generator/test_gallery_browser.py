@@ -15,6 +15,7 @@ from turbo_nb.generation import Video
 from turbo_nb.records import VideoRecord
 from turbo_nb.video.gallery import Gallery
 
+SIZE = {"width": 1280, "height": 1900}
 CLIPS = {"a white bar that moves to the right": 17, "a white bar that moves down": 25, "a red flash <b>&amp;": 17}
 
 
@@ -54,7 +55,7 @@ def opened(tmp_path_factory):
         jupyter_lab(root, folder, "page.ipynb", TURBO_NB_CONFIG=str(folder / "settings")) as address,
         browser() as chromium,
     ):
-        page = chromium.new_page(viewport={"width": 1280, "height": 1900})
+        page = chromium.new_page(viewport=SIZE)
         page.set_default_timeout(60_000)
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -69,7 +70,9 @@ def opened(tmp_path_factory):
 
 @pytest.fixture
 def page(opened):
-    """The page without a selection, and without errors of scripts"""
+    """The page without a selection, as wide and lively as at first, and without errors of scripts"""
+    opened.set_viewport_size(SIZE)
+    opened.emulate_media(reduced_motion="no-preference")
     if (clear := opened.get_by_role("button", name="Clear selection")).is_visible():
         clear.click()
     yield opened
@@ -89,6 +92,14 @@ def large(page, prompt: str) -> None:
     page.get_by_role("button", name=f"Show large: {prompt}").click()
     page.locator(".tnb-result .tnb-words", has_text=prompt).wait_for()
     playing(page, ".tnb-result video")
+
+
+def delete_first(page, prompt: str) -> None:
+    """Delete a clip that is one too many"""
+    page.get_by_role("checkbox", name=f"Select: {prompt}").first.check()
+    page.get_by_role("button", name="Delete", exact=True).first.click()
+    page.get_by_role("button", name="Delete for good?").click()
+    page.locator(".tnb-count", has_text="3 clips").wait_for()
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +200,7 @@ def test_find_star_delete_and_zip(page, tmp_path):
     page.get_by_role("combobox", name="Order of the clips").select_option("oldest")
     page.get_by_role("button", name="Clear selection").click()
     page.locator(".tnb-count", has_text="4 clips").wait_for()
-    page.get_by_role("checkbox", name="Select: a red flash").first.check()
-    page.get_by_role("button", name="Delete", exact=True).first.click()
-    page.get_by_role("button", name="Delete for good?").click()
-    page.locator(".tnb-count", has_text="3 clips").wait_for()
+    delete_first(page, "a red flash")
     assert not copy.exists() and page.get_by_role("button", name="Clear selection").is_hidden()
     page.get_by_role("combobox", name="Order of the clips").select_option("newest")
 
@@ -258,7 +266,6 @@ def test_calm_pages_play_only_when_asked(page):
         "() => { const v = document.querySelector('.tnb-result video'); return v.readyState >= 2 && v.paused }"
     )
     assert page.locator(".tnb-poster video").count() == 0
-    page.emulate_media(reduced_motion="no-preference")
 
 
 def test_keys_start_and_cancel_and_a_playing_clip_plays_on(page):
@@ -284,3 +291,4 @@ def test_keys_start_and_cancel_and_a_playing_clip_plays_on(page):
     page.get_by_text("Cancelled; nothing was written").wait_for()
     page.wait_for_function("t => document.title == t", arg=title)
     assert listed.count() == len(CLIPS) + 1
+    delete_first(page, "a large green square")
