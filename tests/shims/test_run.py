@@ -100,11 +100,11 @@ def test_exit_codes_are_the_scripts(run, text, code, words):
     [
         ("def f(): 1 / 0\nf()", (), ["line 2, in <module>", "line 1, in f", "ZeroDivisionError: "]),
         ("f(:", (), ["line 1\n", "SyntaxError: "]),
-        ("", ("-m", "nothing_here"), ["ImportError: No module named nothing_here"]),
+        ("import nothing_here", ("-m", "script"), ["line 1, in <module>", "ModuleNotFoundError: "]),
         ("import runpy\nrunpy.run_path('script.py', run_name='x' * (__name__ == '__main__') or 1 / 0)", (),
          ["line 2, in <module>", "run_path", "ZeroDivisionError: "]),
     ],
-    ids=["exception", "syntax", "no module", "script of a script"],
+    ids=["exception", "syntax", "module of a module", "script of a script"],
 )  # fmt: skip
 def test_an_exception_shows_the_lines_of_the_script_only(run, text, call, shown):
     with pytest.raises((ZeroDivisionError, SyntaxError, ImportError)) as caught:
@@ -145,6 +145,24 @@ def test_what_cannot_be_a_script_is_an_error(run, tmp_path, target):
     code, _, err = run("", call=(target,))
     assert code == 2 and err.startswith(f"error: SCRIPT is {target[:4]!r}"[:-3])
     assert err.endswith(f", {NO_SCRIPT[target]}. Expected the path of a Python script. Check the path.\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nothing_here", "No module named nothing_here"),
+        ("nothing.here", "ModuleNotFoundError: No module named 'nothing'"),
+        ("folder", "'folder' is a package and cannot be directly executed"),
+        ("", "ValueError: "),
+    ],
+)
+def test_what_cannot_be_a_module_is_an_error(run, tmp_path, target, reason):
+    (tmp_path / "folder").mkdir()
+    code, _, err = run("", call=("-m", target))
+    assert code == 2 and f"error: SCRIPT is {target!r}, which Python cannot run as a module (" in err
+    assert reason in err and err.endswith(
+        "). Expected a name as after python -m. Check the name, and the folder in which turbo-nb runs.\n"
+    )
 
 
 def test_folders_and_archives_are_scripts(run, tmp_path):

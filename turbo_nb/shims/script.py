@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .hooks import install
 from .on_cpu import cuda_on_cpu
 from .support import UnsupportedCall
@@ -27,7 +27,8 @@ def run(target: str, arguments: list[str], *, module: bool = False) -> None:
         module: whether target is a module, as with `python -m`.
 
     Raises:
-        InputError: the target is not a file, or a folder with __main__.py. What Python and the script raise stays.
+        InputError: the target is not a file, a folder with __main__.py, or a module that Python finds. What the script
+            itself raises stays.
     """
     before = list(sys.argv), list(sys.path)
     try:
@@ -52,6 +53,13 @@ def execute(target: str, arguments: list[str], module: bool) -> None:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(target, run_name="__main__")
+    except ImportError as error:
+        if module and _below_runpy(error.__traceback__) is None:  # runpy itself raised it, and no line of the script
+            raise InputError(
+                f"SCRIPT is {target!r}, which Python cannot run as a module ({first_line(error)}). Expected a name as "
+                "after python -m. Check the name, and the folder in which turbo-nb runs."
+            ) from error
+        raise
     except UnsupportedCall as error:
         own = str(Path(__file__).parents[1]), os.path.dirname(torch.__file__)
         calls = [call for call in traceback.extract_tb(error.__traceback__) if not call.filename.startswith(own)]
@@ -78,14 +86,20 @@ def _require_script(target: str) -> None:
 
 def show_exception(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     """Print an uncaught exception as Python does for a script: `sys.excepthook` without the calls that led to it."""
+    error = error.with_traceback(_below_runpy(trace))
+    sys.__excepthook__(kind, error, error.__traceback__)
+
+
+def _below_runpy(trace: TracebackType | None) -> TracebackType | None:
+    """Return the part of a traceback that is the script's own: what follows runpy's calls. All of it without runpy"""
     own = trace
     while own and not _in_runpy(own):
         own = own.tb_next
-    if own:
-        while own and _in_runpy(own):
-            own = own.tb_next
-        error = error.with_traceback(own)
-    sys.__excepthook__(kind, error, error.__traceback__)
+    if own is None:
+        return trace
+    while own and _in_runpy(own):
+        own = own.tb_next
+    return own
 
 
 def _in_runpy(trace: TracebackType) -> bool:
