@@ -4,7 +4,6 @@ Voilà renders a notebook that shows the generator, inside a Jupyter server. So 
 token of JUPYTER_TOKEN or JUPYTER_PASSWORD, a password that was configured for Jupyter, or a token made at the start.
 """
 
-import errno
 import importlib.util
 import json
 import os
@@ -12,7 +11,6 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError, OutputError, first_line
@@ -56,7 +54,13 @@ def serve(
 
     _require_free(host, port)
     folder = Path(with_home(folder)).absolute()
-    _require_folder(folder)
+    try:
+        environment.require_writable(folder)
+    except OSError as error:
+        raise OutputError(
+            f"folder is {shown(folder)}, which cannot keep clips ({error.strerror or error}). Expected a folder that "
+            "can be written. Choose another folder."
+        ) from error
     shown_host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     address, secret = f"http://{shown_host}:{port}/voila/render/{PAGE}", _secret()
     if not secret:
@@ -100,23 +104,6 @@ def _require_free(host: str, port: int) -> None:
                 f"port is {port} on {host!r}, where the page cannot listen ({error.strerror or error}). Expected a "
                 "free port of this machine. Give another --port."
             ) from error
-
-
-def _require_folder(folder: Path) -> None:
-    """Raise OutputError where a folder of clips could not be made"""
-    try:
-        with suppress(FileNotFoundError):
-            os.stat(folder)
-        parent = environment.existing(folder)
-        if not environment.is_dir(parent):
-            raise NotADirectoryError(errno.ENOTDIR, f"{str(parent)!r} is a file")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, f"no permission in {str(parent)!r}")
-    except OSError as error:
-        raise OutputError(
-            f"folder is {shown(folder)}, which cannot keep clips ({error.strerror or error}). Expected a "
-            "folder that can be written. Choose another folder."
-        ) from error
 
 
 def _provide_jupyters_folders(spare: Path) -> None:

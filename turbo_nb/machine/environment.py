@@ -3,6 +3,7 @@
 Importing this module needs no other package, so that `needed_packages` can name one that is missing.
 """
 
+import errno
 import os
 import platform
 import re
@@ -311,6 +312,17 @@ def existing(path: Path) -> Path:
     while not exists(path) and path != path.parent:
         path = path.parent
     return path
+
+
+def require_writable(folder: Path) -> None:
+    """Raise OSError for a folder that could not be made, or into which no file could be written. Makes nothing."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        folder.stat()  # raises for a name that is too long, and for a link to itself
+    place = existing(folder)
+    if not is_dir(place):
+        raise NotADirectoryError(errno.ENOTDIR, f"{str(place)!r} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"no permission in {str(place)!r}")
 
 
 def free_bytes(path: Path) -> int:

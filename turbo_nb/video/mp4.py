@@ -101,14 +101,9 @@ def check_output(path: str | os.PathLike) -> Path:
             raise OSError(errno.ENAMETOOLONG, f"a name in it has more than {NAME_BYTES} bytes")
         with suppress(FileNotFoundError, NotADirectoryError):
             path.stat()  # of the file behind a link, because a link to itself has no file
-        parent = _target(path).parent
+        environment.require_writable(_target(path).parent)
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from error
-    parent = environment.existing(parent)
-    if not environment.is_dir(parent):
-        raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{str(parent)!r} is a file"))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError(errno.EACCES, f"no permission in {str(parent)!r}"))
     return path
 
 
