@@ -302,7 +302,7 @@ def load(
         return _load(resolved, plan, clip, prompts, on_compile, begin)
     from .parallel import members, ranks
 
-    team = ranks.start(resolved.gpus, members.device_of, _serve, remake, resolved.for_a_rank, plan, clip)
+    team = ranks.start(resolved.gpus, members.device_of, _serve, remake, resolved.pinned, plan, clip)
     try:
         pipeline = _load(resolved, plan, clip, prompts, on_compile, begin, team)
         team.join()

@@ -303,8 +303,8 @@ def test_an_actor_cannot_decide_otherwise(gpu, monkeypatch):
     monkeypatch.setattr(probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
     model = resolve.resolve(settings.LoadOptions())
     assert model.spec is not catalog.NANO and model.quant_linear
-    order = cluster.Order(options=cluster.pinned(model, "cuda"), identity=model.identity, clip=(16, 16, 1), prompts=(),
-                          mark=Path("out/mark"))  # fmt: skip
+    order = cluster.Order(options=replace(model.pinned, device="cuda"), identity=model.identity, clip=(16, 16, 1),
+                          prompts=(), mark=Path("out/mark"))  # fmt: skip
     order = pickle.loads(pickle.dumps(order))
     for memory in (1e9, 24e9, 180e9):  # on which "auto" stands for nano, 8-bit and bf16
         monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)

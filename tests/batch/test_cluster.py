@@ -321,11 +321,11 @@ def test_a_driver_without_a_gpu_asks_a_node_that_has_one(ray, tmp_path, monkeypa
 
 
 def test_actors_load_the_decoder_that_a_row_asks_for(tmp_path):
-    found = engines.FoundModel(spec=None, identity={}, options=settings.LoadOptions())
+    found = engines.FoundModel(spec=None, identity={}, pinned=settings.LoadOptions())
     fake, nodes = FakeRay(gpus=(1,)), []
     for model in (found, found.decoding("tiny")):
         actors = cluster.Actors(model, tmp_path, None, "auto")
-        nodes.append(actors._order(fake, engines.Work(count=1, size=(1, 1, 1), tasks=iter(())), tmp_path, True).decoder)
+        nodes.append(actors._order(fake, engines.Work(count=1, size=(1, 1, 1), tasks=iter(())), tmp_path).decoder)
     assert nodes == ["full", "tiny"]
 
 
@@ -368,7 +368,7 @@ def test_ctrl_c_kills_the_actors_and_keeps_what_is_finished(ray, made, tmp_path)
 
 def test_an_order_pins_every_decision(gpus, monkeypatch):
     model = cluster.resolve(settings.LoadOptions(model="nano"))
-    options = cluster.pinned(model, "cuda")
+    options = replace(model.pinned, device="cuda")
     order = cluster.Order(options=options, identity=model.identity, clip=(16, 16, 1), prompts=(), mark=None)
     for memory in (1e9, 180e9):
         monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)

@@ -101,19 +101,6 @@ def _no_cluster(address: str, error: Exception) -> InputError:
     )
 
 
-def pinned(model: ResolvedModel, device: str) -> LoadOptions:
-    """Return options that mean this model, whatever "auto" would stand for on that device."""
-    asked = model.options
-    return replace(
-        asked,
-        model=model.spec.name if asked.model == "auto" and asked.checkpoint is None else asked.model,
-        device=device,
-        attention_type=model.attention_type,
-        sla_topk=model.sla_topk,
-        quant_linear=model.quant_linear,
-    )
-
-
 def find_model(options: LoadOptions, address: str) -> FoundModel | None:
     """Resolve a model on a GPU of the cluster. None where this process or no node has a GPU, or the CPU is asked for.
 
@@ -135,7 +122,7 @@ def find_model(options: LoadOptions, address: str) -> FoundModel | None:
 def _find_here(options: LoadOptions) -> FoundModel | TurboNbError:
     try:
         model = resolve(options)
-        return FoundModel(spec=model.spec, identity=model.identity, options=pinned(model, "cuda"))
+        return FoundModel(spec=model.spec, identity=model.identity, pinned=model.pinned)
     except TurboNbError as error:
         return _on_this_node(error)
 
@@ -176,12 +163,16 @@ class Actors:
     actors: int = 1
     _sent: dict[str, Sent] = field(default_factory=dict)
 
+    @property
+    def _uses_gpu(self) -> bool:
+        return self.model.device != "cpu"
+
     def make(self, work: Work) -> Iterator[JobRecord]:
         """Make videos; raises TurboNbError where the model cannot be loaded."""
         if not work.count:
             return
-        uses_gpu = isinstance(self.model, FoundModel) or self.model.device != "cpu"
-        cores = {"num_cpus": max(self.workers or 1, os.cpu_count() or 1)} if not (self.address or uses_gpu) else {}
+        on_cpu = self.address is None and not self._uses_gpu
+        cores = {"num_cpus": max(self.workers or 1, os.cpu_count() or 1)} if on_cpu else {}
         if self.address is None:
             self.model.fetch(self.on_progress)  # here, where its progress can be shown
         crew: dict[Any, _Member] = {}
@@ -192,24 +183,22 @@ class Actors:
                 mark = stack.enter_context(atomic.temporary(self.folder.absolute() / "mark"))
                 mark.write_text(mark.name)
             stack.callback(_kill, crew.values())
-            yield from self._hand_out(ray, crew, work, self._order(ray, work, mark, uses_gpu))
+            yield from self._hand_out(ray, crew, work, self._order(ray, work, mark))
         finally:
             with signals.handlers_kept(SIGINT=signal.SIG_IGN):  # because a second Ctrl-C would leave processes
                 stack.close()
                 wait_for_workers(self.folder)
 
-    def _order(self, ray: Any, work: Work, mark: Path, uses_gpu: bool) -> "Order":
+    def _order(self, ray: Any, work: Work, mark: Path) -> "Order":
         """Count machines and actors, and return what the actors receive"""
         import torch
 
         nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
-        self.machines = max(1, sum(bool(one.get("GPU" if uses_gpu else "CPU")) for one in nodes))
-        self.actors = max(1, min(work.count, self.workers or self._room(ray, uses_gpu)))
+        self.machines = max(1, sum(bool(one.get("GPU" if self._uses_gpu else "CPU")) for one in nodes))
+        self.actors = max(1, min(work.count, self.workers or self._room(ray)))
         cores = sum(one.get("CPU", 0) for one in nodes) if self.address else torch.get_num_threads()
         return Order(
-            options=pinned(self.model, "cuda" if uses_gpu else "cpu")
-            if isinstance(self.model, ResolvedModel)
-            else self.model.options,
+            options=replace(self.model.pinned, device="cuda" if self._uses_gpu else "cpu"),
             identity=self.model.identity,
             clip=work.size,
             prompts=work.prompts,
@@ -220,19 +209,19 @@ class Actors:
                 (fingerprint(Path(one.file)), ray.put(Path(one.file).read_bytes()))
                 if self.address and environment.is_file(one.file)
                 else None
-                for one in self.model.options.loras
+                for one in self.model.pinned.loras
             ),
         )
 
-    def _room(self, ray: Any, uses_gpu: bool) -> int:
+    def _room(self, ray: Any) -> int:
         """Return how many actors the cluster has room for now"""
-        if uses_gpu:
+        if self._uses_gpu:
             return int(ray.cluster_resources().get("GPU", 0))
         return sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
 
     def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: "Order") -> Iterator[JobRecord]:
         """Yield the records of all tasks; `crew` has the actors at work, by the call that each one answers next"""
-        uses_gpu = order.options.device != "cpu"
+        uses_gpu = self._uses_gpu
         hired = ray.remote(TurboNbActor).options(
             num_gpus=int(uses_gpu),
             num_cpus=0 if uses_gpu else 1,
@@ -243,7 +232,7 @@ class Actors:
         left, again, shown, deaths = work.count, deque(), set(), Counter()
         while left:
             # one more actor waits for a GPU, so that a cluster that can grow does
-            room = min(left, self.workers or self._room(ray, uses_gpu) + uses_gpu)
+            room = min(left, self.workers or self._room(ray) + uses_gpu)
             while len(crew) < room:
                 actor = hired.remote(order)
                 crew[actor.load.remote()] = _Member(actor)

@@ -44,12 +44,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundModel:
-    """A model that a GPU node of the cluster resolved, because this process has no GPU."""
+    """A model that a GPU node of the cluster resolved, because this process has no GPU; see `ResolvedModel`."""
 
     spec: ModelSpec
     identity: dict
-    options: LoadOptions
+    pinned: LoadOptions
     tiny_decoder: bool = False
+    device: str = "cuda"
+    gpus: int = 1
 
     def decoding(self, decoder: str) -> "FoundModel":
         """Return the same model with what a clip's decoder needs."""
@@ -95,21 +97,19 @@ def engine_for(
     from .cluster import Actors
 
     has_ray = environment.version("ray") is not None
-    if isinstance(model, LoadedModel):
-        if ray_address or (workers or 1) > 1:
-            name, got = ("ray", ray_address) if ray_address else ("workers", workers)
+    wants_actors = bool(ray_address) or (workers or 1) > 1
+    if isinstance(model, LoadedModel) or model.gpus > 1:
+        if not wants_actors:
+            return InProcess(model, **more)
+        name, got, one = ("ray", ray_address, None) if ray_address else ("workers", workers, 1)
+        if isinstance(model, LoadedModel):
             raise InputError(
-                f"{name} is {got}. Expected {'None' if ray_address else 1}, because a loaded pipeline works in this "
-                "process alone. Give the model's name or its options in place of the pipeline."
+                f"{name} is {got}. Expected {one}, because a loaded pipeline works in this process alone. Give the "
+                "model's name or its options in place of the pipeline."
             )
-        return InProcess(model, **more)
-    if model_gpus(model) > 1:
-        if ray_address or (workers or 1) > 1:
-            raise InputError(
-                f"gpus is {model_gpus(model)}. Expected 1 beside {'ray' if ray_address else 'workers'}, because each "
-                "actor has one GPU. Leave one of the two out."
-            )
-        return InProcess(model, **more)
+        raise InputError(
+            f"gpus is {model.gpus}. Expected 1 beside {name}, because each actor has one GPU. Leave one of the two out."
+        )
     if ray_address:
         if not has_ray:
             raise InputError(f"ray is {ray_address!r}. Expected None, {INSTALL_RAY}")
@@ -125,11 +125,6 @@ def engine_for(
         warn(f"this machine has {gpus} GPUs, and the batch uses 1 of them, {INSTALL_RAY}")
         count = 1
     return InProcess(model, **more) if count == 1 else Actors(model, folder, count, **more)
-
-
-def model_gpus(model: ResolvedModel | FoundModel) -> int:
-    """Return how many GPUs make a clip together."""
-    return model.gpus if isinstance(model, ResolvedModel) else 1
 
 
 @dataclass

@@ -191,8 +191,8 @@ class ResolvedModel:
         )
 
     @property
-    def for_a_rank(self) -> LoadOptions:
-        """Options for the same model on another rank, which decides nothing by itself."""
+    def pinned(self) -> LoadOptions:
+        """Options for the same model in another process, which decides nothing by itself but the device."""
         named = not asked(self.options)[1]
         return replace(
             self.options,
