@@ -17,6 +17,7 @@ import torch
 
 from turbo_nb import batch, pipeline
 from turbo_nb.batch import cluster, engines, runner
+from turbo_nb.batch.actor import Reply, TurboNbActor
 from turbo_nb.files.resolve import ResolvedModel
 from turbo_nb.video import mp4
 
@@ -40,10 +41,10 @@ def random_weights() -> None:
     ResolvedModel.fetch = lambda self, on_progress=None: self
 
 
-class RandomActor(cluster.TurboNbActor):
+class RandomActor(TurboNbActor):
     """An actor with random weights. (A hook of Ray's would run before Ray hides the other actors' GPUs.)"""
 
-    def load(self) -> cluster.Reply:
+    def load(self) -> Reply:
         """Load as any actor does."""
         random_weights()
         return super().load()
@@ -57,7 +58,7 @@ def measure(folder: Path, load: dict, clip: dict, clips: int, actors: int) -> tu
     def engine(model, size, folder, *_, **more):  # because one actor is not the choice for one GPU
         return cluster.Actors(model, folder, actors, **more) if actors else engines.InProcess(model, **more)
 
-    actor = RandomActor if RANDOM in os.environ else cluster.TurboNbActor
+    actor = RandomActor if RANDOM in os.environ else TurboNbActor
     with patch.object(runner, "engine_for", engine), patch.object(cluster, "TurboNbActor", actor):
         summary = batch.run(prompts, load, folder, **clip, on_record=lambda *_: ends.append(time.perf_counter()))
     whole = (time.perf_counter() - begin) / len(prompts)

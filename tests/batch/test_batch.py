@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from turbo_nb import batch, catalog, generation, pipeline, records, settings, sla
-from turbo_nb.batch import cluster, jobs, manifest, notebook, prompts, runner
+from turbo_nb.batch import actor, jobs, manifest, notebook, prompts, runner
 from turbo_nb.batch.summary import SHEET
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import fingerprint, hub, resolve
@@ -303,7 +303,7 @@ def test_an_actor_cannot_decide_otherwise(gpu, monkeypatch):
     monkeypatch.setattr(probe, "free_memory", lambda device: 24e9 if device == "cuda" else 200e9)
     model = resolve.resolve(settings.LoadOptions())
     assert model.spec is not catalog.NANO and model.quant_linear
-    order = cluster.Order(options=replace(model.pinned, device="cuda"), identity=model.identity, clip=(16, 16, 1),
+    order = actor.Order(options=replace(model.pinned, device="cuda"), identity=model.identity, clip=(16, 16, 1),
                           prompts=(), mark=Path("out/mark"))  # fmt: skip
     order = pickle.loads(pickle.dumps(order))
     for memory in (1e9, 24e9, 180e9):  # on which "auto" stands for nano, 8-bit and bf16

@@ -10,7 +10,7 @@ import pytest
 from fake_ray import FakeRay
 
 from turbo_nb import pipeline, settings
-from turbo_nb.batch import cluster, engines, manifest, runner
+from turbo_nb.batch import actor, cluster, engines, manifest, runner
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning, warn
 from turbo_nb.machine import atomic, environment, probe
 from turbo_nb.video import mp4
@@ -131,7 +131,7 @@ def test_an_error_of_loading_names_the_node(ray, tmp_path, monkeypatch):
         raise TurboNbError("no such checkpoint")
 
     monkeypatch.setattr(pipeline, "load", load)
-    monkeypatch.setattr(cluster.socket, "gethostname", lambda: "node-7")
+    monkeypatch.setattr(actor.socket, "gethostname", lambda: "node-7")
     ray()
     with pytest.raises(TurboNbError, match=r"no such checkpoint \(on node node-7, where a path must be, too\)"):
         run(tmp_path, workers=2)
@@ -139,8 +139,8 @@ def test_an_error_of_loading_names_the_node(ray, tmp_path, monkeypatch):
 
 def test_another_model_in_an_actor_is_an_error(ray, tmp_path, monkeypatch):
     ray()
-    found = cluster.resolve(settings.LoadOptions(model="nano", device="cpu", sla_topk=0.5))
-    monkeypatch.setattr(cluster, "resolve", lambda options: found)
+    found = actor.resolve(settings.LoadOptions(model="nano", device="cpu", sla_topk=0.5))
+    monkeypatch.setattr(actor, "resolve", lambda options: found)
     with pytest.raises(TurboNbError, match=r"in an actor\. Expected .*'sla_topk': 0\.15"):
         run(tmp_path, workers=2)
 
@@ -152,7 +152,7 @@ def test_a_full_disk_ends_the_run_and_a_lost_gpu_its_actor(ray, tmp_path, monkey
         with pytest.raises(OutputError, match="No space left"):
             run(tmp_path, workers=2)
     assert fake.alive == [] and files(tmp_path) == []
-    lost, generate = [], cluster.make
+    lost, generate = [], actor.make
 
     def make(loaded, task, pictures):
         if not lost:
@@ -160,15 +160,15 @@ def test_a_full_disk_ends_the_run_and_a_lost_gpu_its_actor(ray, tmp_path, monkey
             return task.record("failed", error="CUDA error: an illegal memory access")
         return generate(loaded, task, pictures)
 
-    monkeypatch.setattr(cluster, "make", make)
+    monkeypatch.setattr(actor, "make", make)
     fake.most = 0
     summary = run(tmp_path, workers=2)
     assert (summary.made, [record.id for record in summary.failed]) == (5, lost)
 
 
 def test_a_folder_that_only_the_driver_sees_gets_the_bytes(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster.Order, "sees_folder", lambda order: False)
-    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    monkeypatch.setattr(actor.Order, "sees_folder", lambda order: False)
+    monkeypatch.setattr(actor.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     ray()
     summary = run(tmp_path / "out", workers=2)
@@ -181,7 +181,7 @@ def test_a_folder_that_only_the_driver_sees_gets_the_bytes(ray, tmp_path, monkey
 
 def test_the_check_of_the_folder_reads_what_the_driver_wrote(tmp_path):
     def order(mark):
-        return cluster.Order(options=settings.LoadOptions(), identity={}, clip=(1, 1, 1), prompts=(), mark=mark)
+        return actor.Order(options=settings.LoadOptions(), identity={}, clip=(1, 1, 1), prompts=(), mark=mark)
 
     with atomic.temporary(tmp_path / "mark") as mark:
         mark.write_text(mark.name)
@@ -214,8 +214,8 @@ def test_images_are_sent_to_nodes_with_another_file(ray, tmp_path, monkeypatch):
         self.files = {str(other.get(one, one)): sent for one, sent in self.files.items()}
         return there(self, str(other.get(path, path)), name, evict=evict)
 
-    there = cluster.SentPictures.open
-    monkeypatch.setattr(cluster.SentPictures, "open", opens)
+    there = actor.SentPictures.open
+    monkeypatch.setattr(actor.SentPictures, "open", opens)
     fake = ray()
     rows = [{"prompt": "it moves", "image": str(path)} for path in paths]
     load = {"model": "Wan2.2-A14B", "device": "cpu"}
@@ -228,17 +228,17 @@ def test_images_are_sent_to_nodes_with_another_file(ray, tmp_path, monkeypatch):
 
 def test_a_lora_is_sent_to_nodes_without_it(ray, tmp_path, monkeypatch):
     ray()
-    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(actor.tempfile, "gettempdir", lambda: str(tmp_path))
     file, other = tmp_path / "style.safetensors", tmp_path / "other" / "style.safetensors"
     file.write_bytes(b"one")
     other.parent.mkdir()
-    sent = cluster.fingerprint(file), FakeRay().put(b"one")
+    sent = actor.fingerprint(file), FakeRay().put(b"one")
     lora = settings.LoRAFile(file=str(file), strength=0.5, expert="high")
-    assert cluster._lora_here(lora, sent) == lora == cluster._lora_here(lora, None)
+    assert actor._lora_here(lora, sent) == lora == actor._lora_here(lora, None)
     for content in (None, b"two"):
         if content:
             other.write_bytes(content)
-        here = cluster._lora_here(replace(lora, file=str(other)), sent)
+        here = actor._lora_here(replace(lora, file=str(other)), sent)
         assert here.file != str(other) and Path(here.file).read_bytes() == b"one"
         assert (here.strength, here.expert) == (0.5, "high")
 
@@ -312,8 +312,8 @@ def test_a_driver_without_a_gpu_asks_a_node_that_has_one(ray, tmp_path, monkeypa
         asked.append(options.device)
         return found
 
-    found = replace(cluster.resolve(settings.LoadOptions(model="nano", device="cpu")), device="cuda")
-    monkeypatch.setattr(cluster, "resolve", resolve)
+    found = replace(actor.resolve(settings.LoadOptions(model="nano", device="cpu")), device="cuda")
+    monkeypatch.setattr(actor, "resolve", resolve)
     assert run(tmp_path, load="nano", ray_address="auto").made == 6
     assert asked == ["cuda"] * 4  # for the ids, and by three actors, one of which waits
     ray(gpus=())
@@ -339,13 +339,13 @@ def test_no_cluster_at_the_address(ray, tmp_path, monkeypatch):
 
 
 def test_warnings_of_actors_are_shown_once(ray, tmp_path, monkeypatch):
-    make = cluster.make
+    make = actor.make
 
     def warns(*arguments):
         warn("the aspect is cut")
         return make(*arguments)
 
-    monkeypatch.setattr(cluster, "make", warns)
+    monkeypatch.setattr(actor, "make", warns)
     ray()
     with pytest.warns(TurboNbWarning) as caught:
         run(tmp_path, workers=2)
@@ -367,9 +367,9 @@ def test_ctrl_c_kills_the_actors_and_keeps_what_is_finished(ray, made, tmp_path)
 
 
 def test_an_order_pins_every_decision(gpus, monkeypatch):
-    model = cluster.resolve(settings.LoadOptions(model="nano"))
+    model = actor.resolve(settings.LoadOptions(model="nano"))
     options = replace(model.pinned, device="cuda")
-    order = cluster.Order(options=options, identity=model.identity, clip=(16, 16, 1), prompts=(), mark=None)
+    order = actor.Order(options=options, identity=model.identity, clip=(16, 16, 1), prompts=(), mark=None)
     for memory in (1e9, 180e9):
         monkeypatch.setattr(probe, "free_memory", lambda device, memory=memory: memory)
         assert order.resolve().identity == model.identity
@@ -389,7 +389,7 @@ def test_an_actor_takes_the_gpu_that_ray_gave_it(ray, monkeypatch, device, given
     context = type("Context", (), {"get_accelerator_ids": lambda _: {"GPU": given}})()
     monkeypatch.setattr(ray(), "get_runtime_context", lambda: context, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
-    assert cluster.own_device(device) == own
+    assert actor.own_device(device) == own
 
 
 @pytest.mark.parametrize(

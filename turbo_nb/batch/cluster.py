@@ -1,18 +1,16 @@
-"""The engine of several GPUs: Ray's actors, each with the model on a GPU, of this machine or of a cluster.
+"""The engine of several GPUs: Ray's actors (`actor.py`), of this machine or of a cluster.
 
-This process, the driver, hands every actor one task at a time and replaces actors that die. An actor that sees the
-output folder writes there. Otherwise the driver receives the mp4's bytes and writes them.
+This process, the driver, hands every actor one task at a time and replaces actors that die. It writes the mp4's bytes
+of an actor that does not see the output folder.
 """
 
 import hashlib
-import io
 import logging
 import os
 import re
 import signal
 import socket
 import tempfile
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,18 +18,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
-from .. import pipeline
-from ..errors import InputError, TurboNbError, collect_warnings, first_line, warn
+from ..errors import InputError, TurboNbError, first_line, warn
 from ..files.fingerprint import fingerprint
-from ..files.resolve import ResolvedModel, resolve
+from ..files.resolve import ResolvedModel
 from ..machine import atomic, environment, signals
-from ..settings import PICTURES, LoadOptions, LoRAFile, shown
+from ..settings import PICTURES, LoadOptions, shown
 from ..video import images
-from .engines import FoundModel, Work, has_lost_gpu, make
+from .actor import Order, Sent, TurboNbActor, find_here
+from .engines import FoundModel, Work, has_lost_gpu
 from .jobs import Task
-from .manifest import JobRecord, as_output_error, held, wait_for_workers, worker_lock
+from .manifest import JobRecord, as_output_error, wait_for_workers
 
 log = logging.getLogger("turbo_nb")
 MAX_TRIES = 2  # actors that one job may kill
@@ -41,9 +37,7 @@ NODE_DIED = "its node has died"  # Ray's words for an actor whose node it could 
 POLL = 2  # seconds after which the driver looks for new GPUs
 ANSWERS = 5  # seconds within which a cluster's port answers
 OBJECTS = 100 << 20  # bytes of the object store on this machine, where clips go through the folder
-ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a clip any more
 KEPT = 8  # images that stay in the object store between two jobs
-Sent = tuple[str, Any]  # a file's hash, and Ray's reference to its bytes
 
 
 @contextmanager
@@ -113,25 +107,10 @@ def find_model(options: LoadOptions, address: str) -> FoundModel | None:
     with connected(address) as ray:
         if options.device == "auto" and not ray.cluster_resources().get("GPU"):
             return None
-        found = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_find_here).remote(replace(options, device="cuda")))
+        found = ray.get(ray.remote(num_gpus=1, num_cpus=0)(find_here).remote(replace(options, device="cuda")))
     if isinstance(found, TurboNbError):
         raise found
     return found
-
-
-def _find_here(options: LoadOptions) -> FoundModel | TurboNbError:
-    try:
-        model = resolve(options)
-        return FoundModel(spec=model.spec, identity=model.identity, pinned=model.pinned)
-    except TurboNbError as error:
-        return _on_this_node(error)
-
-
-def _on_this_node(error: TurboNbError) -> TurboNbError:
-    return type(error)(f"{error} (on node {socket.gethostname()}, where a path must be, too)")
-
-
-# The driver
 
 
 @dataclass
@@ -189,7 +168,7 @@ class Actors:
                 stack.close()
                 wait_for_workers(self.folder)
 
-    def _order(self, ray: Any, work: Work, mark: Path) -> "Order":
+    def _order(self, ray: Any, work: Work, mark: Path) -> Order:
         """Count machines and actors, and return what the actors receive"""
         import torch
 
@@ -219,7 +198,7 @@ class Actors:
             return int(ray.cluster_resources().get("GPU", 0))
         return sum(one["Alive"] and one["Resources"].get("CPU", 0) >= 1 for one in ray.nodes())
 
-    def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: "Order") -> Iterator[JobRecord]:
+    def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: Order) -> Iterator[JobRecord]:
         """Yield the records of all tasks; `crew` has the actors at work, by the call that each one answers next"""
         uses_gpu = self._uses_gpu
         hired = ray.remote(TurboNbActor).options(
@@ -317,149 +296,3 @@ def _reason(error: Exception) -> str:
     """Return the line of an error of Ray that names the cause"""
     causes = [line for line in str(error).splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
     return (causes[-1].strip() if causes else first_line(error))[:300]
-
-
-# The actors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What an actor receives. It can be pickled, and leaves nothing to decide.
-
-    Args:
-        options: of the model, with every decision of `resolve` pinned.
-        identity: of the model that the job ids were computed for.
-        clip: width, height and frames of the largest clip. prompts: of all tasks, where they are few.
-        mark: a file in the output folder that holds its own name. An actor that can read it sees the folder.
-        threads: of torch. decoder: what a task needs, "full" or "tiny".
-        loras: the files of the LoRAs, None for one that every node has.
-    """
-
-    options: LoadOptions
-    identity: dict
-    clip: tuple[int, int, int]
-    prompts: tuple[str, ...]
-    mark: Path
-    threads: int = 1
-    decoder: str = "full"
-    loras: tuple[Sent | None, ...] = ()
-
-    def resolve(self) -> ResolvedModel:
-        """Resolve the model. Raises TurboNbError where it is not the one that the ids were computed for."""
-        loras = tuple(map(_lora_here, self.options.loras, self.loras)) if self.loras else self.options.loras
-        model = resolve(replace(self.options, loras=loras))
-        if model.identity != self.identity:
-            raise TurboNbError(
-                f"the model is {model.identity} in an actor. Expected {self.identity}, for which the job ids were "
-                "computed. Leave the model's files alone during a run, and start again."
-            )
-        return model.decoding(self.decoder)
-
-    def sees_folder(self) -> bool:
-        """Return whether this process sees the output folder."""
-        with suppress(OSError):
-            return self.mark.read_text() == self.mark.name
-        return False
-
-
-def own_device(device: str) -> str:
-    """Return the device of this actor: the GPU that Ray gave it, also where it sees the others."""
-    import ray
-    import torch
-
-    given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    hidden = torch.cuda.device_count() <= len(given)  # Ray hides the others, except with an option of its own
-    return device if device != "cuda" or hidden or not given else f"cuda:{given[0]}"
-
-
-def _lora_here(lora: LoRAFile, sent: Sent | None) -> LoRAFile:
-    """Return a LoRA with a path of this node: its own where it has the same content, else that of the sent bytes"""
-    path = Path(lora.file)
-    if sent is None or (environment.is_file(path) and fingerprint(path) == sent[0]):
-        return lora
-    import ray
-
-    path = _node_folder() / f"{sent[0][:16]}-{path.name}"
-    if not path.is_file():
-        atomic.write(path, ray.get(sent[1]))
-    return replace(lora, file=str(path))
-
-
-def _node_folder() -> Path:
-    """Return the folder of this node for what it receives and sends, which is made"""
-    folder = Path(tempfile.gettempdir()) / f"turbo_nb-{os.getuid() if hasattr(os, 'getuid') else 'batch'}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What an actor returns: its node, a record or an error, with its warnings and the bytes of an mp4 to be placed."""
-
-    value: str | JobRecord | TurboNbError
-    warnings: tuple[str, ...] = ()
-    data: bytes | None = None
-
-
-class SentPictures(images.Pictures):
-    """Images by path where this node has the same file, else from the bytes that the driver sent."""
-
-    def __init__(self):
-        super().__init__()
-        self.files: dict[str, Sent] = {}
-
-    def open(self, image: Any, name: str = "image", *, evict: bool = True) -> Any:
-        """Open an image as `Pictures.open` does."""
-        digest, data = self.files.get(str(image), (None, None)) if isinstance(image, str | Path) else (None, None)
-        with suppress(OSError):
-            if digest is None or hashlib.sha256(Path(image).read_bytes()).hexdigest() == digest:
-                return super().open(image, name, evict=evict)
-        import ray
-
-        return images.load_image(io.BytesIO(ray.get(data)), name)
-
-
-class TurboNbActor:
-    """Keeps the model, and makes one clip at a time. Its process has this name, by which a pod's watch finds it."""
-
-    def __init__(self, order: Order):
-        self.order, self.pictures, self.lock = order, SentPictures(), ExitStack()
-
-    def load(self) -> Reply:
-        """Load the model, which one actor of a node downloads. Reply with the node, or with an error."""
-        import ray
-        import torch
-
-        here = ray.get_runtime_context()
-        torch.set_num_threads(self.order.threads)
-        options = replace(self.order.options, device=own_device(self.order.options.device))
-        self.order = replace(self.order, options=options)
-        with collect_warnings() as messages:
-            try:
-                self.folder = self.order.mark.parent if self.order.sees_folder() else None
-                if self.folder:
-                    self.lock.enter_context(worker_lock(self.folder, here.get_actor_id()))
-                atomic.sweep(_node_folder(), time.time() - ABANDONED)
-                model = self.order.resolve()
-                if model.downloads:
-                    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-                    with held(Path(constants.HF_HUB_CACHE), ".turbo_nb.lock", timeout=-1):
-                        model = self.order.resolve().fetch()
-                self.loaded = pipeline.load(model, clip=self.order.clip, prompts=self.order.prompts)
-            except TurboNbError as error:
-                return Reply(value=_on_this_node(error))
-        return Reply(value=here.get_node_id(), warnings=tuple(messages))
-
-    def make(self, task: Task, sent: dict[str, Sent]) -> Reply:
-        """Make a clip. Reply with its record, with its bytes where this node does not see the folder, or an error."""
-        self.pictures.files, data = sent, None
-        here = replace(task, path=(self.folder or _node_folder()) / task.path.name)
-        with collect_warnings() as messages:
-            try:
-                record = make(self.loaded, here, self.pictures)
-            except TurboNbError as error:  # a full disk
-                return Reply(value=_on_this_node(error))
-        if record.status == "done" and not self.folder:
-            data = here.path.read_bytes()
-            here.path.unlink()
-        return Reply(value=record, warnings=tuple(messages), data=data)
