@@ -55,8 +55,8 @@ def measure(folder: Path, load: dict, clip: dict, clips: int, actors: int) -> tu
     warm, ends, begin = 2 * max(1, actors), [], time.perf_counter()
     prompts = [f"a large red circle moving from left to right, number {n}" for n in range(clips + warm)]
 
-    def engine(model, size, folder, *_, **more):  # because one actor is not the choice for one GPU
-        return cluster.Actors(model, folder, actors, **more) if actors else engines.InProcess(model, **more)
+    def engine(model, size, folder, *_, pictures, **more):  # because one actor is not the choice for one GPU
+        return cluster.Actors(model, folder, actors, **more) if actors else engines.InProcess(model, pictures, **more)
 
     actor = RandomActor if RANDOM in os.environ else TurboNbActor
     with patch.object(runner, "engine_for", engine), patch.object(cluster, "TurboNbActor", actor):

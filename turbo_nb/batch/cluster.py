@@ -23,8 +23,7 @@ from ..files.fingerprint import fingerprint
 from ..files.resolve import ResolvedModel
 from ..machine import atomic, environment, signals
 from ..settings import PICTURES, LoadOptions, shown
-from ..video import images
-from .actor import Order, Sent, TurboNbActor, find_here
+from .actor import Order, Reply, Sent, TurboNbActor, find_here
 from .engines import FoundModel, Work, has_lost_gpu
 from .jobs import Task
 from .manifest import JobRecord, as_output_error, wait_for_workers
@@ -55,10 +54,10 @@ def connected(address: str | None, **options: Any) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    if address is not None:
-        _require_answer(address)
     with ExitStack() as stack:
-        if address is None:
+        if address is not None:
+            _require_answer(address)
+        else:
             short = "/tmp" if os.access("/tmp", os.W_OK) else None  # because the path of a socket has 107 bytes
             folder = tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True)
             options |= {"_temp_dir": stack.enter_context(folder), "object_store_memory": OBJECTS}
@@ -137,10 +136,12 @@ class Actors:
     address: str | None = None
     on_progress: Callable | None = None
     on_running: Callable[[int], None] = lambda count: None
-    pictures: images.Pictures | None = None
     machines: int = 1
     actors: int = 1
     _sent: dict[str, Sent] = field(default_factory=dict)
+    _deaths: Counter = field(default_factory=Counter)  # by the id of a task, None for actors that loaded
+    _again: deque[Task] = field(default_factory=deque)  # tasks whose actors died
+    _warned: set[str] = field(default_factory=set)
 
     @property
     def _uses_gpu(self) -> bool:
@@ -184,13 +185,14 @@ class Actors:
             mark=mark,
             threads=max(1, int(cores // self.actors)),
             decoder="tiny" if self.model.tiny_decoder else "full",
-            loras=tuple(
-                (fingerprint(Path(one.file)), ray.put(Path(one.file).read_bytes()))
-                if self.address and environment.is_file(one.file)
-                else None
-                for one in self.model.pinned.loras
-            ),
+            loras=tuple(self._sent_lora(ray, Path(one.file)) for one in self.model.pinned.loras),
         )
+
+    def _sent_lora(self, ray: Any, file: Path) -> Sent | None:
+        """Return the file of a LoRA for nodes of a cluster that do not have it"""
+        if self.address and environment.is_file(file):
+            return fingerprint(file), ray.put(file.read_bytes())
+        return None
 
     def _room(self, ray: Any) -> int:
         """Return how many actors the cluster has room for now"""
@@ -200,18 +202,17 @@ class Actors:
 
     def _hand_out(self, ray: Any, crew: dict[Any, _Member], work: Work, order: Order) -> Iterator[JobRecord]:
         """Yield the records of all tasks; `crew` has the actors at work, by the call that each one answers next"""
-        uses_gpu = self._uses_gpu
         hired = ray.remote(TurboNbActor).options(
-            num_gpus=int(uses_gpu),
-            num_cpus=0 if uses_gpu else 1,
-            scheduling_strategy="DEFAULT" if uses_gpu else "SPREAD",
+            num_gpus=int(self._uses_gpu),
+            num_cpus=int(not self._uses_gpu),
+            scheduling_strategy="DEFAULT" if self._uses_gpu else "SPREAD",
             max_restarts=0,  # a new actor takes the place of a dead one, because calls to one that restarts fail
             max_task_retries=0,
         )
-        left, again, shown, deaths = work.count, deque(), set(), Counter()
+        left = work.count
         while left:
             # one more actor waits for a GPU, so that a cluster that can grow does
-            room = min(left, self.workers or self._room(ray) + uses_gpu)
+            room = min(left, self.workers or self._room(ray) + self._uses_gpu)
             while len(crew) < room:
                 actor = hired.remote(order)
                 crew[actor.load.remote()] = _Member(actor)
@@ -224,26 +225,12 @@ class Actors:
                     raise TurboNbError(f"an actor raised {_reason(error)}") from error
                 except ray.exceptions.RayError as error:
                     _kill([member])
-                    if self._is_hopeless(ray, member, error, deaths):
-                        words = f"the actor ended over it, {MAX_TRIES} times ({_reason(error)})"
-                        records.append(member.task.record("failed", error=words))
-                    elif member.task:
-                        again.append(member.task)
+                    records += self._bury(ray, member, error)
                     continue
-                for message in [one for one in reply.warnings if one not in shown]:
-                    shown.add(message)
-                    warn(message)
-                if isinstance(reply.value, TurboNbError):
-                    raise reply.value
-                if member.task is None:
-                    member.node, deaths[None] = reply.value, 0
-                else:
-                    if reply.data is not None:
-                        with as_output_error(member.task.path):
-                            atomic.write(member.task.path, reply.data, durable=True)
-                    records.append(reply.value)
-                lost_gpu = member.task and has_lost_gpu(reply.value)
-                member.task = None if lost_gpu else again.popleft() if again else next(work.tasks, None)
+                record = self._take(member, reply)
+                records += [record] if record else []
+                lost_gpu = record and has_lost_gpu(record)
+                member.task = None if lost_gpu else self._again.popleft() if self._again else next(work.tasks, None)
                 if member.task is None:
                     _kill([member])  # its GPU is free for others
                 else:
@@ -252,22 +239,42 @@ class Actors:
             left -= len(records)
             yield from records
 
-    def _is_hopeless(self, ray: Any, member: _Member, error: Exception, deaths: Counter) -> bool:
-        """Count an actor that died, by its task's id, or None while it loaded; return whether its task has failed.
+    def _take(self, member: _Member, reply: Reply) -> JobRecord | None:
+        """Return the record of an actor's task, None after loading. Warns as the actor did; raises its error"""
+        for message in reply.warnings:
+            if message not in self._warned:
+                self._warned.add(message)
+                warn(message)
+        if isinstance(reply.value, TurboNbError):
+            raise reply.value
+        if member.task is None:
+            member.node, self._deaths[None] = reply.value, 0
+            return None
+        if reply.data is not None:
+            with as_output_error(member.task.path):
+                atomic.write(member.task.path, reply.data, durable=True)
+        return reply.value
+
+    def _bury(self, ray: Any, member: _Member, error: Exception) -> list[JobRecord]:
+        """Count an actor that died. Its task is made again, or fails: return the record, as a list of none or one.
 
         Raises TurboNbError where too many died while they loaded.
         """
         alive = any(one["NodeID"] == member.node and one["Alive"] for one in ray.nodes())
         name = member.task and member.task.id
-        deaths[name] += 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
-        if member.task:
-            return deaths[name] >= MAX_TRIES * LOST_NODES
-        if deaths[name] >= LOST_NODES * max(MAX_LOADS, MAX_TRIES * self.actors):
-            raise TurboNbError(
-                f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a smaller memory "
-                "plan."
-            ) from error
-        return False
+        self._deaths[name] += 1 if NODE_DIED in str(error) or (member.node and not alive) else LOST_NODES
+        if member.task is None:
+            if self._deaths[name] >= LOST_NODES * max(MAX_LOADS, MAX_TRIES * self.actors):
+                raise TurboNbError(
+                    f"an actor ended while it loaded the model ({_reason(error)}). Take fewer workers or a smaller "
+                    "memory plan."
+                ) from error
+            return []
+        if self._deaths[name] < MAX_TRIES * LOST_NODES:
+            self._again.append(member.task)
+            return []
+        words = f"the actor ended over it, {MAX_TRIES} times ({_reason(error)})"
+        return [member.task.record("failed", error=words)]
 
     def _images(self, ray: Any, task: Task) -> dict[str, Sent]:
         """Return the files of a task's images by path, for nodes that do not have them"""

@@ -77,6 +77,7 @@ def engine_for(
     folder: Path,
     workers: int | None = None,
     ray_address: str | None = None,
+    pictures: images.Pictures | None = None,
     **more: Any,
 ) -> Engine:
     """Choose the engine of a run; loads nothing.
@@ -87,6 +88,7 @@ def engine_for(
         folder: of the videos.
         workers: actors. None: one a GPU.
         ray_address: of a cluster. None: this machine.
+        pictures: opens the pictures in this process.
         more: callbacks of the engine.
 
     Raises:
@@ -97,10 +99,11 @@ def engine_for(
     from .cluster import Actors
 
     has_ray = environment.version("ray") is not None
+    alone = InProcess(model, pictures or images.Pictures(), **more)
     wants_actors = bool(ray_address) or (workers or 1) > 1
     if isinstance(model, LoadedModel) or model.gpus > 1:
         if not wants_actors:
-            return InProcess(model, **more)
+            return alone
         name, got, one = ("ray", ray_address, None) if ray_address else ("workers", workers, 1)
         if isinstance(model, LoadedModel):
             raise InputError(
@@ -124,7 +127,7 @@ def engine_for(
             raise InputError(f"workers is {workers}. Expected 1, {INSTALL_RAY}")
         warn(f"this machine has {gpus} GPUs, and the batch uses 1 of them, {INSTALL_RAY}")
         count = 1
-    return InProcess(model, **more) if count == 1 else Actors(model, folder, count, **more)
+    return alone if count == 1 else Actors(model, folder, count, **more)
 
 
 @dataclass
@@ -132,9 +135,9 @@ class InProcess:
     """Makes videos one after the other in this process. A model that is only resolved is loaded for the first task."""
 
     model: LoadedModel | ResolvedModel
+    pictures: images.Pictures = field(default_factory=images.Pictures)
     on_progress: Callable | None = None
     on_running: Callable[[int], None] = lambda count: None
-    pictures: images.Pictures = field(default_factory=images.Pictures)
     machines: int = 1
     actors: int = 1
 
