@@ -12,7 +12,7 @@ from ..catalog import ModelSpec
 from ..errors import InputError
 from ..settings import ClipSettings
 from ..video import images
-from .controls import in_page_words, styled
+from .controls import styled
 from .page import WRAPPED, button, error_box, fold, paragraph, thumbnail, visible
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class PictureInput:
             self.picture = images.load_image(source, self._option)
         except InputError as error:
             self.picture = self._source = None
-            self._show(error_box(in_page_words(str(error))))
+            self._show(error_box(str(error)))
         else:
             self._source = source if isinstance(source, str) else self.picture
             does = "begins" if self._option == "image" else "ends"

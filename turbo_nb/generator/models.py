@@ -14,11 +14,10 @@ from ..files.resolve import ResolvedModel
 from ..machine import environment, probe
 from ..runtime.estimate import in_words
 from ..settings import LoadOptions
-from .controls import in_page_words
 from .downloads import Download
 from .form import Form
 from .jobs import JobRunner
-from .page import WRAPPED, button, error_box, fold, paragraph, visible
+from .page import WRAPPED, bar, button, error_box, fold, paragraph, visible
 
 
 class ModelCard:
@@ -44,7 +43,7 @@ class ModelCard:
         try:
             model = self._runner.choices.resolve(self._options).decoding(self._decoder)
         except TurboNbError as error:
-            self.facts.value = error_box(in_page_words(str(error)))
+            self.facts.value = error_box(str(error))
             visible(self.download, False)
         else:
             free = hub_cache.free_bytes()
@@ -76,7 +75,7 @@ class ModelCard:
         try:
             self._runner.download(self._options, self._decoder)
         except TurboNbError as error:
-            self.progress.value = error_box(in_page_words(str(error)))
+            self.progress.value = error_box(str(error))
 
     def _on_cancel(self) -> None:
         if self._runner.downloading:
@@ -138,7 +137,7 @@ def _progress(download: Download) -> str:
     """Return HTML of a download: how much is here, how fast it comes, and how long it will take"""
     name = download.model.spec.name
     if download.state == "failed":
-        return error_box(in_page_words(download.error))
+        return error_box(download.error)
     if download.state == "cancelled":
         return paragraph(f"The download of {name} was cancelled. What is here stays.", "tnb-dim")
     if download.state == "finished":
@@ -151,8 +150,5 @@ def _progress(download: Download) -> str:
         words.append(f"{decimal(int(speed))}/s")
         if (left := download.rate.left(download.total)) is not None:
             words.append(f"about {in_words(left)} left")
-    return (
-        f'<p role="status">Downloading {html.escape(name)}: {", ".join(words)}</p><div class="tnb-bar" '
-        f'role="progressbar" aria-label="Download of the model" aria-valuenow="{share * 100:.0f}" aria-valuemin="0" '
-        f'aria-valuemax="100"><div style="width:{share:.1%}"></div></div>'
-    )
+    shown = bar("Download of the model", share)
+    return f'<p role="status">Downloading {html.escape(name)}: {", ".join(words)}</p>{shown}'

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
+from .controls import in_page_words
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -96,14 +98,22 @@ def thumbnail(image: "Image", label: str) -> str:
 
 
 def error_box(text: str, trace: str = "") -> str:
-    """Return HTML that a screen reader reads out at once."""
+    """Return HTML of an error in the page's words, which a screen reader reads out at once."""
     details = f"<details><summary>Details</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
-    return f'<div class="tnb-error" role="alert">{html.escape(text)}{details}</div>'
+    return f'<div class="tnb-error" role="alert">{html.escape(in_page_words(text))}{details}</div>'
 
 
 def paragraph(text: str, kind: str = "") -> str:
     """Return a paragraph of escaped text. kind: a CSS class."""
     return f"<p{f' class={kind}' if kind else ''}>{html.escape(text)}</p>"
+
+
+def bar(label: str, share: float) -> str:
+    """Return a progress bar. share: from 0 to 1."""
+    return (
+        f'<div class="tnb-bar" role="progressbar" aria-label="{label}" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{share * 100:.0f}"><div style="width:{share:.1%}"></div></div>'
+    )
 
 
 def card(title: str, *children: w.Widget) -> w.VBox:
@@ -124,7 +134,7 @@ def fold(text: str, content: w.Widget, tooltip: str) -> w.VBox:
     toggle = w.ToggleButton(description=f"{text} ▸", tooltip=tooltip, layout=w.Layout(width="auto"))
 
     def show(_=None) -> None:
-        content.layout.display = None if toggle.value else "none"
+        visible(content, toggle.value)
         toggle.description = f"{text} {'▾' if toggle.value else '▸'}"
 
     toggle.observe(show, "value")

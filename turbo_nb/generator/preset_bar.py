@@ -7,7 +7,7 @@ import ipywidgets as w
 
 from .. import presets
 from ..errors import InputError, TurboNbError
-from .controls import in_page_words, styled
+from .controls import styled
 from .form import LOAD, MORE, Form
 from .page import WRAPPED, button, error_box, paragraph, visible
 
@@ -77,14 +77,14 @@ class PresetBar:
             self._used = self._settings()
         if lost:
             words = ", ".join(f"{one} ({reason})" for one, reason in lost.items())
-            self.note.value = error_box(in_page_words(f"Not set: {words}."))
+            self.note.value = error_box(f"Not set: {words}.")
 
     def _on_save(self) -> None:
         name = self.name.value.strip()
         try:
             presets.save(name, used := self._settings())
         except TurboNbError as error:
-            self.note.value = error_box(in_page_words(str(error)))
+            self.note.value = error_box(str(error))
             return
         self.name.value = ""
         self.list(name)

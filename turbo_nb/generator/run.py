@@ -16,7 +16,7 @@ from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
 from .jobs import JobRunner
-from .page import WRAPPED, button, error_box, image_tag, paragraph, visible
+from .page import WRAPPED, bar, button, error_box, image_tag, paragraph, visible
 from .request import Job, Outlook
 
 NAMES = {
@@ -97,7 +97,7 @@ class RunPanel:
             problem = _problem(outlook, form)
         except TurboNbError as error:
             self.generate.disabled = True
-            self.outlook.value = error_box(in_page_words(str(error)))
+            self.outlook.value = error_box(str(error))
             return
         self.generate.disabled = bool(problem)
         count = self.seeds.value * len(form.prompt.prompts)
@@ -120,7 +120,7 @@ class RunPanel:
     def show_error(self, error: TurboNbError) -> None:
         """Show why no job was added."""
         self.outlook.value = ""  # because a screen reader reads out only what is new
-        self.outlook.value = error_box(in_page_words(str(error)))
+        self.outlook.value = error_box(str(error))
 
     def show(self, job: Job | None) -> None:
         """Show where a job is. The worker's thread calls this at every change, and the ticker every second."""
@@ -202,7 +202,7 @@ def _status(job: Job, notes: list[str]) -> str:
     """Return HTML that shows where a job is: in words, and as one bar over all stages, with notes below"""
     notes = "".join(paragraph(in_page_words(note), "tnb-dim") for note in notes)
     if job.state == "failed":
-        return error_box(in_page_words(job.error), job.trace) + notes
+        return error_box(job.error, job.trace) + notes
     if job.state == "cancelled":
         return f'<p role="status">Cancelled; nothing was written.</p>{notes}'
     if job.state == "finished":
@@ -220,12 +220,8 @@ def _status(job: Job, notes: list[str]) -> str:
     elif (left := progress.remaining) is not None:
         words.append(f"about {in_words(max(left, 1.0))} left")
     words.append(f"{in_words(progress.seconds)} so far")
-    share = progress.fraction * 100
-    return (
-        f'<div role="status"><p>{html.escape(", ".join(words))}</p></div><div class="tnb-bar" role="progressbar" '
-        f'aria-label="Progress of the clip" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}">'
-        f'<div style="width:{share:.1f}%"></div></div>{notes}'
-    )
+    shown = bar("Progress of the clip", progress.fraction)
+    return f'<div role="status"><p>{html.escape(", ".join(words))}</p></div>{shown}{notes}'
 
 
 def _times(clip: Clip) -> str:

@@ -74,6 +74,6 @@ class QueuePanel:
         try:
             self._runner.take_over()
         except TurboNbError as error:
-            self.note.value = error_box(in_page_words(str(error)))
+            self.note.value = error_box(str(error))
         self.show_left_over()
         self.show()
