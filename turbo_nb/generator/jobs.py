@@ -180,7 +180,10 @@ class JobRunner:
     def clear(self) -> None:
         """Cancel all jobs that wait, and forget those that failed."""
         for job in tuple(self.jobs):
-            self.forget(job) if job.state == "failed" else self.cancel(job) if job.state == "waiting" else None
+            if job.state == "failed":
+                self.forget(job)
+            elif job.state == "waiting":
+                self.cancel(job)
 
     def forget(self, job: Job) -> None:
         """Take a job that failed off the list."""

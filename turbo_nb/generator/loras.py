@@ -17,7 +17,7 @@ from ..files.fingerprint import fingerprint
 from ..records import LoRARecord
 from ..settings import LoadOptions, LoRAFile
 from .controls import OWN, styled
-from .page import button, close, family, paragraph
+from .page import button, close, family, paragraph, visible
 
 LEAST, MOST, STEP = -2.0, 2.0, 0.05  # strengths that the page offers
 DIGITS = 6  # of a strength, because a slider sends 0.30000000000000004
@@ -79,7 +79,7 @@ class Row:
     def offer_experts(self, two: bool) -> None:
         """Offer the experts of a model that has two."""
         self.expert.disabled = not two
-        self.expert.layout.display = None if two else "none"
+        visible(self.expert, two)
 
 
 class LoRAList:
@@ -152,9 +152,7 @@ class LoRAList:
         except InputError as error:
             return {"loras": str(error)}
         with self._holding():
-            for row in tuple(self.rows):
-                self.remove(row)
-            self.refresh()
+            self._clear()
             here = {str(path): path for path in self.listing.files.values()}
             for one in wanted:
                 if one.file in here:
@@ -170,9 +168,7 @@ class LoRAList:
         """
         reasons = []
         with self._holding():
-            for row in tuple(self.rows):
-                self.remove(row)
-            self.refresh()
+            self._clear()
             for record in records:
                 path, reason = self._find(record)
                 if path:
@@ -180,6 +176,12 @@ class LoRAList:
                 else:
                     reasons.append(reason)
         return {"loras": ", ".join(reasons)} if reasons else {}
+
+    def _clear(self) -> None:
+        """Remove all rows, and list the folder again"""
+        for row in tuple(self.rows):
+            self.remove(row)
+        self.refresh()
 
     def _find(self, record: LoRARecord) -> tuple[Path | None, str]:
         """Return the file that a clip was made with, or why it gets no row"""
@@ -207,7 +209,7 @@ class LoRAList:
         self._lines.children = [row.box for row in self.rows]
         for number, row in enumerate(self.rows, 1):
             row.number(number)
-        self.add_row.layout.display = None if self.listing.files else "none"
+        visible(self.add_row, bool(self.listing.files))
         self.note.value = paragraph(self._words(), "tnb-dim")
 
     def _words(self) -> str:

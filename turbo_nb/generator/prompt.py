@@ -14,7 +14,7 @@ from ..text.embedding_cache import TEXT_LENGTH
 from ..text.prompt_encoder import Length, length
 from .controls import styled
 from .jobs import JobRunner
-from .page import paragraph
+from .page import paragraph, visible
 from .rewriting import RewriteBar
 
 EXAMPLES = {
@@ -96,7 +96,7 @@ class PromptInput:
         """Show what there is to say about the text."""
         with self._showing:
             several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
-            self.lines.layout.display = None if several else "none"
+            visible(self.lines, several)
             self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
         self._changed()
 

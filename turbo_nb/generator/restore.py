@@ -58,6 +58,6 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
     return {name: presentable(reason, 300) for name, reason in lost.items()}  # foreign metadata may be endless
 
 
-def in_words(lost: dict[str, str]) -> str:
+def lost_in_words(lost: dict[str, str]) -> str:
     """Return what could not be restored, by the page's labels."""
     return ", ".join(f"{label_of(name)} ({reason})" for name, reason in lost.items())

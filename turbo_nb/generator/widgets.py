@@ -170,7 +170,7 @@ class Generator:
                 self._show_in_tab()
             if change.clip and not change.running:
                 self.result.show(change.clip)
-                self.clips.add(change.clip)
+                self.clips.show()
                 self.run.say_done()
             if change.state in ("finished", "failed"):
                 self.run.update()
