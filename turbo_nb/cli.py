@@ -68,7 +68,6 @@ CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with i
 # exit code → signal; Windows has only SIGTERM
 STOPPED = {128 + one: one for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if (one := getattr(signal, name, None))}
 _received: list[int] = []  # exit codes of signals that came, because Ray replaces a SystemExit by its own
-ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a video any more
 
 
 class _Cancelled(Exception):
@@ -303,7 +302,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     phases.mark("import")
     resolved, prepared = generation.preflight(clip, load, paths, columns=run.num_samples if run.grid else 1)
     phases.mark("resolve")
-    atomic.sweep(path.absolute().parent, time.time() - ABANDONED)  # those of a process that was killed
+    atomic.sweep(path.absolute().parent)
     with _progress() as (progress, bar, console):
         original, clip = clip.prompt, _rewritten(clip, resolved.spec, progress, bar) if rewrite else clip
         loaded = pipeline.load(

@@ -8,7 +8,6 @@ import io
 import os
 import socket
 import tempfile
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,6 @@ from .engines import FoundModel, make
 from .jobs import Task
 from .manifest import JobRecord, held, worker_lock
 
-ABANDONED = 3600  # seconds after which nobody is writing a temporary file of a clip any more
 Sent = tuple[str, Any]  # a file's hash, and Ray's reference to its bytes
 
 
@@ -162,7 +160,7 @@ class TurboNbActor:
                 self.folder = self.order.mark.parent if self.order.sees_folder() else None
                 if self.folder:
                     self.lock.enter_context(worker_lock(self.folder, here.get_actor_id()))
-                atomic.sweep(_node_folder(), time.time() - ABANDONED)
+                atomic.sweep(_node_folder())
                 model = self.order.resolve()
                 if model.downloads:
                     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)

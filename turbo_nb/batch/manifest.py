@@ -9,7 +9,6 @@ import json
 import os
 import re
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -240,7 +239,7 @@ def held(folder: Path, name: str, timeout: float = 0) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of runs that were killed. The caller holds the folder's lock."""
-    atomic.sweep(folder, time.time() + 1)
+    atomic.sweep(folder, everything=True)
     for path in folder.glob(".*"):
         if OLD_TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -2,11 +2,13 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = ".turbo_nb-"  # of temporary files, so that a sweep finds those of a process that was killed
+ABANDONED = 86400  # seconds without a write after which a temporary file is one of a process that was killed
 
 
 @contextmanager
@@ -78,10 +80,16 @@ def claim(folder: str | os.PathLike, stem: str, suffix: str) -> Path:
             path = folder / f"{stem}-{number}{suffix}"
 
 
-def sweep(folder: str | os.PathLike, older_than: float) -> None:
-    """Remove temporary files of `folder` that were last written before `older_than`, in seconds as of time.time."""
+def sweep(folder: str | os.PathLike, *, everything: bool = False) -> None:
+    """Remove the temporary files of a folder that processes left that were killed.
+
+    Args:
+        folder: whose subfolders are not searched.
+        everything: remove young files, too, because the caller knows that no other process writes into the folder.
+    """
+    before = time.time() - ABANDONED
     with suppress(OSError):
         for path in Path(folder).glob(f"{PREFIX}*"):
             with suppress(OSError):
-                if path.stat().st_mtime < older_than:
+                if everything or path.stat().st_mtime < before:
                     path.unlink()

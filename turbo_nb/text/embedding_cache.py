@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 512  # tokens that a prompt is padded to
 MOST = 512e6  # bytes of embeddings on disk; one of 100 tokens takes 0.8 MB
-STALE = 86400  # seconds after which a temporary file is one of a process that was killed
 
 
 def uses_cache(asked: bool | None = None) -> bool:
@@ -103,7 +101,7 @@ class EmbeddingCache:
 
     def _make_room(self) -> None:
         """Delete the least recently used embeddings, and nothing that another process is writing"""
-        atomic.sweep(self._folder, time.time() - STALE)
+        atomic.sweep(self._folder)
         files = []
         for path in self._folder.glob("[!.]*.safetensors"):
             with suppress(FileNotFoundError):  # deleted since it was listed

@@ -27,7 +27,6 @@ STARS = ".stars.json"  # a list of names
 ORDERS = ("newest", "oldest", "prompt", "slowest")
 POSTER = 320  # pixels: the width of a poster
 POSTERS = 1000  # posters in memory, of about 10 KB each
-STALE = 86400  # seconds after which a temporary file is one of a process that was killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +228,7 @@ class Gallery:
             raise OutputError(
                 f"cannot write {str(self.folder / stem)!r}: {error.strerror or error}. Choose another folder."
             ) from error
-        atomic.sweep(self.folder, time.time() - STALE)
+        atomic.sweep(self.folder)
         return path
 
     def delete(self, clip: Clip) -> None:
