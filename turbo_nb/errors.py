@@ -64,6 +64,11 @@ class EndpointError(TurboNbError, OSError):
     """A prompt that a language model's endpoint did not rewrite."""
 
 
+def not_installed(package: str, extra: str) -> InputError:
+    """Return the error of a missing package that an extra of this package brings."""
+    return InputError(f"{package} is not installed. Run: pip install 'turbo-nb[{extra}]'")
+
+
 class TurboNbWarning(UserWarning):
     """Category of every warning of this package."""
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, TurboNbError
+from ..errors import InputError, not_installed
 from ..settings import check_names
 from ..video.player import play
 
@@ -28,13 +28,13 @@ def run_notebook(
         The executed notebook.
 
     Raises:
-        InputError: the notebook does not exist, or lacks a parameter (papermill only warns).
-        TurboNbError: papermill is not installed.
+        InputError: papermill is not installed, the notebook does not exist, or it lacks a parameter (papermill only
+            warns).
     """
     try:
         import papermill
     except ImportError as error:
-        raise TurboNbError("papermill is not installed. Run: pip install 'turbo-nb[notebook]'") from error
+        raise not_installed("papermill", "notebook") from error
     if not Path(notebook).is_file():
         raise InputError(f"notebook is {str(notebook)!r}, which does not exist. Expected the path of an .ipynb file.")
     parameters = parameters or {}

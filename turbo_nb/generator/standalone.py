@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import InputError, OutputError, first_line
+from ..errors import InputError, OutputError, first_line, not_installed
 from ..machine import environment
 from ..settings import Weights, shown, with_home
 
@@ -49,7 +49,7 @@ def serve(
     """
     for package in ("voila", "jupyter_server"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed, and the page needs it. pip install 'turbo-nb[notebook]'")
+            raise not_installed(package, "notebook")
     from jupyter_server.serverapp import ServerApp
 
     _require_free(host, port)

@@ -10,14 +10,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, not_installed
 
 try:  # before all that takes long to load
     import ipywidgets as w
 except ImportError as error:
-    raise InputError(
-        "ipywidgets is not installed, and the generator needs it. pip install 'turbo-nb[notebook]'"
-    ) from error
+    raise not_installed("ipywidgets", "notebook") from error
 from .. import presets
 from ..machine import environment
 from ..settings import Weights

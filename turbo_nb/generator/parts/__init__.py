@@ -7,14 +7,12 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-from ...errors import InputError
+from ...errors import not_installed
 
 try:
     import anywidget
 except ImportError as error:
-    raise InputError(
-        "anywidget is not installed, and the generator needs it. pip install 'turbo-nb[notebook]'"
-    ) from error
+    raise not_installed("anywidget", "notebook") from error
 
 
 def source(*names: str) -> str:
