@@ -63,7 +63,7 @@ app = typer.Typer(
 )
 
 PYTHONS_WARNING = warnings.showwarning
-CANCELLED = 130  # exit code after Ctrl-C, as shells have it; typer exits with it, too
+CANCELLED = 130  # exit code after Ctrl-C, as in shells; typer uses it, too
 
 # exit code → signal; Windows has only SIGTERM
 STOPPED = {128 + one: one for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if (one := getattr(signal, name, None))}
@@ -711,7 +711,7 @@ def _ended_by_signals() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     _received.clear()
-    # a signal that is ignored stays ignored, as nohup wants it
+    # a signal that is ignored stays ignored, because nohup ignores SIGHUP
     before = [each for each in STOPPED.values() if signal.getsignal(each) == signal.SIG_DFL]
     for each in before:
         signal.signal(each, stop)

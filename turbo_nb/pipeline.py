@@ -50,7 +50,7 @@ class LoadedModel:
     Args:
         resolved: the model, its files and how it was loaded.
         pipeline: diffusers' pipeline.
-        prompt_encoder: encodes prompts, and keeps the text encoder where the plan wants it.
+        prompt_encoder: encodes prompts, and keeps the text encoder where the plan says.
         plan: the memory plan in effect.
         load_seconds: what loading took without downloads; None once a clip has reported it.
         graphs: the CUDA graphs of its steps. None: no clip was made yet.

@@ -124,19 +124,22 @@ class Manifest(Mapping[str, JobRecord]):
 
     def __init__(self, folder: Path):
         self.path = folder / MANIFEST
-        self._begins = {record.id: begin for begin, record in _rows(self.path, JobRecord)}
+        self._begins = self._read()
+
+    def _read(self) -> dict[str, int]:
+        return {record.id: begin for begin, record in _rows(self.path, JobRecord)}
 
     def repair(self) -> None:
-        """Remove torn lines, which a full disk or a power cut leaves, from the file, which is made."""
+        """Make the file if it does not exist, and remove the torn lines that a full disk or a power cut leaves."""
         self.path.open("ab").close()  # raises before the work where `append` would raise after it
         if any(data is None for _, _, data in _lines(self.path)):
             with atomic.replaced(self.path, durable=True) as whole, whole.open("wb") as file:
                 file.writelines(line for _, line, data in _lines(self.path) if data is not None)
             with collect_warnings():  # they were shown before
-                self._begins = {record.id: begin for begin, record in _rows(self.path, JobRecord)}
+                self._begins = self._read()
 
     def append(self, record: JobRecord) -> None:
-        """Add a line with one write, and wait until the disk has it."""
+        """Add a line with one write, and wait until it is on the disk."""
         data = records.write(record) | {"settings": records.write(record.settings)}
         self._begins[record.id] = append_row(self.path, data)
 
@@ -212,9 +215,15 @@ def wait_for_workers(folder: Path) -> None:
 
 @contextmanager
 def held(folder: Path, name: str, timeout: float = 0) -> Iterator[None]:
-    """Hold one lock file of a folder, for which it waits some seconds. Raises OutputError where it is held.
+    """Hold one lock file of a folder inside a block. Warns on a file system without locks.
 
-    Warns on a file system without locks.
+    Args:
+        folder: of the lock file, which exists.
+        name: of the lock file.
+        timeout: seconds to wait for another process that holds it; -1: for ever.
+
+    Raises:
+        OutputError: another process holds it.
     """
     # Without soft fallback, because a soft lock outlives a process that was killed
     lock = FileLock(folder / name, timeout=timeout, fallback_to_soft=False)

@@ -27,7 +27,7 @@ class Progress:
 
     Args:
         total: jobs to make. done, failed: those that have ended. running: those that are being made.
-        begin: when the first began to run, as time.monotonic has it.
+        begin: when the first began to run, in seconds of time.monotonic.
     """
 
     total: int = 0
@@ -94,7 +94,7 @@ class Summary:
 
     @property
     def records(self) -> list[JobRecord]:
-        """The last record of every job, in the jobs' order, as the manifest has it now."""
+        """The last record of every job, in the jobs' order, as it is in the manifest now."""
         return [*self._records()]
 
     @property

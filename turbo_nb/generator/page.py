@@ -83,7 +83,7 @@ WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}  # of buttons, whic
 
 
 def image_tag(data: bytes, kind: str, label: str, width: int = 0) -> str:
-    """Return an <img> that contains its bytes. width: in pixels; 0: as the style has it."""
+    """Return an <img> that contains its bytes. width: in pixels; 0: as in the style."""
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     limit = f' style="width:{width}px"' if width else ""
     return f'<img src="{source}" alt="{html.escape(label)}"{limit}>'

@@ -132,7 +132,7 @@ class PromptEncoder:
 
     @contextmanager
     def loaded(self) -> Iterator[str]:
-        """Have the text encoder at the pipeline inside this context, and put it where the plan wants it afterwards.
+        """Give the pipeline its text encoder inside this context, and place it by the plan afterwards.
 
         Gives the device that it works on.
         """
