@@ -238,13 +238,10 @@ def load(spec: catalog.ModelSpec, quantized: bool, device: str, into: list) -> t
 
 def clip(pipeline) -> tuple[bool, str]:
     """Make a short clip of the model's own size. It must not be flat, and nano's must have the red of its prompt."""
-    from PIL import Image
-
     from ..generation import generate
 
     spec = _model(pipeline).spec
-    image = {"image": Image.linear_gradient("L").convert("RGB")} if spec.task == "i2v" else {}
-    video = generate(pipeline, spec.example, num_frames=NUM_FRAMES, num_steps=NUM_STEPS, **image)
+    video = generate(pipeline, spec.example, num_frames=NUM_FRAMES, num_steps=NUM_STEPS, **speed.pictures(spec))
     frames = video.frames.astype("int16")
     seen = [f"{stage} {seconds:.2f} s" for stage, seconds in video.timings.items()]
     seen += [f"{stage} {peak / GB:.1f} GB" for stage, peak in video.peaks.items()]

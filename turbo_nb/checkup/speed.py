@@ -5,6 +5,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..catalog import ModelSpec
     from ..ops.tuning import Measured, Shape
 
 NUM_STEPS = 4  # of the clip; the first one compiles and records, so the others count
@@ -37,12 +38,7 @@ def measure(pipeline) -> Speed:
 
     model = LoadedModel.of(pipeline)
     spec, attention = model.spec, model.attention
-    image = {}
-    if spec.task == "i2v":
-        from PIL import Image
-
-        image = {"image": Image.linear_gradient("L").convert("RGB")}
-    video = generate(pipeline, spec.example, num_steps=NUM_STEPS, **image)
+    video = generate(pipeline, spec.example, num_steps=NUM_STEPS, **pictures(spec))
     known = H100.get((spec.name, attention["attention_type"], attention["quant_linear"]))
     linears = "int8" if attention["quant_linear"] else "16-bit"
     width, height = spec.size
@@ -52,6 +48,15 @@ def measure(pipeline) -> Speed:
         decode=1000 * video.timings["decode"],
         h100=known and tuple(ms for ms, _ in known),
     )
+
+
+def pictures(spec: "ModelSpec") -> dict:
+    """Return the options of `generate` with the pictures that a clip of a model needs."""
+    if spec.task == "t2v":
+        return {}
+    from PIL import Image
+
+    return {"image": Image.linear_gradient("L").convert("RGB")}
 
 
 def rows(found: Speed) -> list[tuple[str, ...]]:

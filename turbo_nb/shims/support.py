@@ -74,12 +74,11 @@ def require_no_gradient(call: str, *tensors: torch.Tensor) -> None:
 def replaced(module: Any, **values: Any) -> Iterator[None]:
     """Give a module other attributes within the block."""
     before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
     try:
-        vars_of = module.__dict__
-        vars_of.update(values)
         yield
     finally:
-        vars_of.update(before)
+        vars(module).update(before)
 
 
 # What a new process of multiprocessing calls before its main module, and the function that `in_new_processes` replaces
