@@ -48,7 +48,7 @@ def choose_triton(monkeypatch) -> None:
 
 
 def set_machine(monkeypatch, machine: Machine) -> None:
-    monkeypatch.setattr(probe, "_probe_once", lambda: machine)
+    monkeypatch.setattr(probe, "this_machine", lambda: machine)
 
 
 class OnGpu(torch.Tensor):

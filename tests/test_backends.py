@@ -286,7 +286,7 @@ def test_detect_here():
     found = detect()
     assert found.torch and found.rope.chosen in ("flash_attn", "reference")
     assert (found.arch is None) == (found.free_memory is None)
-    assert probe._probe_once() is probe._probe_once()
+    assert probe.this_machine() is probe.this_machine()
 
 
 @pytest.fixture
@@ -408,7 +408,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(tmp_path, monkeypatch, cuda, availa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "init", no)
     monkeypatch.setattr(torch, "zeros", no)
-    _, told = choose("rope", machine=probe._probe_once.__wrapped__()).rejected[0]
+    _, told = choose("rope", machine=probe.this_machine.__wrapped__()).rejected[0]
     assert told.startswith("torch cannot use the NVIDIA L4: ") and words in told and "\n" not in told
 
 

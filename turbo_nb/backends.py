@@ -129,7 +129,7 @@ def choose(
 
 def _chosen(operation: str, index: int | None, override: str | None) -> tuple[Machine, Choice, Implementation | None]:
     """Return this machine, its choice for GPU `index` (None: the CPU) and the row."""
-    machine, wish = probe._probe_once(), os.environ.get(_variable(operation))
+    machine, wish = probe.this_machine(), os.environ.get(_variable(operation))
     key = operation, index, override, wish
     found = _cache.get(key)
     if found is None or found[0] is not machine:
@@ -212,12 +212,12 @@ def number_format(device: "Device" = None) -> "torch.dtype":
 
     if probe.gpu_index(device) is None:
         return torch.float32
-    return torch.float16 if no_bfloat16(probe._probe_once().on(device)) else torch.bfloat16
+    return torch.float16 if no_bfloat16(probe.this_machine().on(device)) else torch.bfloat16
 
 
 def load_kernels(device: "Device" = None) -> None:
     """Import the kernels that run on a device. Call it before torch.compile, which cannot trace an import."""
-    machine = probe._probe_once().on(device)
+    machine = probe.this_machine().on(device)
     for row in registry.IMPLEMENTATIONS:
         if row.uses_triton and row.requires(machine) is None:
             row.load()

@@ -42,10 +42,10 @@ def gpu(tmp_path, monkeypatch):
         monkeypatch.delenv(probe.HIDES, raising=False)
         if visible is not None:
             monkeypatch.setenv(probe.HIDES, visible)
-        probe._probe_once.cache_clear()
+        probe.this_machine.cache_clear()
 
     yield make
-    probe._probe_once.cache_clear()
+    probe.this_machine.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def probe(device: "Device" = None) -> Machine:
     Args:
         device: the GPU to see the machine from, as in `Machine.on`.
     """
-    machine = _probe_once().on(device)
+    machine = this_machine().on(device)
     if machine.arch is None:
         return machine
     import torch
@@ -169,13 +169,14 @@ def begin() -> None:
 
     def work() -> None:
         with suppress(Exception):
-            _probe_once()
+            this_machine()
 
     threading.Thread(target=work, name="probe", daemon=True).start()
 
 
 @_once
-def _probe_once() -> Machine:
+def this_machine() -> Machine:
+    """Gather the facts about this machine, once a process, without the free memory; see `probe`."""
     with ThreadPoolExecutor(1) as thread:
         smi = thread.submit(_nvidia_smi)  # beside the import of torch
         with suppress(Exception):
@@ -349,7 +350,7 @@ def device_of(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
-        if unused := unused_gpu(_probe_once()):
+        if unused := unused_gpu(this_machine()):
             reason, fix = unused
             warn(f"{reason}. This runs on the CPU, which is much slower. To use the GPU, {fix}.", stacklevel=2)
         return "cpu"
@@ -360,7 +361,7 @@ def device_of(device: str) -> str:
     if asked is None or asked.type not in ("cpu", "cuda"):
         raise InputError(f"device is {str(device)!r}. Expected auto, cpu, cuda, or one GPU of several, such as cuda:1.")
     if asked.type == "cuda" and not torch.cuda.is_available():
-        unused = unused_gpu(_probe_once())
+        unused = unused_gpu(this_machine())
         raise InputError(
             f"device is {str(device)!r}, and torch sees no GPU here. Expected cpu. "
             + (f"{unused[0][0].upper()}{unused[0][1:]}. To use it, {unused[1]}." if unused else "Use --device cpu.")

@@ -166,7 +166,7 @@ def _notes(replaced: dict[str, str]) -> list[str]:
         "spas_sage_attn": lambda: _by(backends.choose("sagesla")),
     }
     notes = [f"{package} ({reason}) by {by[package]()}" for package, reason in replaced.items()]
-    machine = probe._probe_once()
+    machine = probe.this_machine()
     if reason := no_triton(machine):
         notes.append(f"upstream's Triton kernels ({reason}) by plain PyTorch")
     if no_cuda(machine):

@@ -78,7 +78,7 @@ def _attention(core: ModuleType) -> None:
             construct(self, *arguments, **named)
 
         module.__init__ = checked
-    if no_triton(probe._probe_once()):
+    if no_triton(probe.this_machine()):
         core.get_block_map, core._attention = _block_map, SimpleNamespace(apply=_sparse_attention)
         core.get_cuda_arch = lambda device: "sm89"  # blocks of 128 × 64, as our reference has
     elif block_map := getattr(core, "get_block_map", None):
