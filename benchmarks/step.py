@@ -30,6 +30,7 @@ from turbo_nb.files.recognise import Contents
 from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.linear import row_quantize
 from turbo_nb.ops.attention import reference as attention_reference
+from turbo_nb.settings import LoadOptions, options
 
 from . import harness
 from .harness import Check, Job
@@ -84,7 +85,7 @@ def jobs(
     ):  # fmt: skip
         if value not in known:
             raise InputError(f"{name} is {value!r}. Expected one of {', '.join(known)}.")
-    sla.check_topk(setup.topk)
+    options(LoadOptions)["sla_topk"].check("sla_topk", setup.topk)
     transformer, inputs = build(setup), make_inputs(setup)
     small = replace(setup, layers=min(check_layers, setup.arch.num_layers), size=check_size)
     plain = cache(lambda topk: Plain(replace(small, topk=topk)))  # shared by the modes

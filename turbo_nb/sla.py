@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, rope
-from .errors import InputError
 from .linear import project
 from .machine import probe
 from .ops.attention.reference import Sums, block_map
 from .ops.linear8.reference import QuantizedRows
+from .settings import ATTENTION_TYPES, LoadOptions, options
 
 __all__ = [
     "ATTENTION_TYPES",
@@ -27,17 +27,12 @@ __all__ = [
     "topk_of",
 ]
 
-ATTENTION_TYPES = ("sla", "sagesla", "original")
 BLOCK_Q, BLOCK_K = 128, 64  # tokens
 
 
-def check_topk(topk: float) -> float:
-    """Return the same number. Raises InputError unless it is a share."""
-    if not 0 < topk <= 1:
-        raise InputError(
-            f"sla_topk is {topk}. Expected a share of the key blocks, above 0 and at most 1. Use one such as 0.1."
-        )
-    return topk
+def _checked(name: str, value: float | str) -> float | str:
+    """Return the value of an option of `LoadOptions`. Raises InputError for one that cannot be used"""
+    return options(LoadOptions)[name].check(name, value)
 
 
 class SparseLinearAttention(nn.Module):
@@ -58,8 +53,7 @@ class SparseLinearAttention(nn.Module):
 
     def __init__(self, head_dim: int, topk: float = 0.1, block_q: int = BLOCK_Q, block_k: int = BLOCK_K):
         super().__init__()
-        check_topk(topk)
-        self.topk, self.block_q, self.block_k = topk, block_q, block_k
+        self.topk, self.block_q, self.block_k = _checked("sla_topk", topk), block_q, block_k
         self.proj_l = nn.Linear(head_dim, head_dim)
         nn.init.zeros_(self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
@@ -169,7 +163,7 @@ def set_topk(transformer: nn.Module, topk: float) -> None:
     """
     for block in transformer.blocks:
         if isinstance(block.attn1.processor, SLAProcessor):
-            block.attn1.processor.sla.topk = check_topk(topk)
+            block.attn1.processor.sla.topk = _checked("sla_topk", topk)
 
 
 def set_attention_type(
@@ -190,8 +184,7 @@ def set_attention_type(
         InputError: the attention type is unknown, or topk is not above 0 and at most 1.
         BackendError: SageSLA's backend cannot run here, or no fast one can.
     """
-    if attention_type not in ATTENTION_TYPES:
-        raise InputError(f"attention_type is {attention_type!r}. Expected one of {', '.join(ATTENTION_TYPES)}.")
+    _checked("attention_type", attention_type)
     for block in transformer.blocks:
         attn = block.attn1
         if attention_type == "original":
