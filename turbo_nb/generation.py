@@ -393,7 +393,7 @@ def _pictures(prepared: PreparedClip, settings: ClipSettings, spec: ModelSpec) -
     if not spec.understands(clip.prompt):
         warn(
             f"{spec.name} only knows moving shapes, so the video will not show what this prompt describes. An example "
-            "that it knows: a large red circle moving from left to right on a black background",
+            f"that it knows: {spec.example}",
             stacklevel=4,
         )
     for name, picture in prepared.pictures.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import ipywidgets as w
 
-from .. import settings
+from .. import catalog, settings
 from ..catalog import ModelSpec
 from ..errors import TurboNbError
 from ..settings import ClipSettings, LoadOptions
@@ -19,7 +19,7 @@ from .rewriting import RewriteBar
 
 EXAMPLES = {
     "nano": (
-        "a large red circle moving from left to right on a black background",
+        catalog.NANO.example,
         "a small yellow triangle growing on a navy background",
         "a big blue square falling from top to bottom on a white background",
     ),
@@ -71,8 +71,12 @@ class PromptInput:
     @property
     def prompts(self) -> list[str]:
         """The prompts that the text stands for: one, or one a line."""
-        lines = [line.strip() for line in self.text.value.splitlines() if line.strip()]
+        lines = self._filled_lines
         return lines if self.lines.value and len(lines) > 1 else [self.text.value]
+
+    @property
+    def _filled_lines(self) -> list[str]:
+        return [line.strip() for line in self.text.value.splitlines() if line.strip()]
 
     def show_model(self, spec: ModelSpec, options: LoadOptions) -> None:
         """Show what suits a model, and read its tokenizer in the background."""
@@ -95,8 +99,7 @@ class PromptInput:
     def show(self) -> None:
         """Show what there is to say about the text."""
         with self._showing:
-            several = len([line for line in self.text.value.splitlines() if line.strip()]) > 1
-            visible(self.lines, several)
+            visible(self.lines, len(self._filled_lines) > 1)
             self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
         self._changed()
 
