@@ -1,6 +1,7 @@
 """Upstream's checkpoints: what they are, that they compute what upstream computes, and what bad ones say."""
 
 import json
+import math
 import pickle
 import random
 import shutil
@@ -523,6 +524,48 @@ def test_shapes_decide_where_another_class_wrote_the_config(tmp_path, part, conf
         (folder / "config.json").write_text(json.dumps(config))
     ref, found = (LOADERS[part](one).state_dict() for one in (catalog.NANO.folder / part, folder))
     assert found.keys() == ref.keys() and all(torch.equal(found[key], ref[key]) for key in ref)
+
+
+WRONG_SETTINGS = {
+    "transformer": [
+        ("num_attention_heads", 8), ("patch_size", [1, 4, 1]), ("cross_attn_norm", False), ("image_dim", 1280),
+        ("eps", "x"), ("eps", 1e30), ("rope_max_seq_len", 8), ("rope_max_seq_len", 10**12),
+    ],
+    "vae": [
+        ("latents_mean", [math.nan] * 16), ("latents_mean", [1]), ("latents_std", [0.0] * 16), ("latents_std", None),
+        ("patch_size", "x"), ("scale_factor_spatial", 16), ("scale_factor_temporal", 1), ("num_res_blocks", 10**9),
+        ("dim_mult", []), ("temperal_downsample", [True]), ("is_residual", "x"), ("z_dim", True),
+    ],
+    "text_encoder": [
+        ("d_ff", None), ("relative_attention_max_distance", 8), ("layer_norm_epsilon", 1e30),
+        ("feed_forward_proj", "gated-silu"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"), [(part, *one) for part, ones in WRONG_SETTINGS.items() for one in ones]
+)
+def test_setting_that_the_weights_or_their_part_cannot_have_is_named(tmp_path, part, key, value):
+    folder = tmp_path / part
+    folder.mkdir()
+    for file in (catalog.NANO.folder / part).iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"^{key} in '.*config\.json' is .*\. Expected "):
+        (LOADERS | {"vae": load_vae})[part](folder)
+
+
+def test_setting_that_a_library_would_act_on_is_left_out(tmp_path):
+    folder = shutil.copytree(catalog.NANO.folder / "text_encoder", tmp_path / "text_encoder")
+    config = json.loads((folder / "config.json").read_text())
+    more = {"_attn_implementation": "someone/kernels", "return_dict": False, "num_labels": 10**9, "dtype": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config | more))
+    model, ref = load_text_encoder(folder), load_text_encoder(catalog.NANO.folder / "text_encoder")
+    ids = torch.tensor([[5, 7, 1]])
+    assert torch.equal(model(ids).last_hidden_state, ref(ids).last_hidden_state)
 
 
 def test_unreadable_paths_raise_checkpoint_error():

@@ -21,7 +21,7 @@ from .errors import CheckpointError, InputError, listed, warn
 from .files import lora, shapes, vocabulary
 from .files.names import PROJ_L
 from .files.numbers import Encoded
-from .files.reading import trusted_config
+from .files.part_config import TEXT_ENCODER, TRANSFORMER, VAE, part_config
 from .files.recognise import (
     Contents,
     attention_of,
@@ -128,11 +128,9 @@ def _is_int8(tensor: Tensor | Encoded) -> bool:
 
 
 def _transformer_config(contents: Contents) -> dict[str, Any]:
-    """diffusers' configuration of a transformer: the folder's own, else from the shapes"""
-    arch = contents.arch
-    return _folder_config(contents, "WanTransformer3DModel", arch.num_layers) or _config_of(
-        arch, contents.head_dim, contents.text_dim
-    )
+    """diffusers' configuration of a transformer: from the shapes, with what the folder's own adds"""
+    own = _config_of(contents.arch, contents.head_dim, contents.text_dim)
+    return part_config(contents.path, TRANSFORMER, own) or own
 
 
 def _config_of(arch: catalog.Arch, head_dim: int, text_dim: int) -> dict[str, Any]:
@@ -144,6 +142,11 @@ def _config_of(arch: catalog.Arch, head_dim: int, text_dim: int) -> dict[str, An
         "in_channels": arch.in_channels,
         "out_channels": shapes.OUT_CHANNELS,
         "text_dim": text_dim,
+        "patch_size": [1, 2, 2],
+        "freq_dim": shapes.TIME_DIM,
+        "cross_attn_norm": True,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
     }
 
 
@@ -277,7 +280,7 @@ def load_vae(
     contents = path if isinstance(path, Contents) else read(path, "vae")
     require(contents, "vae")
     with fitting_shapes(contents.path), init_empty_weights():
-        config = _folder_config(contents, "AutoencoderKLWan") or _vae_config(contents.tensors)
+        config = part_config(contents.path, VAE, {}) or _vae_config(contents.tensors)
         model = AutoencoderKLWan.from_config(config)
     _fill(model, contents, device, dtype)
     return model.requires_grad_(False).eval()
@@ -373,23 +376,20 @@ def _put(model: UMT5EncoderModel, key: str, data: Tensor, scale: Tensor | None, 
 
 
 def _umt5_config(contents: Contents) -> UMT5Config:
-    """The configuration of a text encoder: the folder's own, else from the shapes"""
+    """The configuration of a text encoder: from the shapes, with what the folder's own adds"""
     tensors, path, first = encoder_tensors(contents.tensors), contents.path, "encoder.block.0.layer."
-    num_layers = count_blocks(tensors, "encoder.block", path)
-    if config := _folder_config(contents, "umt5", num_layers):
-        return UMT5Config(**config)
     buckets, heads = tensors[f"{first}0.SelfAttention.relative_attention_bias.weight"].shape
     words, width = tensors[EMBEDDING].shape
-    return UMT5Config(
-        vocab_size=words,
-        d_model=width,
-        d_kv=tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
-        d_ff=tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],
-        num_layers=num_layers,
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
+    own = {
+        "vocab_size": words,
+        "d_model": width,
+        "d_kv": tensors[f"{first}0.SelfAttention.q.weight"].shape[0] // heads,
+        "d_ff": tensors[f"{first}1.DenseReluDense.wo.weight"].shape[1],
+        "num_layers": count_blocks(tensors, "encoder.block", path),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+    return UMT5Config(**{"feed_forward_proj": "gated-gelu"} | (part_config(path, TEXT_ENCODER, own) or own))
 
 
 def load_tokenizer(path: str | Path | Contents):
@@ -416,17 +416,6 @@ def load_tokenizer(path: str | Path | Contents):
             f"no tokenizer in {str(path)!r}. Expected a folder with tokenizer.json or spiece.model. "
             "Give --tokenizer_path such a folder, for example that of google/umt5-xxl."
         ) from error
-
-
-def _folder_config(contents: Contents, written_by: str, num_layers: int | None = None) -> dict[str, Any] | None:
-    """config.json of a folder if this class wrote it. Raises CheckpointError for another number of layers."""
-    config = trusted_config(contents.path, [written_by])
-    if config and config.get("num_layers") != num_layers:
-        raise CheckpointError(
-            f"config.json in {str(contents.path)!r} does not belong to the weights beside it. "
-            f"Expected settings{f' with num_layers {num_layers}' if num_layers else ''}. Download the folder again."
-        )
-    return config
 
 
 def _matched(

@@ -24,6 +24,7 @@ from ..tiny_decoder import LATENT_CHANNELS
 from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
 from .decide import asked, decide, ranks_for
 from .fingerprint import fingerprint
+from .part_config import WRITERS, part_config
 from .recognise import Contents
 
 log = logging.getLogger("turbo_nb")
@@ -144,6 +145,7 @@ class ResolvedModel:
         for part, kind in zip(parts, kinds, strict=True):
             if part:
                 recognise.require(part, kind, self.spec if kind == "transformer" else None)
+                part_config(part.path, WRITERS[kind], {})
         recognise.require_fit([part for part in parts if part])
         vocabulary.require_fit(self.tokenizer, parts[-1])
 
