@@ -585,7 +585,19 @@ def test_diffusers_folder_is_described_part_by_part(tmp_path):
         describe(tmp_path)
 
 
-def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
+RAG = {"model_type": "rag", "question_encoder": {"model_type": "vit"}, "generator": {"model_type": "vit"}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer_config.json": {"tokenizer_class": "RagTokenizer"}, "config.json": RAG},
+        {"tokenizer_config.json": {}, "config.json": RAG},
+    ],
+    ids=["own class", "composite class", "composite model"],
+)
+def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch, files):
     ran = tmp_path / "ran"
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -594,7 +606,11 @@ def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
         "class Own(PreTrainedTokenizerFast):\n    pass\n"
     )
     config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    inner = folder / "question_encoder_tokenizer"
+    inner.mkdir()
+    for name, values in ({"tokenizer_config.json": config} | files).items():
+        (folder / name).write_text(json.dumps(values))
+    (inner / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr("sys.stdin", StringIO("y\n" * 9))
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load_tokenizer(folder)

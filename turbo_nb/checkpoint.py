@@ -410,6 +410,8 @@ def load_tokenizer(path: str | Path | Contents):
     if spiece := vocabulary.spiece_file(path):
         return vocabulary.from_spiece(spiece)
     try:
+        if made_of := vocabulary.composite(path):
+            raise ValueError(f"{made_of} loads other tokenizers")
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # because tokenizers raises many kinds of errors for a file that is not a tokenizer
         raise CheckpointError(

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CheckpointError, first_line
 from ..machine import environment, recall
-from .filenames import SPIECE, TOKENIZER_CONFIG, VOCABULARIES
+from .filenames import CONFIG, SPIECE, TOKENIZER_CONFIG, VOCABULARIES
 from .recognise import Contents, read
 from .spiece import SentencePieceProcessor, SentencePieceTokenizer, load_spiece
 
@@ -137,6 +137,30 @@ def require_fit(tokenizer: object, text_encoder: object) -> None:
             f"tokenizer is {name} with {words:,} words. Expected at most {rows:,}, the embeddings in "
             f"{str(text_encoder.path)!r}. Give the tokenizer of this text encoder, or another text encoder."
         )
+
+
+def composite(folder: Path) -> str | None:
+    """Return the class of a tokenizer that loads other tokenizers, such as RagTokenizer; None for an ordinary one.
+
+    transformers asks on stdin whether the code of those others may run, whatever the first one was loaded with.
+
+    Raises:
+        AttributeError, ValueError: a file is damaged.
+    """
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    own, config = _json(folder / TOKENIZER_CONFIG), _json(folder / CONFIG)
+    names = [own.get("tokenizer_class"), config.get("tokenizer_class")]
+    names += [
+        TOKENIZER_MAPPING_NAMES.get(str(one))
+        for one in (config.get("model_type"), dict(config.get("encoder") or {}).get("model_type"))
+    ]
+    for name in {str(name).removesuffix("Fast") for name in names}:
+        kind = getattr(transformers, name, None) if name.endswith("Tokenizer") else None
+        if isinstance(kind, type) and not issubclass(kind, transformers.PreTrainedTokenizerBase):
+            return name
+    return None
 
 
 def _rows(text_encoder: Contents) -> int:
