@@ -227,6 +227,23 @@ def record(name: str, dims, kind: int, offset: int) -> bytes:
 
 
 DAMAGED, MISPLACED, TWICE = "damaged or cut short", "does not lie in its place", "is there twice"
+
+
+def many_tensors(path) -> None:
+    one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{number}": one for number in range(20_001)}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def part_of_a_tensor(path) -> None:
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as whole:
+        entries = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data[:-4] if name.endswith("data/3") else data)
+
+
 REFUSED = {
     "argparse": (
         saved(lambda: {"state_dict": state(), "args": argparse.Namespace(lr=1)}),
@@ -267,6 +284,9 @@ REFUSED = {
         "refused",
     ),
     "bomb": (saved(lambda: {"a": torch.zeros(1).expand(1 << 20, 1 << 20)}), "claims more bytes than the file holds"),
+    "no tensors in safetensors": (lambda path: save_file({}, path), "has no tensors"),
+    "many tensors": (many_tensors, "has 20,001 tensors. Expected at most 20,000"),
+    "a part of a tensor": (part_of_a_tensor, "longer than its entry"),
     "zip without end": (written(b"PK\x03\x04" + bytes(99)), DAMAGED),
     "empty": (written(b""), "is empty"),
     "web page": (written(b"\xef\xbb\xbf\n <!DOCTYPE html><html>404</html>"), "is a web page"),

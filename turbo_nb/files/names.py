@@ -21,6 +21,7 @@ PROJ_L = ".attn1.processor.sla.proj_l."  # the path of SLA's projections within 
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|module)\.)+"
 )
+MOST_COPIES = 64  # of a model in a file, because each is compared with all names
 # The copy of a model to take where a file has several: averaged weights first, then the best known words
 PREFERRED = ("net", "generator", "student", "dit", "diffusion_model", "transformer", "model", "")
 EMA = re.compile(r"(?:^|[._])ema(?:[._]|$)")
@@ -202,7 +203,7 @@ def sort_out(tensors: Mapping[str, Any], path: object, wanted: str | None = None
         CheckpointError: the file has several models, and nothing tells which one to take.
     """
     tensors = without_wrappers(tensors)
-    copies = {kind: prefixes for kind in ANCHORS if (prefixes := _prefixes(tensors, kind))}
+    copies = {kind: prefixes for kind in ANCHORS if (prefixes := _prefixes(tensors, kind, path))}
     for kind in sorted(copies, key=lambda kind: kind != wanted):
         prefixes = copies[kind]
         foreign = {one for other in copies if other != kind for one in copies[other]} - {"", *prefixes}
@@ -219,12 +220,18 @@ def sort_out(tensors: Mapping[str, Any], path: object, wanted: str | None = None
     return Sorted(kind="unknown", convention="unknown", copy=None, tensors=dict(tensors))
 
 
-def _prefixes(tensors: Mapping[str, Any], kind: str) -> list[str]:
+def _prefixes(tensors: Mapping[str, Any], kind: str, path: object) -> list[str]:
     """The prefixes of the copies of a model of this kind"""
     found = (re.match(rf"((?:.*\.)?){ANCHORS[kind]}", name) for name in tensors)
+    prefixes = sorted({match[1] for match in found if match})
+    if len(prefixes) > MOST_COPIES:
+        raise CheckpointError(
+            f"{str(path)!r} has {len(prefixes):,} copies of a {kind}. Expected at most {MOST_COPIES}. "
+            "Take another file."
+        )
     return [
         prefix
-        for prefix in sorted({match[1] for match in found if match})
+        for prefix in prefixes
         if any(
             one.kind == kind and one.fits(name.removeprefix(prefix) for name in tensors if name.startswith(prefix))
             for one in CONVENTIONS

@@ -9,7 +9,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .weight_set import weight_files, weight_sets
 WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 MAX_DEPTH = 16  # dictionaries in one another
+MAX_TENSORS = 20_000  # of a file. The largest checkpoints of Wan have a few thousand, and each name takes time
+MAX_NAMES = 4_000_000  # characters of all names of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ def read_raw(path: str | Path) -> RawContents:
             warn(f"{str(files[0])!r} is taken; left out: {listed(others)}, which lie beside it", stacklevel=2)
         for file in files:
             found, more = _read_file(file)
+            if not found:
+                raise CheckpointError(f"{str(file)!r} has no tensors. Expected weights. Download it again.")
             if twice := tensors.keys() & found.keys():
                 raise CheckpointError(
                     f"{str(file)!r} has {listed(twice)}, which another shard of its set has, too. "
@@ -187,9 +192,24 @@ def _read_safetensors(path: Path, header: int) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"a header of {header} bytes")
     with path.open("rb") as file:
         file.seek(8)
-        json.loads(file.read(header), object_pairs_hook=_without_duplicates)
+        text = file.read(header)
+    _require_few(text.count(b'"data_offsets"'), repr(str(path)))  # before the header is parsed
+    _require_short(json.loads(text, object_pairs_hook=_without_duplicates), repr(str(path)))
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _require_few(count: int, name: str) -> None:
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{name} has {count:,} tensors. Expected at most {MAX_TENSORS:,}. Take another file.")
+
+
+def _require_short(names: Iterable[str], name: str) -> None:
+    if (length := sum(map(len, names))) > MAX_NAMES:
+        raise CheckpointError(
+            f"{name} has tensor names of {length:,} characters in all. Expected at most {MAX_NAMES:,}. "
+            "Take another file."
+        )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -203,24 +223,33 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     name = repr(str(path))
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        _require_few(len(names), name)
         if not any(one.endswith("data.pkl") for one in names):
             raise CheckpointError(
                 f"{name} is a zip archive of {listed(names)}. Expected a torch file. Unzip it and give what is inside."
             )
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise CheckpointError(f"{name} has compressed entries: refused. Expected stored entries, as torch writes.")
+        stored = Counter(entry.file_size for entry in archive.infolist())
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} holds {type(state).__name__}. Expected a state dict: tensors by their names.")
     tensors = _flatten(state, name)
+    _require_few(len(tensors), name)
+    _require_short(tensors, name)
     for key, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            got = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise CheckpointError(f"{key} in {name} is {got}: refused. Expected a plain tensor. Take another file.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(
-                f"{key} in {name} is {tensor.layout} on {tensor.device}: refused. Expected a plain tensor. "
+                f"{key} in {name} claims more bytes than the file holds: refused. Expected a plain tensor. "
                 "Take another file."
             )
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{key} in {name} claims more bytes than the file holds: refused.")
+    # because torch maps what follows a storage that the archive has in part
+    claimed = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    if Counter(size for size in claimed.values() if size) - stored:
+        raise ValueError("a tensor is longer than its entry")
     return tensors
 
 
@@ -249,7 +278,9 @@ def _flatten(state: dict, name: str) -> dict[str, Tensor]:
     if tensors:
         return {key: tensor.detach() for key, tensor in tensors.items()}
     if key := next((repr(key) for key, value in state.items() if isinstance(value, Tensor)), None):
-        raise CheckpointError(f"{name} has the key {key} for a tensor. Expected a state dict with text keys.")
+        raise CheckpointError(
+            f"{name} has the key {key} for a tensor. Expected a state dict with text keys. Take another file."
+        )
     raise CheckpointError(
         f"{name} holds dict with {listed(map(str, state)) or 'nothing'}. Expected a state dict: tensors by their names."
     )
