@@ -1,18 +1,22 @@
 """Checkpoints into diffusers folders: what is refused before work, and what a LoRA that does not fit says."""
 
 import os
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers import write_upstream
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from turbo_nb import catalog
 from turbo_nb.checkpoint import load_transformer
-from turbo_nb.errors import CheckpointError, OutputError
+from turbo_nb.errors import CheckpointError, InputError, OutputError
 from turbo_nb.files import convert as module
 from turbo_nb.files.convert import convert
 
+NANO = catalog.NANO.folder / "transformer" / "diffusion_pytorch_model.safetensors"
 Q = "diffusion_model.blocks.{}.self_attn.q.lora_{}.weight"
 
 
@@ -60,6 +64,33 @@ def test_full_disk_raises_output_error(source, tmp_path, monkeypatch, error):
     monkeypatch.setattr("diffusers.models.modeling_utils.safetensors.torch.save_file", full)
     with pytest.raises(OutputError, match=r"cannot be written .*No space.* Free some space"):
         convert(source, tmp_path / "out")
+
+
+def test_shards_that_are_converted_in_their_folder_stay_until_the_new_file_is_written(tmp_path, monkeypatch):
+    place, ref = tmp_path / "transformer", load_file(NANO)
+    place.mkdir()
+    names = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        save_file({key: ref[key] for key in sorted(ref)[number::2]}, place / name)
+    (place / "config.json").symlink_to(shutil.copy(NANO.parent / "config.json", tmp_path / "mine.json"))
+    before, mine = {path.name: path.read_bytes() for path in place.iterdir()}, (tmp_path / "mine.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "diffusers.models.modeling_utils.safetensors.torch.save_file", Mock(side_effect=OSError(28, ""))
+        )
+        with pytest.raises(OutputError):
+            convert(place, tmp_path)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    convert(place, tmp_path)
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    made = load_file(place / "diffusion_pytorch_model.safetensors")
+    assert made.keys() == ref.keys() and all(torch.equal(made[key], ref[key]) for key in ref)
+    assert (tmp_path / "mine.json").read_bytes() == mine
+
+
+def test_low_noise_is_for_a_transformer(tmp_path):
+    with pytest.raises(InputError, match=r"low_noise is True, and .* is a vae"):
+        convert(NANO.parents[1] / "vae", tmp_path, low_noise=True)
 
 
 def test_folder_that_stays_empty_raises_output_error(source, tmp_path, monkeypatch):

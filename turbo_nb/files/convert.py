@@ -1,18 +1,24 @@
 """Checkpoints become parts of a diffusers folder, in their own dtypes."""
 
 import os
+import secrets
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from diffusers import ModelMixin
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line, space_or
-from ..machine import environment
+from ..machine import atomic, environment
 from ..settings import LoadOptions, options, with_home
 from . import lora
+from .filenames import INDEX, as_one_file
 from .recognise import Contents, read, require
+from .weight_set import weight_sets
 
 FOLDERS = {"transformer": "transformer", "vae": "vae", "text encoder": "text_encoder"}
 
@@ -43,10 +49,15 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     require(contents, contents.kind)
     if merged and contents.kind != "transformer":
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer to merge a LoRA into.")
+    if low_noise and contents.kind != "transformer":
+        raise InputError(
+            f"low_noise is True, and {str(source)!r} is {contents}. Expected a transformer with it. Leave it out."
+        )
     place = folder / ("transformer_2" if low_noise else FOLDERS[contents.kind])
     for path in (place, *place.parents):
-        if environment.exists(path) and not environment.is_dir(path):
-            raise OutputError(f"{str(path)!r} is a file. Expected a folder. Remove the file or choose another folder.")
+        if os.path.lexists(path) and not environment.is_dir(path):
+            what = "a link that leads to no folder" if os.path.islink(path) else "a file"
+            raise OutputError(f"{str(path)!r} is {what}. Expected a folder. Remove it or choose another folder.")
     try:
         with suppress(FileNotFoundError):
             os.lstat(place)
@@ -60,9 +71,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     module = _load(contents, merged)
     changed = lora.require_changed(merged)
     try:
-        module.save_pretrained(place)
-        if not any(place.glob("*.safetensors")):
-            raise OSError("nothing was written")
+        _save(module, place)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{str(place)!r} cannot be written ({first_line(error)}). Expected a folder with room for "
@@ -71,6 +80,30 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
         ) from error
     note = f", with {len(merged)} LoRA{'s' if len(merged) > 1 else ''} merged: {changed} tensors changed"
     return f"{place}: {contents}{note if merged else ''}"
+
+
+def _save(module: ModelMixin | PreTrainedModel, place: Path) -> None:
+    """Write a module into a folder, which keeps its files until all new ones are written.
+
+    Because they may be the shards that the module was read from, which diffusers deletes first, or links.
+    """
+    temporary = place / f"{atomic.PREFIX}{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+        module.save_pretrained(temporary)
+        new = os.listdir(temporary)
+        if not any(name.endswith(".safetensors") for name in new):
+            raise OSError("nothing was written")
+        if folders := [name for name in new if environment.is_dir(place / name)]:
+            raise IsADirectoryError(f"{folders[0]} in it is a folder")
+        sets = weight_sets(place)
+        old = {name for one in {as_one_file(name.removesuffix(INDEX)) for name in new} for name in sets.get(one, ())}
+        for name in new:
+            os.replace(temporary / name, place / name)
+        for name in old.difference(new):
+            (place / name).unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(contents: Contents, loras: Sequence[lora.Applied]):
