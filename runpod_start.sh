@@ -133,7 +133,10 @@ running() { # regex: whether the command line of a process matches
 
 make_secret() { # sets token, because JupyterLab needs one; RunPod left a "{{ … }}" unresolved
   token=${JUPYTER_PASSWORD:-${JUPYTER_TOKEN:-}}
-  read -rd '' token <<<"$token" || true # without white space at its ends, because JupyterLab drops it at the login
+  # As JupyterLab reads what is typed: without white space of any script at its ends, and without control characters.
+  token=$("$base" -I -c 'import re, sys
+text = sys.stdin.buffer.read().decode("utf-8", "ignore")
+sys.stdout.buffer.write(re.sub("[\x00-\x08\x0e-\x1f]", " ", text).strip().encode())' <<<"$token")
   [[ -z $token || $token == *"{{"* ]] && [[ ! $theirs ]] || return 0
   token=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
   echo "JupyterLab's token, made for this start and printed only here: $token"

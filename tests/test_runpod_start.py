@@ -231,9 +231,14 @@ def test_without_a_secret_a_random_token_is_printed_once_and_kept_nowhere(machin
     assert not [p for p in files if tokens[0] in p.read_text("latin1")]
 
 
-def test_white_space_around_a_secret_is_dropped(machine):
-    machine.start(JUPYTER_PASSWORD=" a b\n")  # JupyterLab drops it from what is typed
-    assert machine.jupyter()["env"]["JUPYTER_TOKEN"] == "a b"
+@pytest.mark.parametrize(
+    ("given", "token"),
+    [(" a b\n", "a b"), ("\u3000密 码\u00a0", "密 码"), ("\x1ba\x07b", "a b")],
+    ids=["ASCII", "of other scripts", "control characters"],
+)
+def test_a_secret_is_what_jupyterlab_reads_when_it_is_typed(machine, given, token):
+    machine.start(JUPYTER_PASSWORD=given)
+    assert machine.jupyter()["env"]["JUPYTER_TOKEN"] == token
 
 
 def test_on_a_pod_only_its_own_address_may_use_the_server(machine):
