@@ -134,7 +134,7 @@ def test_another_encoder_dtype_or_prompt_is_another_file(tmp_path, change):
     assert other.get(prompt) is None and torch.equal(one.get(PROMPT), embedding)
 
 
-@pytest.mark.parametrize("damage", ["cut", "page", "bit", "metadata", "turned", "shape", "nan", "dtype"])
+@pytest.mark.parametrize("damage", ["cut", "page", "bit", "metadata", "turned", "shape", "nan", "dtype", "pipe"])
 def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
     expected = load().turbo_nb.prompt_encoder(PROMPT)
     (file,) = folder.iterdir()
@@ -149,6 +149,9 @@ def test_a_damaged_file_is_made_again_with_a_warning(folder, loads, damage):
         size = 8 + int.from_bytes(whole[:8], "little")
         header = re.sub(rb'"__metadata__":\{.*?\}', b'"__metadata__":null', whole[8:size])
         file.write_bytes(len(header).to_bytes(8, "little") + header + whole[size:])
+    elif damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
     elif damage == "turned":
         (rows,) = load_file(file).values()
         save_file({"embedding": rows.T.contiguous()}, file)

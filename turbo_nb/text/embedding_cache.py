@@ -65,6 +65,8 @@ class EmbeddingCache:
 
         path = self.path(prompt)
         try:
+            if environment.exists(path) and not environment.is_file(path):  # a pipe or a device would not end
+                raise ValueError("it is not a file")
             data = path.read_bytes()
             rows = load(data)["embedding"]
             if rows.ndim != 2 or len(rows) > TEXT_LENGTH or rows.dtype != self._dtype or not rows.isfinite().all():
