@@ -1,8 +1,6 @@
 """Checkpoints become parts of a diffusers folder, in their own dtypes."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -87,9 +85,8 @@ def _save(module: ModelMixin | PreTrainedModel, place: Path) -> None:
 
     Because they may be the shards that the module was read from, which diffusers deletes first, or links.
     """
-    temporary = place / f"{atomic.PREFIX}{secrets.token_hex(8)}"
-    try:
-        temporary.mkdir(parents=True)
+    atomic.sweep(place)
+    with atomic.temporary_folder(place) as temporary:
         module.save_pretrained(temporary)
         new = os.listdir(temporary)
         if not any(name.endswith(".safetensors") for name in new):
@@ -102,8 +99,6 @@ def _save(module: ModelMixin | PreTrainedModel, place: Path) -> None:
             os.replace(temporary / name, place / name)
         for name in old.difference(new):
             (place / name).unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(contents: Contents, loras: Sequence[lora.Applied]):
