@@ -82,7 +82,10 @@ def test_lengths_of_64_bits_and_up_to_the_end(clip):
         assert atoms.read_moov(io.BytesIO(file)) == moov
 
 
-@pytest.mark.parametrize("data", [b"", b"moov", bytes(100), b"\xff" * 100, box(b"moov", b""), b"\0\0\0\4moov"])
+RAW = b"\0\0\0\1\x67\x64\0\x0b" + b"\xac" * 100  # of H.264 alone: a box with a length of 64 bits, if it were an mp4
+
+
+@pytest.mark.parametrize("data", [b"", b"moov", bytes(100), b"\xff" * 100, box(b"moov", b""), b"\0\0\0\4moov", RAW])
 def test_what_is_not_an_mp4_has_no_tags(data):
     assert atoms.tags(atoms.read_moov(io.BytesIO(data))) == {} and atoms.tags(data) == {}
 

@@ -16,8 +16,24 @@ MOST = 64  # boxes at the top of a file; a clip has four
 
 def read_moov(file: BinaryIO) -> bytes:
     """Return the content of a file's `moov` box, or nothing where the file lacks one or is damaged. Raises OSError."""
+    for kind, at, start, length, left in _top(file):
+        if kind == b"moov":
+            file.seek(at + start)
+            return file.read(length - start) if length <= min(LARGEST, left) else b""
+    return b""
+
+
+def is_cut(file: BinaryIO) -> bool:
+    """Return whether frames go on beyond the end of a file, as those of an interrupted copy do. Raises OSError."""
+    return any(kind in (b"mdat", b"moof") and length > left for kind, *_, length, left in _top(file))
+
+
+def _top(file: BinaryIO) -> Iterator[tuple[bytes, int, int, int, int]]:
+    """Yield the kind, place, length of the head, and length of each box of a file, and the bytes up to the end"""
     end, at = file.seek(0, os.SEEK_END), 0
     for _ in range(MOST):
+        if at > end:  # a length of 64 bits may lead further than a seek can
+            break
         file.seek(at)
         head = file.read(16)
         length, start = int.from_bytes(head[:4], "big"), 8
@@ -26,11 +42,8 @@ def read_moov(file: BinaryIO) -> bytes:
         length = length or end - at  # 0: up to the end
         if len(head) < 8 or length < start:
             break
-        if head[4:8] == b"moov":
-            file.seek(at + start)
-            return file.read(length - start) if length <= min(LARGEST, end - at) else b""
+        yield head[4:8], at, start, length, end - at
         at += length
-    return b""
 
 
 def tags(moov: bytes) -> dict[str, str]:
