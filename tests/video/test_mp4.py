@@ -326,7 +326,7 @@ def test_a_file_without_metadata(tmp_path, frames):
 LARGE = {"prompt": "x" * 300_000, "seed": 7}
 
 
-@pytest.mark.parametrize("place", ["12:30.mp4", "a:b/clip.mp4", "file:clip.mp4", "-i.mp4", "%03d.mp4"])
+@pytest.mark.parametrize("place", ["12:30.mp4", "a:b/clip.mp4", "file:clip.mp4", "-i.mp4", "%03d.mp4", "new/../c.mp4"])
 def test_a_name_that_ffmpeg_could_take_for_something_else(tmp_path, monkeypatch, frames, place):
     monkeypatch.chdir(tmp_path)
     assert mp4.write_mp4(place, frames, 16, {"seed": 7}) == mp4.Path(place)

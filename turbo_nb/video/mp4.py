@@ -283,7 +283,8 @@ class Encoder:
 
     def _start(self, height: int, width: int) -> None:
         target = _target(self.path)  # absolute, because ffmpeg takes "12:30.mp4" for a protocol
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (target.parent, self.path.parent):  # the second exists beforehand, except for NEW/../clip.mp4
+            folder.mkdir(parents=True, exist_ok=True)
         self._raw = self._files.enter_context(atomic.temporary(target))
         self._stderr = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  the stack closes it
         command = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(self._fps), "-i", "-"]
