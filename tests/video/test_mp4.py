@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -364,6 +365,22 @@ def test_a_playlist_named_mp4_reads_no_other_file(tmp_path, frames):
         (tmp_path / "list.mp4").write_text(text)
         with pytest.raises(InputError, match="cannot be read as a video"):
             mp4.read_frames(tmp_path / "list.mp4", 96, 64)
+
+
+@pytest.mark.parametrize("lost", [1, 70, 400])
+def test_a_clip_without_its_last_bytes_is_not_read_as_a_shorter_one(tmp_path, frames, lost):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", frames, 16, {"seed": 7})
+    path.write_bytes(path.read_bytes()[:-lost])
+    for read in (mp4.last_frame, lambda path: mp4.read_frames(path, 96, 64)):
+        with pytest.raises(InputError, match=r"ends too early to be read as a video\. Expected a whole mp4\. Copy"):
+            read(path)
+
+
+def test_a_clip_that_begins_later_than_its_sound_has_no_frames_more(tmp_path, frames):
+    path, late = mp4.write_mp4(tmp_path / "clip.mp4", frames[:5], 16), tmp_path / "late.mp4"
+    command = ["-itsoffset", "2", "-i", path, "-f", "lavfi", "-t", "3", "-i", "anullsrc", "-c:v", "copy", late]
+    subprocess.run(mp4._ffmpeg(*command), check=True)
+    assert mp4.count_frames(late) == len(mp4.read_frames(late, 96, 64)) == 5
 
 
 def test_text_for_a_terminal_has_no_escapes():

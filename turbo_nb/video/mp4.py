@@ -7,12 +7,12 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .. import records
 from ..errors import InputError, OutputError, TurboNbError, first_line, is_full
@@ -40,6 +40,7 @@ ENCODERS = {
 }
 # An mp4 from elsewhere may be a playlist in truth, which would have ffmpeg fetch addresses or read other files
 SOURCE = ("-protocol_whitelist", "file,pipe", "-f", "mp4", "-i")
+STRICT = ("-xerror",)  # because a frame that cannot be decoded is left out otherwise
 ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"  # sequences that a terminal obeys
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # other control characters, and those that turn text
@@ -440,10 +441,24 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 def _moov(path: str | os.PathLike) -> bytes:
     """Return the content of a file's `moov` box. Raises InputError for a file that cannot be read"""
+    return _from_boxes(path, atoms.read_moov)
+
+
+def _require_whole(path: str | os.PathLike) -> None:
+    """Raise InputError for a file whose end is missing, because ffmpeg decodes what is there without a word"""
+    if _from_boxes(path, atoms.is_cut):
+        raise InputError(
+            f"path is {shown(Path(path))}, which ends too early to be read as a video. Expected a whole mp4. Copy or "
+            "make it again."
+        )
+
+
+def _from_boxes(path: str | os.PathLike, read: Callable[[BinaryIO], Any]) -> Any:
+    """Return what a function of `atoms` reads of a file. Raises InputError for a file that cannot be read"""
     place = _existing(path)
     try:
         with place.open("rb") as file:
-            return atoms.read_moov(file)
+            return read(file)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -495,14 +510,17 @@ def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray
         Frames (T, height, width, 3) uint8.
 
     Raises:
-        InputError: the file is not an mp4 that can be decoded.
+        InputError: the file is not an mp4 that can be decoded to its end.
     """
     import numpy as np
 
+    _require_whole(path)
+
     # not force_original_aspect_ratio, which makes a side of 0 pixels from 16x16384
     sides = f"'max(1,round(min({width},iw*{height}/ih)))':'max(1,round(min({height},ih*{width}/iw)))'"
-    fit = f"scale={sides},pad={width}:{height}:-1:-1:{GROUND}"
-    data = _read(path, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24")
+    # STARTPTS, because ffmpeg repeats the first frame for as long as the sound of a clip is alone
+    fit = f"setpts=PTS-STARTPTS,scale={sides},pad={width}:{height}:-1:-1:{GROUND}"
+    data = _read(path, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24", before=STRICT)
     if not data:
         raise _unreadable(path)
     return np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
@@ -512,14 +530,15 @@ def last_frame(path: str | os.PathLike) -> "Image":
     """Read the last frame of a video, as RGB.
 
     Raises:
-        InputError: the file is not an mp4 that can be decoded.
+        InputError: the file is not an mp4 that can be decoded to its end.
     """
     from PIL import Image
 
+    _require_whole(path)
     # rgb24, because a clip of 10 bits would become a ppm of 16 bits, and a grey one a pgm
     as_pictures = ("-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24")
     # the last 3 seconds, which may have sound alone
-    data = _read(path, *as_pictures, before=("-sseof", "-3")) or _read(path, *as_pictures)
+    data = _read(path, *as_pictures, before=(*STRICT, "-sseof", "-3")) or _read(path, *as_pictures, before=STRICT)
     if not data:
         raise _unreadable(path)
     width, height = map(int, data.split(b"\n", 2)[1].split())  # of the first frame: "P6\nWIDTH HEIGHT\n255\n", bytes
