@@ -19,7 +19,17 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from rich.markup import escape
 
-from .errors import LONGEST, InputError, OutputError, TurboNbError, TurboNbWarning, first_line, listed, presentable
+from .errors import (
+    LONGEST,
+    InputError,
+    OutputError,
+    TurboNbError,
+    TurboNbWarning,
+    first_line,
+    listed,
+    presentable,
+    without_secrets,
+)
 from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds, with_home
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
@@ -47,7 +57,7 @@ def _short_usage_errors() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        error.message = presentable(" ".join(error.message[: LONGEST * 2].split()), 300)
+        error.message = presentable(" ".join(without_secrets(error.message)[: LONGEST * 2].split()), 300)
         raise
 
 

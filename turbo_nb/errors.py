@@ -16,6 +16,9 @@ LONGEST = 1000  # characters of a line of a message
 # What a terminal obeys, what turns text around, and what UTF-8 cannot encode
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# In an address, which has one slash where it was taken for a path
+SECRETS = re.compile(r"(?i)(://|\bhttps?:/(?!/))(?:[^\s'\"]*@)?([^\s'\"?#]*)(?:[?#][^\s'\"]*)?")
+
 
 def presentable(message: str, longest: int = LONGEST) -> str:
     """Return a message as any terminal can show it, because it may quote a file or an argument.
@@ -29,11 +32,16 @@ def presentable(message: str, longest: int = LONGEST) -> str:
     return "\n".join(line if len(line) <= longest else f"{line[:head]} … {line[-tail:]}" for line in lines)
 
 
+def without_secrets(text: str) -> str:
+    """Remove user names, passwords, queries and fragments from the addresses in a text."""
+    return SECRETS.sub(r"\1\2", text)
+
+
 class TurboNbError(Exception):
     """Base of every error this package raises on purpose; the command line prints it as one line and exits with 2."""
 
     def __str__(self) -> str:
-        return presentable(super().__str__())
+        return presentable(without_secrets(super().__str__()))
 
 
 class InputError(TurboNbError, ValueError):
@@ -83,7 +91,7 @@ def warn(message: str, *, stacklevel: int = 1) -> None:
         message: what happened, and what to do about it.
         stacklevel: 1 names the caller of the function that calls `warn`.
     """
-    message, collected = presentable(message), _collector.get()
+    message, collected = presentable(without_secrets(message)), _collector.get()
     if collected is None:
         warnings.warn(message, TurboNbWarning, stacklevel=stacklevel + 2)
     else:

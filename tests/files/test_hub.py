@@ -21,8 +21,7 @@ from huggingface_hub.utils import close_session
 from loopback_hub import MODEL, T5, TURBO, UMT5, WAN, Hub, some_bytes
 
 from turbo_nb import catalog
-from turbo_nb.errors import DownloadError, InputError
-from turbo_nb.files import endpoint
+from turbo_nb.errors import DownloadError, InputError, without_secrets
 from turbo_nb.files import hub as download
 from turbo_nb.files.download import Files, progress_bars
 from turbo_nb.files.filenames import TOKENIZER_FILES
@@ -405,8 +404,12 @@ def test_password_and_query_of_the_endpoint_are_never_shown(hub, cache, monkeypa
 
 
 @pytest.mark.parametrize(
-    "text", ["hf-mirror.com", "http://[::1", "ftp://a.b", "http://", "http://u:hunter2@[::1", "http://a:b"]
-)
+    "text",
+    [
+        "hf-mirror.com", "http://[::1", "ftp://a.b", "http://", "http://u:hunter2@[::1", "http://a:b",
+        "http://u:1/hunter2@a.b", "http://u:hunter2＠a.b", "ftp://a.b#hunter2", "hf_hunter2", "s:hunter2@://a.b",
+    ],
+)  # fmt: skip
 def test_malformed_endpoint_raises_input_error_that_names_the_variable(cache, monkeypatch, text):
     monkeypatch.setattr(constants, "ENDPOINT", text)
     with pytest.raises(InputError, match=r"HF_ENDPOINT is .* Expected an http") as caught:
@@ -427,10 +430,12 @@ def test_malformed_variable_is_one_line_on_the_command_line(hub, tmp_path, name,
         ("https://u:p@host:8/x?key=1 failed", "https://host:8/x failed"),
         ("url 'http://u:p@[::1]/a' and http://b?c", "url 'http://[::1]/a' and http://b"),
         ("no address? none", "no address? none"),
+        ("HTTPS:/u:p@h/x#k=1?2 as a path", "HTTPS:/h/x as a path"),
+        ("a folder run 1:/x#1?.mp4", "a folder run 1:/x#1?.mp4"),
     ],
 )
 def test_secrets_are_removed_from_addresses_in_text(text, shown):
-    assert endpoint.without_secrets(text) == shown
+    assert without_secrets(text) == str(InputError(text)) == shown
 
 
 def test_exception_of_on_progress_ends_the_run(hub, cache):

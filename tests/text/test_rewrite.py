@@ -158,7 +158,8 @@ def test_a_proxy_that_is_wrong_is_named(chat, monkeypatch):
     ("name", "value", "words"),
     [
         (URL, "localhost:11434/v1", f"{URL} is 'localhost:11434/v1'. Expected an http or https address"),
-        (URL, "ftp://me:secret@host/x?key=secret", f"{URL} is 'host/x'. Expected"),
+        (URL, "ftp://me:secret@host/x?key=secret", f"{URL} is 'ftp://host/x'. Expected"),
+        (URL, "sk-secret-of-mine", f"{URL} is 'sk-…'. Expected"),
         (URL, "http://a b/v1", "Expected an http"),
         (URL, "http://[::1/v1", "Expected an http"),
         (URL, "http://host:99999999/v1", "Expected an http"),

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from importlib import import_module
 
-from ..errors import first_line
-from ..files.endpoint import HUB, cause, client, offline, without_secrets
+from ..errors import first_line, without_secrets
+from ..files.endpoint import HUB, cause, client, offline
 
 HUB_SECONDS = 3.0
 

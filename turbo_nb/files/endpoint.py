@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, without_secrets
 from ..settings import shown
 
 HUB = "https://huggingface.co"
@@ -28,10 +28,10 @@ def address(endpoint: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise _wrong(endpoint) from None
-    if not host or parts.scheme not in ("http", "https"):
+    if not host or parts.scheme not in ("http", "https") or "@" in parts.path:  # "/" in a password ends the host
         raise _wrong(endpoint)
     host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}".rstrip("/")
+    return f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.partition(';')[0]}".rstrip("/")
 
 
 def check_variables() -> None:
@@ -54,9 +54,13 @@ def offline() -> str | None:
     return next((name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
-def without_secrets(text: str) -> str:
-    """Remove user names, passwords and queries from the addresses in a text."""
-    return re.sub(r"(?i)([a-z][a-z0-9+.-]*://)(?:[^\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+def bare(address: str) -> str:
+    """Return what may be an address without user name, password, query, fragment and tokens, to show it."""
+    scheme, slashes, rest = address.partition("://")
+    if not slashes or not re.fullmatch(r"\s*[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        scheme, slashes, rest = "", "", address
+    host = re.split("[?#;]", re.split("[@＠﹫]", rest)[-1])[0]  # a keyboard for Chinese has the wide signs
+    return scheme + slashes + re.sub(r"\b(hf_|sk-)[\w-]+", r"\1…", host)
 
 
 def faults(token: str | None = None) -> Iterator[str]:
@@ -73,10 +77,10 @@ def faults(token: str | None = None) -> Iterator[str]:
             known = False
         if not known:
             schemes = ", ".join(f"{scheme}://" for scheme in PROXY_SCHEMES)
-            yield f"{name} is {_host(value)!r}. Expected HOST:PORT after one of {schemes}. Correct it or unset it."
+            yield f"{name} is {bare(value)!r}. Expected HOST:PORT after one of {schemes}. Correct it or unset it."
         elif parts.scheme.startswith("socks") and find_spec("socksio") is None:
             yield (
-                f"{name} is a SOCKS proxy, {_host(value)!r}, which needs a package. "
+                f"{name} is a SOCKS proxy, {bare(value)!r}, which needs a package. "
                 f"Run: pip install '{client()}[socks]'. Or set {name} to the proxy's http port."
             )
     if path := os.environ.get("SSL_CERT_FILE"):
@@ -106,7 +110,7 @@ def cause(error: BaseException, hub: str) -> str | None:
             )
         if used := _proxy_to(hub):
             name, value = used
-            return f"the proxy of {name}, {_host(value)!r}, gave no connection ({text}). Correct {name} or unset it."
+            return f"the proxy of {name}, {bare(value)!r}, gave no connection ({text}). Correct {name} or unset it."
         return None
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError | ssl.SSLError):
         return None
@@ -151,14 +155,7 @@ def _proxy_to(hub: str) -> tuple[str, str] | None:
     return used if used and not proxy_bypass_environment(parts.netloc) else None
 
 
-def _host(value: str) -> str:
-    """An address without user name, password and query"""
-    scheme, slashes, rest = value.rpartition("://")
-    return scheme + slashes + rest.rpartition("@")[2].partition("?")[0]
-
-
 def _wrong(endpoint: str) -> InputError:
-    bare = endpoint.rpartition("@")[2].partition("?")[0]
     return InputError(
-        f"HF_ENDPOINT is {bare!r}. Expected an http or https address, such as {HUB}. Correct it or unset it."
+        f"HF_ENDPOINT is {bare(endpoint)!r}. Expected an http or https address, such as {HUB}. Correct it or unset it."
     )

@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from ..catalog import HubFile
-from ..errors import DownloadError, first_line, warn
-from .endpoint import HUB, address, cause, offline, token, without_secrets
+from ..errors import DownloadError, first_line, warn, without_secrets
+from .endpoint import HUB, address, cause, offline, token
 
 InvalidURL = sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL  # of httpx or httpx2
 TRUSTED = (HUB, "https://hf.co")  # endpoints that a token may go to without a warning

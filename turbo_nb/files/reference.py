@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 from .. import catalog
 from ..catalog import HubFile
-from ..errors import CheckpointError, InputError, listed
+from ..errors import CheckpointError, InputError, listed, without_secrets
 from ..machine import environment
-from .endpoint import HUB, without_secrets
+from .endpoint import HUB
 from .filenames import (
     EXPERTS,
     INDEX,

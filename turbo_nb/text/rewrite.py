@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
-from ..errors import UNPRINTABLE, EndpointError, InputError, first_line, warn
+from ..errors import UNPRINTABLE, EndpointError, InputError, first_line, warn, without_secrets
 from ..files import endpoint
 from ..settings import shown
 from .embedding_cache import TEXT_LENGTH
@@ -183,7 +183,7 @@ def _refusal(status: int, location: str, data: bytes, key: str) -> str:
     """Return what a status means"""
     model = _variable(MODEL)
     if 300 <= status < 400:
-        place = shown(endpoint.without_secrets(location), 200)
+        place = shown(without_secrets(location), 200)
         return f"sends on to {place} ({status}). Expected an address that answers itself. Correct {URL}"
     if status in (401, 403):  # without the server's words, because some quote a part of the key
         return f"refused {'the key' if key else 'a request without a key'} ({status}). Expected a valid key. Set {KEY}"
@@ -215,7 +215,7 @@ def _address() -> str:
         endpoint.address(value)
     except InputError:
         raise InputError(
-            f"{URL} is {shown(value.rpartition('@')[2].partition('?')[0])}. Expected an http or https address, such as "
+            f"{URL} is {shown(endpoint.bare(value))}. Expected an http or https address, such as "
             "http://localhost:11434/v1. Correct it."
         ) from None
     parts = urlsplit(value)
