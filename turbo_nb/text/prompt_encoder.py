@@ -32,9 +32,14 @@ def length(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> Length:
     """Count the tokens of a prompt as the text encoder gets them."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    tokens = tokenizer(prompt_clean(prompt), verbose=False).input_ids
-    lost = tokens[TEXT_LENGTH - 1 :] if len(tokens) > TEXT_LENGTH else []  # the kept end takes a token
-    return Length(tokens=len(tokens), lost=tokenizer.decode(lost, skip_special_tokens=True) if lost else "")
+    text = prompt_clean(prompt)
+    tokens, lost = tokenizer(text, verbose=False).input_ids, ""
+    if len(tokens) > TEXT_LENGTH:
+        kept, rest = tokens[: TEXT_LENGTH - 1], tokens[TEXT_LENGTH - 1 :]  # the kept end takes a token
+        read = tokenizer.decode(kept, skip_special_tokens=True)
+        # not decoded where the text has it, because ByT5's decoder takes minutes for a megabyte
+        lost = text[len(read) :] if text.startswith(read) else tokenizer.decode(rest, skip_special_tokens=True)
+    return Length(tokens=len(tokens), lost=lost.lstrip())
 
 
 class Streamed(Protocol):
