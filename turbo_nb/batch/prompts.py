@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -117,6 +118,12 @@ def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
             raise InputError(f"prompts is {name}, which is in UTF-16. Expected UTF-8. Save it as UTF-8.") from error
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: the line is not in UTF-8. Expected UTF-8. Save it as UTF-8.") from error
+    if "\0" in text and suffix != ".jsonl":  # JSON has its own way to write a zero byte
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(
+            f"{path}:{line}: the line has a zero byte, as UTF-16 has many. Expected UTF-8. Save it as UTF-8."
+        )
+    text = re.sub("(?m)^\ufeff+", "", text)  # files that were joined have the mark of each
     rows = list(readers[suffix](io.StringIO(text, newline="" if suffix == ".csv" else None), path))
     if not rows:
         what = "no prompt" + (" beside comments (#)" if suffix == ".txt" and text.strip() else "")
@@ -261,7 +268,7 @@ def _value(name: str, value: Any, folder: Path | None) -> Any:
     if folder is None:
         return option.check(name, value)
     if name in PICTURES:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             raise InputError(f"{name} is {shown(value)}. Expected the path of a picture.")
         image = with_home(value.strip())
         beside = folder / image
