@@ -163,7 +163,7 @@ def _fitted(kind: Any, value: Any) -> tuple[bool, Any]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         return (True, float(value)) if is_number and math.isfinite(value) else (False, None)
     if kind in (int, bool):
-        return type(value) is kind, value
+        return type(value) is kind and abs(value) < 1 << 64, value  # a larger one is not a float, nor printed
     if kind is str:
         return isinstance(value, str), value
     if origin in (list, tuple, Sequence):
