@@ -463,8 +463,9 @@ def test_only_what_is_missing_is_made_again(nano, made, tmp_path):
     files = [tmp_path / record.file for record in run(nano, tmp_path).records]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:100])
-    assert run(nano, tmp_path).made == 2
-    assert made == [*PROMPTS, *PROMPTS[:2]] and mp4.read_metadata(files[1])["prompt"] == PROMPTS[1]
+    files[2].write_bytes(files[2].read_bytes()[:-1])  # its metadata are whole
+    assert run(nano, tmp_path).made == 3
+    assert made == [*PROMPTS, *PROMPTS] and mp4.read_metadata(files[1])["prompt"] == PROMPTS[1]
     (tmp_path / manifest.MANIFEST).unlink()
     assert run(nano, tmp_path).made == 0 and len(manifest.read_manifest(tmp_path)) == 3
     files[0].write_bytes(files[2].read_bytes())  # whole, but another job's

@@ -85,9 +85,10 @@ class Task:
         return self.path.is_file() and self.path.stat().st_size == record.bytes
 
     def found(self) -> JobRecord | None:
-        """Return the line of a video that is there, from its own metadata."""
+        """Return the line of a video that is there to its end, from its own metadata."""
         try:
             video = mp4.read_record(self.path)
+            mp4.check_whole(self.path)
         except InputError:
             return None
         return self.done(video) if video.job == self.id else None

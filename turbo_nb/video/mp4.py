@@ -444,7 +444,7 @@ def _moov(path: str | os.PathLike) -> bytes:
     return _from_boxes(path, atoms.read_moov)
 
 
-def _require_whole(path: str | os.PathLike) -> None:
+def check_whole(path: str | os.PathLike) -> None:
     """Raise InputError for a file whose end is missing, because ffmpeg decodes what is there without a word"""
     if _from_boxes(path, atoms.is_cut):
         raise InputError(
@@ -514,7 +514,7 @@ def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray
     """
     import numpy as np
 
-    _require_whole(path)
+    check_whole(path)
 
     # not force_original_aspect_ratio, which makes a side of 0 pixels from 16x16384
     sides = f"'max(1,round(min({width},iw*{height}/ih)))':'max(1,round(min({height},ih*{width}/iw)))'"
@@ -534,7 +534,7 @@ def last_frame(path: str | os.PathLike) -> "Image":
     """
     from PIL import Image
 
-    _require_whole(path)
+    check_whole(path)
     # rgb24, because a clip of 10 bits would become a ppm of 16 bits, and a grey one a pgm
     as_pictures = ("-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24")
     # the last 3 seconds, which may have sound alone
