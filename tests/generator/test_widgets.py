@@ -886,6 +886,17 @@ def test_presets_are_used_saved_and_deleted(generator):
     assert bar.choice.value == "" and steps.value == 3  # so that "fast" can be chosen again
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"resolution": 64}, {"resolution": {}}, {"resolution": "64 by 64"}, {"resolution": "480p", "aspect_ratio": "7:5"}],
+    ids=str,
+)
+def test_a_size_that_somebody_wrote_into_a_preset_is_named(generator, values):
+    reason = generator.form.put(values)["resolution"]
+    assert re.match(r"(resolution|aspect_ratio) is .*\. Expected ", reason) and generator.form.resolution.value == OWN
+    assert generator.form.put({"resolution": [64, 48]}) == {} and generator.form.custom.value == "64x48"
+
+
 def test_an_example_can_be_chosen_again(generator):
     prompt = generator.form.prompt
     example = prompt.examples.options[1][1]

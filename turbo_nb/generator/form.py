@@ -13,7 +13,7 @@ import ipywidgets as w
 
 from .. import catalog, settings
 from ..catalog import ModelSpec
-from ..errors import TurboNbError
+from ..errors import InputError, TurboNbError
 from ..settings import ClipSettings, LoadOptions, Weights
 from .controls import COLUMNS, OWN, Field, styled
 from .image import ImageInput, LastImageInput
@@ -175,10 +175,15 @@ class Form:
         fits = value is None or getattr(self, name).take(value, str(value))
         return {} if fits else {name: "choose it again"}
 
-    def _put_size(self, resolution: str | None, aspect: str | None) -> dict[str, str]:
-        self.resolution.value = OWN
+    def _put_size(self, resolution: Any, aspect: Any) -> dict[str, str]:
+        self.resolution.value, known = OWN, settings.options(ClipSettings)
         if resolution is None:
             return {}
+        try:  # a preset may be a file that somebody wrote
+            resolution = known["resolution"].check("resolution", resolution)
+            aspect = aspect and known["aspect_ratio"].check("aspect_ratio", aspect)
+        except InputError as error:
+            return {"resolution": str(error)}
         if resolution in catalog.RESOLUTIONS:
             self.resolution.value, self.aspect.value = resolution, aspect or "16:9"
             return {}
