@@ -385,3 +385,9 @@ def test_long_prompts_in_ten_scripts_at_extreme_sizes(nano, made, tmp_path):
         assert sheet.width > 2 * 3 * 200 and sheet.height > len(SCRIPTS) * 200
     again = runner.run(asked, nano, tmp_path, num_frames=1)
     assert (again.made, again.records, again.sheet) == (0, summary.records, summary.sheet)
+
+
+def test_callbacks_of_a_notebook_work_outside_one():
+    shown = batch.live(None)
+    shown["on_record"](manifest.JobRecord(id="a", status="failed", error="it cannot be made"), 1, 1)
+    shown["on_status"](batch.summary.Progress())

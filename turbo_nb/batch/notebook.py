@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, not_installed
-from ..settings import check_names
+from ..settings import RunOptions, build, check_names
 from ..video.player import play
 
 if TYPE_CHECKING:
@@ -48,16 +48,19 @@ def live(output_dir: str | os.PathLike) -> dict[str, Any]:
     """Return callbacks of `run` that show it in a notebook: a line with the time left, and the latest video.
 
     Args:
-        output_dir: the folder of the run.
+        output_dir: the folder of the run. None: that of `run`.
     """
     from IPython.display import Pretty, display
 
-    status, clip = (display(Pretty(text), display_id=True) for text in ("loading the model", ""))
+    folder = Path(build(RunOptions, {"output_dir": output_dir}).output_dir)
+
+    handles = [display(Pretty(text), display_id=True) for text in ("loading the model", "")]
+    status, clip = (handle.update if handle else lambda _: None for handle in handles)  # None outside a notebook
 
     def on_record(record: "JobRecord", number: int, total: int) -> None:
-        clip.update(play(Path(output_dir) / record.file) if record.status == "done" else Pretty(str(record.error)))
+        clip(play(folder / record.file) if record.status == "done" else Pretty(str(record.error)))
 
     def on_status(progress: "Progress") -> None:
-        status.update(Pretty(str(progress)))
+        status(Pretty(str(progress)))
 
     return {"on_record": on_record, "on_status": on_status}
