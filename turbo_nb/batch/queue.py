@@ -4,6 +4,7 @@ Each session has a file of its own in the folder `.queue`, and holds a lock on i
 session that has ended. Its rows that are not done can be taken over.
 """
 
+import os
 import secrets
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -86,8 +87,10 @@ class QueueFile:
 
     def _files(self) -> list[Path]:
         """Return the files of sessions that have ended, the oldest first; remove those with nothing left to do"""
-        found = []
-        for path in self._folder.glob("*.jsonl"):
+        found, names = [], []
+        with suppress(OSError):  # no folder yet, or one that cannot be read
+            names = os.listdir(self._folder)
+        for path in (self._folder / name for name in names if name.endswith(".jsonl")):
             with suppress(OSError, OutputError):
                 if path != self.path:
                     with held(self._folder, f"{path.stem}.lock"):
