@@ -269,7 +269,13 @@ class Anything:
 
 
 def with_home(path: Any) -> Any:
-    """Return a path with `~` or `~name` in front expanded, because a shell leaves it in --option=~/file."""
+    """Return a path with `~` or `~name` in front expanded, because a shell leaves it in --option=~/file.
+
+    Raises:
+        InputError: it is not a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise _wrong("path", path, "a path, as text or Path")
     if not os.fspath(path).startswith("~"):
         return path
     try:

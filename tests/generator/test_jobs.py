@@ -62,6 +62,18 @@ def test_the_same_folder_is_the_same_runner(tmp_path, monkeypatch):
     assert JobRunner.of("clips") is not JobRunner.of("others")
 
 
+@pytest.mark.parametrize("folder", [None, 7, "", [], "a\0b"], ids=repr)
+def test_a_folder_that_is_not_a_path_is_an_input_error(folder):
+    with pytest.raises(InputError, match=r"(folder|path) is .*Expected a path"):
+        JobRunner.of(folder)
+    with pytest.raises(InputError, match=r"path is .*Expected"):
+        mp4.read_metadata(folder)
+
+
+def test_a_folder_with_too_long_a_name_has_no_jobs(tmp_path):
+    assert JobRunner(tmp_path / ("x" * 300)).left_over() == 0
+
+
 def test_the_model_is_loaded_anew_only_where_it_must_be(tmp_path, nano):
     loads = []
     made = JobRunner(tmp_path, load=lambda resolved, **_: loads.append(resolved.attention_type) or nano)

@@ -72,7 +72,8 @@ class JobRunner:
     @classmethod
     def of(cls, folder: str | os.PathLike) -> "JobRunner":
         """Return the runner of a folder, which is the same for all callers in this process."""
-        return cls._all.setdefault(Path(settings.with_home(folder)).resolve(), cls(folder))
+        runner = cls(folder)
+        return cls._all.setdefault(Path(os.path.realpath(runner.gallery.folder)), runner)
 
     def listen(self, listener: Callable[[Job | Download], None]) -> Callable[[], None]:
         """Call listener(job) at every change of a job, and listener(download) when a download begins or ends.

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import InputError, OutputError, space_or
 from ..machine import atomic, environment
 from ..records import MEASURED, VideoRecord, write
-from ..settings import with_home
+from ..settings import PathLike
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"
@@ -51,7 +51,7 @@ class Gallery:
     """The clips in a folder. Saving the first clip makes the folder."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(with_home(folder)).absolute()
+        self.folder = Path(PathLike()("folder", folder)).absolute()
         self._known: dict[tuple[str, int, int], Clip | None] = {}  # by path, time of change and size
         self._posters: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
         self._lock = threading.RLock()  # because a page and the thread that makes clips look at the same time
