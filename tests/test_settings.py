@@ -340,3 +340,11 @@ def test_the_seeds_of_the_last_sample_s_parts_are_checked_before_the_first_clip(
     line = ["i2v", "--prompt", "x", "--image_path", "none.png", "--extend", "2", "--num_samples", "3"]
     result = CliRunner().invoke(cli.app, [*line, "--seed", str(settings.MAX_SEED - 3)])
     assert f"at most {settings.MAX_SEED - 4} for 5 samples or parts" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("value", "values"),
+    [(None, []), ("红圆", ["红圆"]), (0, [0]), ([1, 2], [1, 2]), ((), []), (range(2), [0, 1]), ({"a": 1}, [{"a": 1}])],
+)
+def test_a_single_value_needs_no_list(value, values):
+    assert settings.several(value) == values

@@ -43,8 +43,8 @@ def rope_freqs(video_size: VideoSize, head_dim: int) -> Tensor:
     """
     if min(video_size) < 1:
         raise InputError(f"video_size is {tuple(video_size)}. Expected 1 or more latent patches on each side.")
-    if head_dim < 6 or head_dim % 2:
-        raise InputError(f"head_dim is {head_dim}. Expected an even number from 6 on, for rotary embedding of t, h, w.")
+    if not isinstance(head_dim, int) or head_dim < 6 or head_dim % 2:
+        raise InputError(f"head_dim is {head_dim!r}. Expected an even number from 6 on, for rotation by t, h, w.")
     spatial = head_dim // 6 * 2
     axes = []
     for length, channels in zip(video_size, (head_dim - 2 * spatial, spatial, spatial), strict=True):

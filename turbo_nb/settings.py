@@ -285,6 +285,13 @@ def with_home(path: Any) -> Any:
     return type(path)(expanded) if isinstance(path, str | Path) else expanded
 
 
+def several(value: Any) -> list:
+    """Return the values of a parameter that takes a list. A single value needs no list, and None is an empty one."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) else [*value]
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's own type counts
 

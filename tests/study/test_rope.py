@@ -131,6 +131,25 @@ def test_speeds_are_of_every_implementation():
         assert speed.gigabytes_per_second == pytest.approx(moved / speed.milliseconds / 1e6)
 
 
+WRONG = {
+    "sizes": lambda: rope_study.rotation_errors({}, 7),
+    "no sizes": lambda: rope_study.rotation_errors({}, None),
+    "a size": lambda: rope_study.rotation_errors({}, [7, 16, 16]),
+    "text": lambda: rope_study.rotation_errors({}, "[[1, 7, 9]]"),
+    "sides": lambda: rope_study.rotation_speeds({}, ["1", "7", "9"]),
+    "head_dim": lambda: rope.rope_freqs(SIZES[0], "128"),
+    "a recording": lambda: rope_study.recorded_checks(__file__, {}),
+    "no recording": lambda: rope_study.recorded_checks(None, {}),
+    "a verdict's path": lambda: verdict(recorded=False).save("."),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_a_parameter_that_cannot_be_used_is_an_error_of_its_own(call):
+    with pytest.raises(TurboNbError, match=r" is .*Expected |cannot write '\.'.*Expected "):
+        call()
+
+
 def test_the_device_of_a_timing_has_a_name():
     assert probe.device_name("cpu").startswith("CPU with ") and torch.__version__ in probe.device_name("cpu")
 

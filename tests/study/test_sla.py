@@ -58,7 +58,8 @@ def test_a_view_without_the_linear_branch_has_none_of_it(inside):
 
 
 @pytest.mark.parametrize(
-    ("layers", "steps", "words"), [([7], [0], "0 to 6"), ([0], [2], "0 to 1"), ([], [0], "one or more")]
+    ("layers", "steps", "words"),
+    [([7], [0], "0 to 6"), (7, 0, "0 to 6"), ("0", 0, "0 to 6"), ([0], [2], "0 to 1"), ([], [0], "one or more")],
 )
 def test_a_layer_or_step_that_is_not_there_is_an_error(nano, layers, steps, words):
     with pytest.raises(InputError, match=words):

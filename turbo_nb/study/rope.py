@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, rope
-from ..errors import TurboNbError
-from ..machine import atomic, probe
+from ..errors import InputError, OutputError, TurboNbError, first_line
+from ..machine import atomic, environment, probe
 from ..ops.compare import relative_error
 from ..rope import VideoSize
+from ..settings import MAX_POSITIONS, PathLike, Whole, several, shown
 
 # Largest relative L2 error: five to ten times what rounding costs
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -111,9 +113,15 @@ class Verdict:
         return {"passed": self.passed} | asdict(self) | {"checks": checks}
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, with the folder where that does not exist. Raises OSError."""
-        atomic.write(path, json.dumps(self.to_dict(), indent=2) + "\n")
-        return Path(path)
+        """Write it as JSON, with the folder where that does not exist. Raises InputError and OutputError."""
+        path = Path(PathLike()("path", path))
+        try:
+            atomic.write(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        except (OSError, ValueError) as error:  # ValueError: a path without a name, such as "."
+            raise OutputError(
+                f"cannot write {shown(path)}: {first_line(error)}. Expected a file's name. Choose another."
+            ) from error
+        return path
 
     def summary(self) -> str:
         """Return the verdict as JSON, with the number of checks and the names of those that failed."""
@@ -190,6 +198,14 @@ def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
     return found, tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in found)
 
 
+def _size(name: str, value: Any) -> VideoSize:
+    """Return a size of latent patches. Raises InputError"""
+    side = Whole(1, MAX_POSITIONS, "Give frames, rows and columns, such as [7, 30, 52].")
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise InputError(f"{name} is {shown(value)}. Expected 3 whole numbers. {side.fix}")
+    return VideoSize(*(side(name, one) for one in value))
+
+
 def rotation_errors(
     found: Mapping[str, Rotation],
     sizes: Iterable[VideoSize],
@@ -204,9 +220,14 @@ def rotation_errors(
     Args:
         found: implementations by name. They get the angles of `rope_freqs`, so a wrong grid shows too.
         sizes: of clips, in latent patches.
+
+    Raises:
+        InputError: a size is not 3 whole numbers.
     """
-    checks = []
-    for size in map(VideoSize._make, sizes):
+    wanted, checks = [_size("sizes", one) for one in several(sizes)], []
+    if not wanted:
+        raise InputError(f"sizes is {shown(sizes)}. Expected at least one size. Give [[7, 30, 52]].")
+    for size in wanted:
         angles = exact_angles(size, head_dim).to(device)
         freqs = rope.rope_freqs(size, head_dim).to(device)
         noise = torch.randn(1, math.prod(size), heads, head_dim, generator=torch.Generator().manual_seed(0)).to(device)
@@ -236,13 +257,24 @@ def recorded_checks(path: str | Path, found: Mapping[str, Rotation], device: str
 
     Returns:
         The checks, an empty list where the file does not exist.
+
+    Raises:
+        InputError: it is another file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not Path(path).exists():
+    path = Path(PathLike()("path", path))
+    if not environment.exists(path):
         return []
-    recorded = load_file(path)
-    x, angles, out = (recorded[f"rope.{name}"].to(device) for name in ("x", "freqs", "out"))
+    try:
+        recorded = load_file(path)
+        x, angles, out = (recorded[f"rope.{name}"].to(device) for name in ("x", "freqs", "out"))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(
+            f"path is {shown(path)}, which lacks the recorded output ({first_line(error)}). Expected "
+            "tests/golden/ops.safetensors of the repository. Correct the path."
+        ) from error
     ours = rope.rope_freqs(VideoSize(3, 6, 8), x.shape[-1]).to(device)
     checks = [Check(name="angles, recorded", error=relative_error(ours, angles), bound=ANGLE_BOUND)]
     for name, rotate in found.items():
@@ -283,7 +315,7 @@ def rotation_speeds(
     repeats: int = 7,
 ) -> list[Speed]:
     """Time each implementation on x (1, T·H·W, heads, head_dim). The first of `repeats + 1` calls is not counted."""
-    freqs = rope.rope_freqs(VideoSize._make(size), head_dim).to(device)
+    freqs = rope.rope_freqs(size := _size("size", size), head_dim).to(device)
     cos, sin = freqs.cos(), freqs.sin()
     speeds = []
     for dtype in dtypes:

@@ -22,7 +22,7 @@ from ..ops.compare import psnr, relative_error
 from ..pipeline import LoadedModel
 from ..rope import VideoSize
 from ..runtime.place import transformers
-from ..settings import MAX_STEPS
+from ..settings import MAX_STEPS, several
 
 SAME_FRAMES = 100.0  # dB that stand for an infinite PSNR in a difference
 
@@ -187,8 +187,8 @@ def look_inside(
     Args:
         pipe: what `load_pipeline` returned. Its attention must be "sla".
         prompt: of the clip.
-        layers: to record, from 0.
-        steps: to record, from 0.
+        layers: to record, from 0. A single one needs no list.
+        steps: the same of the steps.
         fine_block: tokens of a block in `LayerView.fine`.
         settings: as for `generate`.
 
@@ -198,7 +198,7 @@ def look_inside(
     Raises:
         InputError: the attention is another one, or a layer or step does not exist.
     """
-    blocks, wanted = pipe.transformer.blocks, set(steps)
+    blocks, layers, wanted = pipe.transformer.blocks, several(layers), {*several(steps)}
     count = settings.setdefault("num_steps", MAX_STEPS)
     if sla.attention_type(pipe.transformer) != "sla":
         raise InputError(
