@@ -66,6 +66,12 @@ def test_a_layer_or_step_that_is_not_there_is_an_error(nano, layers, steps, word
         sla.look_inside(nano, PROMPT, layers=layers, steps=steps, **SHORT)
 
 
+@pytest.mark.parametrize("value", ["2", 0, None, 1.5, 10**9])
+def test_a_block_that_is_not_a_number_of_tokens_is_an_error(nano, value):
+    with pytest.raises(InputError, match=r"fine_block is .*\. Expected a whole number from 1 to 4096"):
+        sla.look_inside(nano, PROMPT, layers=[0], steps=[0], fine_block=value, **SHORT)
+
+
 def test_dense_attention_has_no_blocks_to_see(nano):
     with sla.attention(nano, "original"), pytest.raises(InputError, match="Expected 'sla'"):
         sla.look_inside(nano, PROMPT, layers=[0], steps=[0], **SHORT)

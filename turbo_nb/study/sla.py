@@ -22,8 +22,9 @@ from ..ops.compare import psnr, relative_error
 from ..pipeline import LoadedModel
 from ..rope import VideoSize
 from ..runtime.place import transformers
-from ..settings import MAX_STEPS, several
+from ..settings import MAX_STEPS, ClipSettings, Whole, options, several
 
+LARGEST_BLOCK = 4096  # tokens of a picture's block; a clip of a few seconds has 30,000 tokens
 SAME_FRAMES = 100.0  # dB that stand for an infinite PSNR in a difference
 
 
@@ -196,10 +197,12 @@ def look_inside(
         The video, and a `LayerView` by (layer, step).
 
     Raises:
-        InputError: the attention is another one, or a layer or step does not exist.
+        InputError: the attention is another one, a layer or step does not exist, or fine_block is not a number.
     """
     blocks, layers, wanted = pipe.transformer.blocks, several(layers), {*several(steps)}
-    count = settings.setdefault("num_steps", MAX_STEPS)
+    count = settings.get("num_steps")
+    count = MAX_STEPS if count is None else options(ClipSettings)["num_steps"].check("num_steps", count)
+    fine_block = Whole(1, LARGEST_BLOCK, "Take 2, or 64 for a long clip.")("fine_block", fine_block)
     if sla.attention_type(pipe.transformer) != "sla":
         raise InputError(
             f"attention_type is {sla.attention_type(pipe.transformer)!r}. Expected 'sla'. Load the pipeline with it."
