@@ -403,3 +403,11 @@ def test_info_shows_metadata_of_any_depth(opened):
     for depth in (1, 200, 900):
         value = json.loads(opened * depth + "1" + ("]" if opened == "[" else "}") * depth)
         assert len(cli._as_text(value)) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_in_the_place_of_a_notebook_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "01_setup.ipynb")
+    result = CliRunner().invoke(cli.app, ["notebooks", str(tmp_path)])
+    assert "01_setup.ipynb in " in str(result.exception) and "Expected no such file" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["01_setup.ipynb"]

@@ -1,6 +1,7 @@
 """turbo-nb: the command line. Underscore and dash spellings of an option are the same."""
 
 import atexit
+import filecmp
 import inspect
 import io
 import json
@@ -604,7 +605,8 @@ def notebooks(
         raise InputError(f"{shipped} does not exist. Expected the notebooks. Install turbo-nb again.")
     try:
         new = [path for path in paths if not os.path.lexists(folder / path.name)]
-        changed = [p.name for p in paths if p not in new and p.read_bytes() != (folder / p.name).read_bytes()]
+        # a pipe or a device differs, and reading it may never end
+        changed = [p.name for p in paths if p not in new and not filecmp.cmp(p, folder / p.name, shallow=False)]
         for path in [] if changed else new:
             atomic.write(folder / path.name, path.read_bytes())
             _say(folder / path.name)
