@@ -168,6 +168,7 @@ def preflight(
     prepared = prepare(settings, resolved.spec, opened)
     resolved = resolved.decoding(settings.decoder)
     resolved.plan(prepared.clip.size)
+    resolved.require_memory(prepared.clip, columns)
     width, height = prepared.clip.width * columns, prepared.clip.height
     mp4.check_size(paths[0], width, height)
     mp4.check_space(paths[0], width, height, count_frames(settings, resolved.spec))
@@ -306,6 +307,7 @@ def generate(
 
     model = LoadedModel.of(pipeline)
     prepared = prepare(settings, model.spec)
+    model.resolved.require_memory(prepared.clip)
     clip, pictures = prepared.clip, _pictures(prepared, settings, model.spec)
     last, parts, record = pictures.pop("last_image", None), [], None
     if prepared.earlier:

@@ -105,8 +105,9 @@ def test_image_to_video_opens_the_image_first(hub, cache, place, model, fault, f
         (["--noise_device", "cuda"], "noise_device is 'cuda'"),
         (["--adaptive_resolution", "--image_path", "strip.png"], "resolution is"),
         (["--plan", "group"], "memory_plan is 'group'"),
+        (["--resolution", "16384x16384", "--num_frames", 5], "GB of main memory. Expected at most"),
     ],
-    ids=["image of t2v", "one frame", "boundary", "noise device", "strip", "plan"],
+    ids=["image of t2v", "one frame", "boundary", "noise device", "strip", "plan", "memory"],
 )
 def test_settings_that_the_model_decides_come_before_the_download(hub, cache, place, arguments, words):
     Image.new("RGB", (20000, 1)).save(place / "strip.png")

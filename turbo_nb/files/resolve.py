@@ -18,8 +18,9 @@ from huggingface_hub import constants
 from .. import catalog, layerwise
 from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError
+from ..machine import environment
 from ..runtime import plan
-from ..settings import LoadOptions, LoRAFile
+from ..settings import LoadOptions, LoRAFile, ResolvedClip
 from ..tiny_decoder import LATENT_CHANNELS
 from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
 from .decide import asked, decide, ranks_for
@@ -191,6 +192,27 @@ class ResolvedModel:
             name=self.options.memory_plan,
             gpus=self.gpus,
         )
+
+    def require_memory(self, clip: ResolvedClip, columns: int = 1) -> None:
+        """Check that main memory can hold a clip, because the kernel kills a process that takes all of it.
+
+        Args:
+            clip: with its size.
+            columns: clips side by side.
+
+        Raises:
+            InputError: this machine has less main memory, in all.
+        """
+        total, frames = environment.memory().total, clip.all_frames * columns
+        if total is None:
+            return
+        needs = plan.main_memory(self.sizes, self.spec.arch, *clip.size, device=self.device, all_frames=frames)
+        if needs > total:
+            raise InputError(
+                f"resolution is {clip.width}x{clip.height} with {frames} frames, which takes at least "
+                f"{needs / plan.GB:,.0f} GB of main memory. Expected at most {total / plan.GB:,.0f} GB, which this "
+                "machine has. Take a smaller size or fewer frames."
+            )
 
     @property
     def pinned(self) -> LoadOptions:

@@ -84,6 +84,7 @@ class Choices:
         resolved, notes = self._choice(request.load)
         resolved = resolved.decoding(request.clip.decoder)
         clip = settings.resolve_clip(request.clip, resolved.spec, image_size)
+        resolved.require_memory(clip)
         memory, loaded = resolved.plan(clip.size), self.has(resolved)
         has_colours = self.colours.of(self.model) is not None if loaded else colours.are_known(resolved)
         return Outlook(

@@ -4,6 +4,7 @@
 streamed through it. `runtime.place` carries a plan out.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from .. import backends, catalog
@@ -212,6 +213,26 @@ def _needs(plan: Plan, sizes: Sizes, weights: float, denoise: float, decode: flo
             return models + text + max(denoise, decode)
         return models + max(text, denoise, decode)  # a freed encoder shares its room with the later stages
     return max(text, weights + denoise, sizes.vae + decode)
+
+
+def main_memory(
+    sizes: Sizes, arch: catalog.Arch, width: int, height: int, num_frames: int, *, device: str, all_frames: int
+) -> float:
+    """Return the bytes of main memory that a clip takes at least, beside the weights.
+
+    Args:
+        sizes: of the weights as they are loaded.
+        arch: the shape of the transformer.
+        width, height, num_frames: of what the model makes at once.
+        device: on "cpu" the activations are in main memory. For another device the frames alone count.
+        all_frames: frames of the clip with all its parts, clips side by side counted one by one.
+    """
+    frames = 3.0 * width * height * all_frames
+    if device != "cpu":
+        return frames
+    # Activations grow with the channels, which are as the root of the weights
+    decode = DECODE_PLAIN * width * height * math.sqrt(sizes.vae / (2 * VAE_PARAMETERS))
+    return frames + max(_activations(arch, width, height, num_frames, False), decode)
 
 
 def after_denoise(plan: Plan, sizes: Sizes, width: int, height: int, fused: bool) -> float:
