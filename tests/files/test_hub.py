@@ -432,6 +432,7 @@ def test_malformed_variable_is_one_line_on_the_command_line(hub, tmp_path, name,
         ("no address? none", "no address? none"),
         ("HTTPS:/u:p@h/x#k=1?2 as a path", "HTTPS:/h/x as a path"),
         ("a folder run 1:/x#1?.mp4", "a folder run 1:/x#1?.mp4"),
+        ("file:///home/me@work/a?b.png", "file:///home/me@work/a?b.png"),
     ],
 )
 def test_secrets_are_removed_from_addresses_in_text(text, shown):
