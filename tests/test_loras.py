@@ -20,7 +20,8 @@ from turbo_nb.files.resolve import resolve
 from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.linear import Int8Linear, int8_dequantize, is_quantized, row_quantize
 from turbo_nb.ops.compare import relative_error
-from turbo_nb.settings import LoadOptions, LoRAFile
+from turbo_nb.settings import LoadOptions
+from turbo_nb.values import LoRAFile
 from turbo_nb.video import mp4
 
 NANO = catalog.NANO.folder / "transformer"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import turbo_nb
 from turbo_nb import catalog, cli, records, settings
+from turbo_nb import values as kinds
 from turbo_nb.batch import prompts
 from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.files import lora
@@ -62,10 +63,10 @@ def test_a_value_that_cannot_be_used_is_an_error_of_three_parts(cls, name, value
 
 def test_a_long_value_loses_its_middle_because_a_path_ends_in_the_file_s_name():
     text = "/a" * 50 + "/red.png"
-    assert len(settings.shown(text)) == 80 and settings.shown(text).endswith("red.png'")
-    assert settings.shown(Path(text)) == repr(text)  # whole
-    assert len(settings.shown(Path("/a" * 200))) == 300
-    assert settings.shown("x" * 78) == repr("x" * 78)
+    assert len(kinds.shown(text)) == 80 and kinds.shown(text).endswith("red.png'")
+    assert kinds.shown(Path(text)) == repr(text)  # whole
+    assert len(kinds.shown(Path("/a" * 200))) == 300
+    assert kinds.shown("x" * 78) == repr("x" * 78)
 
 
 @pytest.mark.parametrize("pair", [(96, 128), [96, 128], (np.int64(96), np.int32(128)), "96x128"], ids=str)
@@ -138,7 +139,7 @@ def test_a_home_is_expanded_in_every_option_that_is_a_path(monkeypatch, tmp_path
         (cls, name)
         for cls in (LoadOptions, RunOptions)
         for name, one in options(cls).items()
-        if isinstance(one.check, settings.PathLike)
+        if isinstance(one.check, kinds.PathLike)
     }
     assert {name for _, name in paths} >= {"model", "checkpoint", "vae", "text_encoder", "save_path", "output_dir"}
     for cls, name in paths:
@@ -252,7 +253,7 @@ def test_an_image_gives_its_aspect_within_the_tables_of_the_rotary_embedding():
 
 @dataclass(frozen=True, kw_only=True)
 class WithText(ClipSettings):
-    negative_prompt: str | None = settings._option(None, settings.Text("text"), "Not to show.", "clip", row=True)
+    negative_prompt: str | None = settings._option(None, kinds.Text("text"), "Not to show.", "clip", row=True)
 
 
 def test_a_new_option_is_one_entry_and_reaches_signature_rows_ids_and_metadata():
@@ -347,4 +348,4 @@ def test_the_seeds_of_the_last_sample_s_parts_are_checked_before_the_first_clip(
     [(None, []), ("红圆", ["红圆"]), (0, [0]), ([1, 2], [1, 2]), ((), []), (range(2), [0, 1]), ({"a": 1}, [{"a": 1}])],
 )
 def test_a_single_value_needs_no_list(value, values):
-    assert settings.several(value) == values
+    assert kinds.several(value) == values

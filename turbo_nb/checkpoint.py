@@ -45,9 +45,9 @@ from .layerwise import (
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
 from .machine import environment
 from .machine.mapped import PageReleaser
-from .settings import with_home
 from .sla import set_attention_type
 from .tiny_decoder import TinyDecoder
+from .values import with_home
 
 ROWS = 1024  # of a weight that are quantised at once
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")

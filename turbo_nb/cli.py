@@ -31,7 +31,8 @@ from .errors import (
     presentable,
     without_secrets,
 )
-from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds, with_home
+from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
+from .values import with_home
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
 

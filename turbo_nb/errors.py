@@ -16,7 +16,7 @@ LONGEST = 1000  # characters of a line of a message
 # What a terminal obeys, what turns text around, and what UTF-8 cannot encode
 UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# In an address, which has one slash where it was taken for a path. A file:// address has none, but names with @ or ?
+# In an address, which has one slash where it was taken for a path. In a file:// address @ and ? are parts of names
 SECRETS = re.compile(r"(?i)(?<!file)(://|\bhttps?:/(?!/))(?:[^\s'\"]*@)?([^\s'\"?#]*)(?:[?#][^\s'\"]*)?")
 
 

@@ -24,7 +24,8 @@ from .runtime.pinned import pinned_empty
 from .runtime.place import transformers
 from .runtime.stages import StageRunner, current_device
 from .runtime.steps import StepTimer, Tally
-from .settings import PICTURES, ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip, shown
+from .settings import PICTURES, ClipSettings, LoadOptions, ResolvedClip, accepts, resolve_clip
+from .values import shown
 from .video import images, mp4
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 from .catalog import ModelSpec
 from .errors import InputError, OutputError, listed
 from .machine import atomic, environment
-from .settings import ClipSettings, LoadOptions, check_names, options, shown
+from .settings import ClipSettings, LoadOptions, check_names, options
+from .values import shown
 
 FOLDER, LATEST = "presets", "latest.json"
 LONGEST = 60  # characters of a name

@@ -20,7 +20,7 @@ from . import catalog, checkpoint
 from .errors import InputError, warn
 from .files import recognise
 from .scheduler import MAX_STEPS, RCMScheduler
-from .settings import with_home
+from .values import with_home
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 SIZE = {"width": None, "height": None, "num_frames": None}  # None: the model's own

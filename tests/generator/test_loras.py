@@ -21,7 +21,8 @@ from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.generator.page import family
 from turbo_nb.generator.widgets import Generator
 from turbo_nb.records import LoRARecord, VideoRecord
-from turbo_nb.settings import LoadOptions, LoRAFile
+from turbo_nb.settings import LoadOptions
+from turbo_nb.values import LoRAFile
 from turbo_nb.video import mp4
 
 FILE = Path(__file__).parents[1] / "files" / "nano_lora.safetensors"

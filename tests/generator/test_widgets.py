@@ -22,7 +22,7 @@ from helpers import golden, upstream_names, write_upstream
 from PIL import Image
 
 import turbo_nb
-from turbo_nb import backends, catalog, presets, records, settings
+from turbo_nb import backends, catalog, presets, records, settings, values
 from turbo_nb.batch.queue import QueueFile, QueueRecord
 from turbo_nb.errors import DownloadError, InputError, OutputError
 from turbo_nb.files import hub, hub_cache, recognise
@@ -532,9 +532,7 @@ def test_a_model_that_cannot_be_read_is_the_error_on_the_page(tmp_path, monkeypa
 def test_an_empty_optional_text_stands_for_none(runner, monkeypatch):
     @dataclass(frozen=True, kw_only=True)
     class WithText(ClipSettings):
-        negative_prompt: str | None = settings._option(
-            None, settings.Text("text"), "What not to show.", "clip", row=True
-        )
+        negative_prompt: str | None = settings._option(None, values.Text("text"), "What not to show.", "clip", row=True)
 
     monkeypatch.setattr(form, "ClipSettings", WithText)
     monkeypatch.setattr(form, "MORE", (*form.MORE, "negative_prompt"))

@@ -20,7 +20,8 @@ from ..errors import TurboNbError, collect_warnings
 from ..files.fingerprint import fingerprint
 from ..files.resolve import ResolvedModel, resolve
 from ..machine import atomic, environment
-from ..settings import LoadOptions, LoRAFile
+from ..settings import LoadOptions
+from ..values import LoRAFile
 from ..video import images
 from .engines import FoundModel, make
 from .jobs import Task

@@ -22,7 +22,8 @@ from ..errors import InputError, TurboNbError, first_line, warn
 from ..files.fingerprint import fingerprint
 from ..files.resolve import ResolvedModel
 from ..machine import atomic, environment, signals
-from ..settings import PICTURES, LoadOptions, shown
+from ..settings import PICTURES, LoadOptions
+from ..values import shown
 from .actor import Order, Reply, Sent, TurboNbActor, find_here
 from .engines import FoundModel, Work, has_lost_gpu
 from .jobs import Task

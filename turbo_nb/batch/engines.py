@@ -16,7 +16,8 @@ from ..files.resolve import ResolvedModel
 from ..machine import environment
 from ..pipeline import LoadedModel
 from ..records import IN_MEMORY
-from ..settings import LoadOptions, shown
+from ..settings import LoadOptions
+from ..values import shown
 from ..video import images, mp4
 from .jobs import Task
 from .manifest import JobRecord

@@ -22,7 +22,8 @@ from ..errors import InputError
 from ..files.resolve import ResolvedModel
 from ..pipeline import LoadedModel
 from ..runtime.place import transformers
-from ..settings import PICTURES, ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds, shown
+from ..settings import PICTURES, ClipSettings, ResolvedClip, build, check_names, resolve_clip, seeds
+from ..values import shown
 from ..video import images, mp4
 from .manifest import JobRecord
 from .prompts import ROW_OPTIONS, Job, refuse, rows_of

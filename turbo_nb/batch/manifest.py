@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from .. import records
 from ..errors import OutputError, collect_warnings, space_or, warn
 from ..machine import atomic, environment
-from ..settings import with_home
+from ..values import with_home
 
 MANIFEST = "manifest.jsonl"
 WORKERS_END = 8  # seconds within which the actors of a killed run end by themselves

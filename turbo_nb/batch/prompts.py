@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import InputError, warn
 from ..machine import environment
-from ..settings import PICTURES, ClipSettings, PathLike, check_names, options, shown, with_home
+from ..settings import PICTURES, ClipSettings, check_names, options
+from ..values import PathLike, shown, with_home
 from ..video import images
 from ..video.mp4 import printable
 

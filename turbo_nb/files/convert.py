@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line, space_or
 from ..machine import atomic, environment
-from ..settings import LoadOptions, options, with_home
+from ..settings import LoadOptions, options
+from ..values import with_home
 from . import lora
 from .filenames import INDEX, as_one_file
 from .recognise import Contents, read, require

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, listed, warn
 from ..machine import environment
-from ..settings import with_home
+from ..values import with_home
 from . import recognise, vocabulary
 from .filenames import EXPERTS, TOKENIZER_FOLDERS, USUAL
 from .weight_set import weight_sets

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, DownloadError
 from ..machine import environment
-from ..settings import LoRAFile
+from ..values import LoRAFile
 from . import hub, hub_cache, layouts, reference
 from .hub_requests import Listing
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, TurboNbError, collect_warnings, listed, warn
 from ..machine import environment
 from ..records import LoRARecord
-from ..settings import LoRAFile, with_home
+from ..values import LoRAFile, with_home
 from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
 from .reading import read_raw

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from ..errors import CheckpointError
-from ..settings import shown
+from ..values import shown
 
 PROJ_L = ".attn1.processor.sla.proj_l."  # the path of SLA's projections within a block
 # Parts of names that torch.compile, DDP, FSDP, DeepSpeed and activation checkpointing insert

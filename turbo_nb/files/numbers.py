@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line
 from ..ops.linear8.reference import TILE, int8_dequantize
-from ..settings import shown
+from ..values import shown
 from .gguf_file import GGUFTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..settings import shown
+from ..values import shown
 from .filenames import CONFIG
 from .reading import trusted_config
 

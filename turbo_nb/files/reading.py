@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, listed, warn
 from ..machine import environment
-from ..settings import with_home
+from ..values import with_home
 from .filenames import CONFIG
 from .gguf_file import MAGIC as GGUF
 from .gguf_file import GGUFTensor, read_gguf

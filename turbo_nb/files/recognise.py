@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, listed, warn
-from ..settings import with_home
+from ..values import with_home
 from . import lora_keys, names, numbers, shapes
 from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor

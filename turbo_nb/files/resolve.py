@@ -20,8 +20,9 @@ from ..catalog import HubFile, ModelSpec
 from ..errors import CheckpointError, InputError
 from ..machine import environment
 from ..runtime import plan
-from ..settings import LoadOptions, LoRAFile, ResolvedClip
+from ..settings import LoadOptions, ResolvedClip
 from ..tiny_decoder import LATENT_CHANNELS
+from ..values import LoRAFile
 from . import hub, hub_cache, layouts, locate, lora, recognise, reference, remote, shapes, vocabulary
 from .decide import asked, decide, ranks_for
 from .fingerprint import fingerprint

@@ -12,7 +12,8 @@ from traitlets import TraitError
 
 from .. import backends, settings
 from ..errors import InputError
-from ..settings import Choice, ClipSettings, Flag, LoadOptions, Number, Whole
+from ..settings import ClipSettings, LoadOptions
+from ..values import Choice, Flag, Number, Whole
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
 BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to

@@ -15,7 +15,8 @@ from ..errors import InputError, listed
 from ..files import lora
 from ..files.fingerprint import fingerprint
 from ..records import LoRARecord
-from ..settings import LoadOptions, LoRAFile
+from ..settings import LoadOptions
+from ..values import LoRAFile
 from .controls import OWN, styled
 from .page import button, close, family, paragraph, visible
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..errors import InputError, OutputError, first_line, not_installed
 from ..machine import environment
-from ..settings import Weights, shown, with_home
+from ..settings import Weights
+from ..values import shown, with_home
 
 PAGE = "generator.ipynb"
 CELL = "from turbo_nb.generator import widgets\n\nwidgets.show({folder!r}, model={model!r})"

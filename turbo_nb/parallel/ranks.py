@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from ..errors import InputError, TurboNbError, collect_warnings, first_line
 from ..machine.signals import interrupt_deferred
-from ..settings import shown
+from ..values import shown
 
 HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
 BEAT = 1.0  # seconds between two signs of life

@@ -22,7 +22,8 @@ from ..errors import InputError, OutputError, TurboNbError, first_line
 from ..machine import atomic, environment, probe
 from ..ops.compare import relative_error
 from ..rope import VideoSize
-from ..settings import MAX_POSITIONS, PathLike, Whole, several, shown
+from ..settings import MAX_POSITIONS
+from ..values import PathLike, Whole, several, shown
 
 # Largest relative L2 error: five to ten times what rounding costs
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -22,7 +22,8 @@ from ..ops.compare import psnr, relative_error
 from ..pipeline import LoadedModel
 from ..rope import VideoSize
 from ..runtime.place import transformers
-from ..settings import MAX_STEPS, ClipSettings, Whole, options, several
+from ..settings import MAX_STEPS, ClipSettings, options
+from ..values import Whole, several
 
 LARGEST_BLOCK = 4096  # tokens of a picture's block; a clip of a few seconds has 30,000 tokens
 SAME_FRAMES = 100.0  # dB that stand for an infinite PSNR in a difference

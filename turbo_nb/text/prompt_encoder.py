@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import warn
 from ..machine.probe import release_memory
-from ..settings import shown
+from ..values import shown
 from .embedding_cache import TEXT_LENGTH, EmbeddingCache
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UNPRINTABLE, EndpointError, InputError, first_line, warn, without_secrets
 from ..files import endpoint
-from ..settings import shown
+from ..values import shown
 from .embedding_cache import TEXT_LENGTH
 
 URL, KEY, MODEL = (f"TURBO_NB_REWRITE_{name}" for name in ("URL", "KEY", "MODEL"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import InputError, OutputError, space_or
 from ..machine import atomic, environment
 from ..records import MEASURED, VideoRecord, write
-from ..settings import PathLike
+from ..values import PathLike
 from . import mp4
 
 ARCHIVE = "turbo_nb.zip"

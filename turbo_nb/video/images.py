@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 
 from ..errors import InputError, first_line, warn
 from ..machine import environment
-from ..settings import shown, with_home
+from ..values import shown, with_home
 
 if TYPE_CHECKING:
     import numpy as np

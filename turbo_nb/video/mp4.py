@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .. import records
 from ..errors import InputError, OutputError, TurboNbError, first_line, is_full
 from ..machine import atomic, environment
-from ..settings import shown, with_home
+from ..values import shown, with_home
 from . import atoms
 from .sheet import GROUND
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from ..errors import InputError
 from ..machine import environment
-from ..settings import shown, with_home
+from ..values import shown, with_home
 from . import mp4
 
 EMBED = 6_000_000  # bytes of the largest clip that is embedded, because base64 adds a third to the notebook
