@@ -17,7 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import backends, cli, generation
+from turbo_nb import backends, cli, generation, terminal
 from turbo_nb.errors import BackendError, TurboNbError
 from turbo_nb.machine import atomic
 from turbo_nb.video import mp4
@@ -279,7 +279,7 @@ def test_help_fits_80_columns_with_whole_names(command, monkeypatch):
     [("red", "red"), ("é 红", "é 红"), ("\udcc3\udca9.mp4", "é.mp4"), ("\udcff.mp4", "\udcff.mp4")],
 )
 def test_an_argument_is_utf8_whatever_the_locale(argument, text):
-    assert cli._decoded(argument) == text
+    assert terminal.decoded(argument) == text
 
 
 def test_version_is_that_of_the_installed_package():
@@ -319,7 +319,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, name):
 def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli._ended_by_signals():
+        with terminal.ended_by_signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -11,7 +11,7 @@ import turbo_nb
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
 # Each row may import the rows above it. A name with a dot is one module of a room whose modules stand in several rows.
 ORDER = [
-    ("errors",), ("catalog", "values"), ("settings", "records"), ("machine",), ("ops",), ("backends",),
+    ("errors",), ("catalog", "terminal", "values"), ("settings", "records"), ("machine",), ("ops",), ("backends",),
     ("rope", "scheduler", "tiny_decoder"), ("linear",), ("sla",), ("shims",), ("fused",), ("files",),
     ("layerwise",), ("checkpoint",), ("files.convert",),
     ("text", "video"), ("runtime",),

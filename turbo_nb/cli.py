@@ -1,18 +1,14 @@
 """turbo-nb: the command line. Underscore and dash spellings of an option are the same."""
 
-import atexit
 import filecmp
 import inspect
-import io
 import json
-import logging
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -20,12 +16,11 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from rich.markup import escape
 
+from . import terminal
 from .errors import (
     LONGEST,
     InputError,
     OutputError,
-    TurboNbError,
-    TurboNbWarning,
     first_line,
     listed,
     presentable,
@@ -73,47 +68,6 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
-
-PYTHONS_WARNING = warnings.showwarning
-CANCELLED = 130  # exit code after Ctrl-C, as in shells; typer uses it, too
-
-# exit code → signal; Windows has only SIGTERM
-STOPPED = {128 + one: one for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if (one := getattr(signal, name, None))}
-_received: list[int] = []  # exit codes of signals that came, because Ray replaces a SystemExit by its own
-
-
-class _Cancelled(Exception):
-    """Ends a command that has already printed what became of it."""
-
-
-class _Stream:
-    """A standard stream that drops text after a first failure, which `error` keeps.
-
-    A full disk or a closed pipe behind it must not end a run whose videos are made.
-    """
-
-    def __init__(self, stream: Any):
-        self._stream, self.error = stream, None
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, function: Callable, *arguments: Any) -> None:
-        if self.error is None:
-            try:
-                function(*arguments)
-            except (OSError, ValueError) as error:
-                self.error = error
-                with suppress(OSError, ValueError):  # what the stream still holds goes nowhere, too
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, to paste or to parse.")]
 
@@ -468,7 +422,7 @@ def batch(
             )
     except KeyboardInterrupt:
         print(f"cancelled; {made} made, which stay: the same command makes the rest", file=sys.stderr)
-        raise _Cancelled from None
+        raise terminal.Cancelled from None
     _say(summary)
     raise typer.Exit(int(bool(summary.failures)))
 
@@ -635,9 +589,7 @@ def run_script(
     if not sys.flags.safe_path:
         del sys.path[0]  # because it is the folder of turbo-nb, not of the script
     sys.excepthook = scripts.show_exception
-    warnings.showwarning = lambda *warning: (
-        _show_warning(*warning) if issubclass(warning[1], TurboNbWarning) else PYTHONS_WARNING(*warning)
-    )
+    warnings.showwarning = terminal.show_script_warning
     with redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__):  # because a script may want a terminal
         scripts.execute(script, arguments or [], module)
 
@@ -662,99 +614,13 @@ def _require_shown() -> None:
 
 
 def main() -> None:
-    """Run a command: a TurboNbError is one line on stderr and exit code 2, Ctrl-C exit code 130.
-
-    SIGTERM, SIGHUP and SIGQUIT end a command as Ctrl-C does, with 128 plus their number, and leave no temporary file.
-    """
-    warnings.showwarning = _show_warning
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # because a prompt may have characters that a terminal cannot show
-    out, err = (stream and _Stream(stream) for stream in (sys.stdout, sys.stderr))
-    with redirect_stdout(out), redirect_stderr(err), _ended_by_signals():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("note: %(message)s"))
-        logging.getLogger("turbo_nb").handlers[:] = [handler]
-        logging.getLogger("turbo_nb").setLevel(logging.INFO)
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # because our own bar is on the screen
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # because its advice is for programmers
-        sys.argv[1:] = map(_decoded, sys.argv[1:])
-        try:
-            _run()
-        finally:
-            for stream in filter(None, (out, err)):
-                stream.flush()
-            if out and out.error and not isinstance(out.error, BrokenPipeError):
-                print(f"note: standard output cannot be written ({out.error}). Files are not affected.", file=err)
-
-
-def _decoded(argument: str) -> str:
-    """Return an argument in UTF-8, where Python decoded it by the encoding of a locale such as C"""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except ValueError:  # not UTF-8, so it can only be a path
-        return argument
-
-
-def _run() -> None:
-    """Run a command, and turn what it raises into a line and an exit code"""
-    try:
-        app()
-    except TurboNbError as error:
-        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        sys.exit(2)
-    except _Cancelled:
-        sys.exit(CANCELLED)
-    except (KeyboardInterrupt, SystemExit) as end:
-        code = CANCELLED if isinstance(end, KeyboardInterrupt) else [end.code, *_received][-1]
-        if code not in (CANCELLED, *STOPPED):
-            raise
-        print("cancelled; finished files are kept", file=sys.stderr)
-        sys.exit(code)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let the signals of `STOPPED` raise SystemExit, so that each `with` removes its temporary files"""
-
-    def stop(number: int, frame: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)  # because a second signal would interrupt the removal
-        _received.append(128 + number)
-        raise SystemExit(128 + number)
-
-    _received.clear()
-    # a signal that is ignored stays ignored, because nohup ignores SIGHUP
-    before = [each for each in STOPPED.values() if signal.getsignal(each) == signal.SIG_DFL]
-    for each in before:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Print our own warnings as one line; those of other libraries are for programmers"""
-    if issubclass(category, TurboNbWarning):
-        print(f"note: {message}", file=sys.stderr)
+    """Run a command, as `terminal.run` says."""
+    terminal.run(app)
 
 
 def run() -> None:
-    """Run a command as a process of its own, and end the process without the 1.5 s that torch's objects take to die."""
-    code: Any = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    if "torch" not in sys.modules or not (code is None or isinstance(code, int)):
-        sys.exit(code)
-    atexit._run_exitfuncs()  # temporary files go
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code or 0)
+    """Run a command as a process of its own."""
+    terminal.run_and_end(app)
 
 
 if __name__ == "__main__":

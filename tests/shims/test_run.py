@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from turbo_nb import cli, shims
+from turbo_nb import cli, shims, terminal
 from turbo_nb.errors import InputError
 
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 def test_a_script_sees_what_python_shows_it(run, tmp_path, monkeypatch):
     own = []
-    monkeypatch.setattr(cli, "PYTHONS_WARNING", lambda message, *more: own.append(str(message)))
+    monkeypatch.setattr(terminal, "PYTHONS_WARNING", lambda message, *more: own.append(str(message)))
     arguments = "--save_path", "a_b.mp4", "--help", "-m", "--num_steps=4", "--", "-x"
     code, out, err = run(SHOW, *arguments, name="deep/script.py", call=("deep/script.py",))
     assert (code, out) == (0, f"{['deep/script.py', *arguments]} {tmp_path / 'deep'} deep/script.py\n")
