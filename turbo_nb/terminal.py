@@ -82,7 +82,7 @@ def run(app: Callable[[], Any]) -> None:
 
 
 def decoded(argument: str) -> str:
-    """Return an argument in UTF-8, where Python decoded it by the encoding of a locale such as C"""
+    """Return an argument in UTF-8, where Python decoded it by the encoding of a locale such as C."""
     try:
         return os.fsencode(argument).decode("utf-8")
     except ValueError:  # not UTF-8, so it can only be a path
@@ -108,7 +108,7 @@ def _run(app: Callable[[], Any]) -> None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let the signals of `STOPPED` raise SystemExit, so that each `with` removes its temporary files"""
+    """Let the signals of `STOPPED` raise SystemExit, so that each `with` removes its temporary files."""
 
     def stop(number: int, frame: Any) -> None:
         for each in before:
