@@ -32,17 +32,18 @@ def writer(tmp_path):
 
 
 @pytest.mark.skipif(atomic.fcntl is None, reason="files have no locks here")
-def test_what_a_killed_process_left_goes_at_once_and_that_of_a_living_one_stays(writer, tmp_path):
+@pytest.mark.parametrize("everything", [False, True])  # True is a batch's, beside which t2v may write a clip
+def test_what_a_killed_process_left_goes_at_once_and_that_of_a_living_one_stays(writer, tmp_path, everything):
     process, path, folder = writer
     for one in (path, folder):
         os.utime(one, (1e9, 1e9))  # a long clip on a CPU writes nothing for hours
-    atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path, everything=everything)
     assert path.read_text() == (folder / "part").read_text() == "half"
     process.send_signal(signal.SIGKILL)
     process.wait()
     for one in (path, folder):
         os.utime(one)
-    atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path, everything=everything)
     assert not list(tmp_path.iterdir())
 
 
@@ -57,6 +58,9 @@ def test_without_a_lock_the_age_decides(tmp_path, monkeypatch, why):
             os.utime(path, (time.time() - age,) * 2)
             atomic.sweep(tmp_path)
             assert path.exists() == stays
+        path.touch()
+        atomic.sweep(tmp_path, everything=True)
+        assert not path.exists()
 
 
 def test_a_file_that_a_sweep_took_before_it_was_locked_is_made_again(tmp_path, monkeypatch):

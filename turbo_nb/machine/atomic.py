@@ -149,20 +149,17 @@ def sweep(folder: str | os.PathLike, *, everything: bool = False) -> None:
 
     Args:
         folder: whose own subfolders are not searched.
-        everything: the caller knows that no other process writes into the folder.
+        everything: do not wait a day where locks cannot tell. What a process of this machine has locked stays.
     """
     with suppress(OSError):
         for path in Path(folder).glob(f"{PREFIX}*"):
             with suppress(OSError):
-                if everything:
-                    _remove(path)
-                else:
-                    _remove_if_abandoned(path)
+                _remove_if_abandoned(path, everything)
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def _remove_if_abandoned(path: Path, everything: bool) -> None:
     """Remove what no process writes any more. Raises OSError where it cannot be opened or removed"""
-    is_old = path.stat().st_mtime < time.time() - ABANDONED
+    is_old = everything or path.stat().st_mtime < time.time() - ABANDONED
     if fcntl is None or not path.name.startswith(f"{PREFIX}{this_boot()}-"):
         if is_old:
             _remove(path)
