@@ -328,14 +328,17 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    old, new = (tmp_path / f"{atomic.PREFIX}{name}.mp4" for name in ("old", "new"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    old, new = (disk / f"{atomic.PREFIX}{name}.mp4" for name in ("old", "new"))
     for path in (old, new):
         path.write_text("")
+    (tmp_path / "v.mp4").symlink_to(disk / "v.mp4")
     os.utime(old, (time.time() - 2 * atomic.ABANDONED,) * 2)
     result = command_line("t2v", "--prompt", PROMPT, "--num_frames", 1, "--num_steps", 1, "--resolution", "64x48",
                           "--save_path", "v.mp4", cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "v.mp4"]
+    assert sorted(path.name for path in disk.iterdir()) == [new.name, "v.mp4"]
 
 
 CLIP = ("--device", "cpu", "--num_frames", "1", "--num_steps", "1", "--resolution", "64x48", "--save_path", "v.mp4")

@@ -268,7 +268,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     phases.mark("import")
     resolved, prepared = generation.preflight(clip, load, paths, columns=run.num_samples if run.grid else 1)
     phases.mark("resolve")
-    atomic.sweep(path.absolute().parent)
+    atomic.sweep(os.path.dirname(os.path.realpath(path)))
     with _progress() as (progress, bar, console):
         original, clip = clip.prompt, _rewritten(clip, resolved.spec, progress, bar) if rewrite else clip
         loaded = pipeline.load(
