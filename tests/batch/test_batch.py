@@ -21,7 +21,7 @@ from turbo_nb.batch import actor, jobs, manifest, notebook, prompts, runner
 from turbo_nb.batch.summary import SHEET
 from turbo_nb.errors import InputError, OutputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import fingerprint, hub, resolve
-from turbo_nb.machine import atomic, probe
+from turbo_nb.machine import atomic, environment, probe
 from turbo_nb.pipeline import LoadedModel
 from turbo_nb.video import images, mp4, sheet
 
@@ -435,7 +435,15 @@ def test_a_lost_gpu_or_a_full_disk_ends_the_run(nano, made, tmp_path, monkeypatc
         patch.setattr(mp4.Encoder, "save", full)
         with pytest.raises(OutputError, match="No space"):
             run(nano, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "free_bytes", lambda folder: 100)
+        count = len(made)
+        with pytest.raises(OutputError, match=r"needs about [\d,]+ bytes, and 100 are free\. Free some space"):
+            run(nano, tmp_path)
+        assert len(made) == count
     assert len(manifest.read_manifest(tmp_path)) == 1 and run(nano, tmp_path).made == 3
+    monkeypatch.setattr(environment, "free_bytes", lambda folder: 100)
+    assert run(nano, tmp_path).made == 0
 
 
 def test_a_kill_between_the_video_and_its_line_neither_loses_nor_repeats_it(nano, made, tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def run(
     Raises:
         InputError: jobs have settings that cannot be used; all are named, up to 20. Nothing was loaded, downloaded or
             written.
-        OutputError: another run is at work in the folder, or it cannot be written. Finished videos are kept.
+        OutputError: another run is at work in the folder, it cannot be written, or the disk has no space for one video.
+            Finished videos are kept.
         TurboNbError: the model cannot be loaded.
     """
     begin = time.perf_counter()
@@ -102,6 +103,8 @@ def run(
             manifest = _opened(folder)
             hopeless, work = _find(tasks, ids, manifest)
             progress.total = len(hopeless) + work.count
+            if work.count:
+                mp4.check_space(folder / mp4.PROBE, *work.size)
             try:
                 with closing(engine.make(work)) as records:
                     for number, record in enumerate(chain(_failed(tasks, hopeless), records), 1):
