@@ -35,6 +35,7 @@ from turbo_nb.generator.page import family
 from turbo_nb.generator.parts import Part
 from turbo_nb.generator.request import Request
 from turbo_nb.generator.widgets import Generator
+from turbo_nb.machine import environment
 from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.video import images, mp4
 
@@ -197,7 +198,8 @@ def test_a_size_that_is_not_typed_yet_is_a_hint_and_no_error(generator):
     assert "5 frames of 128x64" in generator.run.outlook.value and not generator.run.generate.disabled
 
 
-def test_a_clip_that_takes_weeks_is_refused(generator):
+def test_a_clip_that_takes_weeks_is_refused(generator, monkeypatch):
+    monkeypatch.setattr(environment, "memory", lambda: environment.Memory(available=None, total=None))
     make(generator)
     fill(generator, custom="16384x16384", num_frames=4093, num_steps=4)
     assert "days. Take a smaller size" in generator.run.outlook.value and generator.run.generate.disabled
