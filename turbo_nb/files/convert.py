@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from diffusers import ModelMixin
@@ -58,10 +57,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
             what = "a link that leads to no folder" if os.path.islink(path) else "a file"
             raise OutputError(f"{str(path)!r} is {what}. Expected a folder. Remove it or choose another folder.")
     try:
-        with suppress(FileNotFoundError):
-            os.lstat(place)
-        if not os.access(environment.existing(place), os.W_OK | os.X_OK):
-            raise PermissionError("no permission")
+        environment.require_writable(place)
     except (OSError, ValueError) as error:
         raise OutputError(
             f"{str(place)!r} cannot be written ({first_line(error)}). Expected a folder that you can write to. "
