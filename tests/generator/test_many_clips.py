@@ -40,7 +40,7 @@ def alive() -> dict[str, int]:
 
 
 def assert_nothing_more(before: dict[str, int]) -> None:
-    """Wait until there is no more than before, because on a busy machine a thread may still read a file"""
+    """Require the counts of before, or fewer open files. On a busy machine a thread may still read one, so wait"""
     deadline = time.monotonic() + 30
     while (now := alive())["files"] > before["files"] and time.monotonic() < deadline:
         time.sleep(0.05)
