@@ -12,7 +12,7 @@ The check: the same step on one GPU and on all, with the block maps of one GPU o
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -76,7 +76,7 @@ class Rank:
             fused_transformer.fuse(self.model, device)
         self.maps: list[Tensor] = []
         self._works: dict[str, Callable[[], Any]] = {}
-        self._recorder, self.sizes, self._kept = None, [], []
+        self._recorder, self.calls, self._kept = None, [], []
 
     @torch.inference_mode()
     def alone(self) -> Tensor:
@@ -131,26 +131,53 @@ class Rank:
 
     def exchanges(self) -> None:
         """Run only the exchanges of a step."""
-        for received, sent in self.sizes:
-            self.link.group.exchange(received, sent).wait()
+        for call, arguments in self.calls:
+            call(*arguments)
 
     def prepare(self) -> None:
         """Record a graph of each kind; on a CPU the works stay functions."""
-        group, real = self.link.group, type(self.link.group).exchange
+        group = self.link.group
+        exchange, memory = group.exchange, group.peers.memory if group.peers else None
         spare: dict[tuple, tuple] = {}  # one pair of lists for each size, because a step reuses its memory, too
+        scratch = torch.empty(0, dtype=torch.uint8, device=self.device)  # what copies read
 
         def note(received: list[Tensor], sent: list[Tensor]) -> Any:
             key = tuple(x.nbytes for x in (*received, *sent))
             spare.setdefault(key, tuple([x.clone() for x in both] for both in (received, sent)))
-            self.sizes.append(spare[key])
-            return real(group, received, sent)
+            self.calls.append((lambda *lists: exchange(*lists).wait(), spare[key]))
+            return exchange(received, sent)
 
+        def noted(name: str) -> Callable:
+            real = getattr(memory, name)
+
+            def call(*arguments) -> None:
+                self.calls.append((real, arguments))
+                real(*arguments)
+
+            return call
+
+        def noted_copy(rank: int, to: int, to_pitch: int, source: int, pitch: int, *size: int) -> None:
+            nonlocal scratch
+            real, (_, rows) = type(memory).copy, size
+            if scratch.numel() < pitch * rows:
+                scratch = torch.empty(pitch * rows, dtype=torch.uint8, device=self.device)
+            self.calls.append((lambda: real(memory, rank, to, to_pitch, scratch.data_ptr(), pitch, *size), ()))
+            real(memory, rank, to, to_pitch, source, pitch, *size)
+
+        of_memory = ("fork", "join", "wait") if memory else ()
         self.together()
-        group.exchange = note
-        self.together()
-        group.exchange = lambda *_: _Done()
-        self._works["compute"] = self._recorded(self.together)
-        del group.exchange
+        with ExitStack() as notes:
+            notes.enter_context(patch.object(group, "exchange", note))
+            for name in of_memory:
+                notes.enter_context(patch.object(memory, name, noted(name)))
+            if memory:
+                notes.enter_context(patch.object(memory, "copy", noted_copy))
+            self.together()
+        with ExitStack() as silence:
+            silence.enter_context(patch.object(group, "exchange", lambda *_: _Done()))
+            for name in (*of_memory, *(["copy"] if memory else [])):
+                silence.enter_context(patch.object(memory, name, lambda *_: None))
+            self._works["compute"] = self._recorded(self.together)
         self._works["exchange"] = self._recorded(self.exchanges)
         self._works["whole"] = self._recorded(self.together)
 

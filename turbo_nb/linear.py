@@ -6,7 +6,7 @@ puts it into a transformer. The kernels need one scale per row of the weight and
 row coarse.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -91,18 +91,19 @@ def has_per_row_scales(linears: Sequence[nn.Module]) -> bool:
     return all(type(linear) is Int8Linear and linear.scale.ndim == 1 for linear in linears)
 
 
-def project(linears: Sequence[nn.Module], x: Tensor | QuantizedRows) -> list[Tensor]:
-    """Compute each linear of x (B, L, K): (B, L, N). Quantises x once for all 8-bit linears.
+def project(linears: Sequence[nn.Module], x: Tensor | QuantizedRows) -> Iterator[Tensor]:
+    """Yield each linear of x (B, L, K): (B, L, N). Quantises x once for all 8-bit linears.
 
     x may be `QuantizedRows` only if `has_per_row_scales(linears)`.
     """
     rows = x if isinstance(x, QuantizedRows) else None
     if rows is None and has_per_row_scales(linears) and (quantize_rows := backends.kernel("row_quantize", x)):
         rows = quantize_rows(x)
-    if rows is None:
-        return [linear(x) for linear in linears]
-    product = _product(rows.q.get_device())
-    return [product(rows, linear.int8_weight, linear.scale, linear.bias) for linear in linears]
+    for linear in linears:
+        if rows is None:
+            yield linear(x)
+        else:
+            yield _product(rows.q.get_device())(rows, linear.int8_weight, linear.scale, linear.bias)
 
 
 class Int8Linear(nn.Module):

@@ -4,7 +4,7 @@
 learned projection of the linear branch is then a parameter of the transformer, `blocks.N.attn1.processor.sla.proj_l`.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,22 @@ class SageSparseLinearAttention(SparseLinearAttention):
         self.backend = backend
 
 
+class Alone:
+    """The exchange of one attention that has all tokens; `parallel.ulysses` has those of several ranks."""
+
+    def __init__(self):
+        self._sent: dict[str, Tensor | None] = {}
+
+    def send(self, **tensors: Tensor | None) -> None:
+        """Take q, k, v (B, L, H, D), or the sums of q and k as `rope.norm_rope` returns them."""
+        self._sent |= tensors
+
+    def attend(self, attention: Callable[[Tensor, Tensor, Tensor, Sums], Tensor]) -> Tensor:
+        """Compute an attention over all tokens: (B, L, H, D)."""
+        q, k, v, *sums = (self._sent.get(name) for name in ("q", "k", "v", "q_sums", "k_sums"))
+        return attention(q, k, v, tuple(sums))
+
+
 class SLAProcessor(nn.Module):
     """Self-attention of a diffusers Wan block with SLA in place of dense attention."""
 
@@ -131,13 +147,18 @@ class SLAProcessor(nn.Module):
     ) -> Tensor:
         """Attend within hidden_states (B, L, heads · head_dim). rotary_emb: cos and sin, each (1, L, 1, head_dim)."""
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)  # because diffusers repeats each angle for its pair
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_q, attn.to_k, attn.to_v), hidden_states))
-        q, q_sums = rope.norm_rope(q, attn.norm_q, cos, sin, sums=True)
-        k, k_sums = rope.norm_rope(k, attn.norm_k, cos, sin, sums=True)
-        attend = self.sla
-        if self.exchange and self.exchange.bounds:
-            attend = partial(self.exchange.attend, self.sla)
-        out = attend(q.to(v.dtype), k.to(v.dtype), v, (q_sums, k_sums)).flatten(2)
+        exchange = self.exchange.begin() if self.exchange and self.exchange.bounds else Alone()
+        projected = (
+            x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_v, attn.to_q, attn.to_k), hidden_states)
+        )
+        v = next(projected)
+        exchange.send(v=v)  # which travels while the next ones are computed
+        q, sums = rope.norm_rope(next(projected), attn.norm_q, cos, sin, sums=True)
+        exchange.send(q=q.to(v.dtype), q_sums=sums)
+        k, sums = rope.norm_rope(next(projected), attn.norm_k, cos, sin, sums=True)
+        exchange.send(k=k.to(v.dtype), k_sums=sums)
+        del q, k, v
+        out = exchange.attend(self.sla).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 

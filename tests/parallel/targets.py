@@ -74,9 +74,14 @@ def tiny_vae(device):
 
 
 @torch.inference_mode()
-def models(member, heads, attentions):
+def models(member, heads, attentions, direct):
     """Follow rank 0 through steps of several transformers, and through decoding."""
-    from turbo_nb.parallel import strips, ulysses
+    from shared_memory import SharedMemory
+
+    from turbo_nb.parallel import group, strips, ulysses
+
+    if direct:
+        group.Group._memory = lambda self: SharedMemory()
 
     steps = [tiny_transformer(heads, attention, member.device) for attention in attentions]
     for number, model in enumerate(steps):

@@ -7,10 +7,11 @@ import targets
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from helpers import assert_close
+from shared_memory import SharedMemory
 
 from turbo_nb import sla
 from turbo_nb.fused import vae as fused_vae
-from turbo_nb.parallel import ranks, strips, ulysses
+from turbo_nb.parallel import group, ranks, strips, ulysses
 from turbo_nb.parallel.group import shares
 
 HEADS = 6  # 2 for each of 3 ranks, which exchange one while they compute the other
@@ -22,11 +23,16 @@ def device_of(rank):
     return CPU
 
 
-@pytest.fixture(scope="module")
-def team():
-    team = ranks.start(3, device_of, targets.models, HEADS, ATTENTIONS)
-    yield team
-    team.close()
+@pytest.fixture(scope="module", params=["packed", "direct"])
+def team(request):
+    direct = request.param == "direct"
+    with pytest.MonkeyPatch.context() as patch:
+        if direct:
+            patch.setattr(group.Group, "_memory", lambda self: SharedMemory())
+        team = ranks.start(3, device_of, targets.models, HEADS, ATTENTIONS, direct)
+        yield team
+        assert (team.group.peers is not None) == direct
+        team.close()
 
 
 @pytest.fixture(scope="module")

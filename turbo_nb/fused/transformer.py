@@ -253,5 +253,6 @@ class FusedBlock(WanTransformerBlock):
             return second(hidden.unflatten(0, x.shape[:2]))
         (hidden,) = project((linear,), x)
         if has_per_row_scales((linear, second)) and (quantize_rows := backends.kernel("row_quantize", hidden)):
-            return project((second,), quantize_rows(hidden, gelu=True))[0]
+            (result,) = project((second,), quantize_rows(hidden, gelu=True))
+            return result
         return second(F.gelu(hidden, approximate="tanh"))  # with a LoRA, or one of the two linears in 8 bits

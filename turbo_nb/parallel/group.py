@@ -1,9 +1,10 @@
-"""Exchanges of tensors between ranks: NCCL between GPUs, gloo between CPUs.
+"""Exchanges of tensors between ranks: NCCL between GPUs, gloo between CPUs, and `peers` for the steps on GPUs.
 
 The groups are objects of their own beside torch's default group. So they do not meet with a user's own use of
 torch.distributed, with a second model, or with a group that failed.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .cuda_memory import CudaMemory
+from .peers import Memory, Peers
+
+logger = logging.getLogger("turbo_nb")
 JOIN = timedelta(seconds=25)  # until all ranks have joined
+VARIABLE = "TURBO_NB_EXCHANGE"  # "nccl": the steps exchange through NCCL, too
 LONGEST = timedelta(hours=1)  # of an exchange; `ranks.Team` finds a rank that hangs earlier
 ABORTS = 2.0  # seconds that ending the exchanges may take
 CTAS = 32  # multiprocessors that an exchange takes; with 16 it took half as long again on two H200
@@ -33,6 +39,7 @@ class Group:
 
     Attributes:
         exchanges: how many this rank has begun. A rank that falls behind for long is hung.
+        peers: memory of the other GPUs. None where the machine has none that the others can write.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: str | torch.device):
@@ -49,6 +56,7 @@ class Group:
                 self._group = dist.ProcessGroupNCCL(store, rank, size, options)
         self.sum(torch.zeros(1, device=self.device)).item()  # connects the ranks now, and so tells of a fault now
         self._takes_lists = self._try_lists()
+        self.peers = self._try_peers(store)
 
     def _try_lists(self) -> bool:
         """Return whether the backend exchanges lists of tensors; gloo does not"""
@@ -60,6 +68,24 @@ class Group:
         except RuntimeError:
             return False
         return True
+
+    def _try_peers(self, store: dist.Store) -> Peers | None:
+        """Return memory that the GPUs write into, if all of them can"""
+        memory, works = self._memory(), False
+        if memory is None:
+            return None
+        try:
+            peers = Peers(store, self.rank, self.size, memory)
+            works = peers.works()
+        except (ImportError, OSError, RuntimeError) as error:
+            logger.info("GPUs cannot write into each other's memory: %s", error)
+        refusals = self.sum(torch.tensor([float(not works)], device=self.device))
+        return None if refusals.item() else peers
+
+    def _memory(self) -> Memory | None:
+        if self.device.type == "cpu" or os.environ.get(VARIABLE) == "nccl":
+            return None
+        return CudaMemory(self.device, self.size)
 
     def exchange(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> "Arrival":
         """Begin to exchange contiguous tensors with all ranks; `wait()` of the result waits for them.
@@ -120,6 +146,9 @@ class Group:
         thread.join(ABORTS)
 
     def _abort(self) -> None:
+        if self.peers:
+            with suppress(Exception):
+                self.peers.memory.give_up()
         with suppress(Exception):  # because the group may be broken already
             self._group.abort()
 

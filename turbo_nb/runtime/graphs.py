@@ -350,6 +350,7 @@ def signature(model: nn.Module) -> tuple:
     )
     tensors = [*model.parameters(), *model.buffers()]
     return (
+        getattr(getattr(model, "ulysses", None), "grown", 0),
         tuple(map(type, model.modules())),
         tuple(
             type(processor) for block in model.blocks for processor in (block.attn1.processor, block.attn2.processor)
