@@ -159,6 +159,10 @@ class Rank:
         def noted_copy(rank: int, to: int, to_pitch: int, source: int, pitch: int, *size: int) -> None:
             nonlocal scratch
             real, (_, rows) = type(memory).copy, size
+            if source == group.peers.flag:  # whose value counts
+                self.calls.append((real, (memory, rank, to, to_pitch, source, pitch, *size)))
+                real(memory, rank, to, to_pitch, source, pitch, *size)
+                return
             if scratch.numel() < pitch * rows:
                 scratch = torch.empty(pitch * rows, dtype=torch.uint8, device=self.device)
             self.calls.append((lambda: real(memory, rank, to, to_pitch, scratch.data_ptr(), pitch, *size), ()))

@@ -508,12 +508,12 @@ def _graphs(model: LoadedModel, clip: ResolvedClip, timer: StepTimer, tally: Tal
     model.graphs = model.graphs or graphs.StepGraphs()
     fused = plan.fused_on(model.device)
     later = plan.after_denoise(model.plan, model.resolved.sizes, clip.width, clip.height, fused)
+    models = transformers(model.pipeline)
     if model.team:
-        fits = graphs.unfit(transformers(model.pipeline), model.plan) is None
-        model.team.tell("graphs", later if fits else None)
-    return model.graphs.replacing(
-        transformers(model.pipeline), model.plan, tally, later=later, on_begin=lambda: timer.mark("begin")
-    )
+        from .parallel.ulysses import attention_of
+
+        model.team.tell("graphs", later, [*map(attention_of, models)])
+    return model.graphs.replacing(models, model.plan, tally, later=later, on_begin=lambda: timer.mark("begin"))
 
 
 def decode(

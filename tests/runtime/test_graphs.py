@@ -1,5 +1,6 @@
 """CUDA graphs of steps: the bits of plain steps, whatever changes between them, and the plain step where none fits."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -162,6 +163,25 @@ def test_experts_that_alternate_within_a_clip_prepare_the_prompt_again(fused):
     with own.replacing(models, PLAN, tally):
         outs = [call(model, *inputs(number)[:2], text) for number in range(4) for model in models]
     assert tally.replayed == 8 and all(map(torch.equal, outs, plain))
+
+
+def test_a_change_on_another_rank_drops_the_graph(fused):
+    class Ranks:
+        grown, other = 0, ""  # other: a reason that another rank has
+
+        def agree(self, reason):
+            return reason or self.other
+
+        sharing = staticmethod(lambda *_, **__: nullcontext())
+
+    own, model = step_graphs(), fused()
+    model.ulysses = ranks = Ranks()
+    assert [counts(clip(own, [model])[0])[:2] for _ in range(3)] == [(0, 0), (1, 3), (0, 3)]
+    ranks.grown = 1  # addresses that a graph has are outdated
+    assert [counts(clip(own, [model])[0])[:2] for _ in range(2)] == [(0, 0), (1, 3)]
+    state, ranks.other = own.state(model), "a merge"
+    assert own.state(model) != state and not own._graphs
+    assert counts(clip(own, [model])[0]) == (0, 0, "a merge")
 
 
 @pytest.mark.parametrize("change", ["values", "topk", "addresses", "module", "variable"])

@@ -53,13 +53,12 @@ def follow(model: Any, member: Member) -> None:
                     next_chunk = apply_forward_hook(strips.follow)(pipeline.vae, *arguments, member.group)
                 case "chunk":
                     next_chunk()
-                case "graphs":  # a clip begins: with the bytes that later stages need, None for plain steps
-                    (later,) = arguments
+                case "graphs":  # a clip begins: with the bytes that later stages need
+                    later, attentions = arguments
                     replaced.close()
-                    if later is None:
-                        graphs.release()
-                    else:
-                        replaced.enter_context(graphs.replacing(models, model.plan, Tally(), later=later))
+                    for transformer, attention in zip(models, attentions, strict=True):
+                        transformer.ulysses.take(transformer, attention)
+                    replaced.enter_context(graphs.replacing(models, model.plan, Tally(), later=later))
                 case "drop_graphs":
                     graphs.out_of_memory()
                 case "follow":

@@ -87,13 +87,14 @@ class Peers:
         memory: of this rank's device.
 
     Attributes:
+        flag: the address of a 1, which is copied to where another rank waits for it.
         grown: how often a window has grown. Addresses in a CUDA graph are outdated after that.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, memory: Memory):
         self.rank, self.size, self.memory, self.grown = rank, size, memory, 0
         self._store, self._met, self._windows = store, 0, {}
-        self._one, one = memory.allocate(FLAG.itemsize)  # what a flag is copied from
+        self.flag, one = memory.allocate(FLAG.itemsize)
         one.view(FLAG).fill_(1)
         self._flags = self.window("flags", CHANNELS * size * FLAG.itemsize)
         self._flags.own.zero_()
@@ -140,7 +141,7 @@ class Peers:
         """Begin to copy a flag to each rank, after what was sent to it"""
         for rank in range(self.size):
             to = self._flags.addresses[rank] + (channel * self.size + self.rank) * FLAG.itemsize
-            self.memory.copy(rank, to, FLAG.itemsize, self._one, FLAG.itemsize, FLAG.itemsize, 1)
+            self.memory.copy(rank, to, FLAG.itemsize, self.flag, FLAG.itemsize, FLAG.itemsize, 1)
 
     def _flags_of(self, channel: int) -> Tensor:
         return self._flags.view(FLAG, CHANNELS, self.size)[channel]
@@ -175,7 +176,7 @@ class Peers:
             for window in self._windows.values():
                 for rank, address in enumerate(window.addresses):
                     self.memory.free(address, own=rank == self.rank)
-            self.memory.free(self._one, own=True)
+            self.memory.free(self.flag, own=True)
 
     def _drop(self, name: str) -> None:
         """Give a window back on all ranks"""

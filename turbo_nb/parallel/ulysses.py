@@ -20,7 +20,7 @@ the heads while the other was computed made a step 1 % slower.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -87,16 +87,14 @@ class Ulysses:
         version = None if inputs[2].is_inference() else inputs[2]._version
         known = self._text is not None and self._text() is inputs[2] and self._text_version == version
         described = [(tuple(x.shape), x.dtype) for x in (latents, timestep, text)]
-        self.link.tell("step", self.number, described, known, (attention_type(model), topk_of(model)), recorded)
+        self.link.tell("step", self.number, described, known, attention_of(model), recorded)
         for x in (latents, timestep) if known else (latents, timestep, text):
             self.group.broadcast(x)
         self._text, self._text_version = weakref.ref(inputs[2]), version
 
     def follow(self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool) -> None:
         """Run a step that rank 0 told. The arguments are those of `tell`."""
-        if attention != (attention_type(model), topk_of(model)):
-            set_attention_type(model, attention[0], attention[1] or 1, device=self.group.device)
-            split(model, self)
+        self.take(model, attention)
         count = 2 if known else 3
         inputs = [torch.empty(shape, dtype=dtype, device=self.group.device) for shape, dtype in described[:count]]
         for x in inputs:
@@ -109,6 +107,12 @@ class Ulysses:
             run(*inputs, self._received, return_dict=False)
         finally:
             self.shared = False
+
+    def take(self, model: nn.Module, attention: tuple[str, float | None]) -> None:
+        """Give this rank's transformer the attention of rank 0, as `attention_of` returns it."""
+        if attention != attention_of(model):
+            set_attention_type(model, attention[0], attention[1] or 1, device=self.group.device)
+            split(model, self)
 
     @contextmanager
     def sharing(self, model: nn.Module, inputs: Sequence[Tensor], recorded: bool = False) -> Iterator[None]:
@@ -126,8 +130,9 @@ class Ulysses:
 
     def agree(self, reason: str) -> str:
         """Return a reason that any rank has, so that all ranks decide alike; empty if none has one."""
-        refusals = self.group.sum(torch.tensor([float(bool(reason))], device=self.group.device))
-        return reason or ("another GPU cannot record it" if refusals.item() else "")
+        with nullcontext() if self.group.rank or self.shared else self.link.together():
+            refusals = self.group.sum(torch.tensor([float(bool(reason))], device=self.group.device))
+        return reason or ("another GPU cannot" if refusals.item() else "")
 
     def begin(self) -> "Packed | Direct":
         """Begin the exchange of one attention."""
@@ -337,6 +342,11 @@ def splits(
         return False  # a LoRA or an attention that only rank 0 has
     tokens = latents[0, 0].numel() // torch.Size(model.config.patch_size).numel()
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
+
+
+def attention_of(model: nn.Module) -> tuple[str, float | None]:
+    """Return the attention and the topk of a transformer."""
+    return attention_type(model), topk_of(model)
 
 
 def _is_known(processor: Any) -> bool:

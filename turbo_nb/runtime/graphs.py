@@ -152,7 +152,7 @@ class StepGraphs:
             later: bytes that later stages allocate beside the model. They stay free.
             on_begin: called before a graph is launched, in place of the hooks inside the transformer.
         """
-        tally.reason = unfit(models, plan) or ""
+        tally.reason = _agreed(models[0], unfit(models, plan) or "")
         if tally.reason:
             self.release()
             yield
@@ -169,7 +169,7 @@ class StepGraphs:
     def state(self, model: nn.Module) -> tuple[int, int]:
         """Return what stands for a transformer's signature in a key. Drops the graphs of an earlier signature."""
         found, (known, number) = signature(model), self._states.get(id(model), (None, 0))
-        if found != known:
+        if _agreed(model, "another signature" if found != known else ""):
             for key in [key for key, graph in self._graphs.items() if graph.model is model]:
                 del self._graphs[key]
             number += 1
@@ -238,7 +238,7 @@ class _Run:
         if key not in self._known:
             return None
         reason = graphs._refused.get(key) or ("memory ran out" if graphs._out_of_memory else self._too_large(key))
-        reason, made = self._agreed(reason), None
+        reason, made = _agreed(self._model, reason), None
         if not reason:
             while len(graphs._graphs) >= MOST:
                 graphs._graphs.popitem(last=False)
@@ -259,17 +259,13 @@ class _Run:
                 reason = f"not recorded: {first_line(error)}"
             finally:
                 fused_transformer.forget_prompt(model)  # because these tensors are recorded and not computed
-            reason = self._agreed(reason)
+            reason = _agreed(self._model, reason)
         if not reason:
             graphs._graphs[key] = made
             self._tally.captured += 1
             return made
         graphs._refused[key] = self._tally.reason = reason
         return None
-
-    def _agreed(self, reason: str) -> str:
-        """Return a reason not to record a step, which another rank may have; empty where none has one"""
-        return self._ulysses.agree(reason) if self._ulysses else reason
 
     def _too_large(self, key: tuple) -> str:
         """Say why a graph would take memory that later stages need; empty if it would not"""
@@ -297,6 +293,12 @@ class _Run:
         self._tally.replayed += 1
         graphs._graphs.move_to_end(graph.key)
         return graph.output.clone()
+
+
+def _agreed(model: nn.Module, reason: str) -> str:
+    """Return a reason for other than a recorded step, which another rank may have; empty where no rank has one"""
+    ulysses = getattr(model, "ulysses", None)
+    return ulysses.agree(reason) if ulysses else reason
 
 
 def unfit(models: Sequence[nn.Module], plan: Plan) -> str | None:
