@@ -64,7 +64,7 @@ class CudaMemory:
     def __init__(self, device: torch.device, size: int):
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(size)]
-        self._given_up = torch.zeros(1, dtype=torch.int32, device=device)
+        self._given_up = torch.zeros(1, dtype=torch.int32).pin_memory()  # so that nothing has to run to set it
 
     def allocate(self, nbytes: int) -> tuple[int, Tensor]:
         """As in `Memory`. Not from torch's cache, whose parts cannot be mapped alone."""
@@ -131,6 +131,5 @@ class CudaMemory:
         torch.cuda.synchronize(self._device)
 
     def give_up(self) -> None:
-        """As in `Memory`. A stream of its own, because the others may wait for a flag."""
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            self._given_up.fill_(1)
+        """As in `Memory`."""
+        self._given_up.fill_(1)
