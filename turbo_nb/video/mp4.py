@@ -40,6 +40,8 @@ ENCODERS = {
 }
 # An mp4 from elsewhere may be a playlist in truth, which would have ffmpeg fetch addresses or read other files
 SOURCE = ("-protocol_whitelist", "file,pipe", "-f", "mp4", "-i")
+# because ffmpeg repeats or drops frames to get an even rate: the option from 5.1 on, and the one before
+EACH_ONCE = ("-fps_mode", "passthrough"), ("-vsync", "passthrough")
 STRICT = ("-xerror",)  # because a frame that cannot be decoded is left out otherwise
 ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?"  # sequences that a terminal obeys
@@ -518,10 +520,12 @@ def read_frames(path: str | os.PathLike, width: int, height: int) -> "np.ndarray
 
     # not force_original_aspect_ratio, which makes a side of 0 pixels from 16x16384
     sides = f"'max(1,round(min({width},iw*{height}/ih)))':'max(1,round(min({height},ih*{width}/iw)))'"
-    # STARTPTS, because ffmpeg repeats the first frame for as long as the sound of a clip is alone
-    fit = f"setpts=PTS-STARTPTS,scale={sides},pad={width}:{height}:-1:-1:{GROUND}"
-    data = _read(path, "-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24", before=STRICT)
-    if not data:
+    fit = f"scale={sides},pad={width}:{height}:-1:-1:{GROUND}"
+    for each_once in EACH_ONCE:
+        data = _read(path, "-vf", fit, *each_once, "-f", "rawvideo", "-pix_fmt", "rgb24", before=STRICT)
+        if data:
+            break
+    else:
         raise _unreadable(path)
     return np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
 
