@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from itertools import product
 from pathlib import Path
@@ -439,3 +440,12 @@ def test_memory_of_modules_that_refer_to_each_other_is_released():
         assert left() is None
     finally:
         gc.enable()
+
+
+def test_two_threads_can_load_an_implementation_at_once(tmp_path, monkeypatch):
+    (tmp_path / "slow_kernel.py").write_text("import time\ntime.sleep(0.2)\ndef run(): return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = registry.Implementation("rope", "slow", lambda *_: None, "slow_kernel:run")
+    with ThreadPoolExecutor(4) as pool:
+        assert [load() for load in pool.map(lambda _: row.load(), range(4))] == [7] * 4
+    del sys.modules["slow_kernel"]

@@ -5,7 +5,6 @@ machine meets. A faster implementation is a function with the reference's signat
 here; CONTRIBUTING.md shows the steps.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -164,7 +163,7 @@ class Implementation:
     def load(self) -> Callable:
         """Return the function; import its module if this is the first use."""
         module, _, attribute = self.function.partition(":")
-        return getattr(sys.modules.get(module) or import_module(module), attribute)
+        return getattr(import_module(module), attribute)  # not sys.modules, where another thread may import it now
 
 
 def _gluon(operation: str, function: str, **more) -> Implementation:
