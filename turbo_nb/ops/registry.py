@@ -5,6 +5,7 @@ machine meets. A faster implementation is a function with the reference's signat
 here; CONTRIBUTING.md shows the steps.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -163,7 +164,10 @@ class Implementation:
     def load(self) -> Callable:
         """Return the function; import its module if this is the first use."""
         module, _, attribute = self.function.partition(":")
-        return getattr(import_module(module), attribute)  # not sys.modules, where another thread may import it now
+        found = sys.modules.get(module)  # first, because torch.compile cannot follow an import
+        if found is None or getattr(found.__spec__, "_initializing", False):  # by another thread
+            found = import_module(module)
+        return getattr(found, attribute)
 
 
 def _gluon(operation: str, function: str, **more) -> Implementation:
