@@ -39,7 +39,7 @@ class Group:
 
     Attributes:
         exchanges: how many this rank has begun. A rank that falls behind for long is hung.
-        peers: memory of the other GPUs. None where the machine has none that the others can write.
+        peers: memory that the GPUs write for each other. None on a CPU, and where they cannot.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: str | torch.device):
