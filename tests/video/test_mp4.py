@@ -383,6 +383,16 @@ def test_a_clip_that_begins_later_than_its_sound_has_no_frames_more(tmp_path, fr
     assert mp4.count_frames(late) == len(mp4.read_frames(late, 96, 64)) == 5
 
 
+def test_an_ffmpeg_before_5_1_reads_each_frame_once(tmp_path, frames, monkeypatch):
+    path = mp4.write_mp4(tmp_path / "clip.mp4", frames[:5], 16)
+    script = (
+        'case "$*" in *-fps_mode*) exit 1;; esac; '
+        'for a; do shift; [ "$a" = -vsync ] && a=-fps_mode; set -- "$@" "$a"; done; exec "$FFMPEG" "$@"'
+    )
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", stand_in(tmp_path, script))
+    assert len(mp4.read_frames(path, 96, 64)) == 5
+
+
 def test_text_for_a_terminal_has_no_escapes():
     text = "a \x1b[31;1mred\x1b[0m\x1b]0;title\x07 \x1b]8;;http://x\x1b\\circle\x9b\x08\x7f \u202e图\n\tend\x1b"
     assert mp4.printable(text) == "a red circle 图\n\tend"
