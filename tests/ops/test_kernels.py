@@ -488,3 +488,13 @@ def test_kernels_compile_for_cards_that_are_not_here(cards, tmp_path):
         assert int(taken) <= int(allowed), f"{line}: more shared memory than expected"
         if cards != ["gluon"] and "int8_blocks" not in line:
             assert int(ahead) >= 4, f"{line}: its loop does not load tiles ahead of their use"
+
+
+@pytest.mark.parametrize(("arrived", "given_up"), [([1, 1, 1], 0), ([0, 1, 0], 1)], ids=["arrived", "given up"])
+def test_a_wait_for_flags_ends_and_clears_them(arrived, given_up):
+    from turbo_nb.ops.triton_flags import wait
+
+    flags = torch.tensor(arrived, dtype=torch.int32, device=DEVICE)
+    stop = torch.tensor([given_up], dtype=torch.int32)
+    wait(flags, stop.pin_memory() if CUDA else stop)
+    assert not flags.any()
