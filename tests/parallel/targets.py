@@ -74,22 +74,24 @@ def tiny_vae(device):
 
 
 @torch.inference_mode()
-def models(member, heads, attentions, direct):
+def models(member, heads, attentions):
     """Follow rank 0 through steps of several transformers, and through decoding."""
     from shared_memory import SharedMemory
 
     from turbo_nb.parallel import group, strips, ulysses
 
-    if direct:
-        group.Group._memory = lambda self: SharedMemory()
+    group.Group._memory = lambda self: SharedMemory()
 
     steps = [tiny_transformer(heads, attention, member.device) for attention in attentions]
     for number, model in enumerate(steps):
         ulysses.split(model, ulysses.Ulysses(member, number))
     vae = tiny_vae(member.device)
     member.ready()
+    peers = member.group.peers
     for command, arguments in member.commands():
-        if command == "step":
+        if command == "exchange":
+            member.group.peers = peers if arguments[0] == "direct" else None
+        elif command == "step":
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)
         elif command == "decode":

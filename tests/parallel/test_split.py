@@ -1,5 +1,6 @@
 """A step and the decoding on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from helpers import assert_close
 from shared_memory import SharedMemory
+from torch import distributed as dist
 
 from turbo_nb import sla
 from turbo_nb.fused import vae as fused_vae
-from turbo_nb.parallel import group, ranks, strips, ulysses
+from turbo_nb.parallel import group, peers, ranks, strips, ulysses
 from turbo_nb.parallel.group import shares
 
 HEADS = 6  # 2 for each of 3 ranks, which exchange one while they compute the other
@@ -23,16 +25,23 @@ def device_of(rank):
     return CPU
 
 
-@pytest.fixture(scope="module", params=["packed", "direct"])
-def team(request):
-    direct = request.param == "direct"
+@pytest.fixture(scope="module")
+def team():
     with pytest.MonkeyPatch.context() as patch:
-        if direct:
-            patch.setattr(group.Group, "_memory", lambda self: SharedMemory())
-        team = ranks.start(3, device_of, targets.models, HEADS, ATTENTIONS, direct)
+        patch.setattr(group.Group, "_memory", lambda self: SharedMemory())
+        team = ranks.start(3, device_of, targets.models, HEADS, ATTENTIONS)
         yield team
-        assert (team.group.peers is not None) == direct
         team.close()
+
+
+@pytest.fixture(params=["packed", "direct"])
+def exchanged(request, loaded, team, monkeypatch):
+    """Steps exchange in messages, or through memory that the ranks share"""
+    team.tell("exchange", request.param)
+    if request.param == "packed":
+        monkeypatch.setattr(team.group, "peers", None)
+    yield
+    team.tell("exchange", "direct")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +66,14 @@ def step(model, size, batch=1, seed=0):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("size", [(1, 14, 14), (3, 18, 14), (2, 26, 40)], ids=["49", "189", "520"])
-def test_a_step_is_that_of_one_rank(loaded, team, attention, size):
+def test_a_step_is_that_of_one_rank(loaded, team, exchanged, attention, size):
     split, whole = loaded[0][attention]
     before = team.group.exchanges
     assert_close(f"{attention} {size}", step(whole, size), step(split, size), 1e-5)
     assert team.group.exchanges - before >= 2 + 2 * len(split.blocks)  # each block exchanged twice
 
 
-def test_a_step_of_two_clips_and_one_of_too_few_tokens(loaded, team):
+def test_a_step_of_two_clips_and_one_of_too_few_tokens(loaded, team, exchanged):
     split, whole = loaded[0]["sla"]
     assert_close("two clips", step(whole, (2, 12, 12), 2), step(split, (2, 12, 12), 2), 1e-5)
     before = team.group.exchanges
@@ -127,3 +136,12 @@ def test_shares_are_even_and_at_multiples(total, size):
     counts = [end - begin for begin, end in pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(counts)) == (0, total, size)
     assert all(bound % 16 == 0 for bound in bounds[:-1]) and max(counts) - min(counts) < 32
+
+
+def test_a_rank_stops_waiting_for_one_that_has_ended():
+    own = peers.Peers(dist.HashStore(), 0, 1, SharedMemory())
+    assert own.works()
+    own.size = 2  # and rank 1 does not come
+    threading.Timer(0.1, own.give_up).start()
+    with pytest.raises(RuntimeError, match="another rank did not come"):
+        own.window("more", 8)

@@ -148,7 +148,7 @@ class Group:
     def _abort(self) -> None:
         if self.peers:
             with suppress(Exception):
-                self.peers.memory.give_up()
+                self.peers.give_up()
         with suppress(Exception):  # because the group may be broken already
             self._group.abort()
 

@@ -12,6 +12,7 @@ sends on one only after it has received from all ranks on the other. So no flag 
 read.
 """
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-MEETS = timedelta(seconds=25)  # until all ranks are at the same place
+MEETS = 25.0  # seconds until all ranks are at the same place
+LOOKS = timedelta(seconds=0.5)  # between two looks at whether they are wanted there at all
 CHANNELS = 2
 FLAG = torch.int32
 TRIAL = 1 << 16  # bytes that each rank sends first, to find out whether the others get them
@@ -93,7 +95,7 @@ class Peers:
 
     def __init__(self, store: dist.Store, rank: int, size: int, memory: Memory):
         self.rank, self.size, self.memory, self.grown = rank, size, memory, 0
-        self._store, self._met, self._windows = store, 0, {}
+        self._store, self._met, self._windows, self._given_up = store, 0, {}, False
         self.flag, one = memory.allocate(FLAG.itemsize)
         one.view(FLAG).fill_(1)
         self._flags = self.window("flags", CHANNELS * size * FLAG.itemsize)
@@ -171,6 +173,11 @@ class Peers:
         self._meet()
         return arrived
 
+    def give_up(self) -> None:
+        """Let this rank wait for no other one any more, because it has ended."""
+        self._given_up = True
+        self.memory.give_up()
+
     def __del__(self):  # not earlier, because a step that has failed may still be under way
         with suppress(Exception):
             for window in self._windows.values():
@@ -194,5 +201,15 @@ class Peers:
         self._met += 1
         keys = [f"windows/{self._met}/{rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], said)
-        self._store.wait(keys, MEETS)
+        end = time.monotonic() + MEETS
+        while not self._has(keys):
+            if self._given_up or time.monotonic() > end:
+                raise RuntimeError("another rank did not come to where memory is shared")
         return [self._store.get(key) for key in keys]
+
+    def _has(self, keys: list[str]) -> bool:
+        try:
+            self._store.wait(keys, LOOKS)
+        except RuntimeError:  # later
+            return False
+        return True
