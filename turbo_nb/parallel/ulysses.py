@@ -2,10 +2,13 @@
 
     rank 0                     tells the others the step, and sends them latents, timestep and prompt
     every rank                 embeds its tokens, and runs all blocks on them
-      in each block            q, k, v of its tokens, all heads
-        one exchange      ──►  q, k, v of all tokens, its heads; attention as on one GPU
-        one exchange      ──►  the result for its tokens, all heads
+      in each block            v, q, k of its tokens, all heads
+        an exchange       ──►  v, q, k of all tokens, its heads; attention as on one GPU
+        an exchange       ──►  the result for its tokens, all heads
     rank 0                     gathers the velocity of all tokens
+
+`Direct` is the exchange through memory that the ranks share (`peers`): v travels while q is computed, and q while k is.
+`Packed` is that of NCCL and gloo: one message to each rank, beside which nothing runs.
 
 A head's attention sees the whole sequence, so block maps, scales of 8-bit keys and the linear branch are those of one
 GPU. Ranks split the tokens at multiples of 16, so the sums that block maps are pooled from are the same, too.
@@ -13,9 +16,6 @@ GPU. Ranks split the tokens at multiples of 16, so the sums that block maps are 
 diffusers' own context parallelism (`enable_parallelism`) does not carry fused blocks. Its Ulysses is in
 `dispatch_attention_fn`, which SLA does not call. For uneven lengths it exchanges the lengths through the host, which a
 CUDA graph cannot.
-
-Nothing overlaps with an exchange, because NCCL's kernels need the multiprocessors. On two H200, exchanging one half of
-the heads while the other was computed made a step 1 % slower.
 """
 
 import weakref
