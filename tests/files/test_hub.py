@@ -487,10 +487,13 @@ def test_command_line_shows_plan_progress_and_paths(hub, tmp_path):
     assert second.returncode == 0 and "nothing to fetch" in out and hub.fetched() == []
     assert err.count("\n") == 1 and err.startswith("note: going on with the files in the cache")
     third = turbo_nb("download", "Wan2.1-14B", hub=hub, home=home, HF_HUB_OFFLINE="1")
-    nano = turbo_nb("download", "nano", hub=hub, home=home)
+    nano = turbo_nb("download", "nano", hub=hub, home=home, PYTHONPROFILEIMPORTTIME="1")
     out, err = third.communicate(timeout=SLOW)
     assert (third.returncode, out) == (2, "") and err.startswith("error: TurboDiffusion/") and err.count("\n") == 1
-    assert nano.communicate(timeout=SLOW) == ("nano comes with the package: nothing to download\n", "")
+    out, err = nano.communicate(timeout=SLOW)
+    assert out == "nano comes with the package: nothing to download\n"
+    assert {line.partition(":")[0] for line in err.splitlines()} == {"import time"}
+    assert "diffusers" not in err  # because its import takes 2 s
 
 
 def test_run_after_a_kill_fetches_the_rest(hub, cache):

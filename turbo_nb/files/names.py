@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
 from ..errors import CheckpointError
 from ..values import shown
 
@@ -295,6 +293,8 @@ def _by_preference(prefixes: list[str], path: object) -> list[str]:
 
 def _renamed(tensors: dict[str, Any], convention: Convention, path: object) -> dict[str, Any]:
     if convention.kind == "vae" and convention.name == "upstream":
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers  # here, because it takes 2 s
+
         return convert_wan_vae_to_diffusers(dict(tensors))
     renamed = {convention.rename(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
