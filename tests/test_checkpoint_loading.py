@@ -22,6 +22,7 @@ from weight_files import FORMATS, gguf_file
 from turbo_nb import catalog, checkpoint
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from turbo_nb.errors import CheckpointError, InputError
+from turbo_nb.files import part_config
 from turbo_nb.files.layouts import describe
 from turbo_nb.files.recognise import read, recognise
 from turbo_nb.linear import is_quantized, to_per_row_scales
@@ -556,6 +557,15 @@ def test_setting_that_the_weights_or_their_part_cannot_have_is_named(tmp_path, p
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"^{key} in '.*config\.json' is .*\. Expected "):
         (LOADERS | {"vae": load_vae})[part](folder)
+
+
+def test_defaults_of_diffusers_are_read_only_for_settings_that_the_config_lacks(tmp_path, monkeypatch):
+    config = json.loads((catalog.NANO.folder / "vae/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "patch_size"}))
+    with pytest.raises(CheckpointError, match=r"^in_channels in .* is 12\. Expected 3 channels for each pixel"):
+        part_config.part_config(tmp_path, part_config.VAE, {})
+    monkeypatch.delattr(part_config, "_vae_defaults")  # importing diffusers takes seconds
+    assert part_config.part_config(catalog.NANO.folder / "vae", part_config.VAE, {})["patch_size"] == 2
 
 
 def test_setting_that_a_library_would_act_on_is_left_out(tmp_path):

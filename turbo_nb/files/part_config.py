@@ -44,7 +44,9 @@ def part_config(folder: Path, written_by: str, own: dict[str, Any]) -> dict[str,
         if key in config and config[key] != own[key]:
             raise _wrong(key, path, config[key], f"{own[key]}, as in the weights beside it")
     found = {key: config[key] for key in rules if key in config}
-    merged = (_vae_defaults() if written_by == VAE else {}) | own | found
+    merged = own | found
+    if written_by == VAE and not merged.keys() >= rules.keys():
+        merged = _vae_defaults() | merged
     for key, (fits, expected) in rules.items():
         if key in merged and not fits(merged[key], merged):
             raise _wrong(key, path, merged[key], expected)
@@ -53,7 +55,7 @@ def part_config(folder: Path, written_by: str, own: dict[str, Any]) -> dict[str,
 
 def _vae_defaults() -> dict[str, Any]:
     """What diffusers takes for settings that config.json does not have"""
-    from diffusers import AutoencoderKLWan  # here, because the import takes a second
+    from diffusers import AutoencoderKLWan  # here, because the import takes seconds
 
     return {name: one.default for name, one in signature(AutoencoderKLWan.__init__).parameters.items()}
 
