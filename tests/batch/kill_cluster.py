@@ -1,7 +1,8 @@
 """Kill actors, nodes and drivers of batches on a Ray cluster of three nodes; no clip may be lost or made twice.
 
 `python tests/batch/kill_cluster.py --kills 30` is the long run; test_ray.py does three. A batch that ends is followed
-by one in a new folder. A killed node comes back, and a killed driver starts again.
+by one in a new folder. A killed node comes back, and a killed driver starts again. Only the actors of the head node
+load the model, because its import takes 5 s. The others make grey clips, and finish none before the first real clip.
 """
 
 import argparse
@@ -21,6 +22,37 @@ KINDS = ("actor", "node", "driver")
 PATIENCE = 300  # seconds without a new clip, after which the batch is taken for stuck
 
 
+def real_clip() -> Path:
+    """Return the file that is there once the first real clip is finished"""
+    return Path(os.environ["STAND_IN"]) / "real"
+
+
+def real() -> None:
+    """Make real clips in this process, and mark them"""
+    from turbo_nb import generation
+
+    def marked(*arguments, generate=generation.generate, **options):
+        video = generate(*arguments, **options)
+        real_clip().touch()
+        return video
+
+    generation.generate = marked
+
+
+def grey() -> None:
+    """Make grey clips in this process, each with ffmpeg at work for a while"""
+    stand_in.setup()
+
+    def slow(*arguments, **options):
+        video = stand_in.generate(*arguments, **options)
+        while not real_clip().exists():
+            time.sleep(0.02)
+        time.sleep(0.3)
+        return video
+
+    stand_in.generation.generate = slow
+
+
 class Batches:
     """Batches on a cluster whose processes carry a mark in their environment."""
 
@@ -29,12 +61,11 @@ class Batches:
         from ray.cluster_utils import Cluster
 
         self.folder, self.mark = folder, f"STAND_IN={folder}"
-        variables = stand_in.environment(STAND_IN=str(folder))
-        del variables["__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"]  # real clips
-        os.environ.update(variables)
+        os.environ.update(stand_in.environment(STAND_IN=str(folder), **stand_in.hook("kill_cluster.real")))
         self.options = {"num_cpus": 1, "object_store_memory": 100 << 20}
         (Path(tempfile.gettempdir()) / "ray").mkdir(exist_ok=True)  # where Cluster writes its address in any case
         self.cluster = Cluster(initialize_head=True, head_node_args={**self.options, "temp_dir": str(folder / "ray")})
+        self.options["env_vars"] = stand_in.hook("kill_cluster.grey")
         self.nodes = [self.cluster.add_node(**self.options) for _ in range(2)]
 
     def drive(self, place: Path) -> subprocess.Popen:

@@ -39,12 +39,16 @@ def setup():
     pipeline.load, generation.generate = load, generate
 
 
+def hook(name="stand_in.setup"):
+    """Return the variable that lets Ray's actors call a function first"""
+    return {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": name}
+
+
 def environment(**more):
     """Return variables for a batch whose actors call `setup`"""
     here = Path(__file__).parent
     paths = [here, here / "quick", *filter(None, [os.environ.get("PYTHONPATH")])]
-    hook = {"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "stand_in.setup"}
-    return os.environ | hook | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"} | more
+    return os.environ | hook() | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"} | more
 
 
 if __name__ == "__main__":
