@@ -50,14 +50,22 @@ IMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory) -> bytes:
+    """A picture of 128 million pixels, compressed once because that takes 0.3 s"""
+    path = tmp_path_factory.mktemp("huge") / "huge.png"
+    Image.new("1", (16000, 8000)).save(path)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch, request):
+def place(tmp_path, monkeypatch, request, huge):
     """A folder with things that can be in the way, and the fault itself where it is one of the machine"""
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file.txt").write_text("text")
     (tmp_path / "closed").mkdir(mode=0o500)
     Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
-    Image.new("1", (16000, 8000)).save(tmp_path / "huge.png")
+    (tmp_path / "huge.png").write_bytes(huge)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path) and access(path, mode))  # as root
     fault = request.node.callspec.params.get("fault")
