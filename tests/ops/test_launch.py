@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from turbo_nb.errors import InputError
 from turbo_nb.ops import launch as module
 from turbo_nb.ops.launch import aligned, channels_inside, launch
 
-# One case a child process, because a wrong address crashes it. `wide` tensors lie in memory that is reserved but never
+# One case a process, because a wrong address crashes it. `wide` tensors lie in memory that is reserved but never
 # touched outside the few rows that a case writes.
 CASES = {
     "block_means": """
@@ -97,17 +98,46 @@ def close(ours, exact):
 """
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_offsets_above_two_to_the_31(case):
-    pytest.importorskip("triton")
-    code = CHILD + "\n".join(line.removeprefix("        ") for line in CASES[case].splitlines())
-    result = subprocess.run(
+# A case may end its process, and a fork costs less than the imports. A process that has used CUDA cannot fork.
+FORKS = """
+import os
+
+torch.set_num_threads(1)  # threads do not live through a fork
+for name, code in CASES.items():
+    if not (process := os.fork()):
+        exec(code)
+        os._exit(0)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+def ended(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2],
         env=os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}),
     )  # fmt: skip
-    if result.returncode == 77:
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, tuple[int, str]]:
+    """The exit code and the errors of each case"""
+    pytest.importorskip("triton")
+    cases = {name: textwrap.dedent(code) for name, code in CASES.items()}
+    if torch.cuda.is_available():
+        results = {name: ended(CHILD + code) for name, code in cases.items()}
+        return {name: (result.returncode, result.stderr) for name, result in results.items()}
+    result = ended(f"{CHILD}\nCASES = {cases!r}\n{FORKS}")
+    codes = dict(line.split() for line in result.stdout.splitlines())
+    assert codes.keys() == cases.keys(), result.stderr[-2000:]
+    return {name: (int(code), result.stderr) for name, code in codes.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_offsets_above_two_to_the_31(ends, case):
+    code, errors = ends[case]
+    if code == 77:
         pytest.skip("this system reserves no memory beyond what it has")
-    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+    assert code == 0, (code, errors[-2000:])
 
 
 @pytest.fixture
