@@ -1,4 +1,4 @@
-"""turbo-nb as a shell runs it: in a process of its own, and where that proves no more, in this one."""
+"""turbo-nb as a shell runs it: in a process of its own, and where that proves no more, in a fork or in this one."""
 
 import errno
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import forks
 from helpers import command_line
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -26,10 +27,17 @@ from turbo_nb.video.mp4 import read_metadata
 PROMPT = "a large red circle moving from left to right on a black background"
 
 
-def run(*arguments, cwd, **variables):
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """Forks of one process, see `forks`"""
+    with forks(tmp_path_factory.mktemp("forks")) as made:
+        yield made
+
+
+def run(*arguments, cwd, python=(sys.executable,), **variables):
     if "--prompt" in arguments:
         arguments += ("--device", "cpu")
-    command = [sys.executable, "-m", "turbo_nb.cli", *map(str, arguments)]
+    command = [*python, "-m", "turbo_nb.cli", *map(str, arguments)]
     return subprocess.run(
         command,
         cwd=cwd,
@@ -47,7 +55,7 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert result.returncode == 0 and "t2v" in result.stdout and "info" in result.stdout
 
 
-def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
+def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path, forked):
     result = run("t2v", "--prompt", PROMPT, "--save_path", "out/red.mp4", "--num_frames", 5, "--seed", 3, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -62,7 +70,7 @@ def test_a_prompt_becomes_a_video_and_the_video_says_how(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["red.mp4"]
     again = run(
         "t2v", "--prompt", PROMPT, "--save-path", "again.mp4", "--num-frames", 5, "--seed", 3, cwd=tmp_path,
-        TURBO_NB_PRICE_PER_HOUR="3600",  # a dollar a second
+        python=forked.command(), TURBO_NB_PRICE_PER_HOUR="3600",  # a dollar a second
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert re.search(r"a video takes (about|less than) \d+\.\d (s|min), from \d+ earlier videos? here", again.stderr)
@@ -294,7 +302,7 @@ def test_a_shell_can_complete_names():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
-def test_a_signal_leaves_no_temporary_file(tmp_path, name):
+def test_a_signal_leaves_no_temporary_file(tmp_path, forked, name):
     code = (
         "import sys, time; from turbo_nb import cli, generation; from turbo_nb.video import mp4\n"
         "add = mp4.Encoder.add\n"
@@ -303,14 +311,16 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, name):
         "sys.argv[1:] = ['t2v', '--device', 'cpu', '--prompt', 'a red circle', '--num_frames', '1', '--num_steps', '1',"
         " '--save_path', 'v.mp4']\ncli.main()"
     )
+    python = [sys.executable] if name == "SIGTERM" else forked.command()
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*python, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert process.stdout.readline() == "encoding\n"
     assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]  # the temporary one
-    process.send_signal(number := getattr(signal, name))
-    process.send_signal(number)  # a closing terminal sends it twice
+    number, target = getattr(signal, name), process.pid if name == "SIGTERM" else forked.fork_of(process)
+    os.kill(target, number)
+    os.kill(target, number)  # a closing terminal sends it twice
     _, err = process.communicate(timeout=30)
     assert (process.returncode, list(tmp_path.iterdir())) == (128 + number, [])
     assert "cancelled" in err and "Traceback" not in err
@@ -345,9 +355,10 @@ CLIP = ("--device", "cpu", "--num_frames", "1", "--num_steps", "1", "--resolutio
 
 
 @pytest.mark.parametrize("redirect", [">&-", ">/dev/full", "2>/dev/full", ">&- 2>&-", "| true", "<&-"])
-def test_a_stream_that_fails_costs_no_video(tmp_path, redirect):
+def test_a_stream_that_fails_costs_no_video(tmp_path, forked, redirect):
     command = f'set -o pipefail; "$@" {redirect}'
-    arguments = [sys.executable, "-m", "turbo_nb.cli", "t2v", "--prompt", PROMPT, *CLIP, "--num_samples", "2"]
+    python = [sys.executable] if redirect == ">&- 2>&-" else forked.command()
+    arguments = [*python, "-m", "turbo_nb.cli", "t2v", "--prompt", PROMPT, *CLIP, "--num_samples", "2"]
     result = subprocess.run(
         ["bash", "-c", command, "bash", *arguments], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -359,10 +370,11 @@ def test_a_stream_that_fails_costs_no_video(tmp_path, redirect):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk"])
-def test_a_stream_of_another_encoding_costs_no_video(tmp_path, encoding):
+def test_a_stream_of_another_encoding_costs_no_video(tmp_path, forked, encoding):
     result = run(
-        "t2v", "--prompt", "红圆 🔴 a red circle", *CLIP[2:-1], "猫.mp4", cwd=tmp_path, PYTHONIOENCODING=encoding
-    )
+        "t2v", "--prompt", "红圆 🔴 a red circle", *CLIP[2:-1], "猫.mp4", cwd=tmp_path, PYTHONIOENCODING=encoding,
+        python=[sys.executable] if encoding == "ascii" else forked.command(),
+    )  # fmt: skip
     assert result.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["猫.mp4"], result.stderr
     told = run("info", "猫.mp4", cwd=tmp_path, PYTHONIOENCODING=encoding)
     assert told.returncode == 0 and "a red circle" in told.stdout
