@@ -58,7 +58,7 @@ def jupyter_lab(root: Path, folder: Path, name: str, **environment: str) -> Iter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests/quick"), os.environ.get("PYTHONPATH"))))
     folders = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "RUNTIME")}
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen(

@@ -57,7 +57,7 @@ class Batches:
     """Batches on a cluster whose processes carry a mark in their environment."""
 
     def __init__(self, folder: Path):
-        sys.path.insert(0, str(Path(__file__).parent / "quick"))
+        sys.path.insert(0, str(Path(__file__).parents[1] / "quick"))
         from ray.cluster_utils import Cluster
 
         self.folder, self.mark = folder, f"STAND_IN={folder}"

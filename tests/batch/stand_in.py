@@ -47,7 +47,7 @@ def hook(name="stand_in.setup"):
 def environment(**more):
     """Return variables for a batch whose actors call `setup`"""
     here = Path(__file__).parent
-    paths = [here, here / "quick", *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [here, here.parent / "quick", *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | hook() | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"} | more
 
 

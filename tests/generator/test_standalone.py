@@ -32,7 +32,7 @@ def server(tmp_path):
     running = []
 
     def start(**variables) -> str:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests/quick"), os.environ.get("PYTHONPATH"))))
         folders = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "RUNTIME")}
         kept = {name: value for name, value in os.environ.items() if name not in ("JUPYTER_TOKEN", "JUPYTER_PASSWORD")}
         process = subprocess.Popen(
