@@ -45,8 +45,18 @@ def server(tmp_path_factory, chat):
         yield root, address, presets
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory, nano):
+    """A folder with the earlier clips"""
+    folder = tmp_path_factory.mktemp("earlier")
+    runner = JobRunner(folder, load=lambda *_, **__: nano)
+    for prompt in EARLIER:
+        runner.make(prompt, num_frames=9, seed=0)
+    return folder
+
+
 @pytest.fixture
-def lab(server, request, nano):
+def lab(server, request, earlier):
     """A folder of its own with 04 and earlier clips: its address in the JupyterLab."""
     root, address, presets = server
     name = re.sub(r"\W", "-", request.node.name)
@@ -54,9 +64,7 @@ def lab(server, request, nano):
     shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", own)
     (own / "loras").mkdir()
     shutil.copy(ROOT / "tests/files/nano_lora.safetensors", own / "loras")
-    runner = JobRunner(own / "outputs", load=lambda *_, **__: nano)
-    for prompt in EARLIER:
-        runner.make(prompt, num_frames=9, seed=0)
+    shutil.copytree(earlier, own / "outputs")
     # a workspace of its own, because JupyterLab opens again what a workspace had open
     yield address.format(folder=name).replace("/lab/", f"/lab/workspaces/{name}/")
     end_kernels(address)
