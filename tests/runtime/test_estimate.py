@@ -152,6 +152,13 @@ def test_lines_that_cannot_be_read_are_passed_over(folder):
     assert estimate.rows() == [row(steps=[2.0] * 4)]
 
 
+def test_a_row_is_read_once_a_process(folder, monkeypatch):
+    (folder / estimate.ROWS).write_text(json.dumps(records.write(row(width=48, height=48))))
+    (known,) = estimate.rows()
+    monkeypatch.delattr(estimate.records, "read")  # which takes 0.3 ms a row, after each change on the page
+    assert estimate.rows() == [known]
+
+
 def test_the_file_stays_small_and_keeps_the_latest(folder, monkeypatch):
     monkeypatch.setattr(estimate, "MOST", 5000)
     settings = WANTED | {"device": "cpu", "quant_linear": False, "memory_plan": "resident"}

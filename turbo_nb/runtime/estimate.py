@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -194,8 +195,9 @@ def rows() -> list[Row]:
     return [row for line in reversed(lines) if (row := _row(line))]
 
 
+@lru_cache(2048)  # more than MOST bytes have
 def _row(line: bytes) -> Row | None:
-    """Return the row of a line, None for a damaged line"""
+    """Return the row of a line, None for a damaged line. Read once, because the page asks after each change"""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
