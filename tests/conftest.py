@@ -4,6 +4,7 @@ import signal
 import tempfile
 
 import pytest
+from forks import forks
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory(prefix="turbo_nb-")
@@ -31,3 +32,10 @@ def nano():
     import turbo_nb
 
     return turbo_nb.load_pipeline("nano", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """Forks of one process that has imported what a clip needs, see `forks`"""
+    with forks(tmp_path_factory.mktemp("forks")) as made:
+        yield made

@@ -630,7 +630,7 @@ def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch, files):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("number_format", ["ComfyUI fp8, scale_weight", "GGUF"])
-def test_a_file_is_quantised_one_tensor_at_a_time(tmp_path, number_format, suffix):
+def test_a_file_is_quantised_one_tensor_at_a_time(tmp_path, forked, number_format, suffix):
     """Peak main memory is at most 1.15 times the file plus one tensor in float32."""
     arch = catalog.Arch(dim=1024, num_heads=8, num_layers=8, ffn_dim=4096)
     state, path = upstream_names(arch, sla=True, int8=False, text_dim=256), tmp_path / "model"
@@ -652,6 +652,6 @@ def test_a_file_is_quantised_one_tensor_at_a_time(tmp_path, number_format, suffi
     )
     tiny, small = catalog.Arch(dim=128, num_heads=1, num_layers=1, ffn_dim=64), tmp_path / "small.safetensors"
     save_file(FORMATS["fp8 e4m3"](upstream_names(tiny, sla=True, int8=False)), small)  # to import what loading needs
-    run = subprocess.run([sys.executable, "-c", code, path, small], capture_output=True, text=True, check=True)
+    run = subprocess.run(forked.command("-c", code, path, small), capture_output=True, text=True, check=True)
     size = path.stat().st_size
     assert 0.5 * size < int(run.stdout) <= 1.15 * size + 4 * arch.dim * arch.ffn_dim

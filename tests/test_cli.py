@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import forks
 from helpers import command_line
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -25,13 +24,6 @@ from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
 
 PROMPT = "a large red circle moving from left to right on a black background"
-
-
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """Forks of one process, see `forks`"""
-    with forks(tmp_path_factory.mktemp("forks")) as made:
-        yield made
 
 
 def run(*arguments, cwd, python=(sys.executable,), **variables):

@@ -1,7 +1,6 @@
 """From upstream's files to an mp4, through the command line and in Python; tiny models, the real path."""
 
 import subprocess
-import sys
 import textwrap
 import time
 import warnings
@@ -519,7 +518,7 @@ def test_out_of_memory_goes_on_with_the_next_plan_once_and_says_so(nano, monkeyp
     assert np.array_equal(turbo_nb.generate(nano, PROMPT, num_frames=5, num_steps=2).frames, frames)
 
 
-def test_loading_holds_the_file_once(tmp_path):
+def test_loading_holds_the_file_once(tmp_path, forked):
     arch = catalog.Arch(dim=1024, num_heads=8, num_layers=8, ffn_dim=4096)
     state = {k: t.bfloat16() for k, t in upstream_names(arch, sla=True, int8=False, text_dim=512).items()}
     torch.save(state, tmp_path / "model.pth")
@@ -532,7 +531,7 @@ def test_loading_holds_the_file_once(tmp_path):
         model = turbo_nb.checkpoint.load_transformer({str(tmp_path / "model.pth")!r})
         print(peak() - before)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    result = subprocess.run(forked.command("-c", textwrap.dedent(code)), capture_output=True, text=True)
     assert int(result.stdout) <= 1.15 * (tmp_path / "model.pth").stat().st_size, result.stderr
 
 
