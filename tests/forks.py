@@ -62,6 +62,7 @@ def ask(path: str, arguments: list[str]) -> int:
 
 def serve(path: str) -> None:
     """Import what a clip needs, and answer requests. Returns in the forks, which then run their code."""
+    gc.disable()  # which saves a fifth of the imports' time
     from diffusers import WanPipeline  # noqa: F401
 
     from turbo_nb import checkpoint, cli, generation  # noqa: F401
@@ -78,6 +79,7 @@ def serve(path: str) -> None:
             data += more
         request = json.loads(data)
         if not (process := os.fork()):
+            gc.enable()
             connection.close()
             listener.close()
             kind, *arguments = become(request, numbers)
