@@ -254,12 +254,14 @@ def _with_experts(load: LoadOptions, high: str | None, low: str | None) -> LoadO
 def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool, timing: bool) -> None:
     """Make the clips of one prompt"""
     from .machine import phases, probe
+    from .machine.garbage import uncollected
 
     phases.mark("start Python")
     probe.begin()  # beside the imports
-    from . import generation, pipeline
-    from .machine import atomic
-    from .video import mp4, sheet
+    with uncollected():
+        from . import generation, pipeline
+        from .machine import atomic
+        from .video import mp4, sheet
 
     seeds(clip.seed, run.num_samples + (clip.extend or 0))  # because the parts of the last sample count on
     every = seeds(clip.seed, run.num_samples)

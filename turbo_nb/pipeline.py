@@ -22,6 +22,7 @@ from .files import hub
 from .files.resolve import ResolvedModel, resolve
 from .machine import phases, probe
 from .machine.beside import Beside
+from .machine.garbage import uncollected
 from .runtime.place import place, transformers
 from .runtime.plan import Plan
 from .runtime.stages import current_device
@@ -377,14 +378,15 @@ def _load(
 
 def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device: str, compiler: "_Compiler") -> tuple:
     """Load and fuse the modules; return the pipeline and its prompt encoder"""
-    import torch
+    with uncollected():
+        import torch
 
-    from . import checkpoint, wan
-    from .files import lora
-    from .fused import transformer as fused_transformer
-    from .fused import vae as fused_vae
-    from .runtime.block_stream import StreamedEncoder
-    from .scheduler import RCMScheduler
+        from . import checkpoint, wan
+        from .files import lora
+        from .fused import transformer as fused_transformer
+        from .fused import vae as fused_vae
+        from .runtime.block_stream import StreamedEncoder
+        from .scheduler import RCMScheduler
 
     make = wan.WanImageToVideoPipeline if resolved.spec.task == "i2v" else wan.WanPipeline
     phases.mark("import diffusers")

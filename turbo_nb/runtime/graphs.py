@@ -16,7 +16,6 @@ All graphs of a model share one pool of memory. A graph may therefore overwrite 
 the prompt's part outlives a replay, so it is replayed again whenever another graph ran in between.
 """
 
-import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from torch.nn.modules import module as torch_modules
 from .. import backends
 from ..errors import first_line
 from ..fused import transformer as fused_transformer
+from ..machine.garbage import uncollected
 from ..sla import SLAProcessor
 from .plan import USABLE, Plan
 from .steps import Tally
@@ -72,21 +72,16 @@ class CudaRecorder:
         """As in `Recorder`. The work runs on a stream of its own and computes nothing."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        collects = gc.isenabled()
-        gc.disable()  # because freeing another graph or a pinned tensor would end the recording
-        try:
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = work()
-                except BaseException:
-                    with suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
+        # because freeing another graph or a pinned tensor would end the recording
+        with uncollected(), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay, result
 
     def used(self, peak: bool = False) -> int:
