@@ -1,5 +1,9 @@
 """Presets: built in, and files of the user that may hold anything."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from turbo_nb import catalog, presets
@@ -35,13 +39,32 @@ def test_a_name_that_cannot_be_a_file(name, folder):
     assert list(folder.rglob("*.json")) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", '{"colour": 1}', "[" * 5000, "\udcff"])
-def test_files_that_hold_something_else_are_left_out(folder, text):
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        *((text, "Expecting|no setting|nesting|decode|recursion") for text in (
+            "", "{", "[]", "5", "null", '{"colour": 1}', "[" * 100_000, "\udcff")),
+        (json.dumps({"prompt": "x" * presets.MOST}), "bytes"),
+        (Path.mkdir, "not a file"),
+        (os.mkfifo, "not a file"),  # nobody writes into it
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+    ],
+    ids=lambda one: str(one)[:12],
+)  # fmt: skip
+def test_files_that_hold_something_else_are_left_out(folder, make, reason):
     (folder / presets.FOLDER).mkdir()
     for path in (folder / presets.FOLDER / "odd.json", folder / presets.LATEST):
-        path.write_bytes(text.encode(errors="surrogateescape"))
+        path.write_bytes(make.encode(errors="surrogateescape")) if isinstance(make, str) else make(path)
     presets.save("good", {"num_steps": 3})
-    assert presets.own() == {"good": {"num_steps": 3}} and presets.latest() == {}
+    assert presets.own() == {"good": {"num_steps": 3}}
+    with pytest.raises(InputError, match=rf"latest.json' cannot be used \(.*({reason}).*\)\. Expected .*Delete it"):
+        presets.latest()
+
+
+def test_settings_that_a_text_editor_saved_with_a_byte_order_mark(folder):
+    (folder / presets.LATEST).write_bytes(b"\xef\xbb\xbf" + b'{"num_steps": 3}')
+    assert presets.latest() == {"num_steps": 3}
 
 
 def test_a_folder_that_cannot_be_written(folder, monkeypatch):
@@ -55,4 +78,5 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
 
 def test_the_latest_settings_come_back():
     presets.remember({"num_steps": 3, "random_seed": False, "prompt": "x"})
+    presets.remember({"image": "\udcff.png"})  # a name that JSON in UTF-8 cannot hold
     assert presets.latest() == {"num_steps": 3, "random_seed": False, "prompt": "x"}

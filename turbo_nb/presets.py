@@ -5,14 +5,16 @@ same way, beside the presets.
 """
 
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .catalog import ModelSpec
-from .errors import InputError, OutputError, listed
+from .errors import InputError, OutputError, first_line, listed
 from .machine import atomic, environment
 from .settings import ClipSettings, LoadOptions, check_names, options
 from .values import shown
@@ -37,7 +39,7 @@ def own() -> dict[str, dict[str, Any]]:
     """Return the user's presets by name. Files that cannot be read are left out."""
     with suppress(OSError):
         paths = sorted((environment.config() / FOLDER).glob("*.json"))
-        return {path.stem: values for path in paths if (values := _read(path))}
+        return {path.stem: values for path in paths if (values := _read_or_empty(path))}
     return {}
 
 
@@ -71,8 +73,13 @@ def delete(name: str) -> None:
 
 
 def latest() -> dict[str, Any]:
-    """Return the settings of the latest session; empty where none can be read."""
-    return _read(environment.config() / LATEST)
+    """Return the settings of the latest session as its file has them; empty where no session has kept any.
+
+    Raises:
+        InputError: the file cannot be read, or has no setting of this version.
+    """
+    path = environment.config() / LATEST
+    return _read(path) if os.path.lexists(path) else {}
 
 
 def remember(values: Mapping[str, Any]) -> None:
@@ -82,16 +89,31 @@ def remember(values: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the options in a file that this version knows"""
-    with suppress(OSError, ValueError, RecursionError):
-        if path.stat().st_size <= MOST and isinstance(data := json.loads(path.read_text(encoding="utf-8")), dict):
-            known = {**options(ClipSettings), **options(LoadOptions), "random_seed": None}
-            return {name: value for name, value in data.items() if name in known}
+    """Return what a file holds, unknown options included. Raises InputError where no option is known"""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # because a pipe would be waited for
+            raise ValueError("it is not a file")
+        if found.st_size > MOST:
+            raise ValueError(f"it has {found.st_size} bytes, and {MOST} are the most that are read")
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        known = {**options(ClipSettings), **options(LoadOptions), "random_seed": None}
+        if not isinstance(data, dict) or not known.keys() & data.keys():
+            raise ValueError("it has no setting of this version")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{shown(path)} cannot be used ({reason}). Expected settings as JSON. Delete it.") from error
+    return data
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    with suppress(InputError):
+        return _read(path)
     return {}
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     try:
         atomic.write(path, json.dumps(dict(values), indent=1, ensure_ascii=False))
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a lone surrogate in a path
         raise OutputError(f"{str(path)!r} cannot be written ({error}). Set TURBO_NB_CONFIG.") from error

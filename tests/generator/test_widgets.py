@@ -720,7 +720,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     extend = generator.form.fields["extend"]
     assert (extend.widget.value, extend.value, extend.widget.disabled) == (0, None, False)
     extend.widget.value = 1
-    assert extend.value == 1 and extend.put(None) and extend.value is None
+    assert extend.value == 1 and not extend.put(None) and extend.value is None
     generator.clips.times.value, seen = 2, []
     runner.listen(lambda job: job.stage == "decode" and seen.append((job.done, job.progress.total)))
     act(generator, "extend")
@@ -844,12 +844,62 @@ def test_the_settings_come_back_when_the_cell_runs_again_and_after_a_restart(tmp
 
 
 @pytest.mark.parametrize(
-    "state", [{"prompt": "x", "model": "gone.pth"}, {"num_steps": 99}, {"loras": ["gone"]}, {"image": "gone.png"},
-              {"resolution": "5x5"}, {"seed": "x", "ode": 3, "loras": 5, "attention_type": "sagesla"}],
-)  # fmt: skip
-def test_settings_of_another_machine_do_not_stop_the_page(runner, state):
+    ("state", "words"),
+    [
+        ({"prompt": "x", "model": "gone.pth"}, "Model: 'gone.pth' is not in this list"),
+        ({"model": [["a"], 5]}, "Model: (['a'], 5) is not in this list"),
+        ({"num_steps": 99}, "Steps: 99 is not on the page"),
+        ({"num_frames": 6}, "Frames: 6 is not on the page"),
+        ({"loras": ["gone"]}, "LoRAs: gone is not in"),
+        ({"image": "gone.png"}, "Image: 'gone.png' cannot be opened: choose it again"),
+        ({"last_image": 5}, "Last frame: 5 cannot be opened"),
+        ({"resolution": "5x5"}, "Size is '5x5'. Expected sides"),
+        ({"aspect_ratio": "9:16"}, "Size: Aspect is '9:16'. Expected None without"),
+        ({"seed": "x", "ode": 3, "loras": 5}, "Seed: x is not|ODE: 3 is not|LoRAs is 5. Expected"),
+        ({"seed": 2**70}, "Seed: 1180591620717411303424 is not on the page"),
+        ({"attention_type": "sagesla"}, "Attention: sagesla is not on the page"),
+        ({"prompt": ["a", "b"]}, "Prompt is ['a', 'b']. Expected text"),
+        ({"prompt": "\ud800"}, "Prompt is '\\ud800'"),  # no page could be sent it
+        (
+            {"random_seed": "no", "adaptive_resolution": 5},
+            "New seed each time: no is|Keep the image's aspect: 5 is",
+        ),
+        ({"boundary": 0.9}, "Expert boundary: This model has only one expert."),
+        ({"extend": 3}, "Extend: This model cannot"),
+        ({"decoder": "tiny"}, "Decoder: This model has only its own."),
+        ({"gpus": 4, "device": "cuda", "vae": "gone"}, "Gpus: it has no control|Device: it has no control|Vae: it has"),
+        ({"extend_clip": "gone.mp4"}, "Clip to extend: it has no control on this page"),
+        ({"num_steps": 2, "dit_path": "x"}, "Dit path: this version has no such option"),
+        ({f"a{n}": n for n in range(30)}, "and 10 more"),
+    ],
+    ids=str,
+)
+def test_the_page_says_which_settings_of_another_machine_it_leaves_out(runner, state, words):
     made = Generator(runner, state=state)
-    assert made.form.spec.name == "nano" and made.run.outlook.value
+    assert made.form.spec.name == "nano" and made.run.outlook.value and not made.run.generate.disabled
+    shown = html.unescape(made.run.note.value)
+    assert all(one in shown for one in words.split("|")) and made.run.note.layout.display is None
+    assert shown.count("<p") == 1 + len(words.split("|")) if len(state) < 30 else 22
+    made.run.generate.click()
+    made.runner.clear()
+    made.runner.cancel()
+    made.runner.wait(60)
+    assert made.runner.job.state in ("cancelled", "finished")
+    made.close()
+
+
+def test_the_page_says_why_the_settings_of_the_latest_session_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for state in ({"num_steps": 2, "gpus": 1}, {"num_steps": 2, "model": "auto", "aspect_ratio": None}):
+        presets.remember(state)
+        made = widgets.show("clips")
+        assert made.run.note.value == "" and made.form.fields["num_steps"].value == 2
+        widgets._shown.clear()
+        made.close()
+    (environment.config() / presets.LATEST).write_text("{")
+    made = widgets.show("clips")
+    assert "latest session are left out:" in made.run.note.value and "latest.json" in made.run.note.value
+    assert not made.run.generate.disabled
     made.close()
 
 

@@ -13,9 +13,10 @@ from traitlets import TraitError
 from .. import backends, settings
 from ..errors import InputError
 from ..settings import ClipSettings, LoadOptions
-from ..values import Choice, Flag, Number, Whole
+from ..values import Choice, Flag, Number, Whole, shown
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
+QUOTES = "'\""
 BROWSER_INT = 2**53 - 1  # the largest whole number that JavaScript counts to
 COLUMNS = {"width": "100%", "grid_template_columns": "repeat(auto-fit, minmax(270px, 1fr))", "grid_gap": "4px 16px"}
 LABELS = {
@@ -23,6 +24,7 @@ LABELS = {
     "quant_linear": "Weights", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
     "sigma_max": "First noise level", "boundary": "Expert boundary", "adaptive_resolution": "Keep the image's aspect",
     "checkpoint": "Model", "last_image": "Last frame", "extend_clip": "Clip to extend",
+    "random_seed": "New seed each time",
 }  # fmt: skip
 NONE = {"extend": 0}  # numbers that stand for None where no model gives one
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number
@@ -45,6 +47,11 @@ MISSING = {"sagesla": "SageSLA cannot run here: it needs an NVIDIA GPU of sm_80 
 def label_of(name: str) -> str:
     """Return what the page calls an option."""
     return LABELS.get(name) or name.replace("_", " ").capitalize()
+
+
+def not_on_page(value: Any) -> str:
+    """Return that no control can show a value."""
+    return f"{shown(value).strip(QUOTES)} is not on the page"
 
 
 def in_page_words(text: str) -> str:
@@ -79,7 +86,7 @@ class Field:
     """
 
     def __init__(self, cls: type, name: str, changed: Callable[[], None]):
-        self.name, self._option = name, settings.options(cls)[name]
+        self.name, self._cls, self._option = name, cls, settings.options(cls)[name]
         self._default = cls.__dataclass_fields__[name].default
         self.widget = self._control()
         self.own = self.widget.value
@@ -106,16 +113,22 @@ class Field:
             return None
         return self._option.parse(self.name, value) if isinstance(value, str) and self._is_typed else value
 
-    def put(self, value: Any) -> bool:
-        """Show a value of the option; return False where the control cannot show it, and show the model's own."""
+    def put(self, value: Any) -> str:
+        """Show a value of the option.
+
+        Returns:
+            Why the control cannot show it, and has the model's own; empty where it shows it.
+        """
         if value is not None:
             with suppress(TraitError, InputError):
-                checked = self._option.check(self.name, value)
+                # the whole class, because it checks more than its options do
+                more = {"prompt": "?"} if "prompt" in settings.options(self._cls) else {}
+                checked = getattr(settings.build(self._cls, {self.name: value}, **more), self.name)
                 self.widget.value = str(checked) if self._is_typed else checked
                 if self.widget.value == (str(checked) if self._is_typed else checked):
-                    return True  # a control with limits would take the nearest value
+                    return ""  # a control with limits would take the nearest value
         self.widget.value = self.own
-        return value is None
+        return "" if value is None else not_on_page(value)
 
     def show_own(self, own: Any) -> None:
         """Show the model's own value in the place of None."""

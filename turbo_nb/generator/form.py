@@ -15,7 +15,8 @@ from .. import catalog, settings
 from ..catalog import ModelSpec
 from ..errors import InputError, TurboNbError
 from ..settings import ClipSettings, LoadOptions, Weights
-from .controls import COLUMNS, OWN, Field, styled
+from ..values import Flag, shown
+from .controls import COLUMNS, OWN, UNUSED, Field, not_on_page, styled
 from .image import ImageInput, LastImageInput
 from .jobs import JobRunner
 from .loras import LoRAList
@@ -141,47 +142,67 @@ class Form:
         Returns:
             The reasons why some could not be shown, by name.
         """
-        lost = {}
+        lost = {name: reason for name, value in values.items() if (reason := _without_place(name, value))}
         with self.holding():
-            if "model" in values:
+            if values.get("model") is not None:
                 lost |= self._put_model(values["model"])
             if "prompt" in values:
-                self.prompt.text.value = str(values["prompt"] or "")
-            if "resolution" in values:
-                lost |= self._put_size(values["resolution"], values.get("aspect_ratio"))
-            if "adaptive_resolution" in values:
-                self.image.adaptive.value = bool(values["adaptive_resolution"])
+                lost |= self._put_prompt(values["prompt"])
+            if "resolution" in values or values.get("aspect_ratio") is not None:
+                lost |= self._put_size(values.get("resolution"), values.get("aspect_ratio"))
+            for name, box in (("adaptive_resolution", self.image.adaptive), ("random_seed", self.random_seed)):
+                if name in values:
+                    lost |= _put_flag(name, values[name], box)
             for name in settings.PICTURES:
                 lost |= self._put_picture(name, values.get(name))
             if "loras" in values:
                 lost |= self.loras.put(values["loras"])
             for name, field in self.fields.items():
-                if name in values and not field.put(values[name]):
-                    lost[name] = f"{values[name]} is not on the page"
-            if "random_seed" in values:
-                self.random_seed.value = bool(values["random_seed"])
-        return lost
+                if name in values and (reason := field.put(values[name])):
+                    lost[name] = reason
+        idle = (name for name in self.fields if name in values and not self._uses(name))
+        return lost | {name: UNUSED[name] for name in idle if self.fields[name].widget.value != self.fields[name].own}
+
+    def _uses(self, name: str) -> bool:
+        """Return whether the chosen model has a use for an option. A clip without such an option is another clip"""
+        if self.spec is None:
+            return True
+        uses = {
+            "boundary": self.spec.boundary is not None,
+            "extend": self.spec.task == "i2v",
+            "decoder": self.spec.folder is None,  # nano's VAE is its own
+        }
+        return uses.get(name, True)
 
     def _put_model(self, name: Any) -> dict[str, str]:
         name = tuple(name) if isinstance(name, list) else name
-        if self.spec and self.spec.name == name:  # a model given by its path may have the name of a released one
+        if name == "auto" or (self.spec and self.spec.name == name):  # a path may have the name of a released one
             return {}
         if name in [value for _, value in self.model.options]:
             self.model.value = name
             return {}
-        return {"model": f"{name!r} is not in this list: show the generator with model= its path"}
+        return {"model": f"{shown(name)} is not in this list: show the generator with model= its path"}
+
+    def _put_prompt(self, text: Any) -> dict[str, str]:
+        try:
+            blank = text is None or (isinstance(text, str) and not text.strip())
+            self.prompt.text.value = "" if blank else settings.options(ClipSettings)["prompt"].check("prompt", text)
+        except InputError as error:
+            return {"prompt": str(error)}
+        return {}
 
     def _put_picture(self, name: str, value: Any) -> dict[str, str]:
         fits = value is None or getattr(self, name).take(value, str(value))
-        return {} if fits else {name: "choose it again"}
+        return {} if fits else {name: f"{shown(value)} cannot be opened: choose it again"}
 
     def _put_size(self, resolution: Any, aspect: Any) -> dict[str, str]:
         self.resolution.value, known = OWN, settings.options(ClipSettings)
-        if resolution is None:
+        if resolution is None and aspect is None:
             return {}
         try:  # a preset may be a file that somebody wrote
-            resolution = known["resolution"].check("resolution", resolution)
-            aspect = aspect and known["aspect_ratio"].check("aspect_ratio", aspect)
+            resolution = resolution if resolution is None else known["resolution"].check("resolution", resolution)
+            aspect = aspect if aspect is None else known["aspect_ratio"].check("aspect_ratio", aspect)
+            settings.size_of(self.spec, resolution, aspect)
         except InputError as error:
             return {"resolution": str(error)}
         if resolution in catalog.RESOLUTIONS:
@@ -219,9 +240,8 @@ class Form:
         visible(self.custom, size == CUSTOM)
         self.fields["seed"].enable(not self.random_seed.value)
         self.fields["sla_topk"].enable(self.fields["attention_type"].widget.value != "original")
-        self.fields["boundary"].enable(self.spec is None or self.spec.boundary is not None)
-        self.fields["extend"].enable(self.spec is None or self.spec.task == "i2v")
-        self.fields["decoder"].enable(self.spec is None or self.spec.folder is None)  # nano's VAE is its own
+        for name in ("boundary", "extend", "decoder"):
+            self.fields[name].enable(self._uses(name))
         self.on_change()
 
     def show_model(self) -> None:
@@ -254,3 +274,21 @@ class Form:
         """Show the seed that a job has, where seeds are drawn."""
         with self.holding():
             self.fields["seed"].put(seed)
+
+
+def _without_place(name: str, value: Any) -> str:
+    """Return why the form has no place for an option; empty where it has one, or where the value is the default"""
+    cls = next((one for one in (LoadOptions, ClipSettings) if name in settings.options(one)), None)
+    if cls is None:
+        return "" if name == "random_seed" else "this version has no such option"
+    if name in (*LOAD, *FRONT, *MORE, "model", "loras") or (name in PLACED and name != "extend_clip"):
+        return ""
+    return "" if value in (None, cls.__dataclass_fields__[name].default) else "it has no control on this page"
+
+
+def _put_flag(name: str, value: Any, box: w.Checkbox) -> dict[str, str]:
+    try:
+        box.value = True if value is None else Flag()(name, value)  # both are ticked at first
+    except InputError:
+        return {name: not_on_page(value)}
+    return {}

@@ -152,14 +152,20 @@ class LoRAList:
             wanted = settings.options(LoadOptions)["loras"].check("loras", loras)
         except InputError as error:
             return {"loras": str(error)}
+        reasons = []
         with self._holding():
             self._clear()
             here = {str(path): path for path in self.listing.files.values()}
             for one in wanted:
-                if one.file in here:
+                if one.file not in here:
+                    reasons.append(f"{one.file} is not in {str(self.listing.folder)!r}")
+                elif reason := _not_on_the_page(one.file, one.strength, one.expert):
+                    reasons.append(reason)
+                else:
                     self.add(here[one.file], one.strength, one.expert)
-        missing = [f"{one.file} is not in {str(self.listing.folder)!r}" for one in wanted if one.file not in here]
-        return {"loras": ", ".join(missing)} if missing else {}
+                    if one.expert and not self._two_experts:
+                        reasons.append(f"{one.file} changes the whole model, which has only one expert")
+        return {"loras": ", ".join(reasons)} if reasons else {}
 
     def restore(self, records: Iterable[LoRARecord]) -> dict[str, str]:
         """Put the LoRAs of a clip into the list.
@@ -186,10 +192,8 @@ class LoRAList:
 
     def _find(self, record: LoRARecord) -> tuple[Path | None, str]:
         """Return the file that a clip was made with, or why it gets no row"""
-        if not LEAST <= record.strength <= MOST:
-            return None, f"the strength {record.strength:g} of {record.name} is not on the page"
-        if record.expert not in (None, "high", "low"):
-            return None, f"the expert {record.expert} of {record.name} is not on the page"
+        if reason := _not_on_the_page(record.name, record.strength, record.expert):
+            return None, reason
         named = [path for path in self.listing.files.values() if path.name == record.name]
         for path in named:
             with suppress(OSError):  # it is as good as missing
@@ -224,3 +228,12 @@ class LoRAList:
             return others
         place = f"{str(found.folder)!r}, or set {lora.FOLDER}"
         return f"No LoRAs yet. Put their files into {place}. {others}".rstrip()
+
+
+def _not_on_the_page(name: str, strength: float, expert: str | None) -> str:
+    """Return why no row can show a LoRA; empty where one can"""
+    if not LEAST <= strength <= MOST:
+        return f"the strength {strength:g} of {name} is not on the page"
+    if expert not in (None, "high", "low"):
+        return f"the expert {expert} of {name} is not on the page"
+    return ""

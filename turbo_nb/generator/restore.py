@@ -5,9 +5,10 @@ from pathlib import PurePath
 
 from ..errors import presentable
 from ..records import VideoRecord
-from .controls import label_of
+from .controls import in_page_words, label_of
 from .form import Form
 
+MOST_LINES = 20
 MISSING = "the file does not give it"
 
 
@@ -55,9 +56,23 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
             lost["image"] = "choose it again"
         if record.last_image and not form.last_image.take(record.last_image, record.last_image):
             lost["last_image"] = "choose it again"
-    return {name: presentable(reason, 300) for name, reason in lost.items()}  # foreign metadata may be endless
+    return {name: short(reason) for name, reason in lost.items()}
 
 
 def lost_in_words(lost: dict[str, str]) -> str:
     """Return what could not be restored, by the page's labels."""
     return ", ".join(f"{label_of(name)} ({reason})" for name, reason in lost.items())
+
+
+def left_out(lost: dict[str, str]) -> str:
+    """Return what could not be restored, a line for each."""
+    lines = []
+    for name, reason in lost.items():
+        label, words = label_of(short(name, 60)), in_page_words(short(reason))
+        lines.append(words if words.startswith(f"{label} is ") else f"{label}: {words}")
+    return "\n".join([*lines[:MOST_LINES], *([f"and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES))])
+
+
+def short(text: str, longest: int = 300) -> str:
+    """Return text of a foreign file in one line, because it may be endless."""
+    return presentable(" ".join(text.split()), longest)

@@ -108,8 +108,12 @@ class RunPanel:
         self._keep()
 
     def say(self, text: str, alert: bool = False) -> None:
-        """Show above Generate what has happened to the form. The gallery has the message for a screen reader."""
-        self.note.value = paragraph(text, "tnb-error" if alert else "tnb-note") if text else ""
+        """Show above Generate what has happened to the form, a paragraph for each line.
+
+        The gallery has the message for a screen reader.
+        """
+        kind = "tnb-error" if alert else "tnb-note"
+        self.note.value = "".join(paragraph(line, kind) for line in text.splitlines())
         visible(self.note, bool(text))
 
     def say_done(self) -> None:

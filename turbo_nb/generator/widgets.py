@@ -29,6 +29,7 @@ from .page import ADVICE, STYLE, card, close, family
 from .parts.controls import Keys
 from .preset_bar import PresetBar
 from .request import Job
+from .restore import left_out
 from .run import RunPanel
 from .waiting import QueuePanel
 
@@ -62,12 +63,19 @@ def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "
         model: the model chosen at first; a name or a path. "auto": that of the latest session, else the best here.
     """
     runner = JobRunner.of(folder)
-    state, earlier = presets.latest(), _shown.pop(runner, None)
+    earlier, unread = _shown.pop(runner, None), ""
+    state = earlier.state if earlier else {}
+    if not state:
+        try:
+            state = presets.latest()
+        except InputError as error:
+            unread = str(error)
     if earlier:
-        state = earlier.state or state
         earlier.close()
     runner.refresh()
     _shown[runner] = generator = Generator(runner, model, state)
+    if unread:
+        generator.run.say(f"The settings of the latest session are left out: {unread}", alert=True)
     return generator
 
 
@@ -86,12 +94,14 @@ class Generator:
     def __init__(self, runner: JobRunner, model: Weights = "auto", state: Mapping[str, Any] | None = None):
         self.runner = runner
         self.form = form = Form(runner, model)
-        if state:
-            form.put(state if model == "auto" else {name: state[name] for name in state if name != "model"})
+        state = state or {}
+        lost = form.put(state if model == "auto" else {name: state[name] for name in state if name != "model"})
         self.result, self.presets = ResultPanel(), PresetBar(form)
         self.models, self.queue = ModelCard(runner, form), QueuePanel(runner)
         self.run = RunPanel(runner, form, self.result.preview)
         self.clips = GalleryPanel(runner, form, self.run, self.result)
+        if lost:  # after the gallery, because a new one clears the note
+            self.run.say(f"Of the latest session these settings are left out:\n{left_out(lost)}", alert=True)
         self.keys = Keys(self._on_ctrl_enter, runner.cancel, form.prompt.text)
         ask = card("", form.prompt.box, form.image.box, form.last_image.box, self.run.box)
         shown = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
