@@ -230,6 +230,11 @@ def check(settings: ClipSettings, spec: ModelSpec) -> None:
             raise InputError(f"{name} is given. Expected none, because {spec.name} makes videos from text alone.")
     if spec.task == "i2v" and settings.image is None and settings.extend_clip is None:
         raise InputError(f"image is None. Expected a picture (--image_path), because {spec.name} begins with one.")
+    check_without_pictures(settings, spec)
+
+
+def check_without_pictures(settings: ClipSettings, spec: ModelSpec) -> None:
+    """Check what `check` does, for a clip whose picture may be chosen later. Raises InputError."""
     if settings.extend and spec.task != "i2v":
         raise InputError(
             f"extend is {settings.extend}. Expected None for {spec.name}, because only an image-to-video model can go "

@@ -83,6 +83,7 @@ class Choices:
         """
         resolved, notes = self._choice(request.load)
         resolved = resolved.decoding(request.clip.decoder)
+        generation.check_without_pictures(request.clip, resolved.spec)
         clip = settings.resolve_clip(request.clip, resolved.spec, image_size)
         resolved.require_memory(clip)
         memory, loaded = resolved.plan(clip.size), self.has(resolved)
@@ -141,9 +142,9 @@ class Choices:
     def _choice(self, options: LoadOptions) -> tuple[ResolvedModel, tuple[str, ...]]:
         """Return the resolved model, and the warnings of resolving it"""
         base = _without_changeable(options)
-        if base not in self._known:
-            self._known[base] = self._resolve(base)
-        found, notes = self._known[base]
+        if (known := self._known.get(base)) is None:  # one look, because another thread may forget it meanwhile
+            known = self._known[base] = self._resolve(base)
+        found, notes = known
         topk = found.spec.sla_topk if options.sla_topk is None else options.sla_topk
         found, model = replace(found, sla_topk=topk, options=options), self.model
         if options.loras:  # those that were read before are not read again
