@@ -128,6 +128,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:160]
 
 
+def in_words(error: BaseException) -> str:
+    """Return the text for a person of an error, be it one of this package or another one."""
+    if isinstance(error, TurboNbError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "Out of memory. Take fewer frames, a smaller resolution, or the int8 checkpoint, and restart the kernel."
+    return (
+        f"unexpected {type(error).__name__}: {error}. Try again. If it happens again, restart the kernel and report "
+        "the details."
+    )
+
+
 def listed(names: Iterable[str], most: int = 3) -> str:
     """Return `a, b, c and 4 more`, sorted."""
     names = sorted(names)

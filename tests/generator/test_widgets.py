@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import comm
@@ -27,13 +28,14 @@ from turbo_nb.batch.queue import QueueFile, QueueRecord
 from turbo_nb.errors import DownloadError, InputError, OutputError
 from turbo_nb.files import hub, hub_cache, recognise
 from turbo_nb.files.resolve import ResolvedModel
-from turbo_nb.generator import controls, form, run, widgets
+from turbo_nb.generator import controls, form, gallery, models, run, widgets
+from turbo_nb.generator.choices import Choices
 from turbo_nb.generator.controls import OWN
 from turbo_nb.generator.form import CUSTOM
 from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.generator.page import family
 from turbo_nb.generator.parts import Part
-from turbo_nb.generator.request import Request
+from turbo_nb.generator.request import Job, Request
 from turbo_nb.generator.widgets import Generator
 from turbo_nb.machine import environment
 from turbo_nb.settings import ClipSettings, LoadOptions
@@ -182,6 +184,59 @@ def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(gene
     assert generator.runner.jobs == [] and len(generator.runner.gallery.clips()) == 1
     fill(generator, **{control: right})
     assert 'role="alert"' not in page(generator.root) and not generator.run.generate.disabled
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "action"),
+    [
+        (JobRunner, "submit_all", lambda page: page.run.generate.click()),
+        (Choices, "outlook", lambda page: fill(page, num_frames=9)),
+        (Choices, "resolve", lambda page: fill(page, model="TurboWan2.1-T2V-14B-720P")),
+        (JobRunner, "download", lambda page: page.models.download.click()),
+        (models.fits, "every_fit", lambda page: page.models.compare.toggle.set_trait("value", True)),
+        (presets, "save", lambda page: page.presets.save.click()),
+        (presets, "delete", lambda page: page.presets.delete.click()),
+        (JobRunner, "take_over", lambda page: page.queue.resume.click()),
+        (images, "load_image", lambda page: page.form.image.path.set_trait("value", "a.png")),
+        (gallery, "restore", lambda page: page.clips._act("use", SimpleNamespace(record=None, path=Path("a.mp4")))),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_an_error_that_nobody_expects_is_on_the_page(generator, monkeypatch, place, name, action):
+    """ipywidgets only logs what a callback raises."""
+
+    def fail(*_, **__):
+        raise RuntimeError("the disk <hums>")
+
+    monkeypatch.setattr(place, name, fail)
+    action(generator)
+    monkeypatch.undo()
+    shown = html.unescape(page(generator.root)) + problem(generator)
+    assert "unexpected RuntimeError: the disk <hums>" in shown
+    fill(generator, model="nano", prompt="a small red circle")
+    assert not generator.run.generate.disabled and "hums" not in generator.run.outlook.value
+
+
+def test_the_error_of_generate_stays_until_the_form_changes(generator, monkeypatch):
+    def fail(*_, **__):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(JobRunner, "submit_all", fail)
+    generator.run.generate.click()
+    generator.form.prompt._read_tokenizer(generator.form.spec, LoadOptions(model="nano"))
+    job = Job(request=generator.form.request, state="finished")
+    generator._on_change(job)
+    assert "the disk is full" in generator.run.outlook.value and not generator.run.generate.disabled
+    fill(generator, prompt="a small red circle")
+    assert "the disk is full" not in generator.run.outlook.value
+
+
+def test_a_clip_that_cannot_be_started_is_refused_before_generate(generator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fill(generator, noise_device="cuda")
+    assert "torch sees no GPU" in generator.run.outlook.value and generator.run.generate.disabled
+    fill(generator, noise_device="cpu")
+    assert not generator.run.generate.disabled
 
 
 @pytest.mark.parametrize("text", ["128x64", "128 x 64", "128×64", " 128 X 64 "])

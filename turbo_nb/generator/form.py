@@ -13,7 +13,7 @@ import ipywidgets as w
 
 from .. import catalog, settings
 from ..catalog import ModelSpec
-from ..errors import InputError, TurboNbError
+from ..errors import InputError
 from ..settings import ClipSettings, LoadOptions, Weights
 from ..values import Flag, shown
 from .controls import COLUMNS, OWN, UNUSED, Field, not_on_page, styled
@@ -249,7 +249,7 @@ class Form:
         options = LoadOptions(model=self.model.value)
         try:
             self.spec = self._runner.choices.resolve(options).spec
-        except TurboNbError:
+        except Exception:
             self.spec = None
             self._changed()  # the page shows the error
         else:

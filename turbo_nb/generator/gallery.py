@@ -6,7 +6,7 @@ from dataclasses import replace
 import ipywidgets as w
 
 from .. import catalog
-from ..errors import InputError, TurboNbError, first_line, listed
+from ..errors import InputError, TurboNbError, first_line, in_words, listed
 from ..records import VideoRecord
 from ..settings import MAX_EXTENSIONS
 from ..video import mp4
@@ -101,8 +101,8 @@ class GalleryPanel:
         if does := self._does.get(name):
             try:
                 does(clip)
-            except TurboNbError as error:
-                self._say(in_page_words(str(error)), alert=True)
+            except Exception as error:  # because ipywidgets would only log it
+                self._say(in_page_words(in_words(error)), alert=True)
 
     def _say(self, text: str, alert: bool = False) -> None:
         """Show what has happened to the form, here and above Generate"""
@@ -158,7 +158,7 @@ class GalleryPanel:
             for clip in clips:
                 self._gallery.delete(clip)
                 gone.append(clip.path.name)
-        except TurboNbError as error:
+        except Exception as error:  # because ipywidgets would only log it
             self._show_error(error)
         else:
             self.view.say("")
@@ -178,6 +178,8 @@ class GalleryPanel:
             self._show_error(error)
         except OSError as error:  # the zip is gone already
             self.view.say(first_line(error), alert=True)
+        except Exception as error:  # because nobody looks at what the thread raises
+            self._show_error(error)
 
-    def _show_error(self, error: TurboNbError) -> None:
-        self.view.say(in_page_words(str(error)), alert=True)
+    def _show_error(self, error: Exception) -> None:
+        self.view.say(in_page_words(in_words(error)), alert=True)

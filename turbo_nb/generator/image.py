@@ -9,11 +9,10 @@ import ipywidgets as w
 
 from .. import settings
 from ..catalog import ModelSpec
-from ..errors import InputError
 from ..settings import ClipSettings
 from ..video import images
 from .controls import styled
-from .page import WRAPPED, button, error_box, fold, paragraph, thumbnail, visible
+from .page import WRAPPED, button, error_of, fold, paragraph, thumbnail, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,9 +74,9 @@ class PictureInput:
         """
         try:
             self.picture = images.load_image(source, self._option)
-        except InputError as error:
+        except Exception as error:  # because ipywidgets would only log it
             self.picture = self._source = None
-            self._show(error_box(str(error)))
+            self._show(error_of(error))
         else:
             self._source = source if isinstance(source, str) else self.picture
             does = "begins" if self._option == "image" else "ends"

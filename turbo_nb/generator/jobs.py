@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import generation, settings
 from ..batch.queue import QueueFile, QueueRecord
-from ..errors import InputError, OutputError, TurboNbError, collect_warnings, space_or
+from ..errors import InputError, OutputError, TurboNbError, collect_warnings, in_words, space_or
 from ..machine import atomic, mapped
 from ..runtime import estimate
 from ..runtime.plan import Plan
@@ -301,9 +301,9 @@ class JobRunner:
         except _Cancelled:
             state = "cancelled"
         except TurboNbError as error:
-            job.error = str(error)
+            job.error = in_words(error)
         except BaseException as error:  # because nobody else sees an exception of a thread
-            job.error, job.trace = _in_words(error), traceback.format_exc()
+            job.error, job.trace = in_words(error), traceback.format_exc()
         with self._lock:
             self._end(job, state)
         self._notify(job)
@@ -371,13 +371,3 @@ class JobRunner:
         if plan.name != "resident":
             job.notes.append(str(plan))
         self._advance(job, "load")
-
-
-def _in_words(error: BaseException) -> str:
-    """Return the text for an error that this package does not raise on purpose"""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "Out of memory. Take fewer frames, a smaller resolution, or the int8 checkpoint, and restart the kernel."
-    return (
-        f"unexpected {type(error).__name__}: {error}. Try again. If it happens again, restart the kernel and report "
-        "the details."
-    )

@@ -8,7 +8,6 @@ from rich.filesize import decimal
 from .. import backends, catalog
 from ..catalog import ModelSpec
 from ..checkup import fits
-from ..errors import TurboNbError
 from ..files import hub_cache
 from ..files.resolve import ResolvedModel
 from ..machine import environment, probe
@@ -17,7 +16,7 @@ from ..settings import LoadOptions
 from .downloads import Download
 from .form import Form
 from .jobs import JobRunner
-from .page import WRAPPED, bar, button, error_box, fold, paragraph, visible
+from .page import WRAPPED, bar, button, error_box, error_of, fold, paragraph, visible
 
 
 class ModelCard:
@@ -42,8 +41,8 @@ class ModelCard:
         """Show the chosen model anew."""
         try:
             model = self._runner.choices.resolve(self._options).decoding(self._decoder)
-        except TurboNbError as error:
-            self.facts.value = error_box(str(error))
+        except Exception as error:  # because ipywidgets would only log it
+            self.facts.value = error_of(error)
             visible(self.download, False)
         else:
             free = hub_cache.free_bytes()
@@ -74,8 +73,8 @@ class ModelCard:
     def _on_download(self) -> None:
         try:
             self._runner.download(self._options, self._decoder)
-        except TurboNbError as error:
-            self.progress.value = error_box(str(error))
+        except Exception as error:  # because ipywidgets would only log it
+            self.progress.value = error_of(error)
 
     def _on_cancel(self) -> None:
         if self._runner.downloading:
@@ -83,7 +82,11 @@ class ModelCard:
 
     def _show_table(self) -> None:
         host = environment.memory().available
-        rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
+        try:
+            rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
+        except Exception as error:  # because ipywidgets would only log it
+            self.table.value = error_of(error)
+            return
         head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "on this machine", "disk"))
         self.table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 

@@ -6,10 +6,12 @@ Text that people typed, and text from files, is escaped here or by the caller be
 import base64
 import html
 import io
+import traceback
 from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
+from ..errors import TurboNbError, in_words
 from .controls import in_page_words
 
 if TYPE_CHECKING:
@@ -101,6 +103,12 @@ def error_box(text: str, trace: str = "") -> str:
     """Return HTML of an error in the page's words, which a screen reader reads out at once."""
     details = f"<details><summary>Details</summary><pre>{html.escape(trace)}</pre></details>" if trace else ""
     return f'<div class="tnb-error" role="alert">{html.escape(in_page_words(text))}{details}</div>'
+
+
+def error_of(error: Exception) -> str:
+    """Return HTML of an error. One that this package does not raise on purpose has its traceback."""
+    ours = isinstance(error, TurboNbError)
+    return error_box(in_words(error), "" if ours else "".join(traceback.format_exception(error)))
 
 
 def paragraph(text: str, kind: str = "") -> str:

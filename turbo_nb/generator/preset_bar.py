@@ -6,10 +6,10 @@ from typing import Any
 import ipywidgets as w
 
 from .. import presets
-from ..errors import InputError, TurboNbError
+from ..errors import InputError
 from .controls import styled
 from .form import LOAD, MORE, Form
-from .page import WRAPPED, button, error_box, paragraph, visible
+from .page import WRAPPED, button, error_box, error_of, paragraph, visible
 
 # options that a preset of the user keeps: how a clip is made, and not what it shows
 KEPT = ("resolution", "aspect_ratio", "num_frames", "num_steps", *LOAD, *MORE)
@@ -83,8 +83,8 @@ class PresetBar:
         name = self.name.value.strip()
         try:
             presets.save(name, used := self._settings())
-        except TurboNbError as error:
-            self.note.value = error_box(str(error))
+        except Exception as error:  # because ipywidgets would only log it
+            self.note.value = error_of(error)
             return
         self.name.value = ""
         self.list(name)
@@ -94,8 +94,8 @@ class PresetBar:
     def _on_delete(self) -> None:
         try:
             presets.delete(self.choice.value)
-        except TurboNbError as error:
-            self.note.value = error_box(str(error))
+        except Exception as error:  # because ipywidgets would only log it
+            self.note.value = error_of(error)
             return
         self.list()
         self.show()

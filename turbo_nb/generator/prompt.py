@@ -97,11 +97,14 @@ class PromptInput:
             threading.Thread(target=self._read_tokenizer, args=(self._spec, self._options), daemon=True).start()
 
     def show(self) -> None:
-        """Show what there is to say about the text."""
+        """Show what there is to say about a text that has changed."""
+        self._show_hint()
+        self._changed()
+
+    def _show_hint(self) -> None:
         with self._showing:
             visible(self.lines, len(self._filled_lines) > 1)
             self.hint.value = f"{paragraph(self._advice(), 'tnb-dim')}{self._lost()}{NO_NEGATIVE}"
-        self._changed()
 
     def _advice(self) -> str:
         """Return what suits the model, and the tokens of the longest prompt"""
@@ -134,7 +137,7 @@ class PromptInput:
             if tokenizer is None or spec is not self._spec:
                 return
             self._tokenizer = tokenizer
-        self.show()
+        self._show_hint()
 
     def _on_example(self, change) -> None:
         if change["new"]:

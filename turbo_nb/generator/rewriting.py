@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import ipywidgets as w
 
 from ..catalog import ModelSpec
-from ..errors import TurboNbError, collect_warnings
+from ..errors import collect_warnings
 from ..text import rewrite
-from .page import WRAPPED, button, error_box, paragraph, visible
+from .page import WRAPPED, button, error_box, error_of, paragraph, visible
 
 PRIVACY = "The text of the prompt is sent to the language model at TURBO_NB_REWRITE_URL. No picture is sent."
 
@@ -64,8 +64,8 @@ class RewriteBar:
         try:
             with collect_warnings() as notes:
                 made = [rewrite.rewrite_prompt(one, **self._model) for one in prompts]
-        except TurboNbError as error:
-            made, note = [], error_box(str(error))
+        except Exception as error:  # because the page would wait for ever
+            made, note = [], error_of(error)
         else:
             note = _status("Rewritten.") + "".join(paragraph(one, "tnb-dim") for one in notes)
         with self._lock:

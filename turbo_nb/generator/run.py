@@ -16,7 +16,7 @@ from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
 from .jobs import JobRunner
-from .page import WRAPPED, bar, button, error_box, image_tag, paragraph, visible
+from .page import WRAPPED, bar, button, error_box, error_of, image_tag, paragraph, visible
 from .request import Job, Outlook
 
 NAMES = {
@@ -39,6 +39,7 @@ class RunPanel:
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
         self._runner, self._form = runner, form
         self._outlook: Outlook | None = None
+        self._refused = ""  # HTML of why the latest Generate added no job
         self._updating = threading.RLock()
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
@@ -66,21 +67,25 @@ class RunPanel:
         """Add the clips that the form asks for to the queue; return whether that was possible."""
         try:
             jobs = self._runner.submit_all(self._form.request.spread(self._form.prompt.prompts, self.seeds.value))
-        except TurboNbError as error:
+        except Exception as error:  # because ipywidgets would only log it
             self.show_error(error)
             return False
+        self._refused = ""
         self._form.seed_of(jobs[0].request.clip.seed)
         self.say("")
         self.keep()
         return True
 
-    def update(self, prompt_only: bool = False) -> None:
+    def update(self, prompt_only: bool = False, keep_error: bool = False) -> None:
         """Show what the clip will take, or why it cannot be made.
 
         Args:
             prompt_only: only the prompt has changed, which changes neither size nor time.
+            keep_error: the form has not changed, so that the error of the latest Generate stays.
         """
-        with self._updating:  # because the thread that reads a tokenizer updates, too
+        with self._updating:  # because the threads of jobs and downloads update, too
+            if not keep_error:
+                self._refused = ""
             self._update(prompt_only)
 
     def _update(self, prompt_only: bool) -> None:
@@ -95,16 +100,16 @@ class RunPanel:
                 self._outlook = self._runner.choices.outlook(form.outline, form.image.size)
             outlook = self._outlook
             problem = _problem(outlook, form)
-        except TurboNbError as error:
+        except Exception as error:  # because ipywidgets would only log it
             self.generate.disabled = True
-            self.outlook.value = error_box(str(error))
+            self.outlook.value = error_of(error)
             return
         self.generate.disabled = bool(problem)
         count = self.seeds.value * len(form.prompt.prompts)
         self.generate.description = "Generate" if count == 1 else f"Generate {count}"
         lines = [paragraph(line, "tnb-dim") for line in _lines(outlook, count)]
         lines += [paragraph(in_page_words(note), "tnb-dim") for note in outlook.notes]
-        self.outlook.value = (error_box(problem) if problem else "") + "".join(lines)
+        self.outlook.value = (error_box(problem) if problem else self._refused) + "".join(lines)
         self._keep()
 
     def say(self, text: str, alert: bool = False) -> None:
@@ -121,10 +126,11 @@ class RunPanel:
         if "tnb-error" not in self.note.value:
             self.say("")
 
-    def show_error(self, error: TurboNbError) -> None:
-        """Show why no job was added."""
-        self.outlook.value = ""  # because a screen reader reads out only what is new
-        self.outlook.value = error_box(str(error))
+    def show_error(self, error: Exception) -> None:
+        """Show why no job was added, until the form changes."""
+        with self._updating:
+            self.outlook.value = ""  # because a screen reader reads out only what is new
+            self.outlook.value = self._refused = error_of(error)
 
     def show(self, job: Job | None) -> None:
         """Show where a job is. The worker's thread calls this at every change, and the ticker every second."""

@@ -5,10 +5,9 @@ import threading
 
 import ipywidgets as w
 
-from ..errors import TurboNbError
 from .controls import in_page_words
 from .jobs import JobRunner
-from .page import button, card, close, error_box, family, paragraph, visible
+from .page import button, card, close, error_of, family, paragraph, visible
 from .request import Job
 
 SHOWN = 8  # rows; a longer queue is counted
@@ -73,7 +72,9 @@ class QueuePanel:
     def _on_resume(self) -> None:
         try:
             self._runner.take_over()
-        except TurboNbError as error:
-            self.note.value = error_box(str(error))
+        except Exception as error:  # because ipywidgets would only log it
+            self.show_left_over()
+            self.note.value = error_of(error)
+            return
         self.show_left_over()
         self.show()

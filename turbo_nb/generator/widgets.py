@@ -170,7 +170,7 @@ class Generator:
         if isinstance(change, Download):
             self.models.show()
             self.form.prompt.read_tokenizer()
-            self.run.update()
+            self.run.update(keep_error=True)
         else:
             self.queue.show()
             if change is self.runner.job:
@@ -181,7 +181,7 @@ class Generator:
                 self.clips.show()
                 self.run.say_done()
             if change.state in ("finished", "failed"):
-                self.run.update()
+                self.run.update(keep_error=True)
         if self.runner.busy:
             self._tick()
 

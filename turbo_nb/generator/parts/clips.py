@@ -9,7 +9,7 @@ from pathlib import Path
 
 import traitlets as t
 
-from ...errors import TurboNbError, first_line
+from ...errors import first_line
 from ...machine import environment
 from ...records import VideoRecord
 from ...runtime.estimate import in_words
@@ -113,7 +113,7 @@ class GalleryView(Player):
         gallery: the clips.
         on_act: called with the name of an action and the clip.
         on_delete, on_zip: called with clips. The zip of an empty selection has all clips that fit.
-        on_error: called with an error that a person can answer.
+        on_error: called with an error of an action.
     """
 
     _esm = source("transfer.js", "compare.js", "gallery.js")
@@ -136,7 +136,7 @@ class GalleryView(Player):
         on_act: Callable[[str, Clip], None],
         on_delete: Callable[[list[Clip]], None],
         on_zip: Callable[[list[Clip]], None],
-        on_error: Callable[[TurboNbError], None],
+        on_error: Callable[[Exception], None],
     ):
         super().__init__(self._path)
         self._lock, self._drawing = threading.RLock(), False  # because the thread that makes clips draws, too
@@ -227,7 +227,7 @@ class GalleryView(Player):
         elif clip := self._keyed(wanted):
             try:
                 self.reply(content, {}, [self._gallery.poster(clip)])
-            except TurboNbError as error:
+            except Exception as error:  # because the page would wait for ever
                 self.reply(content, {"error": first_line(error)})
         else:
             self.reply(content, {"error": "This clip is gone, or has changed."})
@@ -247,7 +247,7 @@ class GalleryView(Player):
         if clip := self._clip(content.get("name")):
             try:
                 function(clip)
-            except TurboNbError as error:
+            except Exception as error:  # because ipywidgets would only log it
                 self._on_error(error)
         else:
             self.say("This clip is gone.", alert=True)
