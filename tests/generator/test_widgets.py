@@ -892,9 +892,17 @@ def test_the_settings_come_back_when_the_cell_runs_again_and_after_a_restart(tmp
         request = made.form.request
         assert (request.clip.prompt, request.clip.resolution, request.clip.seed) == ("a blue square", "64 x 64", seed)
         assert request.load.sla_topk == 0.005 and not request.random_seed
-    fill(third, num_frames=6)  # a setting that cannot be used
+    for broken in ({"num_frames": 6}, {"custom": "5x5"}, {"custom": " "}, {"sla_topk": 2.0}):  # cannot be used
+        fill(third, custom="64x64", num_frames=9, num_steps=2, sla_topk=0.005, prompt="a green square")
+        fill(third, **broken)
+        third.run.keep()
+        kept = presets.latest()
+        assert (kept["prompt"], kept["num_steps"], kept["seed"]) == ("a green square", 2, seed)
+        again = Generator(third.runner, state=kept)
+        assert again.run.note.value == "" and not again.run.generate.disabled
+        again.close()
     fourth = widgets.show("clips")
-    assert fourth.form.request.clip.prompt == "a blue square"
+    assert fourth.form.request.clip.prompt == "a green square"
     fourth.close()
 
 

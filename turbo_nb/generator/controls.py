@@ -121,14 +121,23 @@ class Field:
         """
         if value is not None:
             with suppress(TraitError, InputError):
-                # the whole class, because it checks more than its options do
-                more = {"prompt": "?"} if "prompt" in settings.options(self._cls) else {}
-                checked = getattr(settings.build(self._cls, {self.name: value}, **more), self.name)
+                checked = self._check(value)
                 self.widget.value = str(checked) if self._is_typed else checked
                 if self.widget.value == (str(checked) if self._is_typed else checked):
                     return ""  # a control with limits would take the nearest value
         self.widget.value = self.own
         return "" if value is None else not_on_page(value)
+
+    @property
+    def checked(self) -> Any:
+        """`value`, if it can be used. Raises InputError."""
+        value = self.value
+        return None if value is None else self._check(value)
+
+    def _check(self, value: Any) -> Any:
+        """Return a value in its own type. The whole class checks it, which checks more than the option"""
+        more = {"prompt": "?"} if "prompt" in settings.options(self._cls) else {}
+        return getattr(settings.build(self._cls, {self.name: value}, **more), self.name)
 
     def show_own(self, own: Any) -> None:
         """Show the model's own value in the place of None."""

@@ -5,7 +5,7 @@ for settings from elsewhere: presets, clips of the gallery, and the latest sessi
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +116,22 @@ class Form:
         return settings.build(LoadOptions, values, model=self.model.value, loras=self.loras.value)
 
     def _request(self, prompt: str) -> Request:
-        size = self.resolution.value
         clip = settings.build(
             ClipSettings,
             {name: self.fields[name].value for name in FRONT + MORE} | self.image.settings | self.last_image.settings,
             prompt=prompt,
-            resolution={OWN: None, CUSTOM: self.custom.value.strip()}.get(size, size),
-            aspect_ratio=self.aspect.value if size in catalog.RESOLUTIONS else None,
+            **self._size,
         )
         return Request(load=self.load, clip=clip, random_seed=self.random_seed.value)
+
+    @property
+    def _size(self) -> dict[str, str | None]:
+        size = self.resolution.value
+        own = {OWN: None, CUSTOM: self.custom.value.strip()}
+        return {
+            "resolution": own.get(size, size),
+            "aspect_ratio": self.aspect.value if size in catalog.RESOLUTIONS else None,
+        }
 
     @property
     def state(self) -> dict[str, Any]:
@@ -133,6 +140,23 @@ class Form:
         clip = settings.asked(request.clip) | {"prompt": self.prompt.text.value}
         clip = {name: value for name, value in clip.items() if name not in settings.PICTURES or isinstance(value, str)}
         return settings.asked(request.load) | clip | {"random_seed": self.random_seed.value}
+
+    @property
+    def usable_state(self) -> dict[str, Any]:
+        """`state` without the values that cannot be used, because one of them would take all others along."""
+        with suppress(InputError):
+            return self.state
+        found = {"model": self.model.value, "prompt": self.prompt.text.value, "random_seed": self.random_seed.value}
+        found["loras"] = [str(one) for one in self.loras.value]
+        for one in (self.image.settings, self.last_image.settings):
+            found |= {name: value for name, value in one.items() if isinstance(value, str | bool)}
+        for name, field in self.fields.items():
+            with suppress(InputError):
+                found[name] = field.checked
+        with suppress(InputError):
+            settings.build(ClipSettings, self._size, prompt="?")
+            found |= self._size
+        return {name: value for name, value in found.items() if value is not None}
 
     # what the controls show
 

@@ -7,7 +7,6 @@ import ipywidgets as w
 from rich.filesize import decimal
 
 from .. import presets
-from ..errors import TurboNbError
 from ..files import hub_cache
 from ..generation import UNTRAINED
 from ..machine import environment
@@ -87,6 +86,7 @@ class RunPanel:
             if not keep_error:
                 self._refused = ""
             self._update(prompt_only)
+        self._keep()
 
     def _update(self, prompt_only: bool) -> None:
         form = self._form
@@ -110,7 +110,6 @@ class RunPanel:
         lines = [paragraph(line, "tnb-dim") for line in _lines(outlook, count)]
         lines += [paragraph(in_page_words(note), "tnb-dim") for note in outlook.notes]
         self.outlook.value = (error_box(problem) if problem else self._refused) + "".join(lines)
-        self._keep()
 
     def say(self, text: str, alert: bool = False) -> None:
         """Show above Generate what has happened to the form, a paragraph for each line.
@@ -157,11 +156,7 @@ class RunPanel:
 
     def keep(self) -> None:
         """Keep the settings on disk for the next kernel."""
-        try:
-            state = self._form.state
-        except TurboNbError:
-            return
-        presets.remember(state)
+        presets.remember(self._form.usable_state)
 
     def close(self) -> None:
         """Write nothing any more."""

@@ -127,11 +127,8 @@ class Generator:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The settings in the form; empty where one of them cannot be used."""
-        try:
-            return self.form.state
-        except InputError:
-            return {}
+        """The settings in the form, without those that cannot be used."""
+        return self.form.usable_state
 
     def close(self) -> None:
         """Take the widgets off the page. The runner, its jobs and its clips stay."""
