@@ -165,7 +165,7 @@ class Implementation:
         """Return the function; import its module if this is the first use."""
         module, _, attribute = self.function.partition(":")
         found = sys.modules.get(module)  # first, because torch.compile cannot follow an import
-        if found is None or getattr(found.__spec__, "_initializing", False):  # by another thread
+        if found is None or getattr(getattr(found, "__spec__", None), "_initializing", False):  # by another thread
             found = import_module(module)
         return getattr(found, attribute)
 
