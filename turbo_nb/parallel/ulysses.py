@@ -209,10 +209,10 @@ class Packed(Alone):
 
     def attend(self, attention: Attention) -> Tensor:
         """Compute an attention over all tokens with this rank's heads: this rank's tokens of all heads."""
-        pooled, sums = None, [self._sent.get(name) for name in ("q_sums", "k_sums")]
+        pooled, sums = None, [self._sent.pop(name, None) for name in ("q_sums", "k_sums")]
         if sums[0] is not None:
             pooled = self._to_heads(sums, [-(-count // SUM_TOKENS) for count in self._counts])
-        arrived = self._to_heads([self._sent[name] for name in "qkv"], self._counts)()
+        arrived = self._to_heads([self._sent.pop(name) for name in "qkv"], self._counts)()
         out = self._to_tokens(attention(*arrived, pooled() if pooled else (None, None)))
         return torch.stack(out, dim=2).flatten(2, 3)
 
@@ -269,6 +269,7 @@ class DenseProcessor(WanAttnProcessor):
         v, q, k = (x.unflatten(2, (attn.heads, -1)) for x in project(linears, hidden_states))
         q, k = rope.norm_rope(q, attn.norm_q, cos, sin), rope.norm_rope(k, attn.norm_k, cos, sin)
         exchange.send(q=q.to(v.dtype), k=k.to(v.dtype), v=v)
+        del q, k, v  # because the attention needs their memory
         out = exchange.attend(_dense).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
