@@ -1,5 +1,7 @@
 """A step and the decoding on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
 
+import copy
+import pickle
 import threading
 from itertools import pairwise
 
@@ -105,6 +107,17 @@ def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split.peft_config = {"lora": None}
     assert_close("a LoRA of its own", step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-6)
     del split.peft_config
+    assert team.group.exchanges == before
+
+
+@pytest.mark.parametrize("attention", ["sla", "original"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_split_transformer_is_computed_by_rank_0(loaded, team, attention, copied):
+    split, whole = loaded[0][attention]
+    before, own = team.group.exchanges, copied(split)
+    assert_close(attention, step(whole, (1, 14, 14)), step(own, (1, 14, 14)), 1e-6)
     assert team.group.exchanges == before
 
 

@@ -258,10 +258,10 @@ class DenseProcessor(WanAttnProcessor):
 
     def __init__(self, exchange: Ulysses):
         super().__init__()
-        self.exchange = exchange
+        self.exchange: Ulysses | None = exchange  # None in a copy
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        if self.exchange.bounds is None:
+        if self.exchange is None or self.exchange.bounds is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)
         exchange = self.exchange.begin()
