@@ -94,6 +94,13 @@ def test_other_ranks_take_over_another_attention_and_topk(loaded):
         assert_close(f"{attention} {topk}", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
 
 
+def test_other_ranks_take_over_a_topk_and_keep_the_backend(loaded):
+    split, whole = loaded[0]["sagesla"]
+    for model in (split, whole):
+        sla.set_topk(model, 0.9)
+    assert_close("sagesla 0.9", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
+
+
 def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split, whole = loaded[0]["original"]
     before, processors = team.group.exchanges, [block.attn1.processor for block in split.blocks]

@@ -108,10 +108,11 @@ class Ulysses:
         finally:
             self.shared = False
 
-    def take(self, model: nn.Module, attention: tuple[str, float | None]) -> None:
+    def take(self, model: nn.Module, attention: tuple[str, float | None, str | None]) -> None:
         """Give this rank's transformer the attention of rank 0, as `attention_of` returns it."""
         if attention != attention_of(model):
-            set_attention_type(model, attention[0], attention[1] or 1, device=self.group.device)
+            kind, topk, backend = attention
+            set_attention_type(model, kind, topk or 1, backend=backend, device=self.group.device)
             split(model, self)
 
     @contextmanager
@@ -345,9 +346,10 @@ def splits(
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
 
 
-def attention_of(model: nn.Module) -> tuple[str, float | None]:
-    """Return the attention and the topk of a transformer."""
-    return attention_type(model), topk_of(model)
+def attention_of(model: nn.Module) -> tuple[str, float | None, str | None]:
+    """Return the attention of a transformer, its topk, and the backend that overrides the usual one."""
+    processor = model.blocks[0].attn1.processor
+    return attention_type(model), topk_of(model), processor.sla.backend if isinstance(processor, SLAProcessor) else None
 
 
 def _is_known(processor: Any) -> bool:
