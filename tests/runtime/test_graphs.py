@@ -184,6 +184,33 @@ def test_a_change_on_another_rank_drops_the_graph(fused):
     assert counts(clip(own, [model])[0]) == (0, 0, "a merge")
 
 
+@pytest.mark.parametrize("here", [True, False], ids=["here", "on another rank"])
+def test_memory_that_ran_out_drops_the_graphs_of_all_ranks(fused, here):
+    class Ranks:
+        answers, asked = [], []
+
+        def agree(self, reason):
+            self.asked.append(reason)
+            return reason or (self.answers.pop(0) if self.answers else "")
+
+        sharing = staticmethod(lambda *_, **__: nullcontext())
+
+    own, models, ranks = step_graphs(fails=None), [fused(), fused(seed=1)], Ranks()
+    for model in models:
+        model.ulysses = ranks
+    clip(own, models)
+    assert counts(clip(own, models[:1])[0]) == (1, 3, "")
+    ranks.asked.clear()
+    if here:
+        own._recorder.fails = torch.OutOfMemoryError("full")
+    else:
+        ranks.answers = ["", "", "", "another GPU cannot", "another GPU cannot"]
+    reason = "memory ran out" if here else "another GPU cannot"
+    assert counts(clip(own, models[1:], steps=1)[0]) == (0, 0, reason)
+    assert ranks.asked == ["", "", "", *["memory ran out" if here else ""] * 2]
+    assert counts(clip(own, models[:1])[0]) == (0, 0, "memory ran out")
+
+
 @pytest.mark.parametrize("change", ["values", "topk", "addresses", "module", "variable"])
 def test_what_changes_between_clips_changes_the_graph(fused, change, monkeypatch):
     own, model = step_graphs(), fused()
