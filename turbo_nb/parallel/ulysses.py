@@ -129,6 +129,10 @@ class Ulysses:
             finally:
                 self.shared = False
 
+    def can_share(self, model: nn.Module, latents: Tensor, timestep: Tensor) -> bool:
+        """Return whether the ranks share a step; rank 0 computes it alone otherwise."""
+        return splits(model, latents, timestep)
+
     def agree(self, reason: str) -> str:
         """Return a reason that any rank has, so that all ranks decide alike; empty if none has one."""
         with nullcontext() if self.group.rank or self.shared else self.link.together():

@@ -205,6 +205,8 @@ class _Run:
             return self.plain(*inputs, **more)
         if not self._ulysses:
             return self._run(inputs, more)
+        if not self._ulysses.can_share(self._model, hidden_states, timestep):  # something was attached since
+            return self.plain(*inputs, **more)
         with self._ulysses.sharing(self._model, inputs, recorded=True):
             return self._run(inputs, more)
 
