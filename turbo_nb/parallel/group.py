@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..machine import probe
 from .cuda_memory import CudaMemory
 from .peers import Memory, Peers
 
 logger = logging.getLogger("turbo_nb")
 JOIN = timedelta(seconds=25)  # until all ranks have joined
-VARIABLE = "TURBO_NB_EXCHANGE"  # "nccl": the steps exchange through NCCL, too
 LONGEST = timedelta(hours=1)  # of an exchange; `ranks.Team` finds a rank that hangs earlier
 ABORTS = 2.0  # seconds that ending the exchanges may take
 CTAS = 32  # multiprocessors that an exchange takes; with 16 it took half as long again on two H200
@@ -83,7 +83,7 @@ class Group:
         return None if refusals.item() else peers
 
     def _memory(self) -> Memory | None:
-        if self.device.type == "cpu" or os.environ.get(VARIABLE) == "nccl":
+        if self.device.type == "cpu" or probe.exchange() == "nccl":
             return None
         return CudaMemory(self.device, self.size)
 
