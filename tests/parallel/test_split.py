@@ -3,7 +3,10 @@
 import copy
 import pickle
 import threading
+import time
+from contextlib import suppress
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import targets
@@ -156,6 +159,73 @@ def test_shares_are_even_and_at_multiples(total, size):
     counts = [end - begin for begin, end in pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(counts)) == (0, total, size)
     assert all(bound % 16 == 0 for bound in bounds[:-1]) and max(counts) - min(counts) < 32
+
+
+class Refusing(SharedMemory):
+    """Memory of a rank that cannot share it, or that does not answer"""
+
+    def __init__(self, fault, until):
+        super().__init__()
+        self.fault, self.until = fault, until
+
+    def allocate(self, nbytes):
+        if self.fault == "refuses":
+            raise AttributeError("an old driver")
+        self.until.wait()
+        raise RuntimeError("late")
+
+
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_rank_that_cannot_share_memory_keeps_no_other_one_waiting(monkeypatch, fault):
+    store, until, made, begin = dist.HashStore(), threading.Event(), {}, time.monotonic()
+    monkeypatch.setattr(
+        group.Group, "_memory", lambda self: Refusing(fault, until) if self.rank == 1 else SharedMemory()
+    )
+
+    def connect(rank):
+        made[rank] = group.Group(store, rank, 2, CPU)
+        with suppress(RuntimeError):
+            made[rank].connect()
+
+    other = threading.Thread(target=connect, args=(1,), daemon=True)
+    other.start()
+    if fault == "hangs":
+        threading.Timer(1, lambda: made[0].abort()).start()  # as when rank 1 is found to have ended
+    connect(0)
+    seconds = time.monotonic() - begin
+    until.set()
+    assert seconds < 10  # and not 25
+    if fault == "refuses":
+        other.join(10)
+        assert made[0].peers is None is made[1].peers
+
+
+def test_memory_is_given_back_where_another_rank_has_ended():
+    class Counted(SharedMemory):
+        held: ClassVar = set()
+
+        def allocate(self, nbytes):
+            address, own = super().allocate(nbytes)
+            self.held.add(address)
+            return address, own
+
+        def free(self, address, own):
+            if not own:
+                raise RuntimeError("the process has ended")
+            super().free(address, own)
+            self.held.remove(address)
+
+    memory = Counted()
+    own = peers.Peers(dist.HashStore(), 0, 1, memory)
+    assert own.works()
+    own.window("q", 8).addresses[1] = 0
+    own.size, own.given_up = 2, True
+    for name in ("q", "new"):  # one grows, and one is made
+        with pytest.raises(RuntimeError, match="another rank did not come"):
+            own.window(name, 16)
+    assert len(memory.held) == 5
+    del own
+    assert not memory.held
 
 
 def test_a_rank_stops_waiting_for_one_that_has_ended():
