@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import turbo_nb
 from turbo_nb import backends, cli, generation, terminal
-from turbo_nb.errors import BackendError, TurboNbError
+from turbo_nb.errors import BackendError, InputError, TurboNbError
 from turbo_nb.machine import atomic
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
@@ -402,6 +402,12 @@ def test_an_unknown_value_of_a_variable_is_an_error_of_every_command(tmp_path, m
 def test_an_unknown_value_of_a_variable_is_an_error_in_python(monkeypatch):
     monkeypatch.setenv("TURBO_NB_VAE", "nonsense")
     with pytest.raises(BackendError, match="TURBO_NB_VAE=nonsense is unknown; give one of auto"):
+        turbo_nb.load_pipeline("nano", device="cpu")
+    monkeypatch.delenv("TURBO_NB_VAE")
+    monkeypatch.setenv("TURBO_NB_EXCHANGE", "NCCL")
+    with pytest.raises(
+        InputError, match=r"^TURBO_NB_EXCHANGE is 'NCCL'. Expected one of auto, nccl. Unset it for auto"
+    ):
         turbo_nb.load_pipeline("nano", device="cpu")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from helpers import assert_close, golden
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from turbo_nb.errors import InputError
 from turbo_nb.ops.attention import reference as attention_reference
@@ -147,6 +148,28 @@ def test_in_a_transformer_all_blocks_kept_is_dense_attention(transformer):
     set_attention_type(transformer, "original")
     assert attention_type(transformer) == "original"
     assert_close("back", dense, forward(transformer), 1e-6)
+
+
+def test_attention_and_the_projection_after_it_hold_no_earlier_tensors(transformer):
+    """Each holds as much memory as the model's width times all tokens"""
+    set_attention_type(transformer, "sla", topk=0.3)
+    attn, made, held = transformer.blocks[0].attn1, {}, {}
+
+    def watch(name):
+        def keep(_, __, out):
+            made[name] = StorageWeakRef(out.untyped_storage())
+
+        getattr(attn, name).register_forward_hook(keep)
+
+    def look(where):
+        return lambda *_: held.update({where: [name for name, made_by in made.items() if not made_by.expired()]})
+
+    for name in ("to_q", "to_k", "to_v"):
+        watch(name)
+    attn.processor.sla.register_forward_pre_hook(look("attention"))
+    attn.to_out[0].register_forward_pre_hook(look("to_out"))
+    forward(transformer)
+    assert held == {"attention": ["to_v"], "to_out": []}
 
 
 def test_proj_l_is_a_parameter_of_the_transformer_and_survives_a_new_topk(transformer):

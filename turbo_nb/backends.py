@@ -146,10 +146,16 @@ def _variable(operation: str) -> str:
 
 
 def check_variables() -> None:
-    """Raise BackendError for a TURBO_NB_… variable with a value that no implementation has. Probes nothing."""
+    """Check the TURBO_NB_… variables that decide how a step is computed. Probes nothing.
+
+    Raises:
+        BackendError: a variable has a value that no implementation has.
+        InputError: TURBO_NB_EXCHANGE has an unknown value.
+    """
     for variable in dict.fromkeys(VARIABLES.values()):
         asked = os.environ.get(variable) or "auto"
         _require_known(variable, asked, f"{variable}={asked}")
+    probe.exchange()
 
 
 def _require_known(variable: str, asked: str, source: str) -> None:

@@ -122,7 +122,7 @@ class Alone:
 
     def attend(self, attention: Callable[[Tensor, Tensor, Tensor, Sums], Tensor]) -> Tensor:
         """Compute an attention over all tokens: (B, L, H, D)."""
-        q, k, v, *sums = (self._sent.get(name) for name in ("q", "k", "v", "q_sums", "k_sums"))
+        q, k, v, *sums = (self._sent.pop(name, None) for name in ("q", "k", "v", "q_sums", "k_sums"))
         return attention(q, k, v, tuple(sums))
 
 
@@ -157,7 +157,7 @@ class SLAProcessor(nn.Module):
         exchange.send(q=q.to(v.dtype), q_sums=sums)
         k, sums = rope.norm_rope(next(projected), attn.norm_k, cos, sin, sums=True)
         exchange.send(k=k.to(v.dtype), k_sums=sums)
-        del q, k, v
+        del q, k, v, projected  # because the attention needs their memory
         out = exchange.attend(self.sla).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 

@@ -166,6 +166,12 @@ def test_the_plan_counts_a_ranks_share():
         return plan.for_model(catalog.MODELS["TurboWan2.1-T2V-14B-720P"], quantized=True, **given)
 
     assert needs(4).needs < needs(2).needs < needs(1).needs and "on each of 2 GPUs" in str(needs(2))
+    # Half of the decoding at once, and the windows of q, k, v and the result: 75,600 tokens of 5120 channels in bf16
+    sizes, one = plan.sizes(catalog.MODELS["TurboWan2.1-T2V-14B-720P"], quantized=True), 2 * 75_600 * 5120
+    decode = plan.ALLOCATED * plan.DECODE_FUSED * 1280 * 720 / 2
+    models = sizes.transformer + sizes.vae
+    assert needs(2).needs == pytest.approx(models + sizes.text_encoder + decode + 4 * one / 2)
+    assert needs(2, "free-text").needs == pytest.approx(models + sizes.text_encoder + 4 * one / 2)
     assert needs(2, "offload").host == 2 * needs(1, "offload").host
 
 

@@ -1,7 +1,12 @@
 """A step and the decoding on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
 
+import copy
+import pickle
 import threading
+import time
+from contextlib import suppress
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import targets
@@ -92,6 +97,13 @@ def test_other_ranks_take_over_another_attention_and_topk(loaded):
         assert_close(f"{attention} {topk}", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
 
 
+def test_other_ranks_take_over_a_topk_and_keep_the_backend(loaded):
+    split, whole = loaded[0]["sagesla"]
+    for model in (split, whole):
+        sla.set_topk(model, 0.9)
+    assert_close("sagesla 0.9", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
+
+
 def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split, whole = loaded[0]["original"]
     before, processors = team.group.exchanges, [block.attn1.processor for block in split.blocks]
@@ -105,6 +117,17 @@ def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split.peft_config = {"lora": None}
     assert_close("a LoRA of its own", step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-6)
     del split.peft_config
+    assert team.group.exchanges == before
+
+
+@pytest.mark.parametrize("attention", ["sla", "original"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_split_transformer_is_computed_by_rank_0(loaded, team, attention, copied):
+    split, whole = loaded[0][attention]
+    before, own = team.group.exchanges, copied(split)
+    assert_close(attention, step(whole, (1, 14, 14)), step(own, (1, 14, 14)), 1e-6)
     assert team.group.exchanges == before
 
 
@@ -136,6 +159,73 @@ def test_shares_are_even_and_at_multiples(total, size):
     counts = [end - begin for begin, end in pairwise(bounds)]
     assert (bounds[0], bounds[-1], len(counts)) == (0, total, size)
     assert all(bound % 16 == 0 for bound in bounds[:-1]) and max(counts) - min(counts) < 32
+
+
+class Refusing(SharedMemory):
+    """Memory of a rank that cannot share it, or that does not answer"""
+
+    def __init__(self, fault, until):
+        super().__init__()
+        self.fault, self.until = fault, until
+
+    def allocate(self, nbytes):
+        if self.fault == "refuses":
+            raise AttributeError("an old driver")
+        self.until.wait()
+        raise RuntimeError("late")
+
+
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_rank_that_cannot_share_memory_keeps_no_other_one_waiting(monkeypatch, fault):
+    store, until, made, begin = dist.HashStore(), threading.Event(), {}, time.monotonic()
+    monkeypatch.setattr(
+        group.Group, "_memory", lambda self: Refusing(fault, until) if self.rank == 1 else SharedMemory()
+    )
+
+    def connect(rank):
+        made[rank] = group.Group(store, rank, 2, CPU)
+        with suppress(RuntimeError):
+            made[rank].connect()
+
+    other = threading.Thread(target=connect, args=(1,), daemon=True)
+    other.start()
+    if fault == "hangs":
+        threading.Timer(1, lambda: made[0].abort()).start()  # as when rank 1 is found to have ended
+    connect(0)
+    seconds = time.monotonic() - begin
+    until.set()
+    assert seconds < 10  # and not 25
+    if fault == "refuses":
+        other.join(10)
+        assert made[0].peers is None is made[1].peers
+
+
+def test_memory_is_given_back_where_another_rank_has_ended():
+    class Counted(SharedMemory):
+        held: ClassVar = set()
+
+        def allocate(self, nbytes):
+            address, own = super().allocate(nbytes)
+            self.held.add(address)
+            return address, own
+
+        def free(self, address, own):
+            if not own:
+                raise RuntimeError("the process has ended")
+            super().free(address, own)
+            self.held.remove(address)
+
+    memory = Counted()
+    own = peers.Peers(dist.HashStore(), 0, 1, memory)
+    assert own.works()
+    own.window("q", 8).addresses[1] = 0
+    own.size, own.given_up = 2, True
+    for name in ("q", "new"):  # one grows, and one is made
+        with pytest.raises(RuntimeError, match="another rank did not come"):
+            own.window(name, 16)
+    assert len(memory.held) == 5
+    del own
+    assert not memory.held
 
 
 def test_a_rank_stops_waiting_for_one_that_has_ended():

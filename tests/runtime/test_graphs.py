@@ -173,6 +173,7 @@ def test_a_change_on_another_rank_drops_the_graph(fused):
             return reason or self.other
 
         sharing = staticmethod(lambda *_, **__: nullcontext())
+        can_share = staticmethod(lambda *_: True)
 
     own, model = step_graphs(), fused()
     model.ulysses = ranks = Ranks()
@@ -182,6 +183,61 @@ def test_a_change_on_another_rank_drops_the_graph(fused):
     state, ranks.other = own.state(model), "a merge"
     assert own.state(model) != state and not own._graphs
     assert counts(clip(own, [model])[0]) == (0, 0, "a merge")
+
+
+@torch.inference_mode()
+def test_a_step_that_ranks_cannot_share_is_plain_and_other_ranks_do_not_begin_it(fused):
+    class Ranks:
+        begun, attached = 0, False
+
+        def agree(self, reason):
+            return reason
+
+        def can_share(self, *_):
+            return not self.attached
+
+        def sharing(self, *_, **__):
+            self.begun += 1
+            return nullcontext()
+
+    own, model, ranks = step_graphs(), fused(), Ranks()
+    model.ulysses = ranks
+    for _ in range(2):
+        clip(own, [model])
+    ranks.begun = 0
+    with own.replacing([model], PLAN, tally := Tally()):
+        call(model, *inputs())
+        ranks.attached = True  # as a LoRA of diffusers between two steps
+        call(model, *inputs(1))
+    assert ranks.begun == tally.replayed == 1
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["here", "on another rank"])
+def test_memory_that_ran_out_drops_the_graphs_of_all_ranks(fused, here):
+    class Ranks:
+        answers, asked = [], []
+
+        def agree(self, reason):
+            self.asked.append(reason)
+            return reason or (self.answers.pop(0) if self.answers else "")
+
+        sharing = staticmethod(lambda *_, **__: nullcontext())
+        can_share = staticmethod(lambda *_: True)
+
+    own, models, ranks = step_graphs(fails=None), [fused(), fused(seed=1)], Ranks()
+    for model in models:
+        model.ulysses = ranks
+    clip(own, models)
+    assert counts(clip(own, models[:1])[0]) == (1, 3, "")
+    ranks.asked.clear()
+    if here:
+        own._recorder.fails = torch.OutOfMemoryError("full")
+    else:
+        ranks.answers = ["", "", "", "another GPU cannot", "another GPU cannot"]
+    reason = "memory ran out" if here else "another GPU cannot"
+    assert counts(clip(own, models[1:], steps=1)[0]) == (0, 0, reason)
+    assert ranks.asked == ["", "", "", *["memory ran out" if here else ""] * 2]
+    assert counts(clip(own, models[:1])[0]) == (0, 0, "memory ran out")
 
 
 @pytest.mark.parametrize("change", ["values", "topk", "addresses", "module", "variable"])

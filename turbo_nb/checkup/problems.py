@@ -148,6 +148,14 @@ def of_price() -> Iterator[Problem]:
         yield _warning(str(error), f"set or unset {environment.PRICE}")
 
 
+def of_exchange() -> Iterator[Problem]:
+    """Yield an unknown exchange between GPUs, with which no model is loaded."""
+    try:
+        probe.exchange()
+    except InputError as error:
+        yield _error(str(error), f"unset {probe.EXCHANGE}")
+
+
 def of_encoder() -> Iterator[Problem]:
     """Yield an encoder that cannot write an mp4, which every clip needs."""
     from ..video import mp4

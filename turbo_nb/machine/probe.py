@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 HIDES = "CUDA_VISIBLE_DEVICES"
 RANKS = "TURBO_NB_RANKS"  # cpu: several ranks share a CPU, for tests
+EXCHANGE = "TURBO_NB_EXCHANGE"  # how several GPUs exchange the parts of a step
+EXCHANGES = ("auto", "nccl")
 TRIAL = Path(__file__).parent / "triton_trial.py"
 TORCH_SITE = "pytorch.org/get-started"
 TRIAL_SECONDS = 60.0  # of the trial kernel: torch's import, Triton's compilation, one launch
@@ -370,6 +372,14 @@ def device_of(device: str) -> str:
         last = torch.cuda.device_count() - 1
         raise InputError(f"device is {str(device)!r}. Expected cuda:0{f' to cuda:{last}' * (last > 0)}, as torch sees.")
     return str(asked)
+
+
+def exchange() -> str:
+    """Return how several GPUs exchange the parts of a step. Raises InputError for an unknown value of the variable."""
+    name = os.environ.get(EXCHANGE) or "auto"
+    if name not in EXCHANGES:
+        raise InputError(f"{EXCHANGE} is {name!r}. Expected one of {', '.join(EXCHANGES)}. Unset it for auto.")
+    return name
 
 
 def gpus_of(gpus: int | str, device: str) -> int:

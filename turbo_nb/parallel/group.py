@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..machine import probe
 from .cuda_memory import CudaMemory
 from .peers import Memory, Peers
 
 logger = logging.getLogger("turbo_nb")
 JOIN = timedelta(seconds=25)  # until all ranks have joined
-VARIABLE = "TURBO_NB_EXCHANGE"  # "nccl": the steps exchange through NCCL, too
 LONGEST = timedelta(hours=1)  # of an exchange; `ranks.Team` finds a rank that hangs earlier
 ABORTS = 2.0  # seconds that ending the exchanges may take
 CTAS = 32  # multiprocessors that an exchange takes; with 16 it took half as long again on two H200
@@ -29,7 +29,7 @@ NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITO
 
 
 class Group:
-    """The ranks of one model.
+    """The ranks of one model. `connect` makes it usable.
 
     Args:
         store: through which the ranks find each other.
@@ -44,6 +44,7 @@ class Group:
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: str | torch.device):
         self.rank, self.size, self.device, self.exchanges = rank, size, torch.device(device), 0
+        self._store, self._takes_lists, self.peers = store, False, None
         if self.device.type == "cpu":
             self._group = dist.ProcessGroupGloo(store, rank, size, JOIN)
             with suppress(AttributeError):
@@ -54,9 +55,13 @@ class Group:
             options.config.min_ctas = options.config.max_ctas = CTAS
             with _without_watchdog():
                 self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-        self.sum(torch.zeros(1, device=self.device)).item()  # connects the ranks now, and so tells of a fault now
+
+    def connect(self) -> None:
+        """Connect the ranks now, so that a fault is an error now. `abort` ends this, too."""
+        self.sum(torch.zeros(1, device=self.device)).item()
         self._takes_lists = self._try_lists()
-        self.peers = self._try_peers(store)
+        if (memory := self._memory()) and not self._try_peers(memory):
+            self.peers = None
 
     def _try_lists(self) -> bool:
         """Return whether the backend exchanges lists of tensors; gloo does not"""
@@ -69,21 +74,22 @@ class Group:
             return False
         return True
 
-    def _try_peers(self, store: dist.Store) -> Peers | None:
-        """Return memory that the GPUs write into, if all of them can"""
-        memory, works = self._memory(), False
-        if memory is None:
-            return None
+    def _try_peers(self, memory: Memory) -> bool:
+        """Return whether all GPUs can write into each other's memory"""
+        self.peers = Peers(self._store, self.rank, self.size, memory)  # now, so that `abort` finds it
+        works = False
         try:
-            peers = Peers(store, self.rank, self.size, memory)
-            works = peers.works()
-        except (ImportError, OSError, RuntimeError) as error:
+            works = self.peers.works()
+        except Exception as error:  # of any library, because the steps can exchange without this
+            if self.peers.given_up:
+                raise
+            self.peers.refuse()
             logger.info("GPUs cannot write into each other's memory: %s", error)
         refusals = self.sum(torch.tensor([float(not works)], device=self.device))
-        return None if refusals.item() else peers
+        return not refusals.item()
 
     def _memory(self) -> Memory | None:
-        if self.device.type == "cpu" or os.environ.get(VARIABLE) == "nccl":
+        if self.device.type == "cpu" or probe.exchange() == "nccl":
             return None
         return CudaMemory(self.device, self.size)
 

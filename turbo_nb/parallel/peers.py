@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 MEETS = 25.0  # seconds until all ranks are at the same place
 LOOKS = timedelta(seconds=0.5)  # between two looks at whether they are wanted there at all
+REFUSED = "windows/refused"  # a key of the store
 CHANNELS = 2
 FLAG = torch.int32
 TRIAL = 1 << 16  # bytes that each rank sends first, to find out whether the others get them
@@ -68,11 +69,11 @@ class Window:
     """Memory of each rank that all ranks write into.
 
     Attributes:
-        addresses: of each rank's memory, in this process.
+        addresses: rank → address of its memory, in this process.
         own: this rank's memory, as bytes.
     """
 
-    addresses: list[int]
+    addresses: dict[int, int]
     own: Tensor = field(repr=False)
 
     def view(self, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -81,7 +82,7 @@ class Window:
 
 
 class Peers:
-    """The windows of a group.
+    """The windows of a group. `works` makes them usable.
 
     Args:
         store: through which the ranks exchange handles.
@@ -89,18 +90,15 @@ class Peers:
         memory: of this rank's device.
 
     Attributes:
-        flag: the address of a 1, which is copied to where another rank waits for it.
+        given_up: whether this rank waits for no other one any more.
         grown: how often a window has grown. Addresses in a CUDA graph are outdated after that.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, memory: Memory):
         self.rank, self.size, self.memory, self.grown = rank, size, memory, 0
-        self._store, self._met, self._windows, self._given_up = store, 0, {}, False
-        self.flag, one = memory.allocate(FLAG.itemsize)
-        one.view(FLAG).fill_(1)
-        self._flags = self.window("flags", CHANNELS * size * FLAG.itemsize)
-        self._flags.own.zero_()
-        self._meet()
+        self.given_up, self._store, self._met = False, store, 0
+        self._windows: dict[str, Window] = {}
+        self._one: int | None = None  # the address of a 1, which is copied to where another rank waits for it
 
     def window(self, name: str, nbytes: int) -> Window:
         """Return a window of at least `nbytes`. All ranks ask for the same windows, in the same order.
@@ -114,11 +112,10 @@ class Peers:
                 self.grown += 1
                 self._drop(name)
             address, own = self.memory.allocate(nbytes)
-            handles = self._meet(self.memory.handle(address))
-            addresses = [
-                address if rank == self.rank else self.memory.map(handle) for rank, handle in enumerate(handles)
-            ]
-            found = self._windows[name] = Window(addresses, own)
+            found = self._windows[name] = Window({self.rank: address}, own)
+            for rank, handle in enumerate(self._meet(self.memory.handle(address))):
+                if rank != self.rank:
+                    found.addresses[rank] = self.memory.map(handle)
         return found
 
     def send(self, window: Window, rank: int, at: int, to_pitch: int, rows: Tensor) -> None:
@@ -143,17 +140,21 @@ class Peers:
         """Begin to copy a flag to each rank, after what was sent to it"""
         for rank in range(self.size):
             to = self._flags.addresses[rank] + (channel * self.size + self.rank) * FLAG.itemsize
-            self.memory.copy(rank, to, FLAG.itemsize, self.flag, FLAG.itemsize, FLAG.itemsize, 1)
+            self.memory.copy(rank, to, FLAG.itemsize, self._one, FLAG.itemsize, FLAG.itemsize, 1)
 
     def _flags_of(self, channel: int) -> Tensor:
         return self._flags.view(FLAG, CHANNELS, self.size)[channel]
 
     def works(self) -> bool:
-        """Return whether all ranks get what they send each other.
+        """Return whether all ranks get what they send each other. Call it once, on all ranks, before all else.
 
         Raises:
-            RuntimeError, OSError: this machine refuses it.
+            RuntimeError, OSError: this machine refuses it, or another rank does.
         """
+        self._one, one = self.memory.allocate(FLAG.itemsize)
+        one.view(FLAG).fill_(1)
+        self._flags = self.window("flags", CHANNELS * self.size * FLAG.itemsize)
+        self._flags.own.zero_()
         window = self.window("trial", self.size * TRIAL)
         window.own.zero_()
         self._meet()
@@ -175,25 +176,31 @@ class Peers:
 
     def give_up(self) -> None:
         """Let this rank wait for no other one any more, because it has ended."""
-        self._given_up = True
+        self.given_up = True
         self.memory.give_up()
 
+    def refuse(self) -> None:
+        """Let no other rank wait for this one, which cannot share memory."""
+        self._store.set(REFUSED, b"-")
+
     def __del__(self):  # not earlier, because a step that has failed may still be under way
-        with suppress(Exception):
-            for window in self._windows.values():
-                for rank, address in enumerate(window.addresses):
+        for window in self._windows.values():
+            for rank, address in window.addresses.items():
+                with suppress(Exception):  # because the other rank may have ended
                     self.memory.free(address, own=rank == self.rank)
-            self.memory.free(self.flag, own=True)
+        if self._one is not None:
+            with suppress(Exception):
+                self.memory.free(self._one, own=True)
 
     def _drop(self, name: str) -> None:
         """Give a window back on all ranks"""
-        window = self._windows.pop(name)
+        addresses = self._windows[name].addresses
         self._meet()
-        for rank, address in enumerate(window.addresses):
-            if rank != self.rank:
-                self.memory.free(address, own=False)
+        for rank in addresses.keys() - {self.rank}:
+            self.memory.free(addresses.pop(rank), own=False)
         self._meet()  # because memory that another process has mapped must not be freed
-        self.memory.free(window.addresses[self.rank], own=True)
+        self.memory.free(addresses.pop(self.rank), own=True)
+        del self._windows[name]
 
     def _meet(self, said: bytes = b"-") -> list[bytes]:
         """Wait until all ranks are here and have nothing under way. Return what each of them says"""
@@ -203,7 +210,7 @@ class Peers:
         self._store.set(keys[self.rank], said)
         end = time.monotonic() + MEETS
         while not self._has(keys):
-            if self._given_up or time.monotonic() > end:
+            if self.given_up or self._store.check([REFUSED]) or time.monotonic() > end:
                 raise RuntimeError("another rank did not come to where memory is shared")
         return [self._store.get(key) for key in keys]
 

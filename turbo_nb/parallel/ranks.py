@@ -89,6 +89,7 @@ class Team:
         with self.together():
             self.tell("connect")
             self.group = Group(self._store, 0, self.size, self._device)
+            self.group.connect()
 
     def tell(self, command: str, *arguments: Any) -> None:
         """Send a command to all other ranks."""
@@ -351,6 +352,7 @@ class Member:
         if command == "connect":
             store = dist.TCPStore("127.0.0.1", self._port, self.size, is_master=False)
             self.group = Group(store, self.rank, self.size, self.device)
+            self.group.connect()
 
     def commands(self) -> Iterator[tuple[str, tuple]]:
         """Yield the commands of rank 0, until it ends this rank."""

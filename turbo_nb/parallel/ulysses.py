@@ -108,10 +108,11 @@ class Ulysses:
         finally:
             self.shared = False
 
-    def take(self, model: nn.Module, attention: tuple[str, float | None]) -> None:
+    def take(self, model: nn.Module, attention: tuple[str, float | None, str | None]) -> None:
         """Give this rank's transformer the attention of rank 0, as `attention_of` returns it."""
         if attention != attention_of(model):
-            set_attention_type(model, attention[0], attention[1] or 1, device=self.group.device)
+            kind, topk, backend = attention
+            set_attention_type(model, kind, topk or 1, backend=backend, device=self.group.device)
             split(model, self)
 
     @contextmanager
@@ -127,6 +128,10 @@ class Ulysses:
                 yield
             finally:
                 self.shared = False
+
+    def can_share(self, model: nn.Module, latents: Tensor, timestep: Tensor) -> bool:
+        """Return whether the ranks share a step; rank 0 computes it alone otherwise."""
+        return splits(model, latents, timestep)
 
     def agree(self, reason: str) -> str:
         """Return a reason that any rank has, so that all ranks decide alike; empty if none has one."""
@@ -209,10 +214,10 @@ class Packed(Alone):
 
     def attend(self, attention: Attention) -> Tensor:
         """Compute an attention over all tokens with this rank's heads: this rank's tokens of all heads."""
-        pooled, sums = None, [self._sent.get(name) for name in ("q_sums", "k_sums")]
+        pooled, sums = None, [self._sent.pop(name, None) for name in ("q_sums", "k_sums")]
         if sums[0] is not None:
             pooled = self._to_heads(sums, [-(-count // SUM_TOKENS) for count in self._counts])
-        arrived = self._to_heads([self._sent[name] for name in "qkv"], self._counts)()
+        arrived = self._to_heads([self._sent.pop(name) for name in "qkv"], self._counts)()
         out = self._to_tokens(attention(*arrived, pooled() if pooled else (None, None)))
         return torch.stack(out, dim=2).flatten(2, 3)
 
@@ -258,10 +263,10 @@ class DenseProcessor(WanAttnProcessor):
 
     def __init__(self, exchange: Ulysses):
         super().__init__()
-        self.exchange = exchange
+        self.exchange: Ulysses | None = exchange  # None in a copy
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        if self.exchange.bounds is None:
+        if self.exchange is None or self.exchange.bounds is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)
         exchange = self.exchange.begin()
@@ -269,6 +274,7 @@ class DenseProcessor(WanAttnProcessor):
         v, q, k = (x.unflatten(2, (attn.heads, -1)) for x in project(linears, hidden_states))
         q, k = rope.norm_rope(q, attn.norm_q, cos, sin), rope.norm_rope(k, attn.norm_k, cos, sin)
         exchange.send(q=q.to(v.dtype), k=k.to(v.dtype), v=v)
+        del q, k, v  # because the attention needs their memory
         out = exchange.attend(_dense).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -344,9 +350,10 @@ def splits(
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
 
 
-def attention_of(model: nn.Module) -> tuple[str, float | None]:
-    """Return the attention and the topk of a transformer."""
-    return attention_type(model), topk_of(model)
+def attention_of(model: nn.Module) -> tuple[str, float | None, str | None]:
+    """Return the attention of a transformer, its topk, and the backend that overrides the usual one."""
+    processor = model.blocks[0].attn1.processor
+    return attention_type(model), topk_of(model), processor.sla.backend if isinstance(processor, SLAProcessor) else None
 
 
 def _is_known(processor: Any) -> bool:

@@ -205,6 +205,8 @@ class _Run:
             return self.plain(*inputs, **more)
         if not self._ulysses:
             return self._run(inputs, more)
+        if not self._ulysses.can_share(self._model, hidden_states, timestep):  # something was attached since
+            return self.plain(*inputs, **more)
         with self._ulysses.sharing(self._model, inputs, recorded=True):
             return self._run(inputs, more)
 
@@ -233,7 +235,7 @@ class _Run:
         if key not in self._known:
             return None
         reason = graphs._refused.get(key) or ("memory ran out" if graphs._out_of_memory else self._too_large(key))
-        reason, made = _agreed(self._model, reason), None
+        reason, made, lost = _agreed(model, reason), None, ""
         if not reason:
             while len(graphs._graphs) >= MOST:
                 graphs._graphs.popitem(last=False)
@@ -248,13 +250,14 @@ class _Run:
                     replay=replay, output=result[0], held=[kept, tables],
                 )  # fmt: skip
             except torch.OutOfMemoryError:
-                reason = "memory ran out"
-                graphs.out_of_memory()
+                reason = lost = "memory ran out"
             except RuntimeError as error:  # a launch that a graph cannot hold
                 reason = f"not recorded: {first_line(error)}"
             finally:
                 fused_transformer.forget_prompt(model)  # because these tensors are recorded and not computed
-            reason = _agreed(self._model, reason)
+            reason = _agreed(model, reason)
+            if reason and _agreed(model, lost):  # on any rank, because all of them must have the same graphs
+                graphs.out_of_memory()
         if not reason:
             graphs._graphs[key] = made
             self._tally.captured += 1

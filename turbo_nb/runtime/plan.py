@@ -24,6 +24,7 @@ DECODE_TILED = 1.2 * GB  # measured likewise, in all
 TEXT_PARAMETERS, VAE_PARAMETERS = 5.68e9, 127e6  # umT5-xxl's encoder and Wan's VAE, facts of the released files
 TEXT_STREAMED = 0.1  # of a streamed text encoder's weights: two of 24 blocks, and as much as 512 tokens' activations
 STREAMED_CELLS = 2  # blocks of a transformer on the GPU beside those that stay there, as `block_stream.CELLS`
+WINDOWS = 4  # tensors of a step that other GPUs write: q, k, v and the result; their memory is never given back
 # Name → where the text encoder is, what is offloaded, and whether the VAE may decode in tiles
 KINDS = {
     "resident": ("resident", "none", False),
@@ -204,15 +205,15 @@ def _text(plan: Plan, sizes: Sizes) -> float:
     return sizes.text_encoder * (TEXT_STREAMED if plan.text_encoder == "cpu" else 1)
 
 
-def _needs(plan: Plan, sizes: Sizes, weights: float, denoise: float, decode: float) -> float:
-    """Return the peak bytes over the stages text, denoise and decode"""
-    text = _text(plan, sizes)
+def _needs(plan: Plan, sizes: Sizes, weights: float, denoise: float, decode: float, windows: float) -> float:
+    """Return the peak bytes over the stages text, denoise and decode; `windows` stay from the first step on"""
+    text, decode = _text(plan, sizes), decode + windows
     if plan.offload == "none":
         models = sizes.transformer * sizes.experts + sizes.vae
         if plan.text_encoder == "resident":
             return models + text + max(denoise, decode)
-        return models + max(text, denoise, decode)  # a freed encoder shares its room with the later stages
-    return max(text, weights + denoise, sizes.vae + decode)
+        return models + max(text + windows, denoise, decode)  # a freed encoder shares its room with the later stages
+    return max(text + windows, weights + denoise, sizes.vae + decode)
 
 
 def main_memory(
@@ -284,9 +285,10 @@ def choose(
     """
     on_gpu = device != "cpu"
     fused, held = fused and on_gpu, ALLOCATED if on_gpu else 1
-    denoise = _activations(arch, width, height, num_frames, fused) / gpus
+    denoise, windows = _activations(arch, width, height, num_frames, fused) / gpus, 0.0
     if gpus > 1:  # q, k and v before, in and after the exchange, and two tensors of the width beside them
-        denoise = max(denoise, 2.0 * catalog.tokens_of(width, height, num_frames) * 11 * arch.dim / gpus)
+        tensor = 2.0 * catalog.tokens_of(width, height, num_frames) * arch.dim / gpus
+        denoise, windows = max(denoise, 11 * tensor), WINDOWS * tensor
     beside = min(BESIDE, sizes.transformer / 4)  # less for a model that is smaller than the released ones
     denoise = max(held * denoise, denoise + beside) if on_gpu else denoise
 
@@ -295,7 +297,7 @@ def choose(
         blocks = {"keep": keep, "blocks": arch.num_layers} if plan.offload == "group" else {}
         weights = weights if blocks else sizes.transformer
         decode = _decoding(plan, width, height, fused) / (1 if plan.vae_tiling else gpus)
-        needs = _needs(plan, sizes, weights, denoise, held * decode)
+        needs = _needs(plan, sizes, weights, denoise, held * decode, windows)
         host = _host(plan, sizes, gpus) if on_gpu else 0
         given = {"budget": budget, "host": host, "host_budget": host_budget, "device": device, "gpus": gpus}
         return replace(plan, needs=needs, next=following, **blocks, **given)
