@@ -27,6 +27,7 @@ from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
 from turbo_nb.parallel import members, ranks, strips, ulysses
+from turbo_nb.parallel.peers import FLAG
 from turbo_nb.runtime.graphs import CudaRecorder
 
 from . import harness, step
@@ -159,8 +160,8 @@ class Rank:
 
         def noted_copy(rank: int, to: int, to_pitch: int, source: int, pitch: int, *size: int) -> None:
             nonlocal scratch
-            real, (_, rows) = type(memory).copy, size
-            if source == group.peers.flag:  # whose value counts
+            real, (width, rows) = type(memory).copy, size
+            if width == FLAG.itemsize:  # whose value counts
                 self.calls.append((real, (memory, rank, to, to_pitch, source, pitch, *size)))
                 real(memory, rank, to, to_pitch, source, pitch, *size)
                 return
