@@ -24,7 +24,7 @@ LABELS = {
     "quant_linear": "Weights", "resolution": "Size", "aspect_ratio": "Aspect", "loras": "LoRAs", "ode": "ODE",
     "sigma_max": "First noise level", "boundary": "Expert boundary", "adaptive_resolution": "Keep the image's aspect",
     "checkpoint": "Model", "last_image": "Last frame", "extend_clip": "Clip to extend",
-    "random_seed": "New seed each time",
+    "random_seed": "New seed each time", "gpus": "GPUs", "vae": "VAE",
 }  # fmt: skip
 NONE = {"extend": 0}  # numbers that stand for None where no model gives one
 STEPS = {"num_frames": 4, "sla_topk": 0.05, "boundary": 0.05}  # of the arrows beside a number

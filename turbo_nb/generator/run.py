@@ -112,12 +112,13 @@ class RunPanel:
         self.outlook.value = (error_box(problem) if problem else self._refused) + "".join(lines)
 
     def say(self, text: str, alert: bool = False) -> None:
-        """Show above Generate what has happened to the form, a paragraph for each line.
+        """Show above Generate what has happened to the form, in one box.
 
         The gallery has the message for a screen reader.
         """
         kind = "tnb-error" if alert else "tnb-note"
-        self.note.value = "".join(paragraph(line, kind) for line in text.splitlines())
+        lines = "<br>".join(map(html.escape, text.splitlines()))
+        self.note.value = f'<div class="{kind}">{lines}</div>' if lines else ""
         visible(self.note, bool(text))
 
     def say_done(self) -> None:
