@@ -128,7 +128,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:160]
 
 
-def in_words(error: BaseException) -> str:
+def explained(error: BaseException) -> str:
     """Return the text for a person of an error, be it one of this package or another one."""
     if isinstance(error, TurboNbError):
         return str(error)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import ipywidgets as w
 
 from .. import catalog
-from ..errors import InputError, TurboNbError, first_line, in_words, listed
+from ..errors import InputError, TurboNbError, explained, first_line, listed
 from ..records import VideoRecord
 from ..settings import MAX_EXTENSIONS
 from ..video import mp4
@@ -102,7 +102,7 @@ class GalleryPanel:
             try:
                 does(clip)
             except Exception as error:  # because ipywidgets would only log it
-                self._say(in_page_words(in_words(error)), alert=True)
+                self._say(in_page_words(explained(error)), alert=True)
 
     def _say(self, text: str, alert: bool = False) -> None:
         """Show what has happened to the form, here and above Generate"""
@@ -182,4 +182,4 @@ class GalleryPanel:
             self._show_error(error)
 
     def _show_error(self, error: Exception) -> None:
-        self.view.say(in_page_words(in_words(error)), alert=True)
+        self.view.say(in_page_words(explained(error)), alert=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import generation, settings
 from ..batch.queue import QueueFile, QueueRecord
-from ..errors import InputError, OutputError, TurboNbError, collect_warnings, in_words, space_or
+from ..errors import InputError, OutputError, TurboNbError, collect_warnings, explained, space_or
 from ..machine import atomic, mapped
 from ..runtime import estimate
 from ..runtime.plan import Plan
@@ -301,9 +301,9 @@ class JobRunner:
         except _Cancelled:
             state = "cancelled"
         except TurboNbError as error:
-            job.error = in_words(error)
+            job.error = explained(error)
         except BaseException as error:  # because nobody else sees an exception of a thread
-            job.error, job.trace = in_words(error), traceback.format_exc()
+            job.error, job.trace = explained(error), traceback.format_exc()
         with self._lock:
             self._end(job, state)
         self._notify(job)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from ..errors import TurboNbError, in_words
+from ..errors import TurboNbError, explained
 from .controls import in_page_words
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def error_box(text: str, trace: str = "") -> str:
 def error_of(error: Exception) -> str:
     """Return HTML of an error. One that this package does not raise on purpose has its traceback."""
     ours = isinstance(error, TurboNbError)
-    return error_box(in_words(error), "" if ours else "".join(traceback.format_exception(error)))
+    return error_box(explained(error), "" if ours else "".join(traceback.format_exception(error)))
 
 
 def paragraph(text: str, kind: str = "") -> str:
