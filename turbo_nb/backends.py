@@ -188,15 +188,20 @@ def _choose(operation: str, machine: Machine, override: str | None, wish: str | 
     return Choice(operation, None, tuple(rejected))
 
 
-def kernel(operation: str, *tensors: "Tensor", override: str | None = None) -> Callable | None:
+def kernel(
+    operation: str, *tensors: "Tensor", override: str | None = None, writes_parts: bool = False
+) -> Callable | None:
     """Return the function that was chosen for these tensors, None where only the reference computes them.
 
-    A kernel computes bf16 and fp16 tensors of one GPU, in the shapes that its row takes.
+    A kernel computes bf16 and fp16 tensors of one GPU, in the shapes that its row takes. writes_parts: None also where
+    it has no argument `to`.
     """
     if not _half_on_gpu(tensors):
         return None
     row = _chosen(operation, tensors[0].get_device(), override)[2]
-    return row.load() if row is not None and not row.is_reference and row.takes(*tensors) else None
+    if row is None or row.is_reference or not row.takes(*tensors) or (writes_parts and not row.writes_parts):
+        return None
+    return row.load()
 
 
 def _half_on_gpu(tensors: "tuple[Tensor, ...]") -> bool:

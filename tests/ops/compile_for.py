@@ -42,6 +42,7 @@ def described(kernel: str, shape: tuple, how: tuning.Launch, descriptors: bool) 
         name, k = ("bf16", None) if kernel == "sla" else ("i8", F)
         types = {"q": B, "kept": "*i32", "state": B, "norm": F, "bias": F, "out": B, "k_scale": k}
         types |= {x: blocks(t, 1, keys, 1, dim) if descriptors else f"*{t}" for x, t in (("k", name), ("v", "bf16"))}
+        types |= {"parts": None, "bounds": None}
         constants = {"BLOCK_Q": rows, "BLOCK_K": keys, "D": dim, "PAIRS": tile[0] == 2}
         both = triton_sla._sparse_linear, triton_sla._sparse_linear_by_pointers
     elif kernel == "linear_state":
@@ -75,6 +76,12 @@ def described(kernel: str, shape: tuple, how: tuning.Launch, descriptors: bool) 
 
 # Kernels with one launch for all cards
 FIXED = {
+    "parts": (
+        triton_sla._sparse_linear_by_pointers,
+        {"q": B, "k": B, "v": B, "kept": "*i32", "k_scale": None, "state": B, "norm": F, "bias": F, "out": B}
+        | {"parts": "*i64", "bounds": "*i64"},
+        {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128, "PAIRS": False}, (8, 3),
+    ),
     "int8_blocks": (
         triton_sage._int8_blocks, {"x": B, "mean": B, "out": "*i8", "scale": F}, {"BLOCK": 64, "D": 128}, (4, 3),
     ),
@@ -88,8 +95,8 @@ GLUON = {
         hopper_sla._sparse_linear,
         dict.fromkeys(("queries", "keys", "values"), f"tensordesc<bf16[64, 128],{hopper_sla.LAYOUT!r}>")
         | {"states": f"tensordesc<bf16[128, 128],{hopper_sla.LAYOUT!r}>", "kept": "*i32"}
-        | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B},
-        {"WIDE": False},
+        | {"factors": "*fp32", "norm": "*fp32", "bias": "*fp32", "out": B, "parts": "*i64", "bounds": "*i64"},
+        {"WIDE": False, "RANKS": 0},
     ),
     "hopper_int8": (
         hopper_rows._row_product,
@@ -102,9 +109,10 @@ GLUON = {
 GLUON["hopper sage"] = (
     hopper_sla._sparse_linear,
     GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper_sla.LAYOUT_INT8!r}>"},
-    {"WIDE": False},
+    {"WIDE": False, "RANKS": 0},
 )
-GLUON["hopper, offsets above 2**31"] = (*GLUON["hopper"][:2], {"WIDE": True})
+GLUON["hopper, offsets above 2**31"] = (*GLUON["hopper"][:2], {"WIDE": True, "RANKS": 0})
+GLUON["hopper sage, parts of 4 ranks"] = (*GLUON["hopper sage"][:2], {"WIDE": False, "RANKS": 4})
 
 
 def compiled(kernel, types: dict, constants: dict, arch: int, warps: int, stages: int, source=ASTSource):

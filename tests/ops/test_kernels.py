@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from turbo_nb.ops.compare import relative_error
 from turbo_nb.ops.conv import reference as conv_reference
 from turbo_nb.ops.linear8 import reference as linear8_reference
 from turbo_nb.ops.norms import reference as norms_reference
+from turbo_nb.ops.parts import Parts
 
 pytest.importorskip("triton")
 from turbo_nb.ops.attention import hopper_picture, triton_cross, triton_sage, triton_sla
@@ -213,6 +215,52 @@ def test_rms_norm_rope(heads, dim):
         assert_close("with sums", out, expected)
         padded = torch.nn.functional.pad(out.float(), (0, 0, 0, 0, 0, 1)).unflatten(1, (4, 16)).sum(2)
         assert_close("sums", sums, padded, 1e-5)
+
+
+def parts_of(outs, bounds=None):
+    """`Parts` for tensors (B, L, …) with one dtype"""
+    addresses = torch.tensor([[out[clip].data_ptr() for out in outs] for clip in range(len(outs[0]))], device=DEVICE)
+    bounds = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    return Parts(addresses, outs[0].stride(1), bounds)
+
+
+@pytest.mark.parametrize(("ranks", "heads", "dim"), [(2, 4, 16), (3, 6, 32), (4, 12, 128)])
+@pytest.mark.parametrize("length", [16, 49])
+def test_rms_norm_rope_writes_the_heads_of_each_rank(ranks, heads, dim, length):
+    x, weight = random(2, length, heads * dim), random(heads * dim)
+    cos, sin = random(2, length, dim // 2)
+    expected, expected_sums = triton_norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True)
+    outs = [torch.empty(2, length, heads // ranks, dim, dtype=DTYPE, device=DEVICE) for _ in range(ranks)]
+    sums = [torch.empty(2, -(-length // 16), heads // ranks, dim, device=DEVICE) for _ in range(ranks)]
+    to = parts_of(outs), parts_of(sums)
+    assert triton_norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True, to=to) is None
+    assert torch.equal(torch.cat(outs, 2), expected) and torch.equal(torch.cat(sums, 2), expected_sums)
+    outs[0].zero_()
+    assert triton_norms.rms_norm_rope(x, weight, cos, sin, heads, to=(to[0], None)) is None
+    assert torch.equal(torch.cat(outs, 2), expected)
+
+
+KERNELS_OF_PARTS = [
+    (triton_sla.sparse_linear_attention, 64),
+    (triton_sage.sage_linear_attention, 64),
+    *(pytest.param(name, 128, marks=on_hopper) for name in ("sparse_linear_attention", "sage_linear_attention")),
+]
+
+
+@pytest.mark.parametrize(("attend", "dim"), KERNELS_OF_PARTS)
+@pytest.mark.parametrize("bounds", [(0, 96, 200), (0, 16, 64, 144, 200), (0, 100, 100, 200)], ids=len)
+def test_attention_writes_the_tokens_of_each_rank(attend, dim, bounds):
+    if isinstance(attend, str):
+        from turbo_nb.ops.attention import hopper_sla
+
+        attend = getattr(hopper_sla, attend)
+    args = *smooth(2, bounds[-1], 2, dim), random(dim, dim), random(dim), 0.4, 128, 64
+    expected = attend(*args)
+    outs = [torch.empty(2, end - begin, 6, dim, dtype=DTYPE, device=DEVICE) for begin, end in pairwise(bounds)]
+    assert attend(*args, to=parts_of([out[:, :, 2:] for out in outs], bounds)) is None
+    whole = torch.cat(outs, 1)
+    assert torch.equal(whole[:, :, 2:4], expected)
+    assert whole[:, :, :2].isnan().all() and whole[:, :, 4:].isnan().all()  # heads of other ranks
 
 
 @pytest.mark.parametrize("prompts", [(5, 5), (70, 10), (100, 3)], ids="{} tokens of 100".format)

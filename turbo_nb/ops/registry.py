@@ -139,12 +139,13 @@ class Implementation:
         operation: what it computes, such as "sla".
         name: what `TURBO_NB_…` variables and overrides call it.
         requires: machine → the reason why it cannot run there, None where it can.
-        function: "module:attribute", imported on first use; same signature as the reference's.
+        function: "module:attribute", imported on first use; same signature as the reference's, but for `to`.
         takes: tensors → whether it computes these. It is asked about bf16 and fp16 tensors of a GPU only; the
             reference computes all others.
         uses_triton: whether it is one of our Triton or Gluon kernels.
         by_name_only: never chosen unless somebody asks for it by name.
         blocks: GPU architecture → tokens of a query block and of a key block, where the kernel fixes them.
+        writes_parts: whether it has an argument `to` for `parts.Parts`, where its result goes.
     """
 
     operation: str
@@ -155,6 +156,7 @@ class Implementation:
     uses_triton: bool = False
     by_name_only: bool = False
     blocks: Mapping[Arch, tuple[int, int]] = field(default_factory=dict)
+    writes_parts: bool = False
 
     @property
     def is_reference(self) -> bool:
@@ -186,12 +188,12 @@ def _reference(operation: str, function: str, **more) -> Implementation:
 IMPLEMENTATIONS = [
     Implementation("rope", "flash_attn", _no_flash_attn, "flash_attn.layers.rotary:apply_rotary_emb"),
     _reference("rope", "norms.reference:apply_rotary_emb"),
-    _gluon("sla", "attention.hopper_sla:sparse_linear_attention", takes=_head_dim),
-    _triton("sla", "attention.triton_sla:sparse_linear_attention", takes=_head_dim),
+    _gluon("sla", "attention.hopper_sla:sparse_linear_attention", takes=_head_dim, writes_parts=True),
+    _triton("sla", "attention.triton_sla:sparse_linear_attention", takes=_head_dim, writes_parts=True),
     Implementation("sla", "gathered", no_cuda, "turbo_nb.ops.attention.gathered:sparse_linear_attention"),
     _reference("sla", "attention.reference:sparse_linear_attention"),
-    _gluon("sagesla", "attention.hopper_sla:sage_linear_attention", takes=_head_dim),
-    _triton("sagesla", "attention.triton_sage:sage_linear_attention", takes=_head_dim),
+    _gluon("sagesla", "attention.hopper_sla:sage_linear_attention", takes=_head_dim, writes_parts=True),
+    _triton("sagesla", "attention.triton_sage:sage_linear_attention", takes=_head_dim, writes_parts=True),
     Implementation(  # after Triton, because a whole step on an H100 takes longer with SpargeAttn than with Triton's SLA
         "sagesla", "spargeattn", _no_spargeattn, "turbo_nb.ops.attention.spargeattn:sage_linear_attention",
         takes=_spargeattn_tensors, blocks={(9, 0): (64, 128)},
@@ -211,7 +213,7 @@ IMPLEMENTATIONS = [
     _reference("tile_product", "linear8.reference:tile_product"),
     _triton("gated_norm", "norms.triton_norms:gated_norm"),
     _reference("gated_norm", "norms.reference:gated_norm"),
-    _triton("norm_rope", "norms.triton_norms:rms_norm_rope"),
+    _triton("norm_rope", "norms.triton_norms:rms_norm_rope", writes_parts=True),
     _reference("norm_rope", "norms.reference:rms_norm_rope"),
     _triton("cross_attention", "attention.triton_cross:cross_attention"),
     _reference("cross_attention", "attention.reference:cross_attention"),

@@ -45,6 +45,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..hopper_tools import init_barriers, load, multiprocessors, own_tiles
 from ..launch import aligned, launch
+from ..parts import Parts
 from . import triton_sage, triton_sla
 from .reference import Sums
 
@@ -136,9 +137,9 @@ def _softmax(score_1, score_2, largest, total, scale_1, scale_2, kept, j, n, len
 
 
 @gluon.jit
-def _attend(group, operands, sizes, whole_scale, buffers, ready, free, WIDE: gl.constexpr):
+def _attend(group, operands, sizes, whole_scale, buffers, ready, free, WIDE: gl.constexpr, RANKS: gl.constexpr):
     offset: gl.constexpr = gl.int64 if WIDE else gl.int32
-    all_kept, all_factors, norm, bias, out = operands
+    all_kept, all_factors, norm, bias, out, parts, bounds = operands
     blocks, heads, length, n, out_stride = sizes
     q_buffer, k_buffer, v_buffer, s_buffer = buffers
     SAGE: gl.constexpr = k_buffer.dtype == gl.int8
@@ -220,14 +221,21 @@ def _attend(group, operands, sizes, whole_scale, buffers, ready, free, WIDE: gl.
         result = result * (1 / share)[:, None] + gl.load(bias + columns).to(gl.float32)[None, :]
         result = gl.convert_layout(result.to(dtype), stored)
         rows = ((block * 2 + group) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, stored))).to(offset)
-        to = rows[:, None] * out_stride + head * DIM + gl.arange(0, DIM, gl.SliceLayout(0, stored))[None, :]
-        gl.store(out + to, result, mask=(rows < length)[:, None])
+        within = (head * DIM + gl.arange(0, DIM, gl.SliceLayout(0, stored)))[None, :]
+        if RANKS == 0:
+            gl.store(out + rows[:, None] * out_stride + within, result, mask=(rows < length)[:, None])
+        else:
+            for rank in range(RANKS):
+                begin, end = gl.load(bounds + rank).to(offset), gl.load(bounds + rank + 1).to(offset)
+                to = gl.multiple_of(gl.load(parts + rank).to(out.dtype), 16)
+                inside = (rows >= begin) & (rows < end)
+                gl.store(to + (rows - begin)[:, None] * out_stride + within, result, mask=inside[:, None])
 
 
 @gluon.jit
 def _sparse_linear(
-    queries, keys, values, states, kept, factors, norm, bias, out, blocks, heads, length, n, scale, out_stride,
-    WIDE: gl.constexpr,
+    queries, keys, values, states, kept, factors, norm, bias, out, parts, bounds, blocks, heads, length, n, scale,
+    out_stride, WIDE: gl.constexpr, RANKS: gl.constexpr,
 ):  # fmt: skip
     Q_STAGES: gl.constexpr = 2 if keys.dtype == gl.int8 else 1
     q_buffer = gl.allocate_shared_memory(queries.dtype, [2 * Q_STAGES, ROWS, DIM], queries.layout)
@@ -238,11 +246,11 @@ def _sparse_linear(
     ready = (init_barriers(STAGES, 1), init_barriers(STAGES, 1), init_barriers(STAGES, 1), init_barriers(1, 1).index(0))
     free = (init_barriers(STAGES, 2), init_barriers(STAGES, 2), init_barriers(STAGES, 2), init_barriers(1, 2).index(0))
     fence_async_shared()
-    operands, sizes = (kept, factors, norm, bias, out), (blocks, heads, length, n, out_stride)
+    operands, sizes = (kept, factors, norm, bias, out, parts, bounds), (blocks, heads, length, n, out_stride)
     gl.warp_specialize(
         [
-            (_attend, (0, operands, sizes, scale, buffers, ready, free, WIDE)),
-            (_attend, (1, operands, sizes, scale, buffers, ready, free, WIDE)),
+            (_attend, (0, operands, sizes, scale, buffers, ready, free, WIDE, RANKS)),
+            (_attend, (1, operands, sizes, scale, buffers, ready, free, WIDE, RANKS)),
             (_fetch, (queries, keys, values, states, kept, blocks, heads, n, buffers, ready, free, WIDE)),
         ],
         [4, 1],
@@ -256,33 +264,33 @@ LAYOUT_INT8 = gl.NVMMASharedLayout.get_default_for([64, 128], gl.int8)
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    sums: Sums = (None, None),
-) -> Tensor:  # fmt: skip
+    sums: Sums = (None, None), to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
     """Compute `triton_sla.sparse_linear_attention`, by that function where `BLOCKS` differ."""
     if (block_q, block_k, q.shape[-1]) != BLOCKS:
-        return triton_sla.sparse_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums)
+        return triton_sla.sparse_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums, to)
     kept = triton_sla.kept_blocks(q, k, topk, block_q, block_k, sums)
-    return sparse_linear(q, k, v, kept, *triton_sla.linear_state(k, v, weight), bias)
+    return sparse_linear(q, k, v, kept, *triton_sla.linear_state(k, v, weight), bias, to=to)
 
 
 def sage_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    sums: Sums = (None, None),
-) -> Tensor:  # fmt: skip
+    sums: Sums = (None, None), to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
     """Compute `triton_sage.sage_linear_attention` with a scale for every 64 rows of q.
 
     Calls that function where `BLOCKS` differ.
     """
     if (block_q, block_k, q.shape[-1]) != BLOCKS:
-        return triton_sage.sage_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums)
+        return triton_sage.sage_linear_attention(q, k, v, weight, bias, topk, block_q, block_k, sums, to)
     kept, state, norm, k8, scale = triton_sage.prepare(q, k, v, weight, topk, block_q, block_k, sums)
-    return sparse_linear(q, k8, v, kept, state, norm, bias, scale)
+    return sparse_linear(q, k8, v, kept, state, norm, bias, scale, to)
 
 
 def sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
-    k_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    k_scale: Tensor | None = None, to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
     """Run the kernel.
 
     Args:
@@ -291,19 +299,21 @@ def sparse_linear(
         state: (B·H, 128, 128), norm: (B·H, 128), from `triton_sla.linear_state`.
         bias: of `proj_l`, (128,).
         k_scale: (B, H, K_blocks) float32, the scales of a k in int8: the result is SageSLA. None: k is not in int8.
+        to: where the result goes. None: into a new tensor.
 
     Returns:
-        (B, L, H, 128) contiguous, in q's dtype.
+        (B, L, H, 128) contiguous, in q's dtype; None with `to`.
     """
     batch, length, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if to is None else q  # of the parts' type
+    pitch = heads * dim if to is None else to.pitch
     blocks, bias = kept.shape[2], bias.contiguous()
     factors = norm  # a placeholder, because SLA reads no factors
     if k_scale is not None:
         factors = k_scale.gather(2, kept.flatten(2).long()).view(kept.shape)
     programs = min(blocks * heads, multiprocessors(q.device))
     # only long clips get int64 offsets, because they cost a seventh of this kernel's time (H100, 1.3B at 480p)
-    wide = max(q[0].numel(), kept[0].numel()) >= 2**31
+    wide = max(length * pitch, kept[0].numel()) >= 2**31
     for b in range(batch):
         of_head = slice(b * heads, (b + 1) * heads)
         queries, keys, values = (
@@ -313,7 +323,7 @@ def sparse_linear(
         states = TensorDescriptor.from_tensor(state[of_head].flatten(0, 1), [dim, dim], LAYOUT)
         launch(
             _sparse_linear, (programs,), queries, keys, values, states, kept[b], factors[b], norm[of_head], bias,
-            out[b], blocks, heads, length, kept.shape[3], dim**-0.5 * triton_sla.LOG2_E, out.stride(1), WIDE=wide,
-            num_warps=4,
+            out[b], *((out, out) if to is None else (to.addresses[b], to.bounds)), blocks, heads, length, kept.shape[3],
+            dim**-0.5 * triton_sla.LOG2_E, pitch, WIDE=wide, RANKS=0 if to is None else to.ranks, num_warps=4,
         )  # fmt: skip
-    return out
+    return out if to is None else None

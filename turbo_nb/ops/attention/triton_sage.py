@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import channels_inside, launch
+from ..parts import Parts
 from . import triton_sla
 from .reference import Sums
 
@@ -67,11 +68,11 @@ def prepare(
 
 def sage_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    sums: Sums = (None, None),
-) -> Tensor:  # fmt: skip
+    sums: Sums = (None, None), to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
     """Compute `reference.sage_linear_attention` with v and the probabilities in v's own dtype.
 
-    For bf16 or fp16 and head_dim 64 or 128. Returns (B, L, H, D) contiguous.
+    For bf16 or fp16 and head_dim 64 or 128. Returns (B, L, H, D) contiguous. to: write it there, and return None.
     """
     kept, state, norm, k8, scale = prepare(q, k, v, weight, topk, block_q, block_k, sums)
-    return triton_sla.sparse_linear(q, k8, v, kept, state, norm, bias, block_q, block_k, scale)
+    return triton_sla.sparse_linear(q, k8, v, kept, state, norm, bias, block_q, block_k, scale, to)

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import tuning
 from ..launch import aligned, channels_inside, launch, takes_descriptors
 from ..norms.reference import SUM_TOKENS
+from ..parts import Parts
 from .reference import Sums, kept_count
 
 LOG2_E = 1.4426950408889634
@@ -118,7 +119,7 @@ def _scale(scale, k_scale, block):
 
 @triton.jit
 def _sparse_linear(
-    q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+    q, k, v, kept, k_scale, state, norm, bias, out, parts, bounds, ranks, pitch, length, heads, n, scale, q_b, q_l, q_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1)
@@ -175,8 +176,16 @@ def _sparse_linear(
             projected = tl.load(state + row.to(tl.int64) * D * D + half[:, None] * D + columns)
             linear = tl.dot(phi, projected, linear)
     result += linear / share[:, None] + tl.load(bias + columns).to(tl.float32)[None]
-    at = ((batch * length + rows[:, None]) * heads + head) * D + columns
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=rows[:, None] < length)
+    result = result.to(out.dtype.element_ty)
+    if parts is None:
+        at = ((batch * length + rows[:, None]) * heads + head) * D + columns
+        tl.store(out + at, result, mask=rows[:, None] < length)
+    else:
+        for rank in range(ranks):
+            begin, end = tl.load(bounds + rank), tl.load(bounds + rank + 1)
+            to = tl.multiple_of(tl.load(parts + batch * ranks + rank).to(out.dtype), 16)
+            at = (rows - begin)[:, None] * pitch + head * D + columns
+            tl.store(to + at, result, mask=((rows >= begin) & (rows < end))[:, None])
 
 
 @triton.jit
@@ -197,15 +206,15 @@ def _linear_state_by_pointers(
 
 @triton.jit
 def _sparse_linear_by_pointers(
-    q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
+    q, k, v, kept, k_scale, state, norm, bias, out, parts, bounds, ranks, pitch, length, heads, n, scale, q_b, q_l, q_h,
     batches, k_b, k_l, k_h, v_b, v_l, v_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     k = _blocks(k, batches, length, heads, k_b, k_l, k_h, BLOCK_K, D)
     v = _blocks(v, batches, length, heads, v_b, v_l, v_h, BLOCK_K, D)
     _sparse_linear(
-        q, k, v, kept, k_scale, state, norm, bias, out, length, heads, n, scale, q_b, q_l, q_h,
-        BLOCK_Q, BLOCK_K, D, PAIRS,
+        q, k, v, kept, k_scale, state, norm, bias, out, parts, bounds, ranks, pitch, length, heads, n, scale,
+        q_b, q_l, q_h, BLOCK_Q, BLOCK_K, D, PAIRS,
     )  # fmt: skip
 
 
@@ -294,18 +303,21 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, topk: float, block_q: int, block_k: int,
-    sums: Sums = (None, None),
-) -> Tensor:  # fmt: skip
-    """Compute `reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous."""
+    sums: Sums = (None, None), to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Compute `reference.sparse_linear_attention` for bf16 or fp16 and head_dim 64 or 128: (B, L, H, D) contiguous.
+
+    to: write the result there, and return None.
+    """
     kept = kept_blocks(q, k, topk, block_q, block_k, sums)
     state, norm = linear_state(k, v, weight)
-    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k)
+    return sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, to=to)
 
 
 def sparse_linear(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor, norm: Tensor, bias: Tensor,
-    block_q: int, block_k: int, k_scale: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    block_q: int, block_k: int, k_scale: Tensor | None = None, to: Parts | None = None,
+) -> Tensor | None:  # fmt: skip
     """Run the last kernel.
 
     Args:
@@ -315,22 +327,25 @@ def sparse_linear(
         bias: of `proj_l`, (D,).
         block_q, block_k: tokens of a query block and of a key block.
         k_scale: (B, H, K_blocks) float32, the scales of a k in int8: the result is SageSLA. None: k is not in int8.
+        to: where the result goes. None: into a new tensor.
 
     Returns:
-        (B, L, H, D) contiguous, in q's dtype.
+        (B, L, H, D) contiguous, in q's dtype; None with `to`.
     """
     batch, length, heads, dim = q.shape
-    q, out = channels_inside(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q = channels_inside(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if to is None else q  # of the parts' type
+    parts = (None, None, 0, 0) if to is None else (to.addresses, to.bounds, to.ranks, to.pitch)
     kernel, (k, v, *more) = _with_blocks(_sparse_linear, _sparse_linear_by_pointers, k, v, block_k)
     bias = bias.contiguous()
 
     def launched(how: tuning.Launch) -> Tensor:
         launch(
             kernel, (kept.shape[2], batch * heads), q, k, v, kept, k_scale, state, norm, bias,
-            out, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q), *more,
+            out, *parts, length, heads, kept.shape[3], dim**-0.5 * LOG2_E, *_strides(q), *more,
             BLOCK_Q=block_q, BLOCK_K=block_k, D=dim, PAIRS=how.tile[0] == 2,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-        return out
+        return out if to is None else None
 
     return tuning.run("sla" if k_scale is None else "sagesla", (dim, block_q, block_k), q, launched)

@@ -6,7 +6,8 @@
     _rms_norm_rope  ⌈L/16⌉, B      the weight once; 16 rows of x, and of cos   16 rows of out; the sum of these rows
                                    and sin, each row ahead of its use
 
-Both are bound by memory: every tensor is read once and written once.
+Both are bound by memory: every tensor is read once and written once. Where several GPUs share a step, `_rms_norm_rope`
+writes each GPU's heads into the memory of that GPU.
 """
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..launch import launch
 from ..linear8.reference import QuantizedRows
 from ..linear8.triton_rows import rounded, row_scale
+from ..parts import Parts
 from .reference import SUM_TOKENS
 
 ROWS = 8  # of a program, which share one load of gate, scale and shift
@@ -66,8 +68,9 @@ def _gated_norm(
 
 @triton.jit
 def _rms_norm_rope(
-    x, weight, cos, sin, out, sums, length, width, eps, table_l, table_c,
+    x, weight, cos, sin, out, sums, parts, sum_parts, length, width, eps, table_l, table_c,
     HALF: tl.constexpr, ROTATE: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     batch, columns = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
     inside = columns < width
@@ -93,10 +96,27 @@ def _rms_norm_rope(
             a, b = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
             value = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
         rounded = value.to(out.dtype.element_ty)
-        tl.store(out + at, rounded, mask=inside)
+        if parts is None:
+            tl.store(out + at, rounded, mask=inside)
+        else:
+            _store(out, parts, row, rounded, RANKS, PART)
         total += rounded.to(tl.float32)
     if SUMS:
-        tl.store(sums + (batch * tl.num_programs(0) + tl.program_id(0)) * width + columns, total, mask=inside)
+        if parts is None:
+            tl.store(sums + (batch * tl.num_programs(0) + tl.program_id(0)) * width + columns, total, mask=inside)
+        else:
+            _store(sums, sum_parts, tl.program_id(0), total, RANKS, PART)
+
+
+@triton.jit
+def _store(like, parts, row, value, RANKS: tl.constexpr, PART: tl.constexpr):
+    """Store a row: PART columns into each rank's part. `like` has the type of a pointer to a part."""
+    columns = tl.arange(0, value.shape[0])
+    for rank in tl.static_range(RANKS):
+        address = tl.load(parts + tl.program_id(1) * RANKS + rank)
+        to = tl.multiple_of(address.to(like.dtype), 16) + tl.cast(row, tl.int64) * PART
+        within = columns - rank * PART
+        tl.store(to + within, value, mask=(within >= 0) & (within < PART))
 
 
 def _warps(block: int) -> int:
@@ -127,22 +147,26 @@ def gated_norm(
 
 
 def rms_norm_rope(
-    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6, sums: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `reference.rms_norm_rope`."""
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float = 1e-6,
+    sums: bool = False, to: tuple[Parts, Parts | None] | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Compute `reference.rms_norm_rope`. to: write the result and its sums there, and return None."""
     batch, length, width = x.shape
     x, weight = x.contiguous(), weight.contiguous()
     if cos is not None and cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    out = torch.empty_like(x)
     runs = triton.cdiv(length, SUM_TOKENS)
-    summed = torch.empty(batch, runs, width, device=x.device) if sums else None
+    out = torch.empty_like(x) if to is None else x  # of the parts' type
+    summed = torch.empty(batch if to is None else 0, runs, width, device=x.device) if sums else None
+    ranks, addresses = (1, (None, None)) if to is None else (to[0].ranks, [x and x.addresses for x in to])
     block = triton.next_power_of_2(width)
     strides = (0, 0) if cos is None else cos.stride()
     launch(
-        _rms_norm_rope, (runs, batch), x, weight, cos, sin, out, summed, length, width, eps, *strides,
+        _rms_norm_rope, (runs, batch), x, weight, cos, sin, out, summed, *addresses, length, width, eps, *strides,
         HALF=width // heads // 2, ROTATE=cos is not None, SUMS=sums, ROWS=SUM_TOKENS,
-        BLOCK=block, num_warps=_warps(block),
+        BLOCK=block, RANKS=ranks, PART=width // ranks, num_warps=_warps(block),
     )  # fmt: skip
+    if to is not None:
+        return None
     out = out.unflatten(2, (heads, -1))
     return (out, summed.unflatten(2, (heads, -1))) if sums else out
