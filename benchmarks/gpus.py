@@ -3,10 +3,11 @@
 The ranks are those of `turbo_nb.parallel`. Every rank has the same random weights. Three CUDA graphs are timed:
 
     whole      a step, as `generate` runs it
-    compute    the same kernels without any exchange
-    exchange   only the exchanges, with the same sizes and in the same order
+    compute    the same kernels without any exchange; what they write to other GPUs stays on this one
+    exchange   only the other exchanges, with the same sizes and in the same order
 
-waiting = whole − compute − exchange: what neither explains, such as a rank that waits for a slower one.
+waiting = whole − compute − exchange: what neither explains, such as a rank that waits for a slower one, and kernels
+that take longer because they write to other GPUs.
 
 The check: the same step on one GPU and on all, with the block maps of one GPU on every rank.
 """
@@ -26,8 +27,9 @@ from turbo_nb.checkup.selftest import SAGE_STEP_BOUND
 from turbo_nb.fused import transformer as fused_transformer
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
+from turbo_nb.ops.parts import Parts
 from turbo_nb.parallel import members, ranks, strips, ulysses
-from turbo_nb.parallel.peers import FLAG
+from turbo_nb.parallel.peers import FLAG, Peers, Window
 from turbo_nb.runtime.graphs import CudaRecorder
 
 from . import harness, step
@@ -183,6 +185,8 @@ class Rank:
             silence.enter_context(patch.object(group, "exchange", lambda *_: _Done()))
             for name in (*of_memory, *(["copy"] if memory else [])):
                 silence.enter_context(patch.object(memory, name, lambda *_: None))
+            if memory:
+                silence.enter_context(patch.object(group.peers, "parts", partial(own_parts, group.peers)))
             self._works["compute"] = self._recorded(self.together)
         self._works["exchange"] = self._recorded(self.exchanges)
         self._works["whole"] = self._recorded(self.together)
@@ -205,6 +209,12 @@ class Rank:
         """Run a work several times, and return the milliseconds of each time on this rank."""
         with _on(self.device):
             return times(self._works[kind], self.device, runs)
+
+
+def own_parts(peers: Peers, window: Window, *places) -> Parts:
+    """Compute `Peers.parts` with every part in this rank's window."""
+    own = Window(dict.fromkeys(window.addresses, window.addresses[peers.rank]), window.own)
+    return Peers.parts(peers, own, *places)
 
 
 def times(work: Callable[[], Any], device: str, runs: int) -> list[float]:

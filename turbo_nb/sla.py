@@ -14,6 +14,7 @@ from .linear import project
 from .machine import probe
 from .ops.attention.reference import Sums, block_map
 from .ops.linear8.reference import QuantizedRows
+from .ops.parts import Parts
 from .settings import ATTENTION_TYPES, LoadOptions, options
 
 __all__ = [
@@ -58,18 +59,26 @@ class SparseLinearAttention(nn.Module):
         nn.init.zeros_(self.proj_l.weight)
         nn.init.zeros_(self.proj_l.bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sums: Sums = (None, None)) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sums: Sums = (None, None), to: Parts | None = None
+    ) -> Tensor | None:
         """Compute the attention.
 
         Args:
             q, k, v: (B, L, H, head_dim) after norm and rotary embedding.
             sums: of q and k over runs of tokens, from `rope.norm_rope`; kernels pool these instead of q and k.
+            to: where a kernel that can writes the result.
 
         Returns:
-            (B, L, H, head_dim) in q's dtype.
+            (B, L, H, head_dim) in q's dtype; None where it was written to `to`.
         """
+        sizes = self.proj_l.weight, self.proj_l.bias, self.topk, self.block_q, self.block_k
+        if to is not None:
+            attend = backends.kernel(self.operation, q, k, v, override=self.backend, writes_parts=True)
+            if attend:
+                return attend(q, k, v, *sizes, sums, to)
         attend = backends.function(self.operation, q, k, v, override=self.backend)
-        return attend(q, k, v, self.proj_l.weight, self.proj_l.bias, self.topk, self.block_q, self.block_k, sums)
+        return attend(q, k, v, *sizes, sums)
 
     def extra_repr(self) -> str:
         return f"topk={self.topk}, block_q={self.block_q}, block_k={self.block_k}"
@@ -120,6 +129,11 @@ class Alone:
         """Take q, k, v (B, L, H, D), or the sums of q and k as `rope.norm_rope` returns them."""
         self._sent |= tensors
 
+    def send_normed(self, name: str, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, sums: bool = True) -> None:
+        """Take q or k before `rope.norm_rope`, whose arguments these are."""
+        y, summed = rope.norm_rope(x, norm, cos, sin, sums=True) if sums else (rope.norm_rope(x, norm, cos, sin), None)
+        self.send(**{name: y.to(x.dtype), f"{name}_sums": summed})
+
     def attend(self, attention: Callable[[Tensor, Tensor, Tensor, Sums], Tensor]) -> Tensor:
         """Compute an attention over all tokens: (B, L, H, D)."""
         q, k, v, *sums = (self._sent.pop(name, None) for name in ("q", "k", "v", "q_sums", "k_sums"))
@@ -151,13 +165,10 @@ class SLAProcessor(nn.Module):
         projected = (
             x.unflatten(2, (attn.heads, -1)) for x in project((attn.to_v, attn.to_q, attn.to_k), hidden_states)
         )
-        v = next(projected)
-        exchange.send(v=v)  # which travels while the next ones are computed
-        q, sums = rope.norm_rope(next(projected), attn.norm_q, cos, sin, sums=True)
-        exchange.send(q=q.to(v.dtype), q_sums=sums)
-        k, sums = rope.norm_rope(next(projected), attn.norm_k, cos, sin, sums=True)
-        exchange.send(k=k.to(v.dtype), k_sums=sums)
-        del q, k, v, projected  # because the attention needs their memory
+        exchange.send(v=next(projected))  # which travels while the next ones are computed
+        exchange.send_normed("q", next(projected), attn.norm_q, cos, sin)
+        exchange.send_normed("k", next(projected), attn.norm_k, cos, sin)
+        del projected  # because the attention needs its memory
         out = exchange.attend(self.sla).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 

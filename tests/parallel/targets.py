@@ -5,7 +5,11 @@ import time
 
 import torch
 
+from turbo_nb import backends
 from turbo_nb.errors import InputError
+from turbo_nb.ops import registry
+
+KERNEL = backends.kernel
 
 
 def exchange(member):
@@ -73,6 +77,16 @@ def tiny_vae(device):
     return vae
 
 
+def exchange_by(peers, how, group):
+    """Let steps exchange in messages ("packed"), by copies ("copied"), or by what interpreted kernels write"""
+
+    def interpreted(operation, *tensors, override=None, writes_parts=False):
+        return registry.find(operation, "triton").load() if writes_parts and override is None else None
+
+    group.peers = None if how == "packed" else peers
+    backends.kernel = interpreted if how == "written" else KERNEL
+
+
 @torch.inference_mode()
 def models(member, heads, attentions):
     """Follow rank 0 through steps of several transformers, and through decoding."""
@@ -90,7 +104,7 @@ def models(member, heads, attentions):
     peers = member.group.peers
     for command, arguments in member.commands():
         if command == "exchange":
-            member.group.peers = peers if arguments[0] == "direct" else None
+            exchange_by(peers, *arguments, member.group)
         elif command == "step":
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)

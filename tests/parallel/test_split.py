@@ -5,6 +5,7 @@ import pickle
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import ClassVar
 
@@ -23,6 +24,9 @@ from turbo_nb.parallel.group import shares
 
 HEADS = 6  # 2 for each of 3 ranks, which exchange one while they compute the other
 ATTENTIONS = ("sla", "sagesla", "original")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or not find_spec("triton"), reason="the interpreter of Triton is off"
+)
 CPU = "cpu"  # also on a GPU machine, because float32 tells more of the exchanges
 
 
@@ -39,14 +43,17 @@ def team():
         team.close()
 
 
-@pytest.fixture(params=["packed", "direct"])
-def exchanged(request, loaded, team, monkeypatch):
+@pytest.fixture(params=["packed", "copied", pytest.param("written", marks=interpreted)])
+def exchanged(request, loaded, team):
     """Steps exchange in messages, or through memory that the ranks share"""
-    team.tell("exchange", request.param)
-    if request.param == "packed":
-        monkeypatch.setattr(team.group, "peers", None)
+
+    def use(how, peers=team.group.peers):
+        team.tell("exchange", how)
+        targets.exchange_by(peers, how, team.group)
+
+    use(request.param)
     yield
-    team.tell("exchange", "direct")
+    use("copied")
 
 
 @pytest.fixture(scope="module")

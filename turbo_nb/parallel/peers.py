@@ -1,11 +1,13 @@
-"""Memory of the other GPUs of this machine: copy engines write a rank's rows to where another rank reads them.
+"""Memory of the other GPUs of this machine: a rank writes its rows to where another rank reads them.
 
     window     memory of each rank that all ranks have mapped
+    parts      where a kernel writes its result into the windows of all ranks
     send       a copy engine writes rows into a rank's window, on a stream of its own for that rank
-    deliver    a flag follows the rows on the same stream, and later work waits for the flags of all ranks
+    deliver    a flag follows the rows on the same streams, and later work waits for the flags of all ranks
 
-A copy engine takes no multiprocessor from the kernels beside it, and its rows may lie apart. So nothing is packed, and
-a tensor travels while the next one is computed. NCCL's kernels need multiprocessors and contiguous tensors.
+A kernel that writes there needs no other transfer. A copy engine takes no multiprocessor from the kernels beside it,
+and its rows may lie apart. So nothing is packed, and a tensor travels while the next one is computed. NCCL's kernels
+need multiprocessors and contiguous tensors.
 
 A flag is 1 when it has arrived, and the rank that waits for it sets it to 0. Two channels of flags take turns: a rank
 sends on one only after it has received from all ranks on the other. So no flag and no row is overwritten before it is
@@ -13,6 +15,7 @@ read.
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from ..ops.parts import Parts
 
 MEETS = 25.0  # seconds until all ranks are at the same place
 LOOKS = 0.001  # seconds between two looks at whether they are
@@ -97,6 +102,7 @@ class Peers:
         self.rank, self.size, self.memory, self.grown = rank, size, memory, 0
         self.given_up, self._store, self._met = False, store, 0
         self._windows: dict[str, Window] = {}
+        self._tables: dict[tuple, Tensor] = {}
         self._one: int | None = None  # the address of a 1, which is copied to where another rank waits for it
 
     def window(self, name: str, nbytes: int) -> Window:
@@ -129,8 +135,26 @@ class Peers:
         to = window.addresses[rank] + at
         self.memory.copy(rank, to, to_pitch, rows.data_ptr(), rows.stride(0) * item, width * item, rows.shape[0])
 
+    def parts(self, window: Window, begins: Sequence[Sequence[int]], pitch: int, bounds: Sequence[int] = ()) -> Parts:
+        """Return where a kernel writes parts into the windows of all ranks. `deliver` waits for that, too.
+
+        Args:
+            begins: clip → rank → the byte of its window at which its part begins.
+            pitch, bounds: as in `Parts`, bounds empty for None.
+        """
+        addresses = [[window.addresses[rank] + at for rank, at in enumerate(of_clip)] for of_clip in begins]
+        return Parts(self._table(addresses), pitch, self._table([bounds])[0] if bounds else None)
+
+    def _table(self, numbers: Sequence[Sequence[int]]) -> Tensor:
+        """Return numbers on this GPU, int64. They are kept, because a recorded step cannot fetch them"""
+        key = tuple(map(tuple, numbers))
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(numbers, dtype=torch.int64, device=self._flags.own.device)
+        return self._tables[key]
+
     def deliver(self, channel: int) -> None:
         """Let later work wait for what all ranks have sent to this one since they delivered last."""
+        self.memory.fork()  # because the flags must follow what kernels have written
         self._raise_flags(channel)
         self.memory.join()
         self.memory.wait(self._flags_of(channel))

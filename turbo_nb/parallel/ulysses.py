@@ -30,10 +30,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from .. import rope
 from ..linear import project
 from ..ops.attention.reference import Sums
 from ..ops.norms.reference import SUM_TOKENS
+from ..ops.parts import Parts
 from ..sla import SLAProcessor, attention_type, set_attention_type, topk_of
 from .exchanges import Direct, Packed
 from .group import Group, shares
@@ -155,15 +155,16 @@ class DenseProcessor(WanAttnProcessor):
         cos, sin = (table[0, :, 0, 0::2] for table in rotary_emb)
         exchange = self.exchange.begin()
         linears = attn.to_v, attn.to_q, attn.to_k
-        v, q, k = (x.unflatten(2, (attn.heads, -1)) for x in project(linears, hidden_states))
-        q, k = rope.norm_rope(q, attn.norm_q, cos, sin), rope.norm_rope(k, attn.norm_k, cos, sin)
-        exchange.send(q=q.to(v.dtype), k=k.to(v.dtype), v=v)
-        del q, k, v  # because the attention needs their memory
+        projected = (x.unflatten(2, (attn.heads, -1)) for x in project(linears, hidden_states))
+        exchange.send(v=next(projected))
+        exchange.send_normed("q", next(projected), attn.norm_q, cos, sin, sums=False)
+        exchange.send_normed("k", next(projected), attn.norm_k, cos, sin, sums=False)
+        del projected  # because the attention needs its memory
         out = exchange.attend(_dense).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, sums: Sums) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, sums: Sums, to: Parts | None = None) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
