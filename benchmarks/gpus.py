@@ -6,8 +6,8 @@ The ranks are those of `turbo_nb.parallel`. Every rank has the same random weigh
     compute    the same kernels without any exchange; what they write to other GPUs stays on this one
     exchange   only the other exchanges, with the same sizes and in the same order
 
-waiting = whole − compute − exchange: what neither explains, such as a rank that waits for a slower one, and kernels
-that take longer because they write to other GPUs.
+waiting = whole − compute − exchange: what neither explains. A rank waits for a slower one, and kernels that write to
+other GPUs take longer.
 
 The check: the same step on one GPU and on all, with the block maps of one GPU on every rank.
 """

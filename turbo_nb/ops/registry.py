@@ -139,7 +139,8 @@ class Implementation:
         operation: what it computes, such as "sla".
         name: what `TURBO_NB_…` variables and overrides call it.
         requires: machine → the reason why it cannot run there, None where it can.
-        function: "module:attribute", imported on first use; same signature as the reference's, but for `to`.
+        function: "module:attribute", imported on first use; same signature as the reference's, and maybe
+            `to`.
         takes: tensors → whether it computes these. It is asked about bf16 and fp16 tensors of a GPU only; the
             reference computes all others.
         uses_triton: whether it is one of our Triton or Gluon kernels.
