@@ -43,6 +43,9 @@ def step(
     runs: Runs = 5,
     warmup: Warmup = 2,
     gpus: Gpus = 1,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="All steps of a clip with two experts: one or both on each of 2 GPUs.")
+    ] = False,
     device: Device = "auto",
     csv: Csv = None,
 ) -> None:
@@ -56,7 +59,12 @@ def step(
     setup = benchmark.Setup(
         model=model, layers=layers, size=clip(size), attention=attention, topk=topk, linears=linears, device=device
     )
-    if gpus > 1:
+    if experts:
+        from . import experts as apart
+
+        apart.check(gpus, device)
+        jobs = apart.jobs(setup, gpus, runs=runs, warmup=warmup)
+    elif gpus > 1:
         from . import gpus as several
 
         several.check(gpus, device)

@@ -92,16 +92,19 @@ class Rank:
             return self.maps[-1]
 
         with _on(self.device), step.maps_from(record):
-            return self.model(**self.inputs, return_dict=False)[0]
+            return self._single()
 
     def record_single(self) -> None:
-        """Record the step on this GPU alone, before it is split."""
+        """Record the step on this GPU alone."""
+        self._works[SINGLE] = self._recorded(self._single)
 
-        def work() -> Tensor:
-            with patch.object(self.model, "ulysses", None, create=True):  # a CPU runs it after the split
-                return step.velocity(self.model, self.inputs)
+    def _single(self) -> Tensor:
+        with patch.object(self.model, "ulysses", None, create=True):  # because it may be split already
+            return step.velocity(self.model, self.inputs)
 
-        self._works[SINGLE] = self._recorded(work)
+    def record_whole(self) -> None:
+        """Record the step on all ranks, after the split."""
+        self._works["whole"] = self._recorded(self.together)
 
     def release(self) -> None:
         """Drop the graphs, because NCCL cannot end while they are there."""
@@ -189,7 +192,7 @@ class Rank:
                 silence.enter_context(patch.object(group.peers, "parts", partial(own_parts, group.peers)))
             self._works["compute"] = self._recorded(self.together)
         self._works["exchange"] = self._recorded(self.exchanges)
-        self._works["whole"] = self._recorded(self.together)
+        self.record_whole()
 
     def _recorded(self, work: Callable[[], Any]) -> Callable[[], Any]:
         if self.device == "cpu":
@@ -202,7 +205,16 @@ class Rank:
             self._kept.append(fused_transformer.prepare_prompt(self.model, text))
             replay, out = self._recorder.record(work)
         self._kept.append((replay, out))  # because a pool whose graphs are all gone takes no new one
-        return replay
+
+        def replayed() -> Any:
+            replay()
+            return out
+
+        return replayed
+
+    def result(self, kind: str) -> Any:
+        """Run a work once, and return its result. The next run may overwrite it."""
+        return self._works[kind]()
 
     @torch.inference_mode()
     def run(self, kind: str, runs: int) -> list[float]:
@@ -234,6 +246,11 @@ def _on(device: str):
     return nullcontext() if device == "cpu" else torch.cuda.device(device)
 
 
+def peak_gib(device: str) -> float | None:
+    """Return the most GiB that torch has allocated on a GPU since the peak was reset, None on a CPU."""
+    return None if device == "cpu" else torch.cuda.max_memory_allocated(device) / 2**30
+
+
 def serve_step(member: ranks.Member, setup: step.Setup) -> None:
     """Be another rank of `step_jobs`."""
     rank = Rank(setup, member, member.device)
@@ -242,6 +259,11 @@ def serve_step(member: ranks.Member, setup: step.Setup) -> None:
     member.ready()
     for command, arguments in member.commands():
         getattr(rank, command)(*arguments)
+
+
+def limit_of(setup: step.Setup) -> float:
+    """Return the largest allowed error of a step on several GPUs against one."""
+    return SAGE_STEP_BOUND if "sagesla" in setup.attention or setup.linears == "int8" else LIMIT
 
 
 @contextmanager
@@ -254,6 +276,13 @@ def team_of(gpus: int, target: Callable, *arguments: Any) -> Iterator[ranks.Team
         team.close()
 
 
+def on_all(team: ranks.Team, own: Any, command: str, *arguments: Any) -> Any:
+    """Run a method of `own` here and of its like on all other ranks, and return the result of this rank."""
+    with team.together():
+        team.tell(command, *arguments)
+        return getattr(own, command)(*arguments)
+
+
 def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterator[Job]:
     """Yield a job for one GPU, one for all GPUs, and one for each part of a step on all GPUs."""
     with team_of(gpus, serve_step, setup) as team:
@@ -263,19 +292,14 @@ def step_jobs(setup: step.Setup, gpus: int, *, runs: int, warmup: int) -> Iterat
         rank.split()
         team.join()
 
-        def told(command: str, *arguments: Any) -> Any:
-            with team.together():
-                team.tell(command, *arguments)
-                return getattr(rank, command)(*arguments)
-
+        told = partial(on_all, team, rank)
         out = told("together", True)
         own = told("together")
         error = harness.relative_error(out, ref)
         what = f"against one GPU, same block maps, all layers; with its own maps {harness.relative_error(own, ref):.2e}"
-        limit = SAGE_STEP_BOUND if "sagesla" in setup.attention or setup.linears == "int8" else LIMIT
-        check = Check(error=error, limit=limit, what=what)
+        check = Check(error=error, limit=limit_of(setup), what=what)
         told("prepare")
-        peak = None if rank.device == "cpu" else torch.cuda.max_memory_allocated(rank.device) / 2**30
+        peak = peak_gib(rank.device)
         measured: dict[str, list[float]] = {kind: [] for kind in (SINGLE, *KINDS)}
         for _ in range(ROUNDS):
             for kind, found in measured.items():

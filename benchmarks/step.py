@@ -52,7 +52,13 @@ COMPILE = {"fullgraph": True}
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A transformer and a clip. layers: how many, None for all. size: (width, height, frames) in pixels."""
+    """A transformer and a clip.
+
+    Args:
+        layers: how many, None for all.
+        size: (width, height, frames) in pixels.
+        seed: of the weights.
+    """
 
     model: str
     layers: int | None
@@ -61,6 +67,7 @@ class Setup:
     topk: float
     linears: str
     device: str
+    seed: int = 0
 
     @property
     def arch(self) -> catalog.Arch:
@@ -114,7 +121,11 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
     """Return the transformer with random bf16 weights in `dtype`. The same setup gives the same weights."""
     return load_transformer(
         random_contents(
-            setup.model, setup.device, layers=setup.arch.num_layers, with_sla=setup.attention != "original"
+            setup.model,
+            setup.device,
+            layers=setup.arch.num_layers,
+            with_sla=setup.attention != "original",
+            seed=setup.seed,
         ),
         attention_type=setup.attention,
         sla_topk=setup.topk,
@@ -126,7 +137,7 @@ def build(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> WanTransformer3D
 
 def random_contents(
     model: str, device: str, *, layers: int | None = None, with_sla: bool = True, home: str | None = None,
-    int8: bool = False,
+    int8: bool = False, seed: int = 0,
 ) -> Contents:  # fmt: skip
     """Return a transformer file with random bf16 weights, as `recognise.read` would.
 
@@ -137,6 +148,7 @@ def random_contents(
         with_sla: whether the file has SLA projections.
         home: the device that keeps the weights. None: the same device.
         int8: whether the linears of blocks are in int8 with one scale per row.
+        seed: of the weights.
     """
     arch, text_dim = MODELS[model]
     arch = replace(arch, num_layers=layers or arch.num_layers)
@@ -148,7 +160,7 @@ def random_contents(
         )  # fmt: skip
         if with_sla:
             sla.set_attention_type(meta, "sla")
-    generator, home = torch.Generator(device).manual_seed(0), home or device
+    generator, home = torch.Generator(device).manual_seed(seed), home or device
 
     def draw(name: str, shape: torch.Size) -> Tensor | Encoded:
         values = _draw(name, shape, generator)

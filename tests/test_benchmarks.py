@@ -14,12 +14,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import e2e, harness, kernels, lora, memory, startup, step, switch, vae
+from benchmarks import e2e, experts, harness, kernels, lora, memory, startup, step, switch, vae
 from turbo_nb import generation
 from turbo_nb.catalog import NANO
 from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.ops.attention import reference as attention_reference
 from turbo_nb.ops.norms import reference as norms_reference
+from turbo_nb.parallel.group import Group
 from turbo_nb.video import mp4
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,39 @@ def test_a_step_on_two_gpus_is_a_row_beside_one_gpu_and_where_it_goes(bench, mon
     ]  # fmt: skip
     assert all(float(row["error"]) < 1e-5 and "same block maps" in row["check"] for row in rows)
     assert "2 GPUs: " in capsys.readouterr().out and "2 × CPU" in harness.table(rows)
+
+
+def test_an_expert_per_gpu_is_two_rows_beside_both_on_one_and_on_each(bench, monkeypatch, capsys):
+    monkeypatch.setenv("TURBO_NB_RANKS", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = (*TINY, "--model", "tiny-i2v", "--gpus", 2, "--experts")
+    code, rows = bench(*options)
+    both = [("1", "fused, graph"), ("2", "fused, graph")]
+    assert code == 0 and [(row["gpus"], row["mode"]) for row in rows] == [
+        *both, ("2", experts.MODES[experts.ONE_CLIP]), ("2", experts.MODES[experts.MORE_CLIPS]),
+    ]  # fmt: skip
+    assert {row["work"] for row in rows} == {"4 steps of tiny-i2v, 2 of 2 layers, sla 0.4, bf16 linears"}
+    assert all(float(row["error"]) < 1e-5 and float(row["first_ms"]) > 0 for row in rows)
+
+    gather = Group.gather
+
+    def mirrored(self, x, counts, everywhere=False):  # what rank 0 sends to the low-noise expert
+        return gather(self, x.flip(-1) if everywhere else x, counts, everywhere)
+
+    monkeypatch.setattr(Group, "gather", mirrored)
+    code, more = bench(*options)
+    assert code == 1 and [(row["gpus"], row["mode"]) for row in more[len(rows) :]] == both
+    assert capsys.readouterr().out.count("FAILED 4 steps of tiny-i2v") == 2
+
+
+def test_the_experts_of_a14b_have_two_steps_each():
+    setup = step.Setup(
+        model="tiny-i2v", layers=1, size=(128, 128, 5), attention="sla", topk=0.4, linears="bf16", device="cpu"
+    )
+    both = experts.Experts(setup, None, 1, "cpu")
+    assert both.steps == ([0, 1], [2, 3]) and list(both.experts) == [1, 0]
+    weights = [both.experts[number].model.proj_out.weight for number in range(2)]
+    assert not torch.equal(*weights) and not torch.equal(*both.starts[:2])
 
 
 @pytest.mark.parametrize(
@@ -323,6 +357,7 @@ def test_rows_are_added_and_another_header_is_refused_before_any_work(bench, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ((*TINY, "--experts"), "gpus is 1. Expected 2, one for each expert."),
         ((*TINY, "--mode", "fast"), "mode is 'fast'. Expected one of reference, eager, fused, compile"),
         ((*TINY, "--linears", "int4"), "linears is 'int4'"),
         ((*TINY, "--topk", "2"), "sla_topk is 2"),
