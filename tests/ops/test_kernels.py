@@ -234,10 +234,12 @@ def test_rms_norm_rope_writes_the_heads_of_each_rank(ranks, heads, dim, length):
     sums = [torch.empty(2, -(-length // 16), heads // ranks, dim, device=DEVICE) for _ in range(ranks)]
     to = parts_of(outs), parts_of(sums)
     assert triton_norms.rms_norm_rope(x, weight, cos, sin, heads, sums=True, to=to) is None
-    assert torch.equal(torch.cat(outs, 2), expected) and torch.equal(torch.cat(sums, 2), expected_sums)
-    outs[0].zero_()
+    assert_close("heads", torch.cat(outs, 2), expected)  # a compiler rounds another kernel in another way
+    assert_close("sums", torch.cat(sums, 2), expected_sums)
+    for out in outs:
+        out.zero_()
     assert triton_norms.rms_norm_rope(x, weight, cos, sin, heads, to=(to[0], None)) is None
-    assert torch.equal(torch.cat(outs, 2), expected)
+    assert_close("heads without sums", torch.cat(outs, 2), expected)
 
 
 KERNELS_OF_PARTS = [
