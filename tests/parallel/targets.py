@@ -62,13 +62,13 @@ def tiny_transformer(heads, attention, device):
     return model.to(device)
 
 
-def tiny_vae(device):
+def tiny_vae(device, base_dim=16):
     from diffusers import AutoencoderKLWan
 
     from turbo_nb.fused import vae as fused_vae
 
     torch.manual_seed(1)
-    vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).eval().to(device)
+    vae = AutoencoderKLWan(base_dim=base_dim, num_res_blocks=1).requires_grad_(False).eval().to(device)
     fused_vae.fuse(vae)
     return vae
 

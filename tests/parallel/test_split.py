@@ -4,8 +4,9 @@ import copy
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import ClassVar
 
 import pytest
@@ -141,6 +142,43 @@ def test_strips_are_the_pictures_of_one_rank(loaded, team, size):
         for length in (None, 1, 2):
             assert_close(f"{size}, {length}", ref, torch.cat(list(fused_vae.chunks(vae, z, length)), 2), 1e-5)
     assert team.group.exchanges > before + 30
+
+
+def convolve_in_order(x, weight, bias, stride=1, *_):
+    """Convolve with one order of the sums for each pixel; that of a CPU's kernels depends on the picture's size"""
+    stride, dims = torch.as_tensor(stride).expand(x.ndim - 2).tolist(), x.ndim - 2
+    sizes = [(side - taps) // step + 1 for side, taps, step in zip(x.shape[2:], weight.shape[2:], stride, strict=True)]
+    out = bias.view(-1, *[1] * dims).expand(len(x), -1, *sizes)
+    for tap in product(*map(range, weight.shape[2:])):
+        spans = [slice(at, at + size * step, step) for at, size, step in zip(tap, sizes, stride, strict=True)]
+        for channel, pixels in enumerate(x[:, :, *spans].split(1, 1)):
+            out = out + pixels * weight[:, channel, *tap].view(-1, *[1] * dims)
+    return out
+
+
+def on_ranks(size, work):
+    """Run work(group) on so many ranks, which are threads of this process, and return rank 0's result"""
+    store = dist.HashStore()
+
+    @torch.inference_mode()
+    def run(rank):
+        own = group.Group(store, rank, size, CPU)
+        own.connect()
+        return work(own)
+
+    with ThreadPoolExecutor(size) as threads:
+        return next(threads.map(run, range(size)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_strips_have_the_bits_of_one_rank_where_a_convolution_has_one_order(monkeypatch, size):
+    monkeypatch.setattr(torch.nn.functional, "conv3d", convolve_in_order)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", convolve_in_order)
+    vae, z = targets.tiny_vae(CPU, 4), torch.randn(1, 16, 3, 7, 1, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ref, whole = torch.cat(list(fused_vae.chunks(vae, z)), 2), vae.post_quant_conv(z)
+    parts = on_ranks(size, lambda own: list(strips.strip_chunks(vae, whole, 1, own)))
+    assert torch.equal(torch.cat(parts, 2).clamp(-1, 1), ref)
 
 
 def test_a_clip_with_fewer_rows_than_ranks_is_decoded_by_one(loaded, team):

@@ -110,7 +110,7 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     """
     strips = getattr(vae, "strips", None)  # a `parallel.strips.Strips`, where several ranks share the rows
     if strips and strips.takes(vae, z):
-        yield from strips.chunks(vae, z, length)
+        yield from (_frames(vae, x) for x in strips.chunks(vae, z, length))
         return
     if length is None:
         length = chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
@@ -118,19 +118,28 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     if not length and vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    yield from decoded(vae, z, length or 1)
+    yield from (_frames(vae, x) for x in decoded(vae, vae.post_quant_conv(z), length or 1))
+
+
+def _frames(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """Return frames of what the decoder returned."""
+    if vae.config.patch_size is not None:
+        x = unpatchify(x, patch_size=vae.config.patch_size)
+    return x.clamp(-1, 1)
 
 
 def decoded(vae: AutoencoderKLWan, z: Tensor, length: int, strip: Strip | None = None) -> Iterator[Tensor]:
-    """Decode as `chunks` does, on this rank, with `length` latent frames in a chunk; strip: these rows of a clip."""
-    past = [None] * vae._cached_conv_counts["decoder"]
-    z = vae.post_quant_conv(z)
+    """Run the decoder on this rank.
+
+    Args:
+        vae: a fused or plain VAE.
+        z: what `post_quant_conv` returned.
+        length: latent frames of a chunk, after the first one.
+        strip: the rows of a clip that z has. None: all rows.
+    """
+    past, own = [None] * vae._cached_conv_counts["decoder"], {} if strip is None else {"strip": strip}
     for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
-        own = {} if strip is None else {"strip": strip}
-        frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0, **own)
-        if vae.config.patch_size is not None:
-            frames = unpatchify(frames, patch_size=vae.config.patch_size)
-        yield frames.clamp(-1, 1)
+        yield vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0, **own)
 
 
 def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
@@ -268,12 +277,11 @@ def _attention(block: nn.Module, x: Tensor, strip: Strip | None = None) -> Tenso
     """Compute `WanAttentionBlock` within each picture; changes x. strip: x has these rows of the pictures."""
     inner = x[:, :, 1:-1, 1:-1]
     y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
-    y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
-    qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)  # (B·T, H·W, 3C)
-    whole = strip.all_rows(qkv) if strip else qkv
-    y = backends.function("picture_attention", qkv)(whole)
-    y = strip.own_rows(y) if strip else y
-    inner += F.linear(y, block.proj.weight.flatten(1), block.proj.bias).view(inner.shape)
+    y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)  # (B·T, h·W, C)
+    y = strip.all_rows(y) if strip else y
+    qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
+    y = F.linear(backends.function("picture_attention", qkv)(qkv), block.proj.weight.flatten(1), block.proj.bias)
+    inner += (strip.own_rows(y) if strip else y).view(inner.shape)
     return x
 
 

@@ -2,11 +2,13 @@
 
     rows of the latents        rank 0: 0 … 29 │ rank 1: 30 … 59 │ rank 2: 60 … 89
     before each convolution    the first and the last row of each strip go into the rims of its neighbours
-    middle attention           every rank computes it for all rows, because it is a small part of the work
+    middle attention           every rank gets the rows of all ranks and computes it for the whole picture
     after each chunk           rank 0 gathers the frames
 
 A fused convolution reads a rim of one pixel around each picture. On one GPU the rim is zero. Here the upper and the
-lower rim are a neighbour's row. So the result is that of one GPU up to rounding, without seams, at any height.
+lower rim are a neighbour's row. Our convolutions and norms compute each pixel alike, wherever it is. cuBLAS and cuDNN
+choose a kernel by the number of rows, so what calls them gets all rows. The result is therefore that of one GPU, without
+seams, at any height.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,10 +58,11 @@ class Strip:
         begin, end = self.bounds[self.group.rank : self.group.rank + 2]
         return x.unflatten(1, (self.bounds[-1], -1))[:, begin:end].flatten(1, 2)
 
-    def gather(self, frames: Tensor, height: int) -> Tensor | None:
-        """Return the whole frames (B, 3, t, H, W) of strips (B, 3, t, h, W) on rank 0, None on the other ranks."""
-        factor = height // self.bounds[-1]
-        rows = frames.permute(3, 0, 1, 2, 4).contiguous()
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Return all ranks' rows of x (B, C, T, h, W) on rank 0: (B, C, T, H, W). None on the other ranks."""
+        begin, end = self.bounds[self.group.rank : self.group.rank + 2]
+        factor = x.shape[3] // (end - begin)
+        rows = x.permute(3, 0, 1, 2, 4).contiguous()
         whole = self.group.gather(rows, [(end - begin) * factor for begin, end in pairwise(self.bounds)])
         return None if whole is None else whole.permute(1, 2, 3, 0, 4)
 
@@ -88,9 +91,10 @@ class Strips:
         group = self.team.group
         rows = -(-z.shape[3] // group.size)
         length = length or chunk_length(vae, z, rows * z.shape[4] * vae.spatial_compression_ratio**2) or 1
+        z = vae.post_quant_conv(z).contiguous()  # of all rows, because cuDNN's choice depends on their number
         with self.team.together():
             self.team.tell("decode", tuple(z.shape), z.dtype, length)
-            parts = strip_chunks(vae, group.broadcast(z.contiguous()), length, group)
+            parts = strip_chunks(vae, group.broadcast(z), length, group)
         for _ in range(count(z, length)):
             with self.team.together():
                 self.team.tell("chunk")
@@ -115,5 +119,5 @@ def strip_chunks(vae: nn.Module, z: Tensor, length: int, group: Group) -> Iterat
     bounds = shares(z.shape[3], group.size)
     strip = Strip(group, bounds)
     own = z[:, :, :, bounds[group.rank] : bounds[group.rank + 1]]
-    for frames in decoded(vae, own, length, strip):
-        yield strip.gather(frames, z.shape[3] * vae.spatial_compression_ratio)
+    for x in decoded(vae, own, length, strip):
+        yield strip.gather(x)
