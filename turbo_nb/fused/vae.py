@@ -279,10 +279,18 @@ def _attention(block: nn.Module, x: Tensor, strip: Strip | None = None) -> Tenso
     y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
     y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)  # (B·T, h·W, C)
     y = strip.all_rows(y) if strip else y
-    qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
-    y = F.linear(backends.function("picture_attention", qkv)(qkv), block.proj.weight.flatten(1), block.proj.bias)
+    qkv = _project(block.to_qkv, y)
+    y = _project(block.proj, backends.function("picture_attention", qkv)(qkv))
     inner += (strip.own_rows(y) if strip else y).view(inner.shape)
     return x
+
+
+def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Compute a 1×1 convolution of x (N, H·W, C), one picture at a time.
+
+    cuBLAS chooses a kernel by the number of rows, so the bits would otherwise depend on the pictures in a chunk.
+    """
+    return torch.stack([F.linear(picture, conv.weight.flatten(1), conv.bias) for picture in x])
 
 
 def _upsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:

@@ -7,8 +7,8 @@
 
 A fused convolution reads a rim of one pixel around each picture. On one GPU the rim is zero. Here the upper and the
 lower rim are a neighbour's row. Our convolutions and norms compute each pixel alike, wherever it is. cuBLAS and cuDNN
-choose a kernel by the number of rows, so what calls them gets all rows. The result is therefore that of one GPU, without
-seams, at any height.
+choose a kernel by the number of rows, so what calls them gets all rows. The result is therefore that of one GPU,
+without seams, at any height.
 """
 
 from collections.abc import Callable, Iterator, Sequence
