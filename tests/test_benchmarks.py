@@ -67,6 +67,16 @@ def test_a_step_on_two_gpus_is_a_row_beside_one_gpu_and_where_it_goes(bench, mon
     assert "2 GPUs: " in capsys.readouterr().out and "2 × CPU" in harness.table(rows)
 
 
+def test_a_vae_on_two_gpus_is_rows_of_decoding_and_of_encoding_beside_one_gpu(bench, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_RANKS", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, rows = bench("vae", "--size", "32x48x5", "--base-dim", 8, "--gpus", 2, *QUICK)
+    assert code == 0 and [(row["work"], row["gpus"]) for row in rows] == [
+        (f"vae {work}, base_dim 8", gpus) for work in ("decode", "encode") for gpus in ("1", "2")
+    ]
+    assert all(float(row["error"]) < 1e-5 and "the worst row's error" in row["check"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "work", "kept"),
     [
