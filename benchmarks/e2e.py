@@ -157,10 +157,6 @@ def random_pipeline(name: str, load: dict, parts: "Parts | None" = None):
     if found.device != "cpu":
         torch.cuda.empty_cache()  # because drawing the weights has left free blocks
     pipeline = pipelines.load(found, clip=size, remake=partial(random_model, name))
-    if found.gpus > 1:
-        several = pipeline.vae.strips.chunks
-        pipeline.vae.strips.chunks = lambda vae, z, length: several(vae, smooth(z), length)
-        return pipeline
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, latents: (smooth(latents[0]),))
     return pipeline
 

@@ -339,40 +339,44 @@ def serve_vae(member: ranks.Member, base_dim: int) -> None:
     member.ready()
     with _on(member.device):
         for command, arguments in member.commands():
-            if command == "decode":
+            if command == "strips":
                 next_chunk = strips.follow(vae, *arguments, member.group)
             else:
                 next_chunk()
 
 
 def worst_row(out: Tensor, ref: Tensor) -> float:
-    """Return the largest error of a row of pixels over that of the median row, of frames (B, 3, T, H, W)."""
+    """Return the largest error of a row over that of the median row, of frames or latents (B, C, T, H, W)."""
     rows = (out.float() - ref.float()).square().mean((0, 1, 2, 4)).sqrt()
     return (rows.max() / rows.median().clamp(min=1e-6)).item()
 
 
 def vae_jobs(size: tuple[int, int, int], gpus: int, *, base_dim: int, runs: int, warmup: int) -> Iterator[Job]:
-    """Yield a job of decoding on one GPU, and one on all GPUs."""
+    """Yield jobs of decoding and of encoding: each on one GPU, and on all GPUs."""
     with team_of(gpus, serve_vae, base_dim) as team:
         device = members.device_of(0)
         vae = _vae(base_dim, device)
         team.join()
-        clip = vae_benchmark.latents(vae, size)
-        with _on(device):
-            ref = vae_benchmark.decode(vae, clip)
-            for count in (1, gpus):
-                vae.strips = None if count == 1 else strips.Strips(team)
-                out = vae_benchmark.decode(vae, clip)
-                to_one = vae_benchmark.psnr(out, ref, peak=2)
-                seam = worst_row(out, ref)
-                check = Check(
-                    error=harness.relative_error(out, ref) if to_one >= PSNR and seam <= SEAM else torch.inf,
-                    limit=harness.WORST,
-                    what=f"against one GPU, PSNR {to_one:.1f} dB, at least {PSNR}; the worst row's error is {seam:.2f} "
-                    f"times the median row's, at most {SEAM}",
-                )
-                timing = harness.measure(partial(vae_benchmark.decode, vae, clip), device, runs=runs, warmup=warmup)
-                yield Job(
-                    work=f"vae decode, base_dim {base_dim}", shape="x".join(map(str, size)), mode="fused",
-                    weights="random", run=lambda timing=timing, check=check: (timing, check), gpus=count,
-                )  # fmt: skip
+        for work, make_input in (
+            (vae_benchmark.decode, vae_benchmark.latents), (vae_benchmark.encode, vae_benchmark.pictures),
+        ):  # fmt: skip
+            vae.strips = None
+            clip = make_input(vae, size)
+            with _on(device):
+                ref = work(vae, clip)
+                for count in (1, gpus):
+                    vae.strips = None if count == 1 else strips.Strips(team)
+                    out = work(vae, clip)
+                    to_one = vae_benchmark.psnr(out, ref, peak=2)
+                    seam = worst_row(out, ref)
+                    check = Check(
+                        error=harness.relative_error(out, ref) if to_one >= PSNR and seam <= SEAM else torch.inf,
+                        limit=harness.WORST,
+                        what=f"against one GPU, PSNR {to_one:.1f} dB, at least {PSNR}; the worst row's error is "
+                        f"{seam:.2f} times the median row's, at most {SEAM}",
+                    )
+                    timing = harness.measure(partial(work, vae, clip), device, runs=runs, warmup=warmup)
+                    yield Job(
+                        work=f"vae {work.__name__}, base_dim {base_dim}", shape="x".join(map(str, size)), mode="fused",
+                        weights="random", run=lambda timing=timing, check=check: (timing, check), gpus=count,
+                    )  # fmt: skip

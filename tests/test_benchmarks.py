@@ -101,6 +101,16 @@ def test_the_experts_of_a14b_have_two_steps_each():
     assert not torch.equal(*weights) and not torch.equal(*both.starts[:2])
 
 
+def test_a_vae_on_two_gpus_is_rows_of_decoding_and_of_encoding_beside_one_gpu(bench, monkeypatch):
+    monkeypatch.setenv("TURBO_NB_RANKS", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, rows = bench("vae", "--size", "32x48x5", "--base-dim", 8, "--gpus", 2, *QUICK)
+    assert code == 0 and [(row["work"], row["gpus"]) for row in rows] == [
+        (f"vae {work}, base_dim 8", gpus) for work in ("decode", "encode") for gpus in ("1", "2")
+    ]
+    assert all(float(row["error"]) < 1e-5 and "the worst row's error" in row["check"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "work", "kept"),
     [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanDecoder3d, WanEncoder3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanDecoder3d, WanEncoder3d
 from helpers import choose_triton, interpret_kernels
 
 from turbo_nb import backends
@@ -66,6 +66,13 @@ def test_chunks_of_any_length_encode_to_diffusers_latents(config, shape, monkeyp
     for length in (1, 2, 9):
         monkeypatch.setattr(fused_vae, "chunk_length", lambda *_, length=length: length)
         torch.testing.assert_close(encode(model, clip), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (7, 1), (2, 7)], ids=str)
+def test_attention_within_a_picture_has_the_same_bits_in_a_chunk_of_any_length(sides):
+    block, x = WanAttentionBlock(384).requires_grad_(False), latents(1, 3, sides[0] + 2, sides[1] + 2, 384)
+    parts = [fused_vae._attention(block, picture.clone()) for picture in x.split(1, 1)]
+    assert torch.equal(fused_vae._attention(block, x), torch.cat(parts, 1))
 
 
 def test_tiles_and_slices_decode_and_encode_as_before_where_no_frame_fits(monkeypatch):

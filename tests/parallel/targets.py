@@ -66,13 +66,15 @@ def tiny_transformer(heads, attention, device):
     return model.to(device)
 
 
-def tiny_vae(device):
+def tiny_vae(device, base_dim=16, **config):
     from diffusers import AutoencoderKLWan
 
     from turbo_nb.fused import vae as fused_vae
 
     torch.manual_seed(1)
-    vae = AutoencoderKLWan(base_dim=16, num_res_blocks=1).requires_grad_(False).eval().to(device)
+    vae = (
+        AutoencoderKLWan(**{"base_dim": base_dim, "num_res_blocks": 1} | config).requires_grad_(False).eval().to(device)
+    )
     fused_vae.fuse(vae)
     return vae
 
@@ -89,7 +91,7 @@ def exchange_by(peers, how, group):
 
 @torch.inference_mode()
 def models(member, heads, attentions):
-    """Follow rank 0 through steps of several transformers, and through decoding."""
+    """Follow rank 0 through steps of several transformers, decoding and encoding."""
     from shared_memory import SharedMemory
 
     from turbo_nb.parallel import group, strips, ulysses
@@ -108,7 +110,7 @@ def models(member, heads, attentions):
         elif command == "step":
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)
-        elif command == "decode":
+        elif command == "strips":
             next_chunk = strips.follow(vae, *arguments, member.group)
         else:
             next_chunk()

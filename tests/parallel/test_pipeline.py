@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, GPUS
+from helpers import golden, upstream_names
 
 import turbo_nb
 from turbo_nb import catalog, sla
@@ -13,12 +14,14 @@ from turbo_nb.batch import engines
 from turbo_nb.errors import InputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import decide
 from turbo_nb.files.resolve import resolve
+from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
 from turbo_nb.runtime import estimate
 from turbo_nb.settings import LoadOptions
 
 PROMPT = "a small cyan triangle growing on a navy background"
 CLIP = {"seed": 7, "num_frames": 5, "resolution": "80x64", "num_steps": 2}
+PICTURE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
 PSNR = 45
 
 
@@ -32,6 +35,24 @@ def two():
     pipeline = turbo_nb.load_pipeline("nano", device=DEVICE, gpus=2)
     yield pipeline
     pipeline.turbo_nb.team.close()
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory):
+    """A tiny image-to-video model of two experts on one rank, and on two"""
+    folder = tmp_path_factory.mktemp("i2v")
+    arch = catalog.Arch(dim=128, num_heads=2, num_layers=2, ffn_dim=256, in_channels=36)
+    for seed, name in enumerate(("high", "low")):
+        torch.manual_seed(seed)
+        torch.save(upstream_names(arch, sla=True, int8=False, text_dim=128), folder / f"{name}.pth")
+    torch.save(golden("vae_state"), folder / "Wan2.1_VAE.pth")
+    parts = {name: catalog.NANO.folder / name for name in ("text_encoder", "tokenizer")}
+    pair = [
+        turbo_nb.load_pipeline((folder / "high.pth", folder / "low.pth"), device=DEVICE, gpus=gpus, **parts)
+        for gpus in (1, 2)
+    ]
+    yield pair
+    pair[1].turbo_nb.team.close()
 
 
 def psnr(a, b):
@@ -91,6 +112,38 @@ def test_diffusers_own_call_runs_on_all_ranks(one, two):
         for pipeline in (one, two)
     ]  # fmt: skip
     assert psnr(*(255 * one for one in frames)) >= PSNR and two.turbo_nb.team.group.exchanges > before
+
+
+@pytest.mark.filterwarnings("ignore:high was not trained")
+@pytest.mark.parametrize("length", [None, 1], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(
+    "clip", [{"num_frames": 9}, {"last_image": PICTURE[:, ::-1]}, {"extend": 1}], ids=["image", "two", "extended"]
+)
+def test_all_ranks_encode_the_image(i2v, monkeypatch, clip, length):
+    told, tell = [], i2v[1].turbo_nb.team.tell
+    monkeypatch.setattr(i2v[1].turbo_nb.team, "tell", lambda *told_: (told.append(told_[:2]), tell(*told_)))
+    if length:
+        monkeypatch.setattr(fused_vae, "chunk_length", lambda *_: length)
+    assert_same(*i2v, image=PICTURE, **clip)
+    assert told.count(("strips", "encoder")) == 1 + ("extend" in clip)
+
+
+def test_a_clip_that_is_cancelled_after_its_image_was_encoded_leaves_the_ranks_at_work(i2v):
+    def cancel(*_):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        turbo_nb.generate(i2v[1], PROMPT, image=PICTURE, **CLIP, on_step=cancel)
+    assert_same(*i2v, image=PICTURE)
+
+
+def test_a_rank_that_is_lost_while_the_image_is_encoded_ends_the_clip(i2v, monkeypatch):
+    pipeline = i2v[1]
+    strips, process = pipeline.vae.strips, pipeline.turbo_nb.team._others[0].process
+    coded = strips.coded
+    monkeypatch.setattr(strips, "coded", lambda *told: (process.kill(), *coded(*told))[1:])
+    with pytest.raises(TurboNbError, match=r"^rank 1 ended by SIGKILL.*Load the model again"):
+        turbo_nb.generate(pipeline, PROMPT, image=PICTURE, **CLIP)
 
 
 @pytest.mark.skipif(not GPUS, reason="CUDA graphs need GPUs")

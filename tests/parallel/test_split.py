@@ -1,17 +1,19 @@
-"""A step and the decoding on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
+"""A step and the VAE on 3 ranks: the results of one, at any length and height. test_pipeline.py has 2 ranks."""
 
 import copy
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import ClassVar
 
 import pytest
 import targets
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanEncoder3d
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from helpers import assert_close
 from shared_memory import SharedMemory
@@ -138,8 +140,17 @@ def test_a_copy_of_a_split_transformer_is_computed_by_rank_0(loaded, team, atten
     assert team.group.exchanges == before
 
 
+def pictures(*size):
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def encoded(vae, clip):
+    return vae.encode(clip, return_dict=False)[0].parameters
+
+
 @pytest.mark.parametrize("size", [(1, 3, 2), (3, 7, 4), (6, 4, 3), (2, 11, 5)], ids=str)
-def test_strips_are_the_pictures_of_one_rank(loaded, team, size):
+def test_strips_decode_to_the_pictures_of_one_rank(loaded, team, size):
     torch.manual_seed(0)
     vae, alone = loaded[1]
     z, before = torch.randn(1, 16, *size), team.group.exchanges
@@ -150,13 +161,94 @@ def test_strips_are_the_pictures_of_one_rank(loaded, team, size):
     assert team.group.exchanges > before + 30
 
 
-def test_a_clip_with_fewer_rows_than_ranks_is_decoded_by_one(loaded, team):
+@pytest.mark.parametrize("size", [(1, 24, 16), (9, 56, 32), (23, 32, 24), (5, 88, 40)], ids=str)
+def test_strips_encode_to_the_latents_of_one_rank(loaded, team, monkeypatch, size):
     vae, alone = loaded[1]
-    z, before = torch.randn(1, 16, 1, 1, 3), team.group.exchanges
+    clip, before = pictures(*size), team.group.exchanges
+    ref = encoded(alone, clip)
+    for length in (4, 1, 2):
+        monkeypatch.setattr(fused_vae, "chunk_length", lambda *_, length=length: length)
+        assert_close(f"{size}, {length}", ref, encoded(vae, clip), 1e-5)
+    assert team.group.exchanges > before + 30
+
+
+def convolve_in_order(x, weight, bias, stride=1, *_):
+    """Convolve with one order of the sums for each pixel; that of a CPU's kernels depends on the picture's size"""
+    stride, dims = torch.as_tensor(stride).expand(x.ndim - 2).tolist(), x.ndim - 2
+    sizes = [(side - taps) // step + 1 for side, taps, step in zip(x.shape[2:], weight.shape[2:], stride, strict=True)]
+    out = bias.view(-1, *[1] * dims).expand(len(x), -1, *sizes)
+    for tap in product(*map(range, weight.shape[2:])):
+        spans = [slice(at, at + size * step, step) for at, size, step in zip(tap, sizes, stride, strict=True)]
+        for channel, pixels in enumerate(x[:, :, *spans].split(1, 1)):
+            out = out + pixels * weight[:, channel, *tap].view(-1, *[1] * dims)
+    return out
+
+
+def on_ranks(size, work):
+    """Run work(group) on so many ranks, which are threads of this process, and return rank 0's result"""
+    store = dist.HashStore()
+
+    @torch.inference_mode()
+    def run(rank):
+        own = group.Group(store, rank, size, CPU)
+        own.connect()
+        return work(own)
+
+    with ThreadPoolExecutor(size) as threads:
+        return next(threads.map(run, range(size)))
+
+
+@pytest.mark.parametrize("why", ["few rows", "height", "tiling", "another encoder"])
+def test_rank_0_works_alone_where_the_ranks_cannot_share_the_rows(loaded, team, monkeypatch, why):
+    vae, alone = loaded[1]
+    height = {"few rows": 16, "height": 60}.get(why, 48)
+    z, clip, before = torch.randn(1, 16, 1, height // 8, 3), pictures(5, height, 24), team.group.exchanges
+    if why == "tiling":
+        monkeypatch.setattr(vae, "use_tiling", True)
+    if why == "another encoder":
+        monkeypatch.setattr(vae.encoder, "__class__", WanEncoder3d)
+    assert_close(why, encoded(alone, clip), encoded(vae, clip), 1e-5)
+    assert team.group.exchanges == before
     with torch.inference_mode():
         out, ref = (torch.cat(list(fused_vae.chunks(one, z)), 2) for one in (vae, alone))
-    assert_close("one row", ref, out, 1e-6)
-    assert team.group.exchanges == before
+    assert_close(why, ref, out, 1e-5)
+    assert (team.group.exchanges == before) == (why in ("few rows", "tiling"))
+
+
+PATCHED = {  # as Wan2.2's 5B and nano's
+    "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
+    "out_channels": 12, "patch_size": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("config", "name"), [({}, "decoder"), ({}, "encoder"), (PATCHED, "decoder")], ids=["decode", "encode", "residual"]
+)
+def test_strips_of_chunks_of_any_length_have_the_bits_of_one_rank(monkeypatch, size, config, name):
+    silu = torch.nn.functional.silu  # whose float32 result depends on where an element lies in memory
+    for function, ordered in (
+        ("conv3d", convolve_in_order), ("conv2d", convolve_in_order), ("silu", lambda x: silu(x.double()).float()),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.nn.functional, function, ordered)
+    assert all(map(torch.equal, *coded_by(size, config, name)))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_strips_encode_as_one_rank_where_a_shortcut_takes_means(size):
+    for parts in zip(*coded_by(size, PATCHED, "encoder"), strict=True):
+        assert_close("residual", *parts, 1e-5)
+
+
+def coded_by(size, config, name):
+    """What one rank, and so many ranks, make in chunks of other lengths, for each of two lengths"""
+    vae = targets.tiny_vae(CPU, base_dim=4, **config)
+    shape = (16, 3, 7, 1) if name == "decoder" else (3, 9, 56, 8)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ref = torch.cat(list(fused_vae.coded(vae, name, x, 2)), 2)
+    out = [on_ranks(size, lambda own, n=n: [*strips.strip_parts(vae, name, x, n, own)]) for n in (1, 2)]
+    return [ref] * 2, [torch.cat(parts, 2) for parts in out]
 
 
 @pytest.mark.parametrize("total", [17, 49, 1000, 32_760, 75_600])

@@ -54,11 +54,11 @@ class Strip(Protocol):
     def fill(self, x: Tensor) -> None:
         """Put the neighbours' rows into the upper and lower rim of x (B, T, h + 2, W + 2, C)."""
 
-    def all_rows(self, x: Tensor) -> Tensor:
-        """Return all ranks' rows of x (N, h · W, C): (N, H · W, C)."""
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """Return this rank's rows of x, whose dimension `dim` has all rows."""
 
-    def own_rows(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of x (N, H · W, C): (N, h · W, C)."""
+    def gather(self, x: Tensor, dim: int, everywhere: bool = False) -> Tensor | None:
+        """Return all ranks' rows of x, whose dimension `dim` has this rank's."""
 
 
 class CausalCache:

@@ -78,21 +78,17 @@ def _encode(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
     A VAE with tiling enabled encodes in tiles where not even one latent frame fits, or memory runs out.
     """
     large = x.shape[4] > vae.tile_sample_min_width or x.shape[3] > vae.tile_sample_min_height
-    length, tiles = chunk_length(vae, x, x[:, 0, 0].numel()), vae.use_tiling and large
+    length = chunk_length(vae, x, _share(vae, "encoder", x) * x[:, 0, 0].numel())
+    tiles = vae.use_tiling and large
     if length or not tiles:
         with suppress(torch.OutOfMemoryError) if tiles else nullcontext():
-            return _encode_in_chunks(vae, x, 4 * max(1, length))
+            return _encode_in_chunks(vae, x, length or 1)
     return type(vae)._encode(vae, x)
 
 
 def _encode_in_chunks(vae: AutoencoderKLWan, x: Tensor, length: int) -> Tensor:
-    frames = 1 + (x.shape[2] - 1) // 4 * 4  # because diffusers leaves out the others, too
-    if vae.config.patch_size is not None:
-        x = patchify(x, patch_size=vae.config.patch_size)
-    past = [None] * vae._cached_conv_counts["encoder"]
-    bounds = pairwise([0, *range(1, frames, length), frames])
-    parts = [vae.encoder(x[:, :, begin:end], feat_cache=past, feat_idx=[0]) for begin, end in bounds]
-    return vae.quant_conv(torch.cat(parts, 2))
+    x = x[:, :, : 1 + (x.shape[2] - 1) // 4 * 4]  # because diffusers leaves out the other frames, too
+    return vae.quant_conv(torch.cat(list(_coded(vae, "encoder", x, length)), 2))
 
 
 def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Iterator[Tensor]:
@@ -108,29 +104,50 @@ def chunks(vae: AutoencoderKLWan, z: Tensor, length: int | None = None) -> Itera
     Yields:
         Frames (B, 3, t, 8h, 8w) in [-1, 1], 4T − 3 in all.
     """
-    strips = getattr(vae, "strips", None)  # a `parallel.strips.Strips`, where several ranks share the rows
-    if strips and strips.takes(vae, z):
-        yield from strips.chunks(vae, z, length)
-        return
     if length is None:
-        length = chunk_length(vae, z, z[:, 0, 0].numel() * vae.spatial_compression_ratio**2)
+        pixels = z[:, 0, 0].numel() * vae.spatial_compression_ratio**2
+        length = chunk_length(vae, z, _share(vae, "decoder", z) * pixels)
     edge = max(s // vae.spatial_compression_ratio for s in (vae.tile_sample_min_height, vae.tile_sample_min_width))
     if not length and vae.use_tiling and max(z.shape[3:]) > edge:
         yield vae.tiled_decode(z, return_dict=False)[0]
         return
-    yield from decoded(vae, z, length or 1)
+    yield from _coded(vae, "decoder", vae.post_quant_conv(z), length or 1)
 
 
-def decoded(vae: AutoencoderKLWan, z: Tensor, length: int, strip: Strip | None = None) -> Iterator[Tensor]:
-    """Decode as `chunks` does, on this rank, with `length` latent frames in a chunk; strip: these rows of a clip."""
-    past = [None] * vae._cached_conv_counts["decoder"]
-    z = vae.post_quant_conv(z)
-    for begin, end in pairwise([0, *range(1, z.shape[2], length), z.shape[2]]):
-        own = {} if strip is None else {"strip": strip}
-        frames = vae.decoder(z[:, :, begin:end], feat_cache=past, feat_idx=[0], first_chunk=begin == 0, **own)
-        if vae.config.patch_size is not None:
-            frames = unpatchify(frames, patch_size=vae.config.patch_size)
-        yield frames.clamp(-1, 1)
+def _share(vae: AutoencoderKLWan, name: str, x: Tensor) -> float:
+    """Return the largest share of x's rows that a rank decodes or encodes. 1: this rank works alone."""
+    strips = getattr(vae, "strips", None)  # a `parallel.strips.Strips`, where there are several ranks
+    return strips.share(vae, name, x) if strips else 1
+
+
+def _coded(vae: AutoencoderKLWan, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
+    """Run a part of a VAE as `coded` on this rank, or on all ranks."""
+    return (coded if _share(vae, name, x) == 1 else vae.strips.coded)(vae, name, x, length)
+
+
+def coded(vae: AutoencoderKLWan, name: str, x: Tensor, length: int, strip: Strip | None = None) -> Iterator[Tensor]:
+    """Run the decoder or the encoder in chunks, on this rank.
+
+    Args:
+        vae: a fused or plain VAE.
+        name: "decoder" or "encoder".
+        x: what `post_quant_conv` returned, (B, C, T, h, w); or pictures (B, 3, 4T − 3, 8h, 8w).
+        length: latent frames of a chunk. The first latent frame is a chunk of its own.
+        strip: the rows of a clip that x has. None: all rows.
+
+    Yields:
+        Frames (B, 3, t, 8h, 8w) in [-1, 1]; or what `quant_conv` takes, (B, C, t, h, w).
+    """
+    part, past, patch = getattr(vae, name), [None] * vae._cached_conv_counts[name], vae.config.patch_size
+    decodes, own = name == "decoder", {} if strip is None else {"strip": strip}
+    for begin, end in pairwise([0, *range(1, x.shape[2], length if decodes else 4 * length), x.shape[2]]):
+        chunk = x[:, :, begin:end]
+        if decodes:
+            frames = part(chunk, feat_cache=past, feat_idx=[0], first_chunk=begin == 0, **own)
+            yield (unpatchify(frames, patch_size=patch) if patch else frames).clamp(-1, 1)
+        else:
+            chunk = patchify(chunk, patch_size=patch) if patch else chunk
+            yield part(chunk, feat_cache=past, feat_idx=[0], **own)
 
 
 def chunk_length(vae: AutoencoderKLWan, x: Tensor, pixels: int) -> int:
@@ -180,12 +197,12 @@ class FusedDecoder(WanDecoder3d):
 class FusedEncoder(WanEncoder3d):
     """diffusers' encoder, on clips that are channels last with a rim of zeros around each picture."""
 
-    def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None) -> Tensor:
-        """Encode a chunk: x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w)."""
+    def forward(self, x: Tensor, feat_cache: list | None = None, feat_idx=None, strip: Strip | None = None) -> Tensor:
+        """Encode a chunk: x (B, 3, 1 or 4T, 8h, 8w) → (B, C, 1 or T, h, w). strip: x has these rows of a clip."""
         if feat_cache is None or not takes(self, x):
             return super().forward(x, feat_cache, feat_idx or [0])
-        past, first, fill = CausalCache(feat_cache), self.conv_in, -x.shape[1] % CHANNELS
-        x = F.pad(x.permute(0, 2, 3, 4, 1), (0, fill, 1, 1, 1, 1))
+        past, first, fill = CausalCache(feat_cache, strip), self.conv_in, -x.shape[1] % CHANNELS
+        x = past.filled(F.pad(x.permute(0, 2, 3, 4, 1), (0, fill, 1, 1, 1, 1)))
         x = past.keep(torch.cat([past.before(x), x], 1))
         weight = F.pad(first.weight, (0, 0, 0, 0, 0, 0, 0, fill))
         x = backends.function("rimmed_conv", x)(x, weight, first.bias)
@@ -200,7 +217,7 @@ class FusedEncoder(WanEncoder3d):
             elif isinstance(block, WanResample):
                 x = _downsample(block, x, past)
             elif isinstance(block, WanAttentionBlock):
-                x = _attention(block, x)
+                x = _attention(block, x, strip)
             else:
                 x = _residual(block, x, past)
         x = _middle(self.mid_block, x, past)
@@ -268,13 +285,20 @@ def _attention(block: nn.Module, x: Tensor, strip: Strip | None = None) -> Tenso
     """Compute `WanAttentionBlock` within each picture; changes x. strip: x has these rows of the pictures."""
     inner = x[:, :, 1:-1, 1:-1]
     y = backends.function("rms_norm_silu", x)(x, block.norm.gamma, silu=False)
-    y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)
-    qkv = F.linear(y, block.to_qkv.weight.flatten(1), block.to_qkv.bias)  # (B·T, H·W, 3C)
-    whole = strip.all_rows(qkv) if strip else qkv
-    y = backends.function("picture_attention", qkv)(whole)
-    y = strip.own_rows(y) if strip else y
-    inner += F.linear(y, block.proj.weight.flatten(1), block.proj.bias).view(inner.shape)
+    y = y[:, :, 1:-1, 1:-1].flatten(2, 3).flatten(0, 1)  # (B·T, h·W, C)
+    y = strip.gather(y, 1, everywhere=True).contiguous() if strip else y
+    qkv = _project(block.to_qkv, y)
+    y = _project(block.proj, backends.function("picture_attention", qkv)(qkv))
+    inner += (strip.own(y, 1) if strip else y).reshape(inner.shape)
     return x
+
+
+def _project(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Compute a 1×1 convolution of x (N, H·W, C), one picture at a time.
+
+    cuBLAS chooses a kernel by the number of rows, so the bits would otherwise depend on the pictures in a chunk.
+    """
+    return torch.stack([F.linear(picture, conv.weight.flatten(1), conv.bias) for picture in x])
 
 
 def _upsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
@@ -286,7 +310,7 @@ def _upsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
 
 def _downsample(block: nn.Module, x: Tensor, past: CausalCache) -> Tensor:
     """Compute `WanResample`, downwards."""
-    padded = x[:, :, 1:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # with the rim, at the right and below
+    padded = past.filled(x)[:, :, 1:, 1:].flatten(0, 1).permute(0, 3, 1, 2)  # with the rim, at the right and below
     conv = block.resample[1]
     y = F.conv2d(padded, conv.weight, conv.bias, stride=2)
     x = F.pad(y.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unflatten(0, x.shape[:2])

@@ -25,7 +25,7 @@ def device_of(rank: int) -> str:
 
 
 def split(pipeline: "DiffusionPipeline", link: Team | Member) -> Team | None:
-    """Let a pipeline's steps and its decoding run on all ranks. Call it on every rank, before `runtime.place`.
+    """Let a pipeline's steps and its VAE run on all ranks. Call it on every rank, before `runtime.place`.
 
     Returns:
         The link where it is the team, None on the other ranks.
@@ -49,12 +49,13 @@ def follow(model: Any, member: Member) -> None:
                 case "step":
                     number, *told = arguments
                     models[number].ulysses.follow(models[number], *told)
-                case "decode":
+                case "strips":
                     next_chunk = apply_forward_hook(strips.follow)(pipeline.vae, *arguments, member.group)
                 case "chunk":
                     next_chunk()
                 case "graphs":  # a clip begins: with the bytes that later stages need
                     later, attentions = arguments
+                    next_chunk = None  # of a clip that was cancelled
                     replaced.close()
                     for transformer, attention in zip(models, attentions, strict=True):
                         transformer.ulysses.take(transformer, attention)

@@ -1,22 +1,24 @@
-"""The VAE on several GPUs: each rank decodes a strip of the pictures' rows.
+"""The VAE on several GPUs: each rank decodes, or encodes, a strip of the pictures' rows.
 
-    rows of the latents        rank 0: 0 … 29 │ rank 1: 30 … 59 │ rank 2: 60 … 89
+    rows of the latents        rank 0: 0 … 29 │ rank 1: 30 … 59 │ rank 2: 60 … 89, and the rows of pixels they stand for
     before each convolution    the first and the last row of each strip go into the rims of its neighbours
-    middle attention           every rank computes it for all rows, because it is a small part of the work
-    after each chunk           rank 0 gathers the frames
+    middle attention           every rank gets the rows of all ranks and computes it for the whole picture
+    after each chunk           rank 0 gathers the frames, or the latents
 
 A fused convolution reads a rim of one pixel around each picture. On one GPU the rim is zero. Here the upper and the
-lower rim are a neighbour's row. So the result is that of one GPU up to rounding, without seams, at any height.
+lower rim are a neighbour's row. Our convolutions and norms compute each pixel alike, wherever it is. cuBLAS and cuDNN
+choose a kernel by the number of rows, so what calls them gets all rows. Only the encoder's convolutions with stride 2
+get a strip. The result is therefore that of one GPU up to rounding, without seams, at any height.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..fused.vae import FusedDecoder, chunk_length, decoded, takes
+from ..fused.vae import FusedDecoder, FusedEncoder, coded, takes
 from .group import Group, shares
 
 if TYPE_CHECKING:
@@ -24,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Strip:
-    """This rank's rows of a clip that is decoded.
+    """This rank's rows of a clip that is decoded or encoded.
 
     Args:
         group: the ranks.
-        bounds: of all ranks' rows of the latents.
+        rows: of the clip's latents. Each of them is one row or several rows of the tensors that the methods take.
     """
 
-    def __init__(self, group: Group, bounds: Sequence[int]):
-        self.group, self.bounds = group, bounds
+    def __init__(self, group: Group, rows: int):
+        self.group, self.bounds = group, shares(rows, group.size)
 
     def fill(self, x: Tensor) -> None:
         """Put the neighbours' rows into the upper and lower rim of x (B, T, h + 2, W + 2, C)."""
@@ -44,28 +46,28 @@ class Strip:
         for other, row in received.items():
             x[:, :, 0 if other < rank else -1] = row
 
-    def all_rows(self, x: Tensor) -> Tensor:
-        """Return all ranks' rows of x (N, h · W, C): (N, H · W, C)."""
-        width = x.shape[1] // (self.bounds[self.group.rank + 1] - self.bounds[self.group.rank])
-        counts = [(end - begin) * width for begin, end in pairwise(self.bounds)]
-        whole = self.group.gather(x.transpose(0, 1).contiguous(), counts, everywhere=True)
-        return whole.transpose(0, 1).contiguous()
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """Return this rank's rows of x, whose dimension `dim` has all rows, or all pixels in the order of the rows."""
+        begin, end = (bound * x.shape[dim] // self.bounds[-1] for bound in self._ends)
+        return x.narrow(dim, begin, end - begin)
 
-    def own_rows(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of x (N, H · W, C): (N, h · W, C)."""
-        begin, end = self.bounds[self.group.rank : self.group.rank + 2]
-        return x.unflatten(1, (self.bounds[-1], -1))[:, begin:end].flatten(1, 2)
+    def gather(self, x: Tensor, dim: int, everywhere: bool = False) -> Tensor | None:
+        """Return all ranks' rows of x, whose dimension `dim` has this rank's: on rank 0, with everywhere on all ranks.
 
-    def gather(self, frames: Tensor, height: int) -> Tensor | None:
-        """Return the whole frames (B, 3, t, H, W) of strips (B, 3, t, h, W) on rank 0, None on the other ranks."""
-        factor = height // self.bounds[-1]
-        rows = frames.permute(3, 0, 1, 2, 4).contiguous()
-        whole = self.group.gather(rows, [(end - begin) * factor for begin, end in pairwise(self.bounds)])
-        return None if whole is None else whole.permute(1, 2, 3, 0, 4)
+        On the other ranks it is None.
+        """
+        begin, end = self._ends
+        counts = [(stop - start) * x.shape[dim] // (end - begin) for start, stop in pairwise(self.bounds)]
+        whole = self.group.gather(x.movedim(dim, 0).contiguous(), counts, everywhere)
+        return None if whole is None else whole.movedim(0, dim)
+
+    @property
+    def _ends(self) -> list[int]:
+        return self.bounds[self.group.rank : self.group.rank + 2]
 
 
 class Strips:
-    """Decodes clips with all ranks, as rank 0 sees it; `fused.vae.chunks` calls it.
+    """Decodes and encodes clips with all ranks, as rank 0 sees it; `fused.vae` calls it.
 
     Args:
         team: tells the other ranks.
@@ -74,46 +76,51 @@ class Strips:
     def __init__(self, team: "Team"):
         self.team = team
 
-    def __reduce__(self):  # a copy of the VAE decodes on one GPU
+    def __reduce__(self):  # a copy of the VAE works on one GPU
         return type(None), ()
 
-    def takes(self, vae: nn.Module, z: Tensor) -> bool:
-        """Return whether the ranks share the decoding of z (B, C, T, h, w): it has a row for each of them."""
-        group = self.team.group
-        whole = group is not None and not vae.use_tiling and isinstance(vae.decoder, FusedDecoder)
-        return whole and z.shape[3] >= group.size and takes(vae.decoder, z)
+    def share(self, vae: nn.Module, name: str, x: Tensor) -> float:
+        """Return the largest share of x's rows that a rank has; the arguments are those of `fused.vae.coded`.
 
-    def chunks(self, vae: nn.Module, z: Tensor, length: int | None) -> Iterator[Tensor]:
-        """Decode as `fused.vae.chunks`."""
-        group = self.team.group
-        rows = -(-z.shape[3] // group.size)
-        length = length or chunk_length(vae, z, rows * z.shape[4] * vae.spatial_compression_ratio**2) or 1
+        It is 1 where rank 0 works alone: in tiles, without our kernels, or with fewer rows of latents than ranks.
+        """
+        part, group = getattr(vae, name), self.team.group
+        rows, rest = divmod(x.shape[3], _factor(vae, name))
+        if group is None or vae.use_tiling or not isinstance(part, FusedDecoder | FusedEncoder) or not takes(part, x):
+            return 1
+        return 1 if rest or rows < group.size else -(-rows // group.size) / rows
+
+    def coded(self, vae: nn.Module, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
+        """Compute `fused.vae.coded` with all ranks."""
+        group, x = self.team.group, x.contiguous()
         with self.team.together():
-            self.team.tell("decode", tuple(z.shape), z.dtype, length)
-            parts = strip_chunks(vae, group.broadcast(z.contiguous()), length, group)
-        for _ in range(count(z, length)):
+            self.team.tell("strips", name, length, tuple(x.shape), x.dtype)
+            parts = strip_parts(vae, name, group.broadcast(x), length, group)
+        while True:
             with self.team.together():
                 self.team.tell("chunk")
-                frames = next(parts)
-            yield frames
+                part = next(parts, None)
+            if part is None:  # the other ranks have ended theirs, too, and keep no frames
+                return
+            yield part
 
 
-def count(z: Tensor, length: int) -> int:
-    """Return the number of chunks that latents (B, C, T, h, w) are decoded in."""
-    return 1 + -(-(z.shape[2] - 1) // length)
+def follow(
+    vae: nn.Module, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype, group: Group
+) -> Callable:
+    """Begin what rank 0 begins in `Strips.coded`. Returns a function that does this rank's part of the next chunk."""
+    x = group.broadcast(torch.empty(shape, dtype=dtype, device=group.device))
+    parts = strip_parts(vae, name, x, length, group)
+    return lambda: next(parts, None)
 
 
-def follow(vae: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, length: int, group: Group) -> Callable:
-    """Begin to decode what rank 0 decodes. Returns a function that decodes the next chunk."""
-    z = group.broadcast(torch.empty(shape, dtype=dtype, device=group.device))
-    parts = strip_chunks(vae, z, length, group)
-    return lambda: next(parts)
+def strip_parts(vae: nn.Module, name: str, x: Tensor, length: int, group: Group) -> Iterator[Tensor | None]:
+    """Compute `fused.vae.coded` of x on this rank's rows. Yields all ranks' rows on rank 0, None on other ranks."""
+    strip = Strip(group, x.shape[3] // _factor(vae, name))
+    for part in coded(vae, name, strip.own(x, 3), length, strip):
+        yield strip.gather(part, 3)
 
 
-def strip_chunks(vae: nn.Module, z: Tensor, length: int, group: Group) -> Iterator[Tensor | None]:
-    """Decode this rank's rows of z (B, C, T, h, w) in chunks. Yields whole frames on rank 0, None on other ranks."""
-    bounds = shares(z.shape[3], group.size)
-    strip = Strip(group, bounds)
-    own = z[:, :, :, bounds[group.rank] : bounds[group.rank + 1]]
-    for frames in decoded(vae, own, length, strip):
-        yield strip.gather(frames, z.shape[3] * vae.spatial_compression_ratio)
+def _factor(vae: nn.Module, name: str) -> int:
+    """Return how many rows of what a part of the VAE takes are one row of latents"""
+    return 1 if name == "decoder" else vae.spatial_compression_ratio
