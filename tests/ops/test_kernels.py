@@ -363,9 +363,10 @@ def test_the_gluon_product_is_the_triton_one(shape):
             assert_close(str(shape), hopper_rows.row_product(*args, **options), expected)
 
 
-def rimmed(*shape):
-    """A clip (B, T, H, W, C) in a rim of zeros"""
-    return torch.nn.functional.pad(random(*shape), (0, 0, 1, 1, 1, 1))
+def rimmed(batch, frames, height, width, channels, strip=True):
+    """A clip (B, T, H + 2, W + 2, C) with a rim of zeros, or of other ranks' rows above and below"""
+    rows = random(batch, frames, height + 2 * strip, width, channels)
+    return torch.nn.functional.pad(rows, (0, 0, 1, 1, *(() if strip else (1, 1))))
 
 
 def weights(columns, channels, *taps):
@@ -380,7 +381,7 @@ def weights(columns, channels, *taps):
 )  # fmt: skip
 def test_rimmed_conv(channels, columns, taps, split):
     x, (weight, bias) = rimmed(2, 2 + taps[0] - 1, 5, 11, channels), weights(columns, channels, *taps)
-    residual = rimmed(2, 2 * split, 5, 11, columns // split)
+    residual = rimmed(2, 2 * split, 5, 11, columns // split, strip=False)
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         args = x, weight.contiguous(memory_format=layout), bias, residual if split == 1 else None, split
         exact = conv_reference.rimmed_conv(*(t.float() if isinstance(t, torch.Tensor) else t for t in args)).to(DTYPE)
@@ -396,6 +397,17 @@ def test_normed_conv():
     assert_close("norm", triton_conv.normed_conv(*args), exact)
 
 
+def test_the_frames_before_keep_their_rim(monkeypatch):
+    """In the Gluon convolution, whose kernel writes no rim"""
+    from turbo_nb.ops.conv import hopper_conv
+
+    monkeypatch.setattr(hopper_conv, "_launch", lambda *_: None)
+    (weight, bias), before = weights(96, 32, 3, 3, 3), rimmed(2, 2, 5, 11, 96)
+    out = hopper_conv.normed_conv(rimmed(2, 3, 5, 11, 32), weight, bias, random(96, 1, 1, 1), before)
+    assert torch.equal(out[:, :2], before)
+    assert out[:, 2:, [0, -1]].count_nonzero() == out[:, 2:, :, [0, -1]].count_nonzero() == 0
+
+
 @on_hopper
 @pytest.mark.parametrize(
     ("channels", "columns", "size"),
@@ -408,7 +420,7 @@ def test_the_gluon_convolution_is_the_triton_one(channels, columns, size):
 
     frames, *picture = size
     x, (weight, bias) = rimmed(2, frames + 2, *picture, channels), weights(columns, channels, 3, 3, 3)
-    residual, gamma = rimmed(2, frames, *picture, columns), random(columns, 1, 1, 1)
+    residual, gamma = rimmed(2, frames, *picture, columns, strip=False), random(columns, 1, 1, 1)
     before = rimmed(2, 2, *picture, columns)
     for _ in range(3):  # a race would show now and then
         for args in ((x, weight, bias), (x, weight, bias, residual)):  # fewer than 16 channels are a view
@@ -418,7 +430,8 @@ def test_the_gluon_convolution_is_the_triton_one(channels, columns, size):
         args = x, weight, bias, gamma, before
         out = hopper_conv.normed_conv(*args)
         assert_close("norm", out, conv_reference.normed_conv(*(t.float() for t in args)).to(DTYPE))
-        assert out[:, :, [0, -1]].count_nonzero() == out[:, :, :, [0, -1]].count_nonzero() == 0
+        assert torch.equal(out[:, :2], before)
+        assert out[:, 2:, [0, -1]].count_nonzero() == out[:, 2:, :, [0, -1]].count_nonzero() == 0
         args = x, weight[:, :, 0], bias
         out = hopper_conv.upsample_conv(*args)
         assert_close("upsample", out, triton_conv.upsample_conv(*args))

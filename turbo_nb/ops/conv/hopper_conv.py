@@ -290,8 +290,8 @@ def normed_conv(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, before: 
         return triton_conv.normed_conv(x, weight, bias, gamma, before)
     x, shape = aligned(x), (x.shape[0], lead + x.shape[1] - 2, *x.shape[2:4], columns)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    out[:, :lead] = before
     triton_conv.clear_rim(out)
+    out[:, :lead] = before  # with its rim, which may have other ranks' rows
     matrix = weight.permute(0, 2, 3, 4, 1).reshape(columns, -1)
     _launch(x, matrix, weight.shape[2:4], bias, gamma, None, out[:, :, 1:-1, 1:-1])
     return out
