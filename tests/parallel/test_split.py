@@ -113,6 +113,15 @@ def test_other_ranks_take_over_a_topk_and_keep_the_backend(loaded):
     assert_close("sagesla 0.9", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sla", "original"])
+def test_a_step_in_autocast_is_that_of_one_rank(loaded, team, exchanged, attention):
+    split, whole = loaded[0][attention]
+    before = team.group.exchanges
+    with torch.autocast(CPU, torch.float16):
+        assert_close(attention, step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-2)
+    assert team.group.exchanges > before
+
+
 def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split, whole = loaded[0]["original"]
     before, processors = team.group.exchanges, [block.attn1.processor for block in split.blocks]

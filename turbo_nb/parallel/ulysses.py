@@ -85,12 +85,17 @@ class Ulysses:
         version = None if inputs[2].is_inference() else inputs[2]._version
         known = self._text is not None and self._text() is inputs[2] and self._text_version == version
         described = [(tuple(x.shape), x.dtype) for x in (latents, timestep, text)]
-        self.link.tell("step", self.number, described, known, attention_of(model), recorded)
+        kind = self.group.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.link.tell("step", self.number, described, known, attention_of(model), recorded, autocast)
         for x in (latents, timestep) if known else (latents, timestep, text):
             self.group.broadcast(x)
         self._text, self._text_version = weakref.ref(inputs[2]), version
 
-    def follow(self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool) -> None:
+    def follow(
+        self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool,
+        autocast: torch.dtype | None,
+    ) -> None:  # fmt: skip
         """Run a step that rank 0 told. The arguments are those of `tell`."""
         self.take(model, attention)
         count = 2 if known else 3
@@ -102,7 +107,8 @@ class Ulysses:
         run = model if recorded else getattr(vars(model).get("forward"), "plain", model)
         self.shared = True
         try:
-            run(*inputs, self._received, return_dict=False)
+            with torch.autocast(self.group.device.type, autocast, enabled=autocast is not None):
+                run(*inputs, self._received, return_dict=False)
         finally:
             self.shared = False
 
