@@ -30,6 +30,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from .. import backends
 from ..linear import project
 from ..ops.attention.reference import Sums
 from ..ops.norms.reference import SUM_TOKENS
@@ -87,16 +88,18 @@ class Ulysses:
         described = [(tuple(x.shape), x.dtype) for x in (latents, timestep, text)]
         kind = self.group.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.link.tell("step", self.number, described, known, attention_of(model), recorded, autocast)
+        how = attention_of(model), recorded, backends.variables(), autocast
+        self.link.tell("step", self.number, described, known, *how)
         for x in (latents, timestep) if known else (latents, timestep, text):
             self.group.broadcast(x)
         self._text, self._text_version = weakref.ref(inputs[2]), version
 
     def follow(
         self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool,
-        autocast: torch.dtype | None,
+        variables: dict[str, str | None], autocast: torch.dtype | None,
     ) -> None:  # fmt: skip
         """Run a step that rank 0 told. The arguments are those of `tell`."""
+        backends.take_variables(variables)
         self.take(model, attention)
         count = 2 if known else 3
         inputs = [torch.empty(shape, dtype=dtype, device=self.group.device) for shape, dtype in described[:count]]
