@@ -155,6 +155,15 @@ def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     assert team.group.exchanges == before
 
 
+def test_layers_with_attentions_of_their_own_are_computed_by_rank_0(loaded, team, monkeypatch):
+    split, whole = loaded[0]["sla"]
+    before = team.group.exchanges
+    for model in (split, whole):
+        monkeypatch.setattr(model.blocks[1].attn1.processor.sla, "topk", 0.9)
+    assert_close("a topk of its own", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-6)
+    assert team.group.exchanges == before
+
+
 @pytest.mark.parametrize("attention", ["sla", "original"])
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]

@@ -35,7 +35,7 @@ from ..linear import project
 from ..ops.attention.reference import Sums
 from ..ops.norms.reference import SUM_TOKENS
 from ..ops.parts import Parts
-from ..sla import SLAProcessor, attention_type, set_attention_type, topk_of
+from ..sla import SLAProcessor, attention_type, set_attention_type
 from .exchanges import Direct, Packed
 from .group import Group, shares
 
@@ -240,14 +240,22 @@ def splits(
         return False
     if getattr(model, "peft_config", None) or not all(_is_known(block.attn1.processor) for block in model.blocks):
         return False  # a LoRA or an attention that only rank 0 has
+    if len({_attention(block.attn1.processor) for block in model.blocks}) > 1:
+        return False  # because the other ranks take over one attention for all layers
     tokens = latents[0, 0].numel() // torch.Size(model.config.patch_size).numel()
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
 
 
 def attention_of(model: nn.Module) -> tuple[str, float | None, str | None]:
     """Return the attention of a transformer, its topk, and the backend that overrides the usual one."""
-    processor = model.blocks[0].attn1.processor
-    return attention_type(model), topk_of(model), processor.sla.backend if isinstance(processor, SLAProcessor) else None
+    _, topk, backend = _attention(model.blocks[0].attn1.processor)
+    return attention_type(model), topk, backend
+
+
+def _attention(processor: Any) -> tuple[type | None, float | None, str | None]:
+    """Return the sparse attention of a layer, its topk and its backend; None for each of them with dense attention"""
+    sla = processor.sla if isinstance(processor, SLAProcessor) else None
+    return (type(sla), sla.topk, sla.backend) if sla else (None, None, None)
 
 
 def _is_known(processor: Any) -> bool:
