@@ -145,6 +145,20 @@ def _variable(operation: str) -> str:
     return VARIABLES[operation]
 
 
+def variables() -> dict[str, str | None]:
+    """Return the TURBO_NB_… variables that decide how a step is computed, with None for one that is not set."""
+    return {variable: os.environ.get(variable) for variable in dict.fromkeys(VARIABLES.values())}
+
+
+def take_variables(wanted: dict[str, str | None]) -> None:
+    """Set the variables of this process to those of another one, as `variables` returned them."""
+    for variable, value in wanted.items():
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
+
+
 def check_variables() -> None:
     """Check the TURBO_NB_… variables that decide how a step is computed. Probes nothing.
 
@@ -152,8 +166,8 @@ def check_variables() -> None:
         BackendError: a variable has a value that no implementation has.
         InputError: TURBO_NB_EXCHANGE has an unknown value.
     """
-    for variable in dict.fromkeys(VARIABLES.values()):
-        asked = os.environ.get(variable) or "auto"
+    for variable, asked in variables().items():
+        asked = asked or "auto"
         _require_known(variable, asked, f"{variable}={asked}")
     probe.exchange()
 

@@ -79,11 +79,23 @@ def tiny_vae(device, base_dim=16, **config):
     return vae
 
 
+def sla_in_float32(q, k, v, weight, bias, topk, block_q, block_k, sums, to):
+    """Compute `triton_sla.sparse_linear_attention` with the map of the reference, because Triton's takes 16 bits"""
+    from turbo_nb.ops.attention import reference, triton_sla
+
+    kept = reference.block_map(q, k, topk, block_q, block_k)
+    kept = kept.nonzero()[:, -1].int().view(*kept.shape[:-1], -1)
+    state, norm = triton_sla.linear_state(k, v, weight)
+    return triton_sla.sparse_linear(q, k, v, kept, state, norm, bias, block_q, block_k, to=to)
+
+
 def exchange_by(peers, how, group):
     """Let steps exchange in messages ("packed"), by copies ("copied"), or by what interpreted kernels write"""
 
     def interpreted(operation, *tensors, override=None, writes_parts=False):
-        return registry.find(operation, "triton").load() if writes_parts and override is None else None
+        if not writes_parts or override is not None:
+            return None
+        return sla_in_float32 if operation == "sla" else registry.find(operation, "triton").load()
 
     group.peers = None if how == "packed" else peers
     backends.kernel = interpreted if how == "written" else KERNEL

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import targets
@@ -19,7 +21,7 @@ from helpers import assert_close
 from shared_memory import SharedMemory
 from torch import distributed as dist
 
-from turbo_nb import sla
+from turbo_nb import backends, sla
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.parallel import group, peers, ranks, strips, ulysses
 from turbo_nb.parallel.group import shares
@@ -113,6 +115,30 @@ def test_other_ranks_take_over_a_topk_and_keep_the_backend(loaded):
     assert_close("sagesla 0.9", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sla", "original"])
+def test_a_step_in_autocast_is_that_of_one_rank(loaded, team, exchanged, attention):
+    split, whole = loaded[0][attention]
+    before = team.group.exchanges
+    with torch.autocast(CPU, torch.float16):
+        assert_close(attention, step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-2)
+    assert team.group.exchanges > before
+
+
+def test_other_ranks_take_over_the_variables(monkeypatch):
+    link = SimpleNamespace(group=SimpleNamespace(device=torch.device(CPU), broadcast=lambda x: x), tell=Mock())
+    model = targets.tiny_transformer(HEADS, "sla", CPU)
+    monkeypatch.setenv("TURBO_NB_BLOCK", "reference")
+    monkeypatch.delenv("TURBO_NB_ATTENTION", raising=False)
+    ulysses.Ulysses(link, 0).tell(model, (torch.zeros(1), torch.zeros(1), torch.zeros(1)), False)
+    _, _, *told = link.tell.call_args.args
+    monkeypatch.delenv("TURBO_NB_BLOCK")  # as on a rank that began before
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "reference")
+    seen = []
+    model.forward = lambda *_, **__: seen.append(backends.variables())
+    ulysses.Ulysses(link, 0).follow(model, *told)
+    assert seen[0]["TURBO_NB_BLOCK"] == "reference" and seen[0]["TURBO_NB_ATTENTION"] is None
+
+
 def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split, whole = loaded[0]["original"]
     before, processors = team.group.exchanges, [block.attn1.processor for block in split.blocks]
@@ -126,6 +152,15 @@ def test_what_only_rank_0_has_is_computed_by_rank_0(loaded, team):
     split.peft_config = {"lora": None}
     assert_close("a LoRA of its own", step(whole, (1, 14, 14)), step(split, (1, 14, 14)), 1e-6)
     del split.peft_config
+    assert team.group.exchanges == before
+
+
+def test_layers_with_attentions_of_their_own_are_computed_by_rank_0(loaded, team, monkeypatch):
+    split, whole = loaded[0]["sla"]
+    before = team.group.exchanges
+    for model in (split, whole):
+        monkeypatch.setattr(model.blocks[1].attn1.processor.sla, "topk", 0.9)
+    assert_close("a topk of its own", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-6)
     assert team.group.exchanges == before
 
 

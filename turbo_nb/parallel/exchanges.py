@@ -55,7 +55,7 @@ class Direct(Alone):
     def send_normed(self, name: str, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, sums: bool = True) -> None:
         """Compute and exchange q or k, as `Alone.send_normed`."""
         kernel, shape = backends.kernel("norm_rope", x, writes_parts=True), [*x.shape]
-        if kernel is None or not self._fits(x):
+        if kernel is None or not self._fits(x[0, 0].nbytes):
             super().send_normed(name, x, norm, cos, sin, sums)
             return
         to = [self._parts_of_heads(name, shape, x.dtype), None]
@@ -71,7 +71,7 @@ class Direct(Alone):
         q, k, v, *sums = (self._arriving.get(name) for name in ("q", "k", "v", "q_sums", "k_sums"))
         window, pitch, begins = self._tokens(q)
         bounds = [0, *accumulate(self._counts)]
-        to = self._peers.parts(window, begins, pitch // q.element_size(), bounds) if self._fits(q) else None
+        to = self._peers.parts(window, begins, pitch // q.element_size(), bounds) if self._fits(pitch) else None
         x = attention(q, k, v, tuple(sums), to)
         if x is not None:
             x = x.contiguous()
@@ -110,9 +110,9 @@ class Direct(Alone):
         parts, own = [*enumerate(parts)], self._peers.rank + 1
         return parts[own:] + parts[:own]
 
-    def _fits(self, x: Tensor) -> bool:
-        """Return whether a rank's heads of a token are aligned for a kernel: x (B, L, H, D) of all its heads"""
-        return x[0, 0].nbytes // self._peers.size % ALIGNMENT == 0
+    def _fits(self, pitch: int) -> bool:
+        """Return whether a rank's heads of a token are aligned for a kernel. pitch: the bytes of all heads"""
+        return pitch // self._peers.size % ALIGNMENT == 0
 
 
 class Packed(Alone):

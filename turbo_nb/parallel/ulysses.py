@@ -30,11 +30,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
+from .. import backends
 from ..linear import project
 from ..ops.attention.reference import Sums
 from ..ops.norms.reference import SUM_TOKENS
 from ..ops.parts import Parts
-from ..sla import SLAProcessor, attention_type, set_attention_type, topk_of
+from ..sla import SLAProcessor, attention_type, set_attention_type
 from .exchanges import Direct, Packed
 from .group import Group, shares
 
@@ -85,13 +86,20 @@ class Ulysses:
         version = None if inputs[2].is_inference() else inputs[2]._version
         known = self._text is not None and self._text() is inputs[2] and self._text_version == version
         described = [(tuple(x.shape), x.dtype) for x in (latents, timestep, text)]
-        self.link.tell("step", self.number, described, known, attention_of(model), recorded)
+        kind = self.group.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        how = attention_of(model), recorded, backends.variables(), autocast
+        self.link.tell("step", self.number, described, known, *how)
         for x in (latents, timestep) if known else (latents, timestep, text):
             self.group.broadcast(x)
         self._text, self._text_version = weakref.ref(inputs[2]), version
 
-    def follow(self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool) -> None:
+    def follow(
+        self, model: nn.Module, described: list, known: bool, attention: tuple, recorded: bool,
+        variables: dict[str, str | None], autocast: torch.dtype | None,
+    ) -> None:  # fmt: skip
         """Run a step that rank 0 told. The arguments are those of `tell`."""
+        backends.take_variables(variables)
         self.take(model, attention)
         count = 2 if known else 3
         inputs = [torch.empty(shape, dtype=dtype, device=self.group.device) for shape, dtype in described[:count]]
@@ -102,7 +110,8 @@ class Ulysses:
         run = model if recorded else getattr(vars(model).get("forward"), "plain", model)
         self.shared = True
         try:
-            run(*inputs, self._received, return_dict=False)
+            with torch.autocast(self.group.device.type, autocast, enabled=autocast is not None):
+                run(*inputs, self._received, return_dict=False)
         finally:
             self.shared = False
 
@@ -231,14 +240,22 @@ def splits(
         return False
     if getattr(model, "peft_config", None) or not all(_is_known(block.attn1.processor) for block in model.blocks):
         return False  # a LoRA or an attention that only rank 0 has
+    if len({_attention(block.attn1.processor) for block in model.blocks}) > 1:
+        return False  # because the other ranks take over one attention for all layers
     tokens = latents[0, 0].numel() // torch.Size(model.config.patch_size).numel()
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
 
 
 def attention_of(model: nn.Module) -> tuple[str, float | None, str | None]:
     """Return the attention of a transformer, its topk, and the backend that overrides the usual one."""
-    processor = model.blocks[0].attn1.processor
-    return attention_type(model), topk_of(model), processor.sla.backend if isinstance(processor, SLAProcessor) else None
+    _, topk, backend = _attention(model.blocks[0].attn1.processor)
+    return attention_type(model), topk, backend
+
+
+def _attention(processor: Any) -> tuple[type | None, float | None, str | None]:
+    """Return the sparse attention of a layer, its topk and its backend; None for each of them with dense attention"""
+    sla = processor.sla if isinstance(processor, SLAProcessor) else None
+    return (type(sla), sla.topk, sla.backend) if sla else (None, None, None)
 
 
 def _is_known(processor: Any) -> bool:

@@ -357,7 +357,7 @@ def signature(model: nn.Module) -> tuple:
         ),
         attention,
         tuple((x.data_ptr(), x.dtype, x.stride()) for x in tensors),
-        tuple(os.environ.get(variable) for variable in dict.fromkeys(backends.VARIABLES.values())),
+        tuple(backends.variables().values()),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
     )
