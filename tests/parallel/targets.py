@@ -41,6 +41,12 @@ def _loop(member):
         time.sleep(0.1)
 
 
+def never_connect(member):
+    """Load, and then hang before all ranks are connected"""
+    member._send("ready")
+    time.sleep(60)
+
+
 def fail_at_load(member):
     if member.rank == 1:
         raise InputError("model is 'x'. Expected a model.")

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import psutil
 import pytest
 import targets
 import torch
 from conftest import DEVICE, MOST
+from torch import distributed as dist
 
 from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.machine.signals import interrupt_deferred
@@ -92,7 +94,7 @@ def test_an_error_of_a_rank_is_rank_0s():
     ],
 )
 def test_a_rank_says_why_it_ends(error, words):
-    assert ranks._as_failure(error).startswith(words)
+    assert ranks._as_failure(error, "cpu").startswith(words)
 
 
 def test_a_rank_that_hangs_ends_all(monkeypatch):
@@ -106,6 +108,24 @@ def test_a_rank_that_cannot_load():
     failed = pytest.raises(TurboNbError, match="rank 1 failed: model is 'x'")
     with team_of(2, targets.fail_at_load, join=False) as team, failed:
         team.join()
+
+
+def test_ranks_that_do_not_connect_end(monkeypatch):
+    monkeypatch.setattr(ranks, "CONNECTS", 1.0)
+    monkeypatch.setattr(group, "JOIN", timedelta(seconds=4))  # of gloo, which cannot be ended earlier
+    with team_of(2, targets.never_connect, join=False) as team, pytest.raises(TurboNbError, match="did not connect"):
+        team.join()
+
+
+@pytest.mark.parametrize(("free", "words"), [(1 << 20, "ran out of GPU memory"), (1 << 34, "NCCL error")], ids=str)
+def test_a_lack_of_memory_of_nccl_is_one_of_memory(monkeypatch, free, words):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 36))
+    monkeypatch.setattr(ranks, "VERDICT", 0)
+    error = dist.DistBackendError("NCCL error, unhandled cuda error")
+    assert words in ranks._as_failure(error, "cuda:1")
+    team = ranks.Team([], 2, "cuda:0", None)
+    with pytest.raises(TurboNbError, match=f"rank 0 .*{words}"), team.together():
+        raise error
 
 
 def test_ctrl_c_interrupts_loading():

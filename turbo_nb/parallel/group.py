@@ -58,19 +58,23 @@ class Group:
 
     def connect(self) -> None:
         """Connect the ranks now, so that a fault is an error now. `abort` ends this, too."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # because NCCL and the driver cannot use what loading has left there
         self.sum(torch.zeros(1, device=self.device)).item()
         self._takes_lists = self._try_lists()
         if (memory := self._memory()) and not self._try_peers(memory):
             self.peers = None
 
     def _try_lists(self) -> bool:
-        """Return whether the backend exchanges lists of tensors; gloo does not"""
+        """Return whether the backend exchanges lists of tensors; NCCL does, and gloo does not"""
         parts = [
             torch.zeros(int(rank != self.rank), dtype=torch.uint8, device=self.device) for rank in range(self.size)
         ]
         try:
             self._group.alltoall([part.clone() for part in parts], parts).wait()
         except RuntimeError:
+            if self.device.type == "cuda":
+                raise
             return False
         return True
 

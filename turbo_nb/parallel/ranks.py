@@ -37,8 +37,10 @@ from ..values import shown
 HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
 BEAT = 1.0  # seconds between two signs of life
 VERDICT = 3.0  # seconds in which the thread finds out why an exchange failed
+CONNECTS = 25.0  # seconds until all ranks that have loaded are connected
 LOADING = 1800.0  # seconds for loading a model
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+NCCL_BYTES = 1 << 30  # about what NCCL takes on each of four GPUs. It fails where less is free
 LOST_MEMORY = "ran out of GPU memory. Take fewer frames, a smaller resolution, more GPUs or the int8 checkpoint."
 
 
@@ -72,6 +74,7 @@ class Team:
         self.size, self.group, self.failure = size, None, None
         self._others, self._device, self._store = list(others), device, store
         self._failed, self._closing, self._lock = threading.Event(), False, threading.Lock()
+        self._connecting: float | None = None  # since when
         self._own = 0, time.monotonic()  # rank 0's number of exchanges, and when it changed
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="turbo_nb ranks")
         self._thread.start()
@@ -87,9 +90,11 @@ class Team:
                 self.end(f"a rank did not load the model in {LOADING / 60:.0f} minutes.")
             self.check()
         with self.together():
+            self._connecting = time.monotonic()
             self.tell("connect")
             self.group = Group(self._store, 0, self.size, self._device)
             self.group.connect()
+            self._connecting = None
 
     def tell(self, command: str, *arguments: Any) -> None:
         """Send a command to all other ranks."""
@@ -131,9 +136,7 @@ class Team:
             if not isinstance(error, Exception):
                 self.end("rank 0 was interrupted within a step.")
                 raise
-            import torch
-
-            memory = isinstance(error, torch.OutOfMemoryError)
+            memory = _lacks_memory(error, self._device)
             if isinstance(error, RuntimeError | OSError) and not memory:
                 self._failed.wait(VERDICT)  # because the other side of an exchange may have failed first
             self.end(f"rank 0 {LOST_MEMORY}" if memory else f"rank 0 failed: {first_line(error)}.")
@@ -205,6 +208,8 @@ class Team:
         if self._closing:
             return False
         own, now = self.group.exchanges if self.group else 0, time.monotonic()
+        if (since := self._connecting) and now - since > CONNECTS:
+            self.end(f"the ranks did not connect within {CONNECTS:.0f} s. Is the memory of a GPU full (nvidia-smi)?")
         if own != self._own[0]:
             self._own = own, now
         for other in self._others:
@@ -404,20 +409,29 @@ def _run(member: Member) -> None:
         import traceback
 
         traceback.print_exc()
-        member.failed(_as_failure(error))
+        member.failed(_as_failure(error, member.device))
         code = 1
     sys.stderr.flush()
     os._exit(code)
 
 
-def _as_failure(error: BaseException) -> str:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+def _as_failure(error: BaseException, device: str) -> str:
+    if _lacks_memory(error, device):
         return LOST_MEMORY
     if isinstance(error, TurboNbError):
         return f"failed: {error}"
     return f"failed: {type(error).__name__}: {first_line(error)}."
+
+
+def _lacks_memory(error: BaseException, device: str) -> bool:
+    """Return whether a rank's error is a lack of GPU memory, which NCCL reports as any error of CUDA"""
+    import torch
+    from torch import distributed as dist
+
+    if isinstance(error, dist.DistBackendError):
+        with suppress(RuntimeError):  # where CUDA itself has failed
+            return torch.cuda.mem_get_info(device)[0] < NCCL_BYTES
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 # torchrun
