@@ -1,4 +1,4 @@
-"""Steps and decoding on several GPUs, beside the same work on one GPU in the same run.
+"""Steps and the VAE on several GPUs, beside the same work on one GPU in the same run.
 
 The ranks are those of `turbo_nb.parallel`. Every rank has the same random weights. Three CUDA graphs are timed:
 
@@ -7,7 +7,8 @@ The ranks are those of `turbo_nb.parallel`. Every rank has the same random weigh
     exchange   only the other exchanges, with the same sizes and in the same order
 
 waiting = whole − compute − exchange: what neither explains. A rank waits for a slower one, and kernels that write to
-other GPUs take longer.
+other GPUs take longer. In compute all parts of q, k and their sums go to the same bytes, so it may write less to memory
+than a step does.
 
 The check: the same step on one GPU and on all, with the block maps of one GPU on every rank.
 """

@@ -7,7 +7,8 @@
         an exchange       ──►  the result for its tokens, all heads
     rank 0                     gathers the velocity of all tokens
 
-`exchanges` has both exchanges. v travels while q is computed, and q while k is.
+`exchanges` has both exchanges. v travels while q is computed. Kernels write q, k and the result to where another rank
+reads them.
 
 A head's attention sees the whole sequence, so block maps, scales of 8-bit keys and the linear branch are those of one
 GPU. Ranks split the tokens at multiples of 16, so the sums that block maps are pooled from are the same, too.
