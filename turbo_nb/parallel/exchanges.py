@@ -8,7 +8,8 @@ the attention; copy engines write v, and what no kernel of ours computes.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,22 @@ from .peers import Window
 
 # of q, k, v (B, L, h, D) and sums; a kernel may write the result to the parts and return None
 Attention = Callable[[Tensor, Tensor, Tensor, Sums, Parts | None], Tensor | None]
+
+
+class _Places(NamedTuple):
+    """Where this rank's parts of a tensor go, one into a window of each rank.
+
+    Attributes:
+        window: of the same name on all ranks.
+        begins: clip → rank → the byte of its window at which the part begins.
+        pitch: bytes from token to token.
+        dtype: of the tensor.
+    """
+
+    window: Window
+    begins: list[list[int]]
+    pitch: int
+    dtype: torch.dtype
 
 
 class Direct(Alone):
@@ -43,76 +60,71 @@ class Direct(Alone):
 
     def send(self, **tensors: Tensor | None) -> None:
         """Begin to exchange q, k, v (B, l, H, D) or the sums of q and k, of this rank's tokens."""
-        given = {name: x.contiguous() for name, x in tensors.items() if x is not None}
-        self._peers.memory.fork()  # after all that computes what is copied
-        for name, x in given.items():
-            window, pitch, begins = self._heads(name, x.shape, x.dtype)
-            for rank, rows in self._by_rank(x.unflatten(2, (self._peers.size, -1)).unbind(2)):
-                for begin, own in zip(begins, rows.flatten(2), strict=True):
-                    self._peers.send(window, rank, begin, pitch, own)
-            self._copied.append(x)
+        for name, x in tensors.items():
+            if x is not None:
+                parts = x.contiguous().unflatten(2, (self._peers.size, -1)).unbind(2)
+                self._copy(parts, self._heads(name, x.shape, x.dtype))
 
     def send_normed(self, name: str, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, sums: bool = True) -> None:
         """Compute and exchange q or k, as `Alone.send_normed`."""
-        kernel, shape = backends.kernel("norm_rope", x, writes_parts=True), [*x.shape]
-        if kernel is None or not self._fits(x[0, 0].nbytes):
+        kernel = backends.kernel("norm_rope", x, writes_parts=True)
+        to = kernel and self._parts(self._heads(name, x.shape, x.dtype))
+        if not to:
             super().send_normed(name, x, norm, cos, sin, sums)
             return
-        to = [self._parts_of_heads(name, shape, x.dtype), None]
-        if sums:
-            to[1] = self._parts_of_heads(f"{name}_sums", shape, torch.float32)
-        kernel(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums, tuple(to))
+        sums_to = self._parts(self._heads(f"{name}_sums", x.shape, torch.float32)) if sums else None
+        kernel(x.flatten(2), norm.weight, cos, sin, x.shape[2], norm.eps, sums, (to, sums_to))
 
     def attend(self, attention: Attention) -> Tensor:
         """As `Packed.attend`. The result is overwritten by the next attention."""
         self._group.exchanges += 2
-        self._peers.deliver(self.HEADS)
-        self._copied.clear()
+        self._deliver(self.HEADS)
         q, k, v, *sums = (self._arriving.get(name) for name in ("q", "k", "v", "q_sums", "k_sums"))
-        window, pitch, begins = self._tokens(q)
-        bounds = [0, *accumulate(self._counts)]
-        to = self._peers.parts(window, begins, pitch // q.element_size(), bounds) if self._fits(pitch) else None
-        x = attention(q, k, v, tuple(sums), to)
+        places = self._tokens(q)
+        x = attention(q, k, v, tuple(sums), self._parts(places, [0, *accumulate(self._counts)]))
         if x is not None:
-            x = x.contiguous()
-            self._peers.memory.fork()
-            for rank, rows in self._by_rank(x.flatten(2).split(self._counts, 1)):
-                for begin, own in zip(begins, rows, strict=True):
-                    self._peers.send(window, rank, begin[rank], pitch, own)
-        self._peers.deliver(self.TOKENS)
+            self._copy(x.contiguous().split(self._counts, 1), places)
+        self._deliver(self.TOKENS)
         own, heads = self._counts[self._peers.rank], q.shape[2] * self._peers.size
-        return window.view(q.dtype, q.shape[0], own, heads, q.shape[3])
+        return places.window.view(q.dtype, q.shape[0], own, heads, q.shape[3])
 
-    def _heads(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[Window, int, list[int]]:
-        """Return the window of all tokens of a rank's heads, the bytes of a token, and where each clip's begin"""
-        (batch, _, heads, dim), rank = shape, self._peers.rank
+    def _heads(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> _Places:
+        """Return where this rank's tokens of q, k, v or sums (B, l, H, D) go: to the rank of their heads"""
+        (batch, _, heads, dim), rank, size = shape, self._peers.rank, self._peers.size
         counts = [-(-count // SUM_TOKENS) for count in self._counts] if name.endswith("_sums") else self._counts
-        own, total, begin = heads // self._peers.size, sum(counts), sum(counts[:rank])
+        own, total, begin = heads // size, sum(counts), sum(counts[:rank])
         pitch = own * dim * dtype.itemsize
         window = self._peers.window(name, batch * total * pitch)
         self._arriving[name] = window.view(dtype, batch, total, own, dim)
-        return window, pitch, [(clip * total + begin) * pitch for clip in range(batch)]
+        return _Places(window, [[(clip * total + begin) * pitch] * size for clip in range(batch)], pitch, dtype)
 
-    def _parts_of_heads(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Parts:
-        window, pitch, begins = self._heads(name, shape, dtype)
-        return self._peers.parts(window, [[begin] * self._peers.size for begin in begins], pitch // dtype.itemsize)
-
-    def _tokens(self, q: Tensor) -> tuple[Window, int, list[list[int]]]:
-        """Return the window of a rank's tokens of all heads, the bytes of a token, and where these heads begin"""
+    def _tokens(self, q: Tensor) -> _Places:
+        """Return where the result for q (B, L, h, D) goes: to the rank of its tokens"""
         (batch, _, own, dim), size, rank = q.shape, self._peers.size, self._peers.rank
         width = own * dim * q.element_size()
         window = self._peers.window("out", batch * max(self._counts) * size * width)
         begins = [[(clip * count * size + rank) * width for count in self._counts] for clip in range(batch)]
-        return window, size * width, begins
+        return _Places(window, begins, size * width, q.dtype)
 
-    def _by_rank(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """Return the parts with their ranks, the next rank first and this one last, so that not all send to one"""
-        parts, own = [*enumerate(parts)], self._peers.rank + 1
-        return parts[own:] + parts[:own]
+    def _copy(self, parts: Sequence[Tensor], places: _Places) -> None:
+        """Begin to copy the part of each rank, (B, tokens, heads, D), after what computes it"""
+        self._peers.memory.fork()
+        after = self._peers.rank + 1
+        for rank in (*range(after, self._peers.size), *range(after)):  # so that not all send to one at a time
+            for begins, rows in zip(places.begins, parts[rank].flatten(2), strict=True):
+                self._peers.send(places.window, rank, begins[rank], places.pitch, rows)
+        self._copied += parts
 
-    def _fits(self, pitch: int) -> bool:
-        """Return whether a rank's heads of a token are aligned for a kernel. pitch: the bytes of all heads"""
-        return pitch // self._peers.size % ALIGNMENT == 0
+    def _deliver(self, channel: int) -> None:
+        """Let later work wait for what all ranks have sent"""
+        self._peers.deliver(channel)
+        self._copied.clear()
+
+    def _parts(self, places: _Places, bounds: Sequence[int] = ()) -> Parts | None:
+        """Return where a kernel writes the parts, None where they are not aligned for it"""
+        if any(at % ALIGNMENT for at in (places.pitch, *chain(*places.begins))):
+            return None
+        return self._peers.parts(places.window, places.begins, places.pitch // places.dtype.itemsize, bounds)
 
 
 class Packed(Alone):
