@@ -151,11 +151,14 @@ def variables() -> dict[str, str | None]:
 
 
 def take_variables(wanted: dict[str, str | None]) -> None:
-    """Set the variables of this process to those of another one, as `variables` returned them."""
+    """Set the variables of this process to those of another one, as `variables` returned them.
+
+    It writes only what differs, because NCCL's threads may read the environment meanwhile.
+    """
     for variable, value in wanted.items():
         if value is None:
             os.environ.pop(variable, None)
-        else:
+        elif os.environ.get(variable) != value:
             os.environ[variable] = value
 
 
