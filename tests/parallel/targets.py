@@ -41,6 +41,13 @@ def _loop(member):
         time.sleep(0.1)
 
 
+def _stick(member):
+    """Never return from the call that begins an exchange, as NCCL may where a GPU's memory is full"""
+    if member.rank == 1:
+        member.group._begin(time.sleep, 60)
+    _sum(member)
+
+
 def never_connect(member):
     """Load, and then hang before all ranks are connected"""
     member._send("ready")

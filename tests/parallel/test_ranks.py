@@ -104,6 +104,18 @@ def test_a_rank_that_hangs_ends_all(monkeypatch):
         assert message.startswith("rank 1 hangs: rank 0 has waited for it for 1 s.") and seconds < ENDS
 
 
+def test_a_rank_that_cannot_begin_an_exchange_ends_all(monkeypatch):
+    monkeypatch.setattr(ranks, "HANGS", 2.0)
+    with team_of(2) as team:
+        message, seconds = failure(team, "stick")
+        assert message.startswith("rank 1 hangs: it could not begin an exchange for 2 s.") and seconds < ENDS
+    with team_of(2) as team, pytest.raises(TurboNbError, match="rank 0 hangs: it could not begin"), team.together():
+        team.tell("sum")
+        ended = threading.Event()
+        monkeypatch.setattr(team, "_kill", lambda kill=team._kill: (kill(), ended.set()))
+        team.group._begin(ended.wait, 30)
+
+
 def test_a_rank_that_cannot_load():
     failed = pytest.raises(TurboNbError, match="rank 1 failed: model is 'x'")
     with team_of(2, targets.fail_at_load, join=False) as team, failed:

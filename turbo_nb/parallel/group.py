@@ -7,9 +7,11 @@ torch.distributed, with a second model, or with a group that failed.
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +41,14 @@ class Group:
 
     Attributes:
         exchanges: how many this rank has begun. A rank that falls behind for long is hung.
+        begins: since when it begins one, in seconds of `time.monotonic`; else None. That takes no time, so a rank that
+            begins one for long is hung, too.
         peers: memory that the GPUs write for each other. None on a CPU, and where they cannot.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: str | torch.device):
         self.rank, self.size, self.device, self.exchanges = rank, size, torch.device(device), 0
-        self._store, self._takes_lists, self.peers = store, False, None
+        self._store, self._takes_lists, self.peers, self.begins = store, False, None, None
         if self.device.type == "cpu":
             self._group = dist.ProcessGroupGloo(store, rank, size, JOIN)
             with suppress(AttributeError):
@@ -104,25 +108,30 @@ class Group:
             received: a tensor to write for each rank, in order. sent: a tensor for each rank. Empty ones are not
                 exchanged. A rank's own ones must be empty, because a copy is faster.
         """
-        self.exchanges += 1
         received, sent = [*map(_bytes, received)], [*map(_bytes, sent)]
         if self._takes_lists:
-            return Arrival(self._group.alltoall(received, sent))
+            return Arrival(self._begin(self._group.alltoall, received, sent))
         both = [torch.empty(sum(map(len, received)), dtype=torch.uint8, device=self.device), torch.cat(sent)]
-        work = self._group.alltoall_base(*both, [*map(len, received)], [*map(len, sent)])
+        work = self._begin(self._group.alltoall_base, *both, [*map(len, received)], [*map(len, sent)])
         return Arrival(work, received, both)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Copy rank 0's contiguous tensor into that of each other rank, and return it."""
-        self.exchanges += 1
-        self._group.broadcast(_bytes(x), 0).wait()
+        self._begin(self._group.broadcast, _bytes(x), 0).wait()
         return x
 
     def sum(self, x: Tensor) -> Tensor:
         """Add up a tensor of all ranks, in place."""
-        self.exchanges += 1
-        self._group.allreduce(x).wait()
+        self._begin(self._group.allreduce, x).wait()
         return x
+
+    def _begin(self, call: Callable, *arguments: Any) -> Any:
+        self.exchanges += 1
+        self.begins = time.monotonic()
+        try:
+            return call(*arguments)
+        finally:
+            self.begins = None
 
     def gather(self, x: Tensor, counts: Sequence[int], everywhere: bool = False) -> Tensor | None:
         """Put the parts of all ranks together.

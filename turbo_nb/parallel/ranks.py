@@ -41,6 +41,7 @@ CONNECTS = 25.0  # seconds until all ranks that have loaded are connected
 LOADING = 1800.0  # seconds for loading a model
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 NCCL_BYTES = 1 << 30  # about what NCCL takes on each of four GPUs. It fails where less is free
+FULL = "Is the memory of a GPU full (nvidia-smi)?"
 LOST_MEMORY = "ran out of GPU memory. Take fewer frames, a smaller resolution, more GPUs or the int8 checkpoint."
 
 
@@ -56,6 +57,7 @@ class _Other:
     ready: bool = False
     exchanges: int = 0
     since: float = field(default_factory=time.monotonic)  # when `exchanges` changed
+    begins: float = 0.0  # seconds that it has been beginning an exchange for
 
 
 class Team:
@@ -209,9 +211,11 @@ class Team:
             return False
         own, now = self.group.exchanges if self.group else 0, time.monotonic()
         if (since := self._connecting) and now - since > CONNECTS:
-            self.end(f"the ranks did not connect within {CONNECTS:.0f} s. Is the memory of a GPU full (nvidia-smi)?")
+            self.end(f"the ranks did not connect within {CONNECTS:.0f} s. {FULL}")
         if own != self._own[0]:
             self._own = own, now
+        if _begins_for(self.group) > HANGS and not self._connecting:
+            self.end(_stuck(0))
         for other in self._others:
             if other.process and other.process.poll() is not None and not self._closing:
                 with suppress(OSError, EOFError):
@@ -219,6 +223,8 @@ class Team:
                         self._take(other)
                 if not self._closing:
                     self.end(_how_it_ended(other))
+            elif other.begins > HANGS and not self._connecting:
+                self.end(_stuck(other.rank))
             elif own > other.exchanges and now - max(other.since, self._own[1]) > HANGS:
                 self.end(f"rank {other.rank} hangs: rank 0 has waited for it for {HANGS:.0f} s.")
         return not self._closing
@@ -237,8 +243,20 @@ class Team:
             self.end(f"rank {other.rank} {values[0]}")
         elif kind == "ready":
             other.ready = True
-        elif values[0] != other.exchanges:
-            other.exchanges, other.since = values[0], time.monotonic()
+        else:
+            exchanges, other.begins = values
+            if exchanges != other.exchanges:
+                other.exchanges, other.since = exchanges, time.monotonic()
+
+
+def _stuck(rank: int) -> str:
+    return f"rank {rank} hangs: it could not begin an exchange for {HANGS:.0f} s. {FULL}"
+
+
+def _begins_for(group: Any) -> float:
+    """Return the seconds that a rank has been beginning an exchange for"""
+    since = group and group.begins
+    return time.monotonic() - since if since else 0.0
 
 
 def _watch(team: "weakref.ref[Team]") -> None:
@@ -381,7 +399,7 @@ class Member:
         parent = os.getppid()
         while not wait([lifeline], timeout=BEAT) and os.getppid() == parent:
             try:
-                self._send("beat", self.group.exchanges if self.group else 0)
+                self._send("beat", self.group.exchanges if self.group else 0, _begins_for(self.group))
             except OSError:
                 break
         os._exit(1)
