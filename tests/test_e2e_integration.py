@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import turbo_nb
-from turbo_nb import catalog, cli, generation, settings
+from turbo_nb import catalog, cli, preparation, settings
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError, InputError, TurboNbError, collect_warnings
 from turbo_nb.files.convert import convert
@@ -334,7 +334,7 @@ def test_a_clip_that_cannot_be_extended_is_refused_before_the_model_works(finish
     more = {"prompt": "x", "extend_clip": path} | more
     spec = catalog.NANO if more.pop("model", None) else catalog.find("Wan2.2-A14B")
     with pytest.raises(InputError, match=words):
-        generation.prepare(settings.build(settings.ClipSettings, more), spec)
+        preparation.prepare(settings.build(settings.ClipSettings, more), spec)
 
 
 def test_the_shell_extends_a_finished_clip(folder, finished, tmp_path):

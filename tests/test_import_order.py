@@ -16,7 +16,7 @@ ORDER = [
     ("layerwise",), ("checkpoint",), ("files.convert",),
     ("text", "video"), ("runtime",),
     ("parallel",), ("files.hub",), ("files.remote",), ("files.decide", "files.locate"), ("files.resolve",),
-    ("files.download",), ("wan",), ("presets", "pipeline"), ("generation",),
+    ("files.download",), ("wan",), ("presets", "pipeline", "preparation"), ("generation",),
     ("batch", "checkup", "study"), ("generator",), ("cli",),
 ]  # fmt: skip
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}

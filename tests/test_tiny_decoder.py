@@ -11,7 +11,7 @@ from helpers import upstream_names
 from safetensors.torch import load_file, save_file
 
 import turbo_nb
-from turbo_nb import batch, catalog, generation
+from turbo_nb import batch, catalog, preparation
 from turbo_nb.catalog import NANO, Arch
 from turbo_nb.checkpoint import load_tiny_decoder
 from turbo_nb.errors import CheckpointError, DownloadError, InputError
@@ -145,7 +145,7 @@ def test_the_generator_shows_it_while_a_clip_is_made(wan, tmp_path, monkeypatch)
 
 def test_a_model_with_its_own_latents_is_refused_before_any_work(tmp_path):
     with pytest.raises(InputError, match=r"decoder is 'tiny'\. Expected full for nano"):
-        generation.preflight(
+        preparation.preflight(
             ClipSettings(prompt="a red circle", decoder="tiny"), LoadOptions(model="nano"), [tmp_path / "clip.mp4"]
         )
     with pytest.raises(InputError, match="prompt 1: decoder is 'tiny'"):

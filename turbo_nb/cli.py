@@ -259,7 +259,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     phases.mark("start Python")
     probe.begin()  # beside the imports
     with uncollected():
-        from . import generation, pipeline
+        from . import generation, pipeline, preparation
         from .machine import atomic
         from .video import mp4, sheet
 
@@ -268,7 +268,7 @@ def _make(clip: ClipSettings, load: LoadOptions, run: RunOptions, rewrite: bool,
     path = Path(run.save_path)
     paths = [path] if run.num_samples == 1 or run.grid else [path.with_stem(f"{path.stem}-{seed}") for seed in every]
     phases.mark("import")
-    resolved, prepared = generation.preflight(clip, load, paths, columns=run.num_samples if run.grid else 1)
+    resolved, prepared = preparation.preflight(clip, load, paths, columns=run.num_samples if run.grid else 1)
     phases.mark("resolve")
     atomic.sweep(os.path.dirname(os.path.realpath(path)))
     with _progress() as (progress, bar, console):

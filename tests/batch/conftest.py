@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import home_or
 
-from turbo_nb import generation, records, settings
+from turbo_nb import generation, preparation, records, settings
 from turbo_nb.errors import TurboNbError
 from turbo_nb.pipeline import LoadedModel
 
@@ -26,7 +26,7 @@ def made(monkeypatch):
     prompts = []
 
     def generate(loaded, prompt, *, on_frames, **options):
-        clip = generation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
+        clip = preparation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
         if "bad" in prompt:
             raise TurboNbError("the model's output is not finite")
         prompts.append(prompt)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fuzz.harness import NUMBERS, as_json, bent, deep, fuzz, odd, value
 
-from turbo_nb import batch, generation, records, settings
+from turbo_nb import batch, generation, preparation, records, settings
 from turbo_nb.batch import manifest, runner
 from turbo_nb.pipeline import LoadedModel
 
@@ -21,7 +21,7 @@ def made(monkeypatch):
     prompts = []
 
     def generate(loaded, prompt, *, on_frames, **options):
-        clip = generation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
+        clip = preparation.prepare(settings.ClipSettings(prompt=prompt, **options), LoadedModel.of(loaded).spec).clip
         prompts.append(prompt)
         frames = np.zeros((clip.num_frames, clip.height, clip.width, 3), np.uint8)
         on_frames(frames)

@@ -7,7 +7,7 @@ import pytest
 from fuzz.harness import bent, fuzz, odd, require_documented, require_short, value
 from helpers import command_line
 
-from turbo_nb import catalog, generation, settings
+from turbo_nb import catalog, preparation, settings
 from turbo_nb.errors import InputError
 from turbo_nb.records import VideoRecord
 from turbo_nb.video import mp4, sheet
@@ -66,8 +66,8 @@ def read(folder, nano, monkeypatch):
             for reader in (
                 lambda: mp4.read_frames(path, 64, 64),
                 lambda: mp4.last_frame(path),
-                lambda: generation.prepare(extended, catalog.find("Wan2.2-A14B")),
-                lambda: generation.count_frames(extended, catalog.find("Wan2.2-A14B")),
+                lambda: preparation.prepare(extended, catalog.find("Wan2.2-A14B")),
+                lambda: preparation.count_frames(extended, catalog.find("Wan2.2-A14B")),
             ):
                 try:
                     reader()

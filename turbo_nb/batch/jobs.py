@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import generation, records
+from .. import preparation, records
 from ..errors import InputError
 from ..files.resolve import ResolvedModel
 from ..pipeline import LoadedModel
@@ -174,7 +174,7 @@ def _clip(
 
     `known` remembers the pictures by name and file, because one may begin 10,000 jobs.
     """
-    generation.check(asked, model.spec)
+    preparation.check(asked, model.spec)
     (model.resolved if isinstance(model, LoadedModel) else model).decoding(asked.decoder)
     clip, found, errors = resolve_clip(asked, model.spec), {}, []
     for name in PICTURES:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import catalog, generation, pipeline, settings, sla
+from .. import catalog, generation, pipeline, preparation, settings, sla
 from ..errors import TurboNbError, collect_warnings
 from ..files import lora
 from ..files.resolve import ResolvedModel, resolve
@@ -83,7 +83,7 @@ class Choices:
         """
         resolved, notes = self._choice(request.load)
         resolved = resolved.decoding(request.clip.decoder)
-        generation.check_without_pictures(request.clip, resolved.spec)
+        preparation.check_without_pictures(request.clip, resolved.spec)
         clip = settings.resolve_clip(request.clip, resolved.spec, image_size)
         resolved.require_memory(clip)
         memory, loaded = resolved.plan(clip.size), self.has(resolved)
@@ -130,7 +130,7 @@ class Choices:
             host_memory=free.host_memory,
             loras=tuple(replace(one, changed=set()) for one in resolved.loras),  # nothing of this model yet
         )
-        size = generation.prepare(clip, resolved.spec).clip.size
+        size = preparation.prepare(clip, resolved.spec).clip.size
         try:
             loaded = self._load(resolved, clip=size, prompts=[clip.prompt], **callbacks)
         except TurboNbError:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import generation, settings
+from .. import generation, preparation, settings
 from ..batch.queue import QueueFile, QueueRecord
 from ..errors import InputError, OutputError, TurboNbError, collect_warnings, explained, space_or
 from ..machine import atomic, mapped
@@ -111,7 +111,7 @@ class JobRunner:
         made = []
         for request in requests:
             paths = [self.gallery.folder / "clip.mp4"]
-            resolved, _ = generation.preflight(request.clip, lambda one=request: self.choices.resolve(one.load), paths)
+            resolved, _ = preparation.preflight(request.clip, lambda one=request: self.choices.resolve(one.load), paths)
             if not download:
                 require_downloaded(resolved)
             seed = random.randrange(RANDOM_SEEDS) if request.random_seed else request.clip.seed
@@ -311,7 +311,7 @@ class JobRunner:
 
     def _expected(self, job: Job) -> dict[str, float]:
         """Return the seconds that each stage is expected to take; empty where nothing is known"""
-        image = generation.prepare(job.request.clip, self.choices.resolve(job.request.load).spec).image
+        image = preparation.prepare(job.request.clip, self.choices.resolve(job.request.load).spec).image
         outlook = self.choices.outlook(job.request, image and image.size)
         if outlook.time is None:
             return {}
@@ -343,7 +343,7 @@ class JobRunner:
                 job.preview = preview.animation(small, model.spec.fps / 4)
             self._advance(job, "denoise", done, total)
 
-        steps, frames, decoded = request.clip.num_steps, generation.count_frames(request.clip, model.spec), 0
+        steps, frames, decoded = request.clip.num_steps, preparation.count_frames(request.clip, model.spec), 0
 
         def after_chunk(encoder, chunk) -> None:
             nonlocal decoded
