@@ -966,6 +966,116 @@ def test_the_page_says_why_the_settings_of_the_latest_session_cannot_be_read(tmp
     made.close()
 
 
+LEFT_OUT = {"model": "gone.pth", "num_steps": 99, "loras": ["gone"], "gpus": 4, "image": "gone.png", "colour": 1}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch, nano):
+    """The file of the latest session, with settings that this machine cannot use"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "KEEP_AFTER", 0.01)
+    monkeypatch.setattr(Choices, "load", lambda self, *_, **__: None)
+    path = environment.config() / presets.LATEST
+    presets.remember(LEFT_OUT | {"prompt": "a blue square", "resolution": "64x64", "num_frames": 5})
+    yield path
+    for made in widgets._shown.values():
+        made.close()
+    widgets._shown.clear()
+
+
+def test_the_page_writes_no_settings_before_a_change(kept):
+    before = kept.read_bytes(), kept.stat().st_mtime_ns
+    made = widgets.show("clips")
+    made.run.update()
+    made.run.update(keep_error=True)  # as at the end of a job or a download
+    time.sleep(0.3)
+    made.run.keep()
+    second = widgets.show("clips")
+    second.close()
+    assert (kept.read_bytes(), kept.stat().st_mtime_ns) == before
+    kept.unlink()
+    widgets.show("clips", model="nano").run.keep()
+    assert not kept.exists()
+
+
+def test_a_change_is_written_beside_what_this_machine_cannot_use(kept):
+    made = widgets.show("clips")
+    fill(made, prompt="a red circle")
+    wait_for(lambda: presets.latest()["prompt"] == "a red circle")
+    expected = LEFT_OUT | {"prompt": "a red circle", "resolution": "64x64", "num_frames": 5}
+    assert presets.latest() == expected
+    for name, broken in {  # a fault elsewhere on the page changes nothing else
+        "num_frames": {"num_frames": 6}, "resolution": {"resolution": CUSTOM, "custom": " "},
+    }.items():  # fmt: skip
+        fill(made, **broken)
+        made.run.keep()
+        del expected[name]
+        assert presets.latest() == expected
+    fill(made, custom="32x32", num_frames=9, num_steps=2, model="TurboWan2.1-T2V-1.3B-480P")
+    fill(made, num_steps=3)
+    made.run.keep()
+    kept = presets.latest()
+    assert (kept["num_steps"], kept["model"]) == (3, "TurboWan2.1-T2V-1.3B-480P")  # chosen anew
+    assert {name: kept[name] for name in ("loras", "gpus", "image", "colour")} == {
+        name: LEFT_OUT[name] for name in ("loras", "gpus", "image", "colour")
+    }
+
+
+def test_two_notebooks_keep_each_other_s_settings(kept, tmp_path):
+    first, second = widgets.show("clips"), widgets.show("others")
+    fill(first, prompt="a red circle", num_steps=2)
+    fill(second, num_frames=9)
+    for made in (first, second):
+        made.run.keep()
+    fill(first, num_frames=13)
+    first.run.keep()
+    fill(second, seed=5, random_seed=False)
+    second.run.keep()
+    found = {"prompt": "a red circle", "num_steps": 2, "num_frames": 13, "seed": 5, "random_seed": False}
+    assert presets.latest() == LEFT_OUT | {"resolution": "64x64"} | found
+
+
+def test_a_size_is_kept_whole(kept):
+    first, second = widgets.show("clips"), widgets.show("others")
+    fill(first, resolution="480p", aspect="9:16")
+    first.run.keep()
+    fill(second, custom="32x32")
+    second.run.keep()
+    assert presets.latest()["resolution"] == "32x32" and "aspect_ratio" not in presets.latest()
+
+
+def test_a_change_just_before_the_page_goes_is_written(kept, monkeypatch):
+    monkeypatch.setattr(run, "KEEP_AFTER", 60)
+    made = widgets.show("clips")
+    fill(made, prompt="a red circle")
+    made.close()
+    assert presets.latest()["prompt"] == "a red circle"
+
+
+def test_what_could_not_be_written_is_written_with_the_next_change(kept, monkeypatch):
+    def fail(*_):
+        raise OutputError("the disk is full")
+
+    made, remember = widgets.show("clips"), presets.remember
+    monkeypatch.setattr(presets, "remember", fail)
+    fill(made, num_steps=2)
+    made.run.keep()
+    monkeypatch.setattr(presets, "remember", remember)
+    fill(made, prompt="a red circle")
+    made.run.keep()
+    assert (presets.latest()["prompt"], presets.latest()["num_steps"]) == ("a red circle", 2)
+
+
+def test_the_aspect_of_an_image_that_is_not_kept_comes_back(kept):
+    made = widgets.show("clips")
+    assert made.form.image.adaptive.value
+    made.form.image.adaptive.value = False
+    made.run.keep()
+    again = Generator(made.runner, state=presets.latest())
+    assert not again.form.image.adaptive.value
+    again.close()
+
+
 def test_presets_are_used_saved_and_deleted(generator):
     bar, steps = generator.presets, generator.form.fields["num_steps"].widget
     bar.choice.value = "fast"

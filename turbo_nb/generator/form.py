@@ -26,6 +26,7 @@ from .request import Request
 
 CUSTOM = "custom"  # among the resolutions
 LOAD = ("attention_type", "sla_topk", "quant_linear")  # options of loading that have a control
+SIZE = {"resolution", "aspect_ratio"}  # options that the controls of the size set together
 FRONT = ("num_frames", "num_steps", "seed")  # options of a clip with one control that is always visible
 # options with a place of their own, or an action of the gallery
 PLACED = ("prompt", *settings.PICTURES, "adaptive_resolution", "resolution", "aspect_ratio", "extend_clip")
@@ -135,21 +136,29 @@ class Form:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as JSON takes them; `put` restores them. Raises InputError."""
+        """The options that differ from a new form's, as JSON takes them; `put` restores them. Raises InputError."""
         request = self.outline
-        clip = settings.asked(request.clip) | {"prompt": self.prompt.text.value}
+        clip = settings.asked(request.clip) | self._always
         clip = {name: value for name, value in clip.items() if name not in settings.PICTURES or isinstance(value, str)}
-        return settings.asked(request.load) | clip | {"random_seed": self.random_seed.value}
+        return settings.asked(request.load) | clip
+
+    @property
+    def _always(self) -> dict[str, Any]:
+        """The part of `state` that a new form has in another way than `ClipSettings`"""
+        ticked = {"random_seed": self.random_seed.value, "adaptive_resolution": self.image.adaptive.value}
+        return {"prompt": self.prompt.text.value, **ticked}
 
     @property
     def usable_state(self) -> dict[str, Any]:
         """`state` without the values that cannot be used, because one of them would take all others along."""
         with suppress(InputError):
             return self.state
-        found = {"model": self.model.value, "prompt": self.prompt.text.value, "random_seed": self.random_seed.value}
-        found["loras"] = [str(one) for one in self.loras.value]
+        model = self.model.value
+        found = self._always | {"model": list(model) if isinstance(model, tuple) else model}
+        if self.loras.value:
+            found["loras"] = [str(one) for one in self.loras.value]
         for one in (self.image.settings, self.last_image.settings):
-            found |= {name: value for name, value in one.items() if isinstance(value, str | bool)}
+            found |= {name: value for name, value in one.items() if isinstance(value, str)}
         for name, field in self.fields.items():
             with suppress(InputError):
                 found[name] = field.checked

@@ -2,18 +2,20 @@
 
 import html
 import threading
+from contextlib import suppress
 
 import ipywidgets as w
 from rich.filesize import decimal
 
 from .. import presets
+from ..errors import OutputError
 from ..files import hub_cache
 from ..generation import UNTRAINED
 from ..machine import environment
 from ..runtime.estimate import in_words
 from ..video.gallery import Clip
 from .controls import in_page_words
-from .form import Form
+from .form import SIZE, Form
 from .jobs import JobRunner
 from .page import WRAPPED, bar, button, error_box, error_of, image_tag, paragraph, visible
 from .request import Job, Outlook
@@ -42,6 +44,8 @@ class RunPanel:
         self._updating = threading.RLock()
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
+        self._writing = threading.Lock()  # because the timer and Generate both write the settings
+        self._kept = form.usable_state  # the settings that were on the page when it opened, or was written last
         self._noted: dict[str, Job] = {}  # notes on what a model is not trained for, by the first job with them
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
@@ -86,7 +90,8 @@ class RunPanel:
             if not keep_error:
                 self._refused = ""
             self._update(prompt_only)
-        self._keep()
+        if not keep_error:
+            self._keep_soon()
 
     def _update(self, prompt_only: bool) -> None:
         form = self._form
@@ -147,8 +152,8 @@ class RunPanel:
         """Return False for a note on what the model was not trained for that the page has shown for another job"""
         return not note.endswith(tuple(UNTRAINED.values())) or self._noted.setdefault(note, job) is job
 
-    def _keep(self) -> None:
-        """Keep the settings for the next kernel, a moment after the last change"""
+    def _keep_soon(self) -> None:
+        """Keep the settings a moment after the last change"""
         if self._keeping:
             self._keeping.cancel()
         self._keeping = threading.Timer(KEEP_AFTER, self.keep)
@@ -156,13 +161,21 @@ class RunPanel:
         self._keeping.start()
 
     def keep(self) -> None:
-        """Keep the settings on disk for the next kernel."""
-        presets.remember(self._form.usable_state)
+        """Keep on disk, for the next kernel, what has changed on this page. What cannot be written is tried again."""
+        with self._writing, suppress(OutputError):
+            now = self._form.usable_state
+            changed = {name for name in {**self._kept, **now} if now.get(name) != self._kept.get(name)}
+            if not changed.isdisjoint(SIZE):  # because one says what the other means
+                changed |= SIZE
+            if changed:
+                presets.remember({name: now.get(name) for name in changed})
+                self._kept = now
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Keep the last changes, and write nothing any more."""
         if self._keeping:
             self._keeping.cancel()
+        self.keep()
 
 
 def _problem(outlook: Outlook, form: Form) -> str:

@@ -60,7 +60,8 @@ def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "
 
     Args:
         folder: of the clips.
-        model: the model chosen at first; a name or a path. "auto": that of the latest session, else the best here.
+        model: the model chosen at first; a name or a path. "auto": the one that was chosen last on a page, else the
+            best here.
     """
     runner = JobRunner.of(folder)
     earlier, unread = _shown.pop(runner, None), ""
