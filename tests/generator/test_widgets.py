@@ -26,7 +26,7 @@ import turbo_nb
 from turbo_nb import backends, catalog, presets, records, settings, values
 from turbo_nb.batch.queue import QueueFile, QueueRecord
 from turbo_nb.errors import DownloadError, InputError, OutputError
-from turbo_nb.files import hub, hub_cache, recognise
+from turbo_nb.files import hub, hub_cache, lora, recognise
 from turbo_nb.files.resolve import ResolvedModel
 from turbo_nb.generator import controls, form, gallery, models, run, widgets
 from turbo_nb.generator.choices import Choices
@@ -40,6 +40,7 @@ from turbo_nb.generator.widgets import Generator
 from turbo_nb.machine import environment
 from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.video import images, mp4
+from turbo_nb.video.gallery import Gallery
 
 
 @pytest.fixture
@@ -199,6 +200,14 @@ def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(gene
         (JobRunner, "take_over", lambda page: page.queue.resume.click()),
         (images, "load_image", lambda page: page.form.image.path.set_trait("value", "a.png")),
         (gallery, "restore", lambda page: page.clips._act("use", SimpleNamespace(record=None, path=Path("a.mp4")))),
+        (presets, "built_in", lambda page: page.presets.choice.set_trait("value", "fast")),
+        (lora, "available", lambda page: page.form.loras.refresh_list.click()),
+        (JobRunner, "cancel", lambda page: queued(page) and page.queue.clear.click()),
+        (JobRunner, "_end", lambda page: queued(page) and page.run.cancel.click()),
+        (JobRunner, "_end", lambda page: queued(page) and page.keys._handle_custom_msg({"kind": "cancel"}, [])),
+        (Gallery, "find", lambda page: page.clips.view.set_trait("words", "red")),
+        (run, "_status", lambda page: page.runner._notify(queued(page))),
+        (Choices, "tokenizer", lambda page: wait_for_hint(page)),
     ],
     ids=lambda one: one if isinstance(one, str) else "",
 )
@@ -1135,6 +1144,18 @@ def test_the_length_of_the_prompt_and_what_is_cut(generator):
     hint = generator.form.prompt.hint.value
     assert "The model reads 512" in hint and 'class="tnb-cut"' in hint and "&lt;b&gt;" in hint
     assert "Why is there no negative prompt?" in hint
+
+
+def queued(generator: Generator) -> Job:
+    """Put a job into the queue that nobody begins"""
+    job = generator.runner.job = Job(request=generator.form.request)
+    generator.runner.jobs.append(job)
+    return job
+
+
+def wait_for_hint(generator: Generator) -> None:
+    generator.form.prompt.read_tokenizer()
+    wait_for(lambda: "hums" in generator.form.prompt.hint.value)
 
 
 def wait_for(condition) -> None:

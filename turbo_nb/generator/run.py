@@ -16,6 +16,7 @@ from ..runtime.estimate import in_words
 from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import SIZE, Form
+from .guard import guarded, on_change, on_click
 from .jobs import JobRunner
 from .page import WRAPPED, bar, button, error_box, error_of, image_tag, paragraph, visible
 from .request import Job, Outlook
@@ -40,7 +41,7 @@ class RunPanel:
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
         self._runner, self._form = runner, form
         self._outlook: Outlook | None = None
-        self._refused = ""  # HTML of why the latest Generate added no job
+        self._refused = ""  # HTML of the latest error that is not one of the form
         self._updating = threading.RLock()
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
@@ -58,9 +59,9 @@ class RunPanel:
         self.generate.add_class("tnb-go")
         buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(**WRAPPED))
         self.box = w.VBox([self.note, buttons, self.outlook, self.status])
-        self.generate.on_click(lambda _: self.start())
-        self.cancel.on_click(lambda _: runner.cancel())
-        self.seeds.observe(lambda _: self.update(), "value")
+        on_click(self.generate, self.start, self.show_error)
+        on_click(self.cancel, runner.cancel, self.show_error)
+        on_change(self.seeds, self.update, self.show_error)
         self.preview.add_class("tnb-preview")
         self.say("")
         self.update()
@@ -70,7 +71,7 @@ class RunPanel:
         """Add the clips that the form asks for to the queue; return whether that was possible."""
         try:
             jobs = self._runner.submit_all(self._form.request.spread(self._form.prompt.prompts, self.seeds.value))
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.show_error(error)
             return False
         self._refused = ""
@@ -84,7 +85,7 @@ class RunPanel:
 
         Args:
             prompt_only: only the prompt has changed, which changes neither size nor time.
-            keep_error: the form has not changed, so that the error of the latest Generate stays.
+            keep_error: the form has not changed, so that the error that `show_error` shows stays.
         """
         with self._updating:  # because the threads of jobs and downloads update, too
             if not keep_error:
@@ -105,7 +106,7 @@ class RunPanel:
                 self._outlook = self._runner.choices.outlook(form.outline, form.image.size)
             outlook = self._outlook
             problem = _problem(outlook, form)
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.generate.disabled = True
             self.outlook.value = error_of(error)
             return
@@ -132,7 +133,7 @@ class RunPanel:
             self.say("")
 
     def show_error(self, error: Exception) -> None:
-        """Show why no job was added, until the form changes."""
+        """Show why no job was added, or an unexpected error, until the form changes."""
         with self._updating:
             self.outlook.value = ""  # because a screen reader reads out only what is new
             self.outlook.value = self._refused = error_of(error)
@@ -156,7 +157,7 @@ class RunPanel:
         """Keep the settings a moment after the last change"""
         if self._keeping:
             self._keeping.cancel()
-        self._keeping = threading.Timer(KEEP_AFTER, self.keep)
+        self._keeping = threading.Timer(KEEP_AFTER, guarded(self.keep, self.show_error))
         self._keeping.daemon = True
         self._keeping.start()
 
