@@ -33,32 +33,19 @@ def test_an_error_is_shown_and_not_raised():
     assert guard.guarded(fail, shown.append)() is None and shown == [error]
 
 
-def registrations() -> list[tuple[str, ast.Call]]:
-    """The calls of this room that register a callback or begin a thread, with their places"""
-    found = []
-    for path in sorted(ROOM.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and re.search(REGISTERS, ast.unparse(node.func)) and path.name not in OWN:
-                found.append((f"{path.relative_to(ROOM)}:{node.lineno}", node))
-    return found
-
-
-def is_guarded(call: ast.Call, names: set[str]) -> bool:
-    """Whether one of a call's arguments is guarded, or a name of a guarded function"""
-    arguments = [*call.args, *(more.value for more in call.keywords)]
-    return any(ast.unparse(one).startswith("guarded(") or ast.unparse(one) in names for one in arguments)
-
-
 def test_nothing_is_registered_without_a_guard():
-    names = {
-        ast.unparse(node.targets[0])
-        for path in ROOM.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("guarded(")
-    }
-    found = registrations()
-    assert len(found) >= 7  # else the search finds nothing any more
-    assert [place for place, call in found if not is_guarded(call, names)] == []
+    seen, unguarded = 0, []
+    for path in ROOM.rglob("*.py"):
+        nodes = [] if path.name in OWN else list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        assigned = [(ast.unparse(one.targets[0]), ast.unparse(one.value)) for one in nodes if type(one) is ast.Assign]
+        names = {name for name, value in assigned if value.startswith("guarded(")}
+        for call in nodes:
+            if isinstance(call, ast.Call) and re.search(REGISTERS, ast.unparse(call.func)):
+                arguments = [ast.unparse(one) for one in (*call.args, *(more.value for more in call.keywords))]
+                seen += 1
+                if not any(one.startswith("guarded(") or one in names for one in arguments):
+                    unguarded.append(f"{path.relative_to(ROOM)}:{call.lineno}")
+    assert seen >= 7 and unguarded == []
 
 
 @pytest.fixture
