@@ -18,7 +18,7 @@ from .jobs import JobRunner
 from .page import WRAPPED, card, visible
 from .parts.clips import GalleryView, ResultPlayer
 from .parts.controls import ClipDrop
-from .restore import lost_in_words, restore
+from .restore import left_out, restore
 from .run import RunPanel
 
 ACTIONS = (  # name and label
@@ -118,7 +118,7 @@ class GalleryPanel:
     def _restore(self, record: VideoRecord, name: str) -> tuple[dict[str, str], str]:
         """Put settings into the form; return what was lost, and what the page says"""
         lost = restore(self._form, record)
-        return lost, f"Not restored: {lost_in_words(lost)}." if lost else f"The form has the settings of {name}."
+        return lost, f"Not restored:\n{left_out(lost)}" if lost else f"The form has the settings of {name}."
 
     def _use(self, clip: Clip) -> None:
         lost, words = self._restore(clip.record, clip.path.name)
@@ -138,8 +138,8 @@ class GalleryPanel:
         self._form.random_seed.value = True
         if lost:  # it would be another clip
             self._say(
-                f"Not started, because the clip would differ in more than its seed: {lost_in_words(lost)}. Press "
-                "Generate to make it all the same.",
+                "Not started, because the clip would differ in more than its seed. Press Generate to make it all the "
+                f"same.\n{left_out(lost)}",
                 alert=True,
             )
         else:

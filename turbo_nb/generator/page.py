@@ -67,8 +67,8 @@ STYLE = """<style>
 .tnb .tnb-large img, .tnb .tnb-large video { width: 100%; max-height: 70vh; object-fit: contain; }
 .tnb .tnb-preview img { image-rendering: auto; filter: saturate(1.1); }
 .tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; border-radius: 4px;
-  overflow-wrap: anywhere; }
-.tnb .tnb-note { margin: 4px 0; overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; white-space: pre-line; }
+.tnb .tnb-note { margin: 4px 0; overflow-wrap: anywhere; white-space: pre-line; }
 .tnb .tnb-prompt { overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; }
 .tnb-advice { border-left: 4px solid #ef6c00; padding: 6px 10px; background: #ef6c0018; }

@@ -11,6 +11,7 @@ from .controls import styled
 from .form import LOAD, MORE, Form
 from .guard import on_change, on_click
 from .page import WRAPPED, button, error_box, error_of, paragraph, visible
+from .restore import left_out
 
 # options that a preset of the user keeps: how a clip is made, and not what it shows
 KEPT = ("resolution", "aspect_ratio", "num_frames", "num_steps", *LOAD, *MORE)
@@ -78,8 +79,7 @@ class PresetBar:
         with suppress(InputError):
             self._used = self._settings()
         if lost:
-            words = ", ".join(f"{one} ({reason})" for one, reason in lost.items())
-            self.note.value = error_box(f"Not set: {words}.")
+            self.note.value = error_box(f"Not set:\n{left_out(lost)}")
 
     def _on_save(self) -> None:
         name = self.name.value.strip()

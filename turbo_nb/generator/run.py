@@ -123,8 +123,7 @@ class RunPanel:
         The gallery has the message for a screen reader.
         """
         kind = "tnb-error" if alert else "tnb-note"
-        lines = "<br>".join(map(html.escape, text.splitlines()))
-        self.note.value = f'<div class="{kind}">{lines}</div>' if lines else ""
+        self.note.value = f'<div class="{kind}">{html.escape(text)}</div>' if text else ""
         visible(self.note, bool(text))
 
     def say_done(self) -> None:
