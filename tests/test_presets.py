@@ -1,7 +1,10 @@
 """Presets: built in, and files of the user that may hold anything."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,7 @@ def test_a_name_that_cannot_be_a_file(name, folder):
     ("make", "reason"),
     [
         *((text, "Expecting|no setting|nesting|decode|recursion") for text in (
-            "", "{", "[]", "5", "null", '{"colour": 1}', "[" * 100_000, "\udcff")),
+            "", "{", "[]", "5", "null", "[" * 100_000, "\udcff")),
         (json.dumps({"prompt": "x" * presets.MOST}), "bytes"),
         (Path.mkdir, "not a file"),
         (os.mkfifo, "not a file"),  # nobody writes into it
@@ -70,13 +73,72 @@ def test_settings_that_a_text_editor_saved_with_a_byte_order_mark(folder):
 def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     (folder / "file").write_text("")
     monkeypatch.setenv("TURBO_NB_CONFIG", str(folder / "file"))
-    presets.remember({"num_steps": 3})
     assert presets.latest() == {} and presets.own() == {}
-    with pytest.raises(OutputError, match="TURBO_NB_CONFIG"):
-        presets.save("x", {})
+    for write in (presets.remember, lambda values: presets.save("x", values)):
+        with pytest.raises(OutputError, match="TURBO_NB_CONFIG"):
+            write({"num_steps": 3})
 
 
 def test_the_latest_settings_come_back():
     presets.remember({"num_steps": 3, "random_seed": False, "prompt": "x"})
-    presets.remember({"image": "\udcff.png"})  # a name that JSON in UTF-8 cannot hold
+    with pytest.raises(OutputError):
+        presets.remember({"image": "\udcff.png"})  # a name that JSON in UTF-8 cannot hold
     assert presets.latest() == {"num_steps": 3, "random_seed": False, "prompt": "x"}
+
+
+def test_a_preset_of_unknown_options_is_left_out(folder):
+    (folder / presets.FOLDER).mkdir()
+    (folder / presets.FOLDER / "odd.json").write_text('{"colour": 1}')
+    assert presets.own() == {}
+
+
+def test_a_change_keeps_what_others_wrote(folder):
+    (folder / presets.LATEST).write_text('{"colour": null, "num_steps": 99}')  # of another version
+    presets.remember({"prompt": "x", "seed": 4})
+    presets.remember({"seed": None, "ode": None})
+    assert presets.latest() == {"colour": None, "num_steps": 99, "prompt": "x"}
+    (folder / presets.LATEST).write_text('{"colour": 1}')
+    presets.remember({"prompt": "x"})
+    assert presets.latest() == {"colour": 1, "prompt": "x"}
+
+
+def test_a_change_replaces_a_file_that_cannot_be_read(folder):
+    (folder / presets.LATEST).write_text("{")
+    presets.remember({"num_steps": 3})
+    assert presets.latest() == {"num_steps": 3}
+
+
+def test_changes_at_the_same_moment_are_all_kept(folder):
+    code = """if 1:
+        import sys
+        from turbo_nb import presets
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for number in range(30):
+            presets.remember({f"{sys.argv[1]}{number}": number})
+    """
+    names = ("a", "b", "c")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.close()
+    while any(writer.poll() is None for writer in writers):
+        presets.latest()  # raises where a file is not whole
+    for writer in writers:
+        writer.stdout.close()
+        assert writer.wait(60) == 0
+    assert presets.latest() == {f"{name}{number}": number for name in names for number in range(30)}
+
+
+def test_settings_are_kept_on_a_file_system_without_locks(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(presets.FileLock, "acquire", fail)
+    presets.remember({"num_steps": 3})
+    assert presets.latest() == {"num_steps": 3}

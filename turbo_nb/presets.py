@@ -1,7 +1,8 @@
 """Presets: named settings of the generator. Some are built in, and others are small files that the user keeps.
 
 A preset has the options that it sets; all others stay as they are. The settings of the latest session are kept in the
-same way, beside the presets.
+same way, beside the presets. All sessions share that file, also those of other machines with the same home folder. So
+each session writes only what its user has changed.
 """
 
 import json
@@ -9,9 +10,11 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from .catalog import ModelSpec
 from .errors import InputError, OutputError, first_line, listed
@@ -27,6 +30,8 @@ BUILT_IN = {
     "best": "4 steps, and attention to half as many key blocks again",
 }
 MOST = 1 << 20  # bytes of a file that is read
+PATIENCE = 5.0  # seconds to wait for another process that keeps its settings
+KNOWN = {*options(ClipSettings), *options(LoadOptions), "random_seed"}
 
 
 def built_in(name: str, spec: ModelSpec) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def own() -> dict[str, dict[str, Any]]:
     """Return the user's presets by name. Files that cannot be read are left out."""
     with suppress(OSError):
         paths = sorted((environment.config() / FOLDER).glob("*.json"))
-        return {path.stem: values for path in paths if (values := _read_or_empty(path))}
+        return {path.stem: values for path in paths if KNOWN & (values := _read_or_empty(path)).keys()}
     return {}
 
 
@@ -76,20 +81,32 @@ def latest() -> dict[str, Any]:
     """Return the settings of the latest session as its file has them; empty where no session has kept any.
 
     Raises:
-        InputError: the file cannot be read, or has no setting of this version.
+        InputError: the file cannot be read.
     """
     path = environment.config() / LATEST
     return _read(path) if os.path.lexists(path) else {}
 
 
-def remember(values: Mapping[str, Any]) -> None:
-    """Keep the settings of this session. A folder that cannot be written is not an error."""
-    with suppress(OutputError):
-        _write(environment.config() / LATEST, values)
+def remember(changes: Mapping[str, Any]) -> None:
+    """Put changed settings into the file of the latest session, which keeps all others, whoever wrote them.
+
+    Args:
+        changes: options by name, as JSON takes them. None: forget the option.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = environment.config() / LATEST
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):  # on a file system without locks the last change wins whole
+            # without soft fallback, because a soft lock outlives a process that was killed
+            stack.enter_context(FileLock(f"{path}.lock", timeout=PATIENCE, fallback_to_soft=False))
+        kept = {**_read_or_empty(path), **changes}
+        _write(path, {name: value for name, value in kept.items() if value is not None or name not in changes})
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a file holds, unknown options included. Raises InputError where no option is known"""
+    """Return what a file holds, unknown options included. Raises InputError"""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # because a pipe would be waited for
@@ -97,9 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
         if found.st_size > MOST:
             raise ValueError(f"it has {found.st_size} bytes, and {MOST} are the most that are read")
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-        known = {**options(ClipSettings), **options(LoadOptions), "random_seed": None}
-        if not isinstance(data, dict) or not known.keys() & data.keys():
-            raise ValueError("it has no setting of this version")
+        if not isinstance(data, dict):
+            raise ValueError("it has no settings")
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{shown(path)} cannot be used ({reason}). Expected settings as JSON. Delete it.") from error

@@ -10,7 +10,7 @@ import ipywidgets as w
 from turbo_nb.generator.comms import answer_on_any_page
 button, text, late = w.Button(), w.Text(), w.Text()
 box = w.VBox([button, text])
-answer_on_any_page(box)
+answer_on_any_page(box, print)
 box.children = [button, text, late]
 clicks = 0
 def click(_):

@@ -278,7 +278,7 @@ def test_missing_file_of_a_clip_is_named(generator, folder):
     os.rename(folder / "blue.safetensors", folder / "azure.safetensors")
     generator.clips._use(clip)
     words = warning(generator)
-    assert f"Not restored: LoRAs (blue.safetensors is not in {str(folder)!r})." in words
+    assert f"Not restored:\nLoRAs: blue.safetensors is not in {str(folder)!r}" in words
     assert generator.form.loras.rows == [] and len(generator.form.loras.listing.files) == 1
     job = generator.runner.job
     generator.clips._vary(clip)

@@ -26,7 +26,7 @@ import turbo_nb
 from turbo_nb import backends, catalog, presets, records, settings, values
 from turbo_nb.batch.queue import QueueFile, QueueRecord
 from turbo_nb.errors import DownloadError, InputError, OutputError
-from turbo_nb.files import hub, hub_cache, recognise
+from turbo_nb.files import hub, hub_cache, lora, recognise
 from turbo_nb.files.resolve import ResolvedModel
 from turbo_nb.generator import controls, form, gallery, models, run, widgets
 from turbo_nb.generator.choices import Choices
@@ -40,6 +40,7 @@ from turbo_nb.generator.widgets import Generator
 from turbo_nb.machine import environment
 from turbo_nb.settings import ClipSettings, LoadOptions
 from turbo_nb.video import images, mp4
+from turbo_nb.video.gallery import Gallery
 
 
 @pytest.fixture
@@ -199,6 +200,14 @@ def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(gene
         (JobRunner, "take_over", lambda page: page.queue.resume.click()),
         (images, "load_image", lambda page: page.form.image.path.set_trait("value", "a.png")),
         (gallery, "restore", lambda page: page.clips._act("use", SimpleNamespace(record=None, path=Path("a.mp4")))),
+        (presets, "built_in", lambda page: page.presets.choice.set_trait("value", "fast")),
+        (lora, "available", lambda page: page.form.loras.refresh_list.click()),
+        (JobRunner, "cancel", lambda page: queued(page) and page.queue.clear.click()),
+        (JobRunner, "_end", lambda page: queued(page) and page.run.cancel.click()),
+        (JobRunner, "_end", lambda page: queued(page) and page.keys._handle_custom_msg({"kind": "cancel"}, [])),
+        (Gallery, "find", lambda page: page.clips.view.set_trait("words", "red")),
+        (run, "_status", lambda page: page.runner._notify(queued(page))),
+        (Choices, "tokenizer", lambda page: wait_for_hint(page)),
     ],
     ids=lambda one: one if isinstance(one, str) else "",
 )
@@ -404,22 +413,22 @@ def test_a_grid_gives_the_size_of_a_clip_and_the_first_seed_and_names_the_others
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"model": "mine"}, "Model ('mine' is not in this list"),
-        ({"num_steps": 50}, "Steps (50 is not on the page)"),
-        ({"attention_type": "flash"}, "Attention (flash is not on the page)"),
-        ({"attention_type": "sagesla"}, "Attention (sagesla is not on the page)"),
-        ({"seed": []}, "Seed (the file does not give it)"),
-        ({"width": None}, "Size (the file does not give it)"),
-        ({"attention_type": None}, "Attention (the file does not give it)"),
-        ({"sla_topk": None}, "SLA top-k (the file does not give it)"),
-        ({"sigma_max": "loud"}, "First noise level (the file does not give it)"),
+        ({"model": "mine"}, "Model: 'mine' is not in this list"),
+        ({"num_steps": 50}, "Steps: 50 is not on the page"),
+        ({"attention_type": "flash"}, "Attention: flash is not on the page"),
+        ({"attention_type": "sagesla"}, "Attention: sagesla is not on the page"),
+        ({"seed": []}, "Seed: the file does not give it"),
+        ({"width": None}, "Size: the file does not give it"),
+        ({"attention_type": None}, "Attention: the file does not give it"),
+        ({"sla_topk": None}, "SLA top-k: the file does not give it"),
+        ({"sigma_max": "loud"}, "First noise level: the file does not give it"),
     ],
 )
 def test_what_cannot_be_restored_is_on_the_page(generator, more, words):
     put_clip(generator, **WHOLE | more)
     act(generator, "use")
     message = problem(generator)
-    assert words in message and message.count("(") == 1
+    assert message.startswith(f"Not restored:\n{words}") and message.count("\n") == 1
     assert generator.form.request.clip.ode
     act(generator, "vary")
     message = problem(generator)
@@ -444,7 +453,7 @@ def test_foreign_metadata_raise_nothing(generator, metadata):
     put_clip(generator, **metadata)
     for action in ("use", "vary"):
         act(generator, action)
-    assert "Model (the file does not give it)" in problem(generator) and generator.runner.job is None
+    assert "Model: the file does not give it" in problem(generator) and generator.runner.job is None
 
 
 @pytest.mark.parametrize(
@@ -472,7 +481,7 @@ def test_the_image_comes_back_from_its_path_and_else_is_asked_for(generator, tmp
     assert generator.form.image.size == (64, 32) and problem(generator) == ""
     (tmp_path / "red.png").unlink()
     act(generator, "use")
-    assert "Image (choose it again)" in problem(generator) and generator.form.request.clip.image is None
+    assert "Image: choose it again" in problem(generator) and generator.form.request.clip.image is None
 
 
 def test_every_option_of_a_clip_has_a_control_and_an_explanation(generator):
@@ -665,7 +674,7 @@ def test_a_dropped_clip_gives_its_settings(generator):
     assert generator.clips._on_drop("a.mp4", record) == ("The form has the settings of a.mp4.", False)
     assert generator.form.request.clip.prompt == record.prompt
     words, alert = generator.clips._on_drop("a.mp4", replace(record, num_steps=50))
-    assert alert and words == "Not restored: Steps (50 is not on the page)."
+    assert alert and words == "Not restored:\nSteps: 50 is not on the page"
 
 
 def test_ctrl_enter_starts_only_what_the_button_would_start(generator):
@@ -740,8 +749,8 @@ def test_the_last_frame_comes_back_from_its_path_or_is_none(generator, tmp_path)
     assert generator.form.request.clip.last_image is None and problem(generator) == ""
     put_clip(generator, **whole, last_image=records.IN_MEMORY)
     act(generator, "use")
-    assert "Last frame (choose it again)" in problem(generator)
-    assert "Last frame (choose it again)" in generator.run.note.value  # beside Generate, too
+    assert "Last frame: choose it again" in problem(generator)
+    assert "Last frame: choose it again" in generator.run.note.value  # beside Generate, too
 
 
 @pytest.fixture(scope="module")
@@ -803,7 +812,7 @@ def test_a_clip_of_the_gallery_is_extended(generator, tiny_i2v, tmp_path, monkey
     assert "Frames is 1. Expected 5 or more" in problem(generator)
     generator.form.fields["num_frames"].widget.value = 5
     act(generator, "use")
-    assert f"Image (press Extend at the clip {clip.path.name})" in problem(generator)
+    assert f"Image: press Extend at the clip {clip.path.name}" in problem(generator)
     assert generator.form.request.clip.extend is None
     generator.close()
 
@@ -942,7 +951,7 @@ def test_the_page_says_which_settings_of_another_machine_it_leaves_out(runner, s
     assert made.form.spec.name == "nano" and made.run.outlook.value and not made.run.generate.disabled
     shown = html.unescape(made.run.note.value)
     assert all(one in shown for one in words.split("|")) and made.run.note.layout.display is None
-    assert shown.count("<br>") == (len(words.split("|")) if len(state) < 30 else 21)
+    assert shown.count("\n") == (len(words.split("|")) if len(state) < 30 else 21)
     made.run.generate.click()
     made.runner.clear()
     made.runner.cancel()
@@ -964,6 +973,116 @@ def test_the_page_says_why_the_settings_of_the_latest_session_cannot_be_read(tmp
     assert "latest session are left out:" in made.run.note.value and "latest.json" in made.run.note.value
     assert not made.run.generate.disabled
     made.close()
+
+
+LEFT_OUT = {"model": "gone.pth", "num_steps": 99, "loras": ["gone"], "gpus": 4, "image": "gone.png", "colour": 1}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch, nano):
+    """The file of the latest session, with settings that this machine cannot use"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "KEEP_AFTER", 0.01)
+    monkeypatch.setattr(Choices, "load", lambda self, *_, **__: None)
+    path = environment.config() / presets.LATEST
+    presets.remember(LEFT_OUT | {"prompt": "a blue square", "resolution": "64x64", "num_frames": 5})
+    yield path
+    for made in widgets._shown.values():
+        made.close()
+    widgets._shown.clear()
+
+
+def test_the_page_writes_no_settings_before_a_change(kept):
+    before = kept.read_bytes(), kept.stat().st_mtime_ns
+    made = widgets.show("clips")
+    made.run.update()
+    made.run.update(keep_error=True)  # as at the end of a job or a download
+    time.sleep(0.3)
+    made.run.keep()
+    second = widgets.show("clips")
+    second.close()
+    assert (kept.read_bytes(), kept.stat().st_mtime_ns) == before
+    kept.unlink()
+    widgets.show("clips", model="nano").run.keep()
+    assert not kept.exists()
+
+
+def test_a_change_is_written_beside_what_this_machine_cannot_use(kept):
+    made = widgets.show("clips")
+    fill(made, prompt="a red circle")
+    wait_for(lambda: presets.latest()["prompt"] == "a red circle")
+    expected = LEFT_OUT | {"prompt": "a red circle", "resolution": "64x64", "num_frames": 5}
+    assert presets.latest() == expected
+    for name, broken in {  # a fault elsewhere on the page changes nothing else
+        "num_frames": {"num_frames": 6}, "resolution": {"resolution": CUSTOM, "custom": " "},
+    }.items():  # fmt: skip
+        fill(made, **broken)
+        made.run.keep()
+        del expected[name]
+        assert presets.latest() == expected
+    fill(made, custom="32x32", num_frames=9, num_steps=2, model="TurboWan2.1-T2V-1.3B-480P")
+    fill(made, num_steps=3)
+    made.run.keep()
+    kept = presets.latest()
+    assert (kept["num_steps"], kept["model"]) == (3, "TurboWan2.1-T2V-1.3B-480P")  # chosen anew
+    assert {name: kept[name] for name in ("loras", "gpus", "image", "colour")} == {
+        name: LEFT_OUT[name] for name in ("loras", "gpus", "image", "colour")
+    }
+
+
+def test_two_notebooks_keep_each_other_s_settings(kept, tmp_path):
+    first, second = widgets.show("clips"), widgets.show("others")
+    fill(first, prompt="a red circle", num_steps=2)
+    fill(second, num_frames=9)
+    for made in (first, second):
+        made.run.keep()
+    fill(first, num_frames=13)
+    first.run.keep()
+    fill(second, seed=5, random_seed=False)
+    second.run.keep()
+    found = {"prompt": "a red circle", "num_steps": 2, "num_frames": 13, "seed": 5, "random_seed": False}
+    assert presets.latest() == LEFT_OUT | {"resolution": "64x64"} | found
+
+
+def test_a_size_is_kept_whole(kept):
+    first, second = widgets.show("clips"), widgets.show("others")
+    fill(first, resolution="480p", aspect="9:16")
+    first.run.keep()
+    fill(second, custom="32x32")
+    second.run.keep()
+    assert presets.latest()["resolution"] == "32x32" and "aspect_ratio" not in presets.latest()
+
+
+def test_a_change_just_before_the_page_goes_is_written(kept, monkeypatch):
+    monkeypatch.setattr(run, "KEEP_AFTER", 60)
+    made = widgets.show("clips")
+    fill(made, prompt="a red circle")
+    made.close()
+    assert presets.latest()["prompt"] == "a red circle"
+
+
+def test_what_could_not_be_written_is_written_with_the_next_change(kept, monkeypatch):
+    def fail(*_):
+        raise OutputError("the disk is full")
+
+    made, remember = widgets.show("clips"), presets.remember
+    monkeypatch.setattr(presets, "remember", fail)
+    fill(made, num_steps=2)
+    made.run.keep()
+    monkeypatch.setattr(presets, "remember", remember)
+    fill(made, prompt="a red circle")
+    made.run.keep()
+    assert (presets.latest()["prompt"], presets.latest()["num_steps"]) == ("a red circle", 2)
+
+
+def test_the_aspect_of_an_image_that_is_not_kept_comes_back(kept):
+    made = widgets.show("clips")
+    assert made.form.image.adaptive.value
+    made.form.image.adaptive.value = False
+    made.run.keep()
+    again = Generator(made.runner, state=presets.latest())
+    assert not again.form.image.adaptive.value
+    again.close()
 
 
 def test_presets_are_used_saved_and_deleted(generator):
@@ -1010,6 +1129,14 @@ def test_a_size_that_somebody_wrote_into_a_preset_is_named(generator, values):
     assert generator.form.put({"resolution": [64, 48]}) == {} and generator.form.custom.value == "64x48"
 
 
+def test_a_preset_says_what_it_cannot_set_in_the_page_s_words(generator):
+    presets.save("mine", {"num_steps": 50, "sla_topk": 0.3, "quant_linear": "no"})
+    generator.presets.list()
+    generator.presets.choice.value = "mine"
+    shown = "Not set:\nWeights: no is not on the page\nSteps: 50 is not on the page"
+    assert shown in generator.presets.note.value and generator.form.request.load.sla_topk == 0.3
+
+
 def test_an_example_can_be_chosen_again(generator):
     prompt = generator.form.prompt
     example = prompt.examples.options[1][1]
@@ -1025,6 +1152,18 @@ def test_the_length_of_the_prompt_and_what_is_cut(generator):
     hint = generator.form.prompt.hint.value
     assert "The model reads 512" in hint and 'class="tnb-cut"' in hint and "&lt;b&gt;" in hint
     assert "Why is there no negative prompt?" in hint
+
+
+def queued(generator: Generator) -> Job:
+    """Put a job into the queue that nobody begins"""
+    job = generator.runner.job = Job(request=generator.form.request)
+    generator.runner.jobs.append(job)
+    return job
+
+
+def wait_for_hint(generator: Generator) -> None:
+    generator.form.prompt.read_tokenizer()
+    wait_for(lambda: "hums" in generator.form.prompt.hint.value)
 
 
 def wait_for(condition) -> None:

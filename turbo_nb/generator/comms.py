@@ -9,6 +9,8 @@ import comm
 import ipywidgets as w
 from comm.base_comm import BaseComm
 
+from .guard import ShowError, guarded
+
 
 class Direct:
     """Stands for a widget's comm where the kernel looks up who gets a message.
@@ -28,15 +30,20 @@ class Direct:
         self._comm.handle_close(msg)
 
 
-def answer_on_any_page(root: w.Widget) -> None:
-    """Let a widget, those inside it and those that are put into it later answer each page on its own subshell."""
+def answer_on_any_page(root: w.Widget, show_error: ShowError) -> None:
+    """Let a widget, those inside it and those that are put into it later answer each page on its own subshell.
+
+    Args:
+        root: the widget.
+        show_error: called with an error of a widget that is put into it later.
+    """
+
+    def answer_new_children(change) -> None:
+        for child in set(change["new"]) - set(change["old"]):
+            answer_on_any_page(child, show_error)
+
     comm.get_comm_manager().register_comm(Direct(root.comm))
     if isinstance(root, w.Box):
         for child in root.children:
-            answer_on_any_page(child)
-        root.observe(_answer_new_children, "children")
-
-
-def _answer_new_children(change) -> None:
-    for child in set(change["new"]) - set(change["old"]):
-        answer_on_any_page(child)
+            answer_on_any_page(child, show_error)
+        root.observe(guarded(answer_new_children, show_error), "children")

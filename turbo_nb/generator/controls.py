@@ -14,6 +14,7 @@ from .. import backends, settings
 from ..errors import InputError
 from ..settings import ClipSettings, LoadOptions
 from ..values import Choice, Flag, Number, Whole, shown
+from .guard import ShowError, on_change
 
 OWN = "own"  # stands for None in a Dropdown, because a Dropdown takes None for "nothing chosen"
 QUOTES = "'\""
@@ -81,16 +82,17 @@ class Field:
         cls: a class of options.
         name: of one of its options.
         changed: called when the person has changed it.
+        show_error: called with what `changed` raises.
 
     `own` is the control's value that stands for None: the model's own, or the option's default.
     """
 
-    def __init__(self, cls: type, name: str, changed: Callable[[], None]):
+    def __init__(self, cls: type, name: str, changed: Callable[[], None], show_error: ShowError):
         self.name, self._cls, self._option = name, cls, settings.options(cls)[name]
         self._default = cls.__dataclass_fields__[name].default
         self.widget = self._control()
         self.own = self.widget.value
-        self.widget.observe(lambda _: changed(), "value")
+        on_change(self.widget, changed, show_error)
 
     @cached_property
     def box(self) -> w.VBox:

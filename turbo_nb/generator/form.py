@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..settings import ClipSettings, LoadOptions, Weights
 from ..values import Flag, shown
 from .controls import COLUMNS, OWN, UNUSED, Field, not_on_page, styled
+from .guard import ShowError, on_change, raise_error
 from .image import ImageInput, LastImageInput
 from .jobs import JobRunner
 from .loras import LoRAList
@@ -26,6 +27,7 @@ from .request import Request
 
 CUSTOM = "custom"  # among the resolutions
 LOAD = ("attention_type", "sla_topk", "quant_linear")  # options of loading that have a control
+SIZE = {"resolution", "aspect_ratio"}  # options that the controls of the size set together
 FRONT = ("num_frames", "num_steps", "seed")  # options of a clip with one control that is always visible
 # options with a place of their own, or an action of the gallery
 PLACED = ("prompt", *settings.PICTURES, "adaptive_resolution", "resolution", "aspect_ratio", "extend_clip")
@@ -40,13 +42,15 @@ class Form:
         model: the model chosen at first.
 
     `fields` are the controls that stand for one option each, by its name. The form calls `on_prompt` when the prompt
-    has changed, `on_change` when anything else has, and `on_model` when another model is chosen.
+    has changed, `on_change` when anything else has, `on_model` when another model is chosen, and
+    `on_error` with an unexpected error of a control.
     """
 
     def __init__(self, runner: JobRunner, model: Weights = "auto"):
         self.on_change: Callable[[], None] = lambda: None
         self.on_prompt: Callable[[], None] = lambda: None
         self.on_model: Callable[[], None] = lambda: None
+        self.on_error: ShowError = raise_error
         self.spec: ModelSpec | None = None  # None: the model cannot be read
         self._runner, self._holds = runner, 0
         self._build(model)
@@ -64,14 +68,16 @@ class Form:
         self.aspect = styled(w.Dropdown, "Aspect", options=ratios, value="16:9")
         self.random_seed = styled(w.Checkbox, "New seed each time", value=True, indent=False)
         self.loras = LoRAList(self._changed, self.holding)
-        self.fields = {name: Field(LoadOptions, name, self._changed) for name in LOAD}
-        self.fields |= {name: Field(ClipSettings, name, self._changed) for name in FRONT + MORE}
+        self.fields = {name: Field(LoadOptions, name, self._changed, self._show_error) for name in LOAD}
+        self.fields |= {name: Field(ClipSettings, name, self._changed, self._show_error) for name in FRONT + MORE}
         frames, steps, seed = (self.fields[name].widget for name in FRONT)
         front = [self.resolution, self.aspect, self.custom, frames, steps, seed, self.random_seed]
         self.front = w.GridBox(front, layout=w.Layout(**COLUMNS))
         more = w.GridBox([self.fields[name].box for name in LOAD + MORE], layout=w.Layout(**COLUMNS))
-        self.advanced = fold("Advanced settings", more, "Settings that a clip seldom needs")
-        self.lora_fold = fold("LoRAs", self.loras.box, "Small files that change a model's style")
+        tip = "Settings that a clip seldom needs"
+        self.advanced = fold("Advanced settings", more, tip, self._show_error)
+        tip = "Small files that change a model's style"
+        self.lora_fold = fold("LoRAs", self.loras.box, tip, self._show_error)
 
     def _models(self, model: Weights) -> tuple[list[tuple[str, Weights]], Weights]:
         """Return the entries of the list of models, and the entry that `model` is"""
@@ -88,9 +94,12 @@ class Form:
         return [*known, (Path(chosen).name or chosen, chosen)], chosen
 
     def _connect(self) -> None:
-        self.model.observe(lambda _: self.show_model(), "value")
+        on_change(self.model, self.show_model, self._show_error)
         for one in (self.resolution, self.custom, self.aspect, self.random_seed):
-            one.observe(lambda _: self._changed(), "value")
+            on_change(one, self._changed, self._show_error)
+
+    def _show_error(self, error: Exception) -> None:
+        self.on_error(error)
 
     # what the controls say
 
@@ -135,21 +144,29 @@ class Form:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as JSON takes them; `put` restores them. Raises InputError."""
+        """The options that differ from a new form's, as JSON takes them; `put` restores them. Raises InputError."""
         request = self.outline
-        clip = settings.asked(request.clip) | {"prompt": self.prompt.text.value}
+        clip = settings.asked(request.clip) | self._always
         clip = {name: value for name, value in clip.items() if name not in settings.PICTURES or isinstance(value, str)}
-        return settings.asked(request.load) | clip | {"random_seed": self.random_seed.value}
+        return settings.asked(request.load) | clip
+
+    @property
+    def _always(self) -> dict[str, Any]:
+        """The part of `state` that a new form has in another way than `ClipSettings`"""
+        ticked = {"random_seed": self.random_seed.value, "adaptive_resolution": self.image.adaptive.value}
+        return {"prompt": self.prompt.text.value, **ticked}
 
     @property
     def usable_state(self) -> dict[str, Any]:
         """`state` without the values that cannot be used, because one of them would take all others along."""
         with suppress(InputError):
             return self.state
-        found = {"model": self.model.value, "prompt": self.prompt.text.value, "random_seed": self.random_seed.value}
-        found["loras"] = [str(one) for one in self.loras.value]
+        model = self.model.value
+        found = self._always | {"model": list(model) if isinstance(model, tuple) else model}
+        if self.loras.value:
+            found["loras"] = [str(one) for one in self.loras.value]
         for one in (self.image.settings, self.last_image.settings):
-            found |= {name: value for name, value in one.items() if isinstance(value, str | bool)}
+            found |= {name: value for name, value in one.items() if isinstance(value, str)}
         for name, field in self.fields.items():
             with suppress(InputError):
                 found[name] = field.checked

@@ -13,11 +13,12 @@ from ..video import mp4
 from ..video.gallery import Clip
 from .controls import in_page_words
 from .form import Form
+from .guard import ShowError, on_change
 from .jobs import JobRunner
 from .page import WRAPPED, card, visible
 from .parts.clips import GalleryView, ResultPlayer
 from .parts.controls import ClipDrop
-from .restore import lost_in_words, restore
+from .restore import left_out, restore
 from .run import RunPanel
 
 ACTIONS = (  # name and label
@@ -27,13 +28,18 @@ ACTIONS = (  # name and label
 
 
 class ResultPanel:
-    """The large picture: the preview of the clip that is being made, else the clip that was made or opened last."""
+    """The large picture: the preview of the clip that is being made, else the clip that was made or opened last.
 
-    def __init__(self):
+    Args:
+        show_error: called with an unexpected error.
+    """
+
+    def __init__(self, show_error: ShowError):
         self.preview, self.player = w.HTML(), ResultPlayer()
         self.box = w.VBox([self.preview, self.player], layout=w.Layout(min_width="0"))
         self.box.add_class("tnb-large")
-        self.preview.observe(lambda _: self._arrange(), "value")
+        self.player.on_error = show_error
+        on_change(self.preview, self._arrange, show_error)
         self._arrange()
 
     def show(self, clip: Clip) -> None:
@@ -62,7 +68,7 @@ class GalleryPanel:
         )
         self.view.actions = [list(action) for action in ACTIONS]
         self.drop = ClipDrop(self._on_drop)
-        self.drop.observe(lambda change: change["new"] and run.say(**change["new"]), "message")
+        on_change(self.drop, self._show_drop, self._show_error, "message")
         self.times = w.BoundedIntText(
             description="Times to extend", value=1, min=1, max=MAX_EXTENSIONS, layout=w.Layout(width="200px"),
             style={"description_width": "120px"}, tooltip="How many parts the Extend button of a clip adds to it",
@@ -101,7 +107,7 @@ class GalleryPanel:
         if does := self._does.get(name):
             try:
                 does(clip)
-            except Exception as error:  # because ipywidgets would only log it
+            except Exception as error:  # shown above Generate, too
                 self._say(in_page_words(explained(error)), alert=True)
 
     def _say(self, text: str, alert: bool = False) -> None:
@@ -112,7 +118,7 @@ class GalleryPanel:
     def _restore(self, record: VideoRecord, name: str) -> tuple[dict[str, str], str]:
         """Put settings into the form; return what was lost, and what the page says"""
         lost = restore(self._form, record)
-        return lost, f"Not restored: {lost_in_words(lost)}." if lost else f"The form has the settings of {name}."
+        return lost, f"Not restored:\n{left_out(lost)}" if lost else f"The form has the settings of {name}."
 
     def _use(self, clip: Clip) -> None:
         lost, words = self._restore(clip.record, clip.path.name)
@@ -122,14 +128,18 @@ class GalleryPanel:
         lost, words = self._restore(record, name)
         return words, bool(lost)
 
+    def _show_drop(self) -> None:
+        if self.drop.message:
+            self._run.say(**self.drop.message)
+
     def _vary(self, clip: Clip) -> None:
         lost, _ = self._restore(clip.record, clip.path.name)
         lost.pop("seed", None)
         self._form.random_seed.value = True
         if lost:  # it would be another clip
             self._say(
-                f"Not started, because the clip would differ in more than its seed: {lost_in_words(lost)}. Press "
-                "Generate to make it all the same.",
+                "Not started, because the clip would differ in more than its seed. Press Generate to make it all the "
+                f"same.\n{left_out(lost)}",
                 alert=True,
             )
         else:
@@ -158,7 +168,7 @@ class GalleryPanel:
             for clip in clips:
                 self._gallery.delete(clip)
                 gone.append(clip.path.name)
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:  # because the others are gone
             self._show_error(error)
         else:
             self.view.say("")
@@ -178,8 +188,6 @@ class GalleryPanel:
             self._show_error(error)
         except OSError as error:  # the zip is gone already
             self.view.say(first_line(error), alert=True)
-        except Exception as error:  # because nobody looks at what the thread raises
-            self._show_error(error)
 
     def _show_error(self, error: Exception) -> None:
         self.view.say(in_page_words(explained(error)), alert=True)

@@ -12,6 +12,7 @@ from ..catalog import ModelSpec
 from ..settings import ClipSettings
 from ..video import images
 from .controls import styled
+from .guard import on_change, on_click
 from .page import WRAPPED, button, error_of, fold, paragraph, thumbnail, visible
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class PictureInput:
         self.remove = button(f"Remove {name}", tooltip=f"Make the clip without this {name}")
         self.note = w.HTML()
         self.box = w.VBox([self.note, w.HBox([self.upload, self.remove], layout=w.Layout(**WRAPPED)), self.path])
-        self.upload.observe(lambda _: self._on_upload(), "value")
-        self.path.observe(lambda _: self._on_path(), "value")
-        self.remove.on_click(lambda _: self.clear())
+        on_change(self.upload, self._on_upload, self._show_error)
+        on_change(self.path, self._on_path, self._show_error)
+        on_click(self.remove, self.clear, self._show_error)
         self._show(self._hint)
 
     @property
@@ -74,9 +75,9 @@ class PictureInput:
         """
         try:
             self.picture = images.load_image(source, self._option)
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.picture = self._source = None
-            self._show(error_of(error))
+            self._show_error(error)
         else:
             self._source = source if isinstance(source, str) else self.picture
             does = "begins" if self._option == "image" else "ends"
@@ -96,6 +97,9 @@ class PictureInput:
         self.note.value = text
         visible(self.remove, text != self._hint)
 
+    def _show_error(self, error: Exception) -> None:
+        self._show(error_of(error))
+
     def _on_upload(self) -> None:
         if self.upload.value:
             file = self.upload.value[-1]
@@ -114,7 +118,7 @@ class ImageInput(PictureInput):
         super().__init__("image", "image", "or its path", hint, changed)
         self.adaptive = styled(w.Checkbox, "Keep the image's aspect", value=True, indent=False)
         self.box.children = [*self.box.children, self.adaptive]
-        self.adaptive.observe(lambda _: changed(), "value")
+        on_change(self.adaptive, changed, self._show_error)
 
     @property
     def settings(self) -> dict:
@@ -128,7 +132,8 @@ class LastImageInput(PictureInput):
     def __init__(self, changed: Callable[[], None]):
         hint = "The clip ends with this picture, which is cropped to the clip's size."
         super().__init__("last_image", "last frame", "Last frame at", hint, changed)
-        self.box = fold("Last frame (optional)", self.box, settings.options(ClipSettings)["last_image"].help)
+        tip = settings.options(ClipSettings)["last_image"].help
+        self.box = fold("Last frame (optional)", self.box, tip, self._show_error)
 
     def take(self, source: "str | io.BytesIO | Image", name: str, more: str = "") -> bool:
         """Give the clip a picture, see `PictureInput.take`."""

@@ -18,7 +18,8 @@ from ..records import LoRARecord
 from ..settings import LoadOptions
 from ..values import LoRAFile
 from .controls import OWN, styled
-from .page import button, close, family, paragraph, visible
+from .guard import ShowError, on_change, on_click
+from .page import button, close, error_of, family, paragraph, visible
 
 LEAST, MOST, STEP = -2.0, 2.0, 0.05  # strengths that the page offers
 DIGITS = 6  # of a strength, because a slider sends 0.30000000000000004
@@ -31,9 +32,10 @@ class Row:
 
     Args:
         changed: called when one of them has changed.
+        show_error: called with an unexpected error of a control.
     """
 
-    def __init__(self, changed: Callable[[], None]):
+    def __init__(self, changed: Callable[[], None], show_error: ShowError):
         def made(kind: type, flex: str, **more) -> w.Widget:
             widget = styled(kind, "", tooltip=HELP, **more)
             widget.layout.flex = flex
@@ -48,12 +50,18 @@ class Row:
         self.strength.add_class("tnb-no-label")
         self.remove = button("Remove")
         # screen readers name the number field only, because ipywidgets gives a slider's handle no name
-        self.slider.observe(lambda change: setattr(self.strength, "value", round(change["new"], DIGITS)), "value")
-        self.strength.observe(lambda change: setattr(self.slider, "value", change["new"]), "value")
+        on_change(self.slider, self._from_slider, show_error)
+        on_change(self.strength, self._from_strength, show_error)
         together = w.HBox([self.slider, self.strength, self.remove], layout=w.Layout(flex="2 1 340px", min_width="0"))
         self.box = w.Box([self.file, self.expert, together], layout=w.Layout(flex_flow="row wrap"))
         for one in (self.file, self.expert, self.strength):
-            one.observe(lambda _: changed(), "value")
+            on_change(one, changed, show_error)
+
+    def _from_slider(self) -> None:
+        self.strength.value = round(self.slider.value, DIGITS)
+
+    def _from_strength(self) -> None:
+        self.slider.value = self.strength.value
 
     @property
     def value(self) -> LoRAFile:
@@ -99,8 +107,8 @@ class LoRAList:
         self._lines = w.VBox()
         end = w.Box([self.add_row, self.refresh_list, self.note], layout=w.Layout(flex_flow="row wrap"))
         self.box = w.VBox([self._lines, end])
-        self.add_row.on_click(lambda _: self.add())
-        self.refresh_list.on_click(lambda _: self.refresh())
+        on_click(self.add_row, self.add, self._show_error)
+        on_click(self.refresh_list, self.refresh, self._show_error)
         self._list()
 
     @property
@@ -119,12 +127,12 @@ class LoRAList:
         if not files:
             return
         with self._holding():
-            row = Row(self._changed)
+            row = Row(self._changed, self._show_error)
             row.offer(self.listing.files)
             row.file.value = str(path) if path else next((file for file in files if file not in used), files[0])
             row.strength.value, row.expert.value = strength, expert or OWN
             row.offer_experts(self._two_experts)
-            row.remove.on_click(lambda _: self.remove(row))
+            on_click(row.remove, lambda: self.remove(row), self._show_error)
             self.rows.append(row)
             self._draw()
 
@@ -216,6 +224,9 @@ class LoRAList:
             row.number(number)
         visible(self.add_row, bool(self.listing.files))
         self.note.value = paragraph(self._words(), "tnb-dim")
+
+    def _show_error(self, error: Exception) -> None:
+        self.note.value = error_of(error)
 
     def _words(self) -> str:
         """Return where LoRAs belong, if none is there, and what else lies there"""

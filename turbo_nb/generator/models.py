@@ -15,6 +15,7 @@ from ..runtime.estimate import in_words
 from ..settings import LoadOptions
 from .downloads import Download
 from .form import Form
+from .guard import on_change, on_click
 from .jobs import JobRunner
 from .page import WRAPPED, bar, button, error_box, error_of, fold, paragraph, visible
 
@@ -27,21 +28,22 @@ class ModelCard:
         self.facts = w.HTML()
         self.download, self.cancel = button("Download", button_style="primary"), button("Cancel download")
         self.progress, self.table = w.HTML(), w.HTML()
-        self.compare = fold("Compare models", self.table, "What each model makes, and whether it fits this machine")
+        tip = "What each model makes, and whether it fits this machine"
+        self.compare = fold("Compare models", self.table, tip, self._show_error)
         self.box = w.VBox(
             [self.facts, w.HBox([self.download, self.cancel], layout=w.Layout(**WRAPPED)), self.progress, self.compare]
         )
         self.facts.add_class("tnb-model")
-        self.download.on_click(lambda _: self._on_download())
-        self.cancel.on_click(lambda _: self._on_cancel())
-        self.compare.toggle.observe(lambda change: change["new"] and self._show_table(), "value")
+        on_click(self.download, self._on_download, self._show_error)
+        on_click(self.cancel, self._on_cancel, self._show_error)
+        on_change(self.compare.toggle, self._show_table, self._show_error)
         self.show()
 
     def show(self) -> None:
         """Show the chosen model anew."""
         try:
             model = self._runner.choices.resolve(self._options).decoding(self._decoder)
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.facts.value = error_of(error)
             visible(self.download, False)
         else:
@@ -68,25 +70,24 @@ class ModelCard:
         if running:
             self.download.disabled = True
         visible(self.cancel, running)
-        self.progress.value = _progress(download) if download else ""
+        if download:  # else it may have an error
+            self.progress.value = _progress(download)
 
     def _on_download(self) -> None:
-        try:
-            self._runner.download(self._options, self._decoder)
-        except Exception as error:  # because ipywidgets would only log it
-            self.progress.value = error_of(error)
+        self._runner.download(self._options, self._decoder)
 
     def _on_cancel(self) -> None:
         if self._runner.downloading:
             self._runner.downloading.cancel()
 
+    def _show_error(self, error: Exception) -> None:
+        self.progress.value = error_of(error)
+
     def _show_table(self) -> None:
-        host = environment.memory().available
-        try:
-            rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
-        except Exception as error:  # because ipywidgets would only log it
-            self.table.value = error_of(error)
+        if not self.compare.toggle.value:
             return
+        host = environment.memory().available
+        rows = [_row(one) for one in fits.every_fit(probe.probe(), hub_cache.free_bytes(), host)]
         head = "".join(f'<th scope="col">{name}</th>' for name in ("model", "on this machine", "disk"))
         self.table.value = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 

@@ -13,6 +13,7 @@ import ipywidgets as w
 
 from ..errors import TurboNbError, explained
 from .controls import in_page_words
+from .guard import ShowError, on_change
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,8 +67,8 @@ STYLE = """<style>
 .tnb .tnb-large img, .tnb .tnb-large video { width: 100%; max-height: 70vh; object-fit: contain; }
 .tnb .tnb-preview img { image-rendering: auto; filter: saturate(1.1); }
 .tnb .tnb-error { border-left: 4px solid #c62828; padding: 6px 10px; background: #c6282818; border-radius: 4px;
-  overflow-wrap: anywhere; }
-.tnb .tnb-note { margin: 4px 0; overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; white-space: pre-line; }
+.tnb .tnb-note { margin: 4px 0; overflow-wrap: anywhere; white-space: pre-line; }
 .tnb .tnb-prompt { overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; }
 .tnb-advice { border-left: 4px solid #ef6c00; padding: 6px 10px; background: #ef6c0018; }
@@ -137,15 +138,15 @@ def button(text: str, **more) -> w.Button:
     return w.Button(description=text, layout=w.Layout(width="auto"), **more)
 
 
-def fold(text: str, content: w.Widget, tooltip: str) -> w.VBox:
+def fold(text: str, content: w.Widget, tooltip: str, show_error: ShowError) -> w.VBox:
     """Return a button that folds a widget, folded at first; the keyboard does not reach the title of an Accordion."""
     toggle = w.ToggleButton(description=f"{text} ▸", tooltip=tooltip, layout=w.Layout(width="auto"))
 
-    def show(_=None) -> None:
+    def show() -> None:
         visible(content, toggle.value)
         toggle.description = f"{text} {'▾' if toggle.value else '▸'}"
 
-    toggle.observe(show, "value")
+    on_change(toggle, show, show_error)
     show()
     box = w.VBox([toggle, content])
     box.add_class("tnb-fold")

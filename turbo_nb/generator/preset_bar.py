@@ -9,7 +9,9 @@ from .. import presets
 from ..errors import InputError
 from .controls import styled
 from .form import LOAD, MORE, Form
+from .guard import on_change, on_click
 from .page import WRAPPED, button, error_box, error_of, paragraph, visible
+from .restore import left_out
 
 # options that a preset of the user keeps: how a clip is made, and not what it shows
 KEPT = ("resolution", "aspect_ratio", "num_frames", "num_steps", *LOAD, *MORE)
@@ -29,9 +31,9 @@ class PresetBar:
         self.box = w.VBox([w.HBox([self.choice, self.delete], layout=w.Layout(**WRAPPED)), self.note])
         self.own = more
         self.list()
-        self.choice.observe(lambda change: self._use(change["new"]), "value")
-        self.save.on_click(lambda _: self._on_save())
-        self.delete.on_click(lambda _: self._on_delete())
+        on_change(self.choice, self._use, self._show_error)
+        on_click(self.save, self._on_save, self._show_error)
+        on_click(self.delete, self._on_delete, self._show_error)
         self._used: dict[str, Any] | None = None  # the settings that the chosen preset has made
         self.show()
 
@@ -62,8 +64,9 @@ class PresetBar:
         state = self._form.state
         return {option: state[option] for option in KEPT if option in state}
 
-    def _use(self, name: str) -> None:
+    def _use(self) -> None:
         self.show()
+        name = self.choice.value
         if not name or self._listing:
             return
         if name in presets.BUILT_IN:
@@ -76,26 +79,20 @@ class PresetBar:
         with suppress(InputError):
             self._used = self._settings()
         if lost:
-            words = ", ".join(f"{one} ({reason})" for one, reason in lost.items())
-            self.note.value = error_box(f"Not set: {words}.")
+            self.note.value = error_box(f"Not set:\n{left_out(lost)}")
 
     def _on_save(self) -> None:
         name = self.name.value.strip()
-        try:
-            presets.save(name, used := self._settings())
-        except Exception as error:  # because ipywidgets would only log it
-            self.note.value = error_of(error)
-            return
+        presets.save(name, used := self._settings())
         self.name.value = ""
         self.list(name)
         self._used = used
         self.show()
 
     def _on_delete(self) -> None:
-        try:
-            presets.delete(self.choice.value)
-        except Exception as error:  # because ipywidgets would only log it
-            self.note.value = error_of(error)
-            return
+        presets.delete(self.choice.value)
         self.list()
         self.show()
+
+    def _show_error(self, error: Exception) -> None:
+        self.note.value = error_of(error)

@@ -13,8 +13,9 @@ from ..settings import ClipSettings, LoadOptions
 from ..text.embedding_cache import TEXT_LENGTH
 from ..text.prompt_encoder import Length, length
 from .controls import styled
+from .guard import guarded, on_change
 from .jobs import JobRunner
-from .page import paragraph, visible
+from .page import error_of, paragraph, visible
 from .rewriting import RewriteBar
 
 EXAMPLES = {
@@ -64,9 +65,9 @@ class PromptInput:
         self.hint = w.HTML()
         self.rewriting = RewriteBar(self.text, lambda: self.prompts)
         self.box = w.VBox([self.text, self.rewriting.box, self.lines, self.hint, self.examples])
-        self.text.observe(lambda _: self.show(), "value")
-        self.lines.observe(lambda _: changed(), "value")
-        self.examples.observe(self._on_example, "value")
+        on_change(self.text, self.show, self._show_error)
+        on_change(self.lines, changed, self._show_error)
+        on_change(self.examples, self._on_example, self._show_error)
 
     @property
     def prompts(self) -> list[str]:
@@ -94,7 +95,8 @@ class PromptInput:
     def read_tokenizer(self) -> None:
         """Read the model's tokenizer in the background, if it is on the disk."""
         if self._spec is not None:
-            threading.Thread(target=self._read_tokenizer, args=(self._spec, self._options), daemon=True).start()
+            read = guarded(self._read_tokenizer, self._show_error)
+            threading.Thread(target=read, args=(self._spec, self._options), daemon=True).start()
 
     def show(self) -> None:
         """Show what there is to say about a text that has changed."""
@@ -139,7 +141,10 @@ class PromptInput:
             self._tokenizer = tokenizer
         self._show_hint()
 
-    def _on_example(self, change) -> None:
-        if change["new"]:
-            self.text.value = change["new"]
+    def _on_example(self) -> None:
+        if self.examples.value:
+            self.text.value = self.examples.value
             self.examples.value = ""  # so that the same one can be chosen again
+
+    def _show_error(self, error: Exception) -> None:
+        self.hint.value = error_of(error)

@@ -56,16 +56,11 @@ def restore(form: Form, record: VideoRecord) -> dict[str, str]:
             lost["image"] = "choose it again"
         if record.last_image and not form.last_image.take(record.last_image, record.last_image):
             lost["last_image"] = "choose it again"
-    return {name: short(reason) for name, reason in lost.items()}
-
-
-def lost_in_words(lost: dict[str, str]) -> str:
-    """Return what could not be restored, by the page's labels."""
-    return ", ".join(f"{label_of(name)} ({reason})" for name, reason in lost.items())
+    return lost
 
 
 def left_out(lost: dict[str, str]) -> str:
-    """Return what could not be restored, a line for each."""
+    """Return what the form could not take, by the page's labels, a line for each."""
     lines = []
     for name, reason in lost.items():
         label, words = label_of(short(name, 60)), in_page_words(short(reason))

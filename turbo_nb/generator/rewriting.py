@@ -8,6 +8,7 @@ import ipywidgets as w
 from ..catalog import ModelSpec
 from ..errors import collect_warnings
 from ..text import rewrite
+from .guard import guarded, on_change, on_click
 from .page import WRAPPED, button, error_box, error_of, paragraph, visible
 
 PRIVACY = "The text of the prompt is sent to the language model at TURBO_NB_REWRITE_URL. No picture is sent."
@@ -37,10 +38,10 @@ class RewriteBar:
         self.box.add_class("tnb-under")  # the text, beside its label
         visible(self.box, rewrite.is_set())
         visible(self.undo, False)
-        self.rewrite.on_click(lambda _: self.start())
-        self.cancel.on_click(lambda _: self._stop(_status("Cancelled. The prompt stays as it is.")))
-        self.undo.on_click(lambda _: self._swap())
-        text.observe(lambda _: self._drop("prompt"), "value")
+        on_click(self.rewrite, self.start, self._show_error)
+        on_click(self.cancel, lambda: self._stop(_status("Cancelled. The prompt stays as it is.")), self._show_error)
+        on_click(self.undo, self._swap, self._show_error)
+        on_change(text, lambda: self._drop("prompt"), self._show_error)
         self._show(False)
 
     def show_model(self, spec: ModelSpec) -> None:
@@ -58,7 +59,8 @@ class RewriteBar:
             self._asked = asked = object()
             self._show(True)
         self.note.value = _status("Rewriting…")
-        threading.Thread(target=self._run, args=(asked, prompts), name="turbo_nb rewrite", daemon=True).start()
+        run = guarded(self._run, self._show_error)
+        threading.Thread(target=run, args=(asked, prompts), name="turbo_nb rewrite", daemon=True).start()
 
     def _run(self, asked: object, prompts: Sequence[str]) -> None:
         try:
@@ -93,6 +95,9 @@ class RewriteBar:
             self._asked = None
             self._show(False)
             self.note.value = note
+
+    def _show_error(self, error: Exception) -> None:
+        self._stop(error_of(error))
 
     def _show(self, running: bool) -> None:
         self.rewrite.disabled = running

@@ -2,18 +2,21 @@
 
 import html
 import threading
+from contextlib import suppress
 
 import ipywidgets as w
 from rich.filesize import decimal
 
 from .. import presets
+from ..errors import OutputError
 from ..files import hub_cache
 from ..generation import UNTRAINED
 from ..machine import environment
 from ..runtime.estimate import in_words
 from ..video.gallery import Clip
 from .controls import in_page_words
-from .form import Form
+from .form import SIZE, Form
+from .guard import guarded, on_change, on_click
 from .jobs import JobRunner
 from .page import WRAPPED, bar, button, error_box, error_of, image_tag, paragraph, visible
 from .request import Job, Outlook
@@ -38,10 +41,12 @@ class RunPanel:
     def __init__(self, runner: JobRunner, form: Form, preview: w.HTML):
         self._runner, self._form = runner, form
         self._outlook: Outlook | None = None
-        self._refused = ""  # HTML of why the latest Generate added no job
+        self._refused = ""  # HTML of the latest error that is not one of the form
         self._updating = threading.RLock()
         self._showing = threading.RLock()  # because the worker and the ticker both show the job
         self._keeping: threading.Timer | None = None
+        self._writing = threading.Lock()  # because the timer and Generate both write the settings
+        self._kept = form.usable_state  # the settings that were on the page when it opened, or was written last
         self._noted: dict[str, Job] = {}  # notes on what a model is not trained for, by the first job with them
         self.generate = button("Generate", button_style="primary", tooltip="Put the clip at the end of the queue")
         self.cancel = button("Cancel", tooltip="Cancel the running clip", disabled=True)
@@ -54,9 +59,9 @@ class RunPanel:
         self.generate.add_class("tnb-go")
         buttons = w.HBox([self.generate, self.seeds, self.cancel], layout=w.Layout(**WRAPPED))
         self.box = w.VBox([self.note, buttons, self.outlook, self.status])
-        self.generate.on_click(lambda _: self.start())
-        self.cancel.on_click(lambda _: runner.cancel())
-        self.seeds.observe(lambda _: self.update(), "value")
+        on_click(self.generate, self.start, self.show_error)
+        on_click(self.cancel, runner.cancel, self.show_error)
+        on_change(self.seeds, self.update, self.show_error)
         self.preview.add_class("tnb-preview")
         self.say("")
         self.update()
@@ -66,7 +71,7 @@ class RunPanel:
         """Add the clips that the form asks for to the queue; return whether that was possible."""
         try:
             jobs = self._runner.submit_all(self._form.request.spread(self._form.prompt.prompts, self.seeds.value))
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.show_error(error)
             return False
         self._refused = ""
@@ -80,13 +85,14 @@ class RunPanel:
 
         Args:
             prompt_only: only the prompt has changed, which changes neither size nor time.
-            keep_error: the form has not changed, so that the error of the latest Generate stays.
+            keep_error: the form has not changed, so that the error that `show_error` shows stays.
         """
         with self._updating:  # because the threads of jobs and downloads update, too
             if not keep_error:
                 self._refused = ""
             self._update(prompt_only)
-        self._keep()
+        if not keep_error:
+            self._keep_soon()
 
     def _update(self, prompt_only: bool) -> None:
         form = self._form
@@ -100,7 +106,7 @@ class RunPanel:
                 self._outlook = self._runner.choices.outlook(form.outline, form.image.size)
             outlook = self._outlook
             problem = _problem(outlook, form)
-        except Exception as error:  # because ipywidgets would only log it
+        except Exception as error:
             self.generate.disabled = True
             self.outlook.value = error_of(error)
             return
@@ -117,8 +123,7 @@ class RunPanel:
         The gallery has the message for a screen reader.
         """
         kind = "tnb-error" if alert else "tnb-note"
-        lines = "<br>".join(map(html.escape, text.splitlines()))
-        self.note.value = f'<div class="{kind}">{lines}</div>' if lines else ""
+        self.note.value = f'<div class="{kind}">{html.escape(text)}</div>' if text else ""
         visible(self.note, bool(text))
 
     def say_done(self) -> None:
@@ -127,7 +132,7 @@ class RunPanel:
             self.say("")
 
     def show_error(self, error: Exception) -> None:
-        """Show why no job was added, until the form changes."""
+        """Show why no job was added, or an unexpected error, until the form changes."""
         with self._updating:
             self.outlook.value = ""  # because a screen reader reads out only what is new
             self.outlook.value = self._refused = error_of(error)
@@ -147,22 +152,30 @@ class RunPanel:
         """Return False for a note on what the model was not trained for that the page has shown for another job"""
         return not note.endswith(tuple(UNTRAINED.values())) or self._noted.setdefault(note, job) is job
 
-    def _keep(self) -> None:
-        """Keep the settings for the next kernel, a moment after the last change"""
+    def _keep_soon(self) -> None:
+        """Keep the settings a moment after the last change"""
         if self._keeping:
             self._keeping.cancel()
-        self._keeping = threading.Timer(KEEP_AFTER, self.keep)
+        self._keeping = threading.Timer(KEEP_AFTER, guarded(self.keep, self.show_error))
         self._keeping.daemon = True
         self._keeping.start()
 
     def keep(self) -> None:
-        """Keep the settings on disk for the next kernel."""
-        presets.remember(self._form.usable_state)
+        """Keep on disk, for the next kernel, what has changed on this page. What cannot be written is tried again."""
+        with self._writing, suppress(OutputError):
+            now = self._form.usable_state
+            changed = {name for name in {**self._kept, **now} if now.get(name) != self._kept.get(name)}
+            if not changed.isdisjoint(SIZE):  # because one says what the other means
+                changed |= SIZE
+            if changed:
+                presets.remember({name: now.get(name) for name in changed})
+                self._kept = now
 
     def close(self) -> None:
-        """Write nothing any more."""
+        """Keep the last changes, and write nothing any more."""
         if self._keeping:
             self._keeping.cancel()
+        self.keep()
 
 
 def _problem(outlook: Outlook, form: Form) -> str:

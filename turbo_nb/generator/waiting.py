@@ -6,25 +6,31 @@ import threading
 import ipywidgets as w
 
 from .controls import in_page_words
+from .guard import ShowError, on_click
 from .jobs import JobRunner
-from .page import button, card, close, error_of, family, paragraph, visible
+from .page import button, card, close, family, paragraph, visible
 from .request import Job
 
 SHOWN = 8  # rows; a longer queue is counted
 
 
 class QueuePanel:
-    """The list of jobs, in order."""
+    """The list of jobs, in order.
 
-    def __init__(self, runner: JobRunner):
-        self._runner, self._shown = runner, []
+    Args:
+        runner: has the jobs.
+        show_error: called with an unexpected error, because the panel is drawn anew at every step of a job.
+    """
+
+    def __init__(self, runner: JobRunner, show_error: ShowError):
+        self._runner, self._show_error, self._shown = runner, show_error, []
         self._drawing = threading.RLock()  # because the worker and the page both draw
         self.rows, self.note = w.VBox(), w.HTML()
         self.clear = button("Clear the queue", tooltip="Cancel all clips that wait")
         self.resume = button("", button_style="info", tooltip="Go on with what the last session left in the queue")
         self.card = card("Queue", self.resume, self.rows, self.note, self.clear)
-        self.clear.on_click(lambda _: runner.clear())
-        self.resume.on_click(lambda _: self._on_resume())
+        on_click(self.clear, runner.clear, show_error)
+        on_click(self.resume, self._on_resume, show_error)
         self.show_left_over()
         self.show()
 
@@ -61,10 +67,10 @@ class QueuePanel:
         text = w.HTML(words, layout=w.Layout(flex="1 1 0", min_width="0"))
         if job.state == "failed":
             action = button("Dismiss", tooltip=f"Dismiss: {clip.prompt}")
-            action.on_click(lambda _: self._runner.forget(job))
+            on_click(action, lambda: self._runner.forget(job), self._show_error)
         else:
             action = button("Cancel", tooltip=f"Cancel: {clip.prompt}", disabled=job.cancelling.is_set())
-            action.on_click(lambda _: self._runner.cancel(job))
+            on_click(action, lambda: self._runner.cancel(job), self._show_error)
         row = w.HBox([text, action])
         row.add_class("tnb-job")
         return row
@@ -72,9 +78,6 @@ class QueuePanel:
     def _on_resume(self) -> None:
         try:
             self._runner.take_over()
-        except Exception as error:  # because ipywidgets would only log it
+        finally:
             self.show_left_over()
-            self.note.value = error_of(error)
-            return
-        self.show_left_over()
         self.show()

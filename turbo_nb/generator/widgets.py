@@ -23,6 +23,7 @@ from .comms import answer_on_any_page
 from .downloads import Download
 from .form import Form
 from .gallery import GalleryPanel, ResultPanel
+from .guard import guarded, on_change
 from .jobs import JobRunner
 from .models import ModelCard
 from .page import ADVICE, STYLE, card, close, family
@@ -60,7 +61,8 @@ def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "
 
     Args:
         folder: of the clips.
-        model: the model chosen at first; a name or a path. "auto": that of the latest session, else the best here.
+        model: the model chosen at first; a name or a path. "auto": the one that was chosen last on a page, else the
+            best here.
     """
     runner = JobRunner.of(folder)
     earlier, unread = _shown.pop(runner, None), ""
@@ -96,13 +98,14 @@ class Generator:
         self.form = form = Form(runner, model)
         state = state or {}
         lost = form.put(state if model == "auto" else {name: state[name] for name in state if name != "model"})
-        self.result, self.presets = ResultPanel(), PresetBar(form)
-        self.models, self.queue = ModelCard(runner, form), QueuePanel(runner)
+        self.result, self.presets = ResultPanel(self._show_error), PresetBar(form)
+        self.models, self.queue = ModelCard(runner, form), QueuePanel(runner, self._show_error)
         self.run = RunPanel(runner, form, self.result.preview)
         self.clips = GalleryPanel(runner, form, self.run, self.result)
         if lost:  # after the gallery, because a new one clears the note
             self.run.say(f"Of the latest session these settings are left out:\n{left_out(lost)}", alert=True)
         self.keys = Keys(self._on_ctrl_enter, runner.cancel, form.prompt.text)
+        self.keys.on_error = self._show_error
         ask = card("", form.prompt.box, form.image.box, form.last_image.box, self.run.box)
         shown = w.VBox([self.result.box, self.queue.card], layout=w.Layout(min_width="0", grid_gap="10px"))
         options = card(
@@ -116,12 +119,12 @@ class Generator:
         self.root.add_class("tnb")
         if runner.job and runner.job.clip:
             self.result.show(runner.job.clip)
-        form.on_change, form.on_model = self._on_form, self._on_model
-        form.fields["decoder"].widget.observe(lambda _: self.models.show(), "value")  # it may need a download
+        form.on_change, form.on_model, form.on_error = self._on_form, self._on_model, self._show_error
+        on_change(form.fields["decoder"].widget, self.models.show, self._show_error)  # it may need a download
         form.on_prompt = lambda: self.run.update(prompt_only=True)
         self._closed = threading.Event()
-        self._stop = runner.listen(self._on_change)
-        answer_on_any_page(self.root)
+        self._stop = runner.listen(guarded(self._on_change, self._show_error))
+        answer_on_any_page(self.root, self._show_error)
         if runner.busy:
             self._tick()
 
@@ -143,6 +146,10 @@ class Generator:
         _allow_widgets_in_colab()
         display(HTML(STYLE + ADVICE))
         display(self.root)
+
+    def _show_error(self, error: Exception) -> None:
+        """Show an unexpected error that no panel has a place for"""
+        self.run.show_error(error)
 
     def _on_ctrl_enter(self) -> None:
         if not self.run.generate.disabled:
@@ -185,7 +192,8 @@ class Generator:
     def _tick(self) -> None:
         """Show the progress every second, until nothing is at work"""
         if not (self._ticker and self._ticker.is_alive()):
-            self._ticker = threading.Thread(target=self._show_progress, name="turbo_nb page", daemon=True)
+            show = guarded(self._show_progress, self._show_error)
+            self._ticker = threading.Thread(target=show, name="turbo_nb page", daemon=True)
             self._ticker.start()
 
     _ticker: threading.Thread | None = None

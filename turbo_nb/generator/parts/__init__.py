@@ -7,7 +7,8 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-from ...errors import not_installed
+from ...errors import first_line, not_installed
+from ..guard import ShowError, guarded, raise_error
 
 try:
     import anywidget
@@ -24,7 +25,7 @@ class Part(anywidget.AnyWidget):
     """A component whose script sends messages to the kernel.
 
     `answers` has a function for each kind of message. It takes the message and its buffers. What it returns, a pair of
-    a mapping and buffers, goes back to the page.
+    a mapping and buffers, goes back to the page. The component calls `on_error` with an unexpected error.
     """
 
     _css = source("parts.css")
@@ -32,12 +33,22 @@ class Part(anywidget.AnyWidget):
     def __init__(self, **traits):
         super().__init__(**traits)
         self.answers: dict[str, Callable[[dict, list], tuple[dict, list[bytes]] | None]] = {}
-        self.on_msg(self._on_message)
+        self.on_error: ShowError = raise_error
+        self.on_msg(guarded(self._on_message, self._show_error))
 
     def _on_message(self, _, content: Any, buffers: list) -> None:
         kind = content.get("kind") if isinstance(content, dict) else None
-        if isinstance(kind, str) and (answer := self.answers.get(kind)) and (reply := answer(content, buffers)):
-            self.reply(content, *reply)
+        if isinstance(kind, str) and (answer := self.answers.get(kind)):
+            try:
+                reply = answer(content, buffers)
+            except Exception as error:  # because the page may wait for an answer
+                self.reply(content, {"error": first_line(error)})
+                raise
+            if reply:
+                self.reply(content, *reply)
+
+    def _show_error(self, error: Exception) -> None:
+        self.on_error(error)
 
     def reply(self, content: dict, answer: dict, buffers: list[bytes] = ()) -> None:
         """Send the answer to a message. Works from any thread."""

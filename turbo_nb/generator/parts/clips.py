@@ -14,6 +14,7 @@ from ...machine import environment
 from ...records import VideoRecord
 from ...runtime.estimate import in_words
 from ...video.gallery import ORDERS, Clip, Gallery, key_of
+from ..guard import guarded, on_change
 from . import Part, source
 
 PIECE = 1 << 20  # bytes of a message, because a page shows its progress and other messages go between
@@ -141,11 +142,11 @@ class GalleryView(Player):
         super().__init__(self._path)
         self._lock, self._drawing = threading.RLock(), False  # because the thread that makes clips draws, too
         self._gallery, self._on_act, self._on_delete, self._on_zip = gallery, on_act, on_delete, on_zip
-        self._on_error = on_error
+        self.on_error = on_error
         self._pool: ThreadPoolExecutor | None = None
         self.answers |= {"poster": self._poster, "act": self._act, "star": self._star}
         self.answers |= {"delete": self._delete, "zip": self._zip}
-        self.observe(lambda _: self.show(), ["page", "words", "order", "starred"])
+        on_change(self, self.show, self._show_error, ["page", "words", "order", "starred"])
 
     def show(self) -> None:
         """Show the clips of the page as the folder has them now. Works from any thread."""
@@ -193,7 +194,7 @@ class GalleryView(Player):
         """Call a function in the thread of this component, one call after the other."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "turbo_nb posters")
-        self._pool.submit(function, *arguments)
+        self._pool.submit(guarded(function, self._show_error), *arguments)
 
     def close(self) -> None:
         """Take the component off the page, and end its thread."""
@@ -245,10 +246,7 @@ class GalleryView(Player):
     def _with_clip(self, content: dict, function: Callable[[Clip], None]) -> None:
         """Call a function with the clip that a message names"""
         if clip := self._clip(content.get("name")):
-            try:
-                function(clip)
-            except Exception as error:  # because ipywidgets would only log it
-                self._on_error(error)
+            function(clip)
         else:
             self.say("This clip is gone.", alert=True)
             self.show()

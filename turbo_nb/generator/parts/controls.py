@@ -6,6 +6,7 @@ import ipywidgets as w
 import traitlets as t
 
 from ... import records
+from ...errors import explained
 from ...records import VideoRecord
 from ...video import mp4
 from . import Part, source
@@ -56,7 +57,7 @@ class ClipDrop(Part):
 
     def __init__(self, on_record: Callable[[str, VideoRecord], tuple[str, bool]]):
         super().__init__()
-        self._on_record = on_record
+        self._on_record, self.on_error = on_record, self._show_unexpected
         self.answers["dropped"] = self._dropped
 
     def _dropped(self, content: dict, buffers: list) -> None:
@@ -66,5 +67,11 @@ class ClipDrop(Part):
             text, alert = f"{name} says nothing of how it was made. Drop an mp4 that turbo-nb wrote.", True
         else:
             text, alert = self._on_record(name, records.read(VideoRecord, found))
+        self._say(text, alert)
+
+    def _show_unexpected(self, error: Exception) -> None:
+        self._say(explained(error), alert=True)
+
+    def _say(self, text: str, alert: bool) -> None:
         self.message = {}  # because a screen reader reads out only what is new
         self.message = {"text": text, "alert": alert}
