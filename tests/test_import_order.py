@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import turbo_nb
 
 PACKAGE = Path(__file__).parents[1] / "turbo_nb"
@@ -74,3 +76,21 @@ def test_importing_does_nothing(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (result.stdout, result.stderr, list(tmp_path.iterdir())) == ("[]\n", "", [])
+
+
+NANO = PACKAGE / "assets/nano"
+HEAVY = {"transformers", "diffusers", "peft", "accelerate", "sentencepiece", "matplotlib", "ray"}
+
+
+@pytest.mark.parametrize("command", [
+    "--version", "--help", "t2v --help", "convert --help", "download nano", "download owner/repo", "doctor",
+    f"info {NANO}", f"info {NANO / 'text_encoder'}", "batch missing.txt", "t2v --prompt x --save_path missing.txt",
+    "i2v --image_path missing.png --prompt x",
+])  # fmt: skip
+def test_commands_without_a_model_import_no_library_of_models(command, tmp_path):
+    code = "import sys; from turbo_nb.cli import main\ntry: main()\nfinally: print('imported', *sys.modules)"
+    environment = os.environ | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-c", code, *command.split()]
+    result = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    imported = result.stdout.rpartition("imported ")[2].split()
+    assert imported and not HEAVY & set(imported), (result.stdout, result.stderr)

@@ -1,14 +1,22 @@
-"""Every path in Python may begin with `~`, as on the command line."""
+"""Every path in Python may begin with `~`, as on the command line, and none may be an address of another place."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+import typer.testing
 
-from turbo_nb import batch, catalog, checkpoint
+import turbo_nb
+from turbo_nb import batch, catalog, checkpoint, cli
 from turbo_nb.batch import manifest, prompts
+from turbo_nb.batch.notebook import run_notebook
+from turbo_nb.errors import InputError
 from turbo_nb.files import convert, layouts, lora, recognise
 from turbo_nb.generator.jobs import JobRunner
+from turbo_nb.settings import LoadOptions, RunOptions, options
+from turbo_nb.study.rope import judge
+from turbo_nb.values import PathLike
+from turbo_nb.video import mp4
 from turbo_nb.video.gallery import Gallery
 
 LORA = Path(__file__).with_name("files") / "nano_lora.safetensors"
@@ -55,3 +63,59 @@ def test_what_is_written_is_below_the_home(home, nano):
     assert Gallery("~/clips").folder == JobRunner.of("~/clips").gallery.folder == home / "clips"
     assert JobRunner.of("~/clips") is JobRunner.of(home / "clips")
     assert list(Path.cwd().iterdir()) == []
+
+
+def command(text):
+    result = typer.testing.CliRunner().invoke(cli.app, text.split(), env={"COLUMNS": "300"})
+    raise InputError(result.output) if result.exit_code == 2 else result.exception
+
+
+ADDRESS = "s3://bucket/x"
+PLACES = {
+    "a saved pipeline": lambda nano: nano.save_pretrained(ADDRESS),
+    "a converted checkpoint": lambda nano: convert.convert(catalog.NANO.folder / "vae", ADDRESS),
+    "a checkpoint to convert": lambda nano: convert.convert(ADDRESS, "out"),
+    "a mp4": lambda nano: mp4.Encoder(f"{ADDRESS}.mp4", 16),
+    "a mp4 to read": lambda nano: mp4.read_metadata(Path(f"{ADDRESS}.mp4")),
+    "a mp4 to play": lambda nano: turbo_nb.play(f"{ADDRESS}.mp4"),
+    "a batch": lambda nano: batch.run(["x"], nano, ADDRESS),
+    "prompts": lambda nano: batch.run(f"{ADDRESS}.txt", nano, "out"),
+    "a manifest": lambda nano: manifest.read_manifest(ADDRESS),
+    "a gallery": lambda nano: Gallery(ADDRESS),
+    "a checkpoint": lambda nano: recognise.read(f"{ADDRESS}.safetensors"),
+    "a LoRA": lambda nano: turbo_nb.set_loras(nano, ADDRESS),
+    "a report": lambda nano: judge("cpu", (), (), ()).save(ADDRESS),
+    "a notebook": lambda nano: run_notebook("x.ipynb", ADDRESS),
+    "turbo-nb t2v": lambda nano: command(f"t2v --prompt x --save_path {ADDRESS}.mp4"),
+    "turbo-nb batch": lambda nano: command(f"batch p.txt --output_dir {ADDRESS}"),
+    "turbo-nb info": lambda nano: command(f"info {ADDRESS}"),
+    "turbo-nb convert": lambda nano: command(f"convert x {ADDRESS}"),
+    "turbo-nb notebooks": lambda nano: command(f"notebooks {ADDRESS}"),
+    "turbo-nb ui": lambda nano: command(f"ui {ADDRESS}"),
+}
+
+
+@pytest.mark.parametrize("use", PLACES.values(), ids=PLACES)
+def test_an_address_is_an_error_before_any_work_and_makes_no_folder(home, nano, use):
+    with pytest.raises(InputError, match=r"is .*s3:/+bucket/x.*Expected a path on this machine.* mount"):
+        use(nano)
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["s3://b/x.mp4", "gs://b/x.mp4", "GS:/b/x.mp4", " s3://b", "file:///x.mp4"])
+def test_no_option_that_is_a_path_takes_an_address(address):
+    for cls in (LoadOptions, RunOptions):
+        for name in (name for name, one in options(cls).items() if isinstance(one.check, PathLike) or name == "loras"):
+            with pytest.raises(InputError, match=rf"^{name} is .*Expected a path on this machine"):
+                cls(**{name: address})
+            if cls is RunOptions:
+                with pytest.raises(InputError, match=rf"^{name} is "):
+                    cls(**{name: "https://example.com/x.mp4"})
+    with pytest.raises(InputError, match=r"^checkpoint is "):
+        LoadOptions(checkpoint=("a", address))
+
+
+def test_an_address_of_the_hub_and_names_with_a_colon_remain():
+    assert LoadOptions(model="https://huggingface.co/o/r", loras="high=https://huggingface.co/o/r:0.5")
+    for name in ("a:b/x.mp4", "C:/x.mp4", "12:30.mp4", "/s3:/x.mp4"):
+        assert RunOptions(save_path=name).save_path == name

@@ -109,6 +109,21 @@ def test_a_saved_pipeline_makes_the_same_clip_in_all_that_read_it(tmp_path, opti
         torch.testing.assert_close(*out, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", ["1MB", "2MB", "10GB"])
+def test_a_pipeline_is_saved_over_the_shards_that_it_has_mapped(nano, tmp_path, size):
+    def tensors(pipeline):
+        parts = ("transformer", "vae")
+        return {(part, name): one for part in parts for name, one in getattr(pipeline, part).state_dict().items()}
+
+    nano.save_pretrained(tmp_path, max_shard_size="1MB")
+    pipeline = turbo_nb.load_pipeline(tmp_path, device="cpu")
+    before = {name: one.clone() for name, one in tensors(pipeline).items()}
+    pipeline.save_pretrained(tmp_path, max_shard_size=size)
+    for again in (pipeline, turbo_nb.load_pipeline(tmp_path, device="cpu")):
+        after = tensors(again)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
 @pytest.mark.parametrize("work", ["generate", "call"])
 def test_two_threads_take_turns(nano, work):
     def make(seed):

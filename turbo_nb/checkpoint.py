@@ -47,7 +47,7 @@ from .machine import environment
 from .machine.mapped import PageReleaser
 from .sla import set_attention_type
 from .tiny_decoder import TinyDecoder
-from .values import with_home
+from .values import local
 
 ROWS = 1024  # of a weight that are quantised at once
 KEEP_FP32 = (*WanTransformer3DModel._keep_in_fp32_modules, "proj_l")
@@ -402,7 +402,7 @@ def load_tokenizer(path: str | Path | Contents):
     Raises:
         CheckpointError: the tokenizer is missing or damaged, or brings code of its own. That code never runs.
     """
-    path = path if isinstance(path, Contents) else Path(with_home(path))
+    path = path if isinstance(path, Contents) else Path(local(path))
     if not isinstance(path, Contents) and environment.is_file(path) and path.suffix != ".model":
         path = read(path, "text encoder")
     if isinstance(path, Contents):

@@ -27,7 +27,7 @@ from .errors import (
     without_secrets,
 )
 from .settings import ClipSettings, LoadOptions, RunOptions, build, options, seeds
-from .values import with_home
+from .values import local
 
 PANELS = {"clip": "Clip", "model": "Model", "memory": "Memory", "output": "Output", "advanced": "Advanced"}
 
@@ -180,7 +180,10 @@ def _path(text: str) -> Path:
     """Return an argument as a path. "" is an unset variable of a script, and not the current folder"""
     if not text:
         raise typer.BadParameter("'' is not a path. Is a variable of the shell empty?")
-    return Path(text)
+    try:
+        return Path(local(text))
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 HighNoise = Annotated[
@@ -555,7 +558,6 @@ def notebooks(
     """Copy the notebooks of this version into a folder. Files that are there and differ are an error."""
     from .machine import atomic
 
-    folder = with_home(folder)
     shipped = Path(__file__).parent / "assets" / "notebooks"  # of a wheel; a checkout has them beside the package
     paths = sorted((shipped if shipped.exists() else Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
     if not paths:

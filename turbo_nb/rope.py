@@ -16,8 +16,10 @@ from . import backends
 from .errors import InputError, warn
 from .machine import probe
 from .ops.norms import reference as norms_reference
+from .values import wrong
 
 THETA = 10000.0
+MAX_HEAD_DIM = 1024  # far above the 128 of Wan; a table for a billion channels would fill the memory
 
 
 class VideoSize(NamedTuple):
@@ -28,26 +30,40 @@ class VideoSize(NamedTuple):
     W: int
 
 
+def axis_channels(head_dim: int) -> dict[str, int]:
+    """Return how many channels of a head turn with the frame t, the row h and the column w.
+
+    Args:
+        head_dim: channels of a head. h and w get head_dim // 6 · 2 channels each, t the rest.
+
+    Raises:
+        InputError: head_dim is odd, below 6 or above 1024.
+    """
+    if not isinstance(head_dim, int) or not 6 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        raise wrong(
+            "head_dim", head_dim, f"an even number from 6 to {MAX_HEAD_DIM}, for rotation by t, h, w", "Take 128."
+        )
+    spatial = head_dim // 6 * 2
+    return {"t": head_dim - 2 * spatial, "h": spatial, "w": spatial}
+
+
 def rope_freqs(video_size: VideoSize, head_dim: int) -> Tensor:
     """Return the angles of every token (Wan, arXiv:2503.20314).
 
     Args:
         video_size: the clip in latent patches.
-        head_dim: channels of a head. h and w get head_dim // 6 · 2 channels each, t the rest.
+        head_dim: channels of a head, split as `axis_channels` says.
 
     Returns:
         (T·H·W, head_dim/2) float32, the columns of t, then h, then w.
 
     Raises:
-        InputError: a side is below 1, or head_dim is odd or below 6.
+        InputError: a side is below 1, or head_dim is one that `axis_channels` refuses.
     """
     if min(video_size) < 1:
         raise InputError(f"video_size is {tuple(video_size)}. Expected 1 or more latent patches on each side.")
-    if not isinstance(head_dim, int) or head_dim < 6 or head_dim % 2:
-        raise InputError(f"head_dim is {head_dim!r}. Expected an even number from 6 on, for rotation by t, h, w.")
-    spatial = head_dim // 6 * 2
     axes = []
-    for length, channels in zip(video_size, (head_dim - 2 * spatial, spatial, spatial), strict=True):
+    for length, channels in zip(video_size, axis_channels(head_dim).values(), strict=True):
         rates = THETA ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         axes.append(torch.outer(torch.arange(length, dtype=torch.float64), rates))
     t, h, w = axes

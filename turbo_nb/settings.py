@@ -115,12 +115,16 @@ class LoadOptions(_Checked):
 
     model: Weights = _option(
         "auto",
-        PathLike(pair=True, type=str),
+        PathLike(pair=True, hub=True, type=str),
         "A model's name, auto, a checkpoint, a folder, or a Hub id such as owner/repo/file@rev.",
         "model",
     )
     checkpoint: Weights | None = _option(
-        None, PathLike(pair=True), "The checkpoint to take for a model given by name.", "model", flag="--dit-path"
+        None,
+        PathLike(pair=True, hub=True),
+        "The checkpoint to take for a model given by name.",
+        "model",
+        flag="--dit-path",
     )
     attention_type: Literal["sla", "sagesla", "original"] | None = _option(
         None, Choice(ATTENTION_TYPES), "Attention; sla if left out, original (dense) for a file without SLA.", "model"
@@ -140,17 +144,19 @@ class LoadOptions(_Checked):
         "What runs SageSLA; the fastest that works here if left out.",
         "advanced",
     )
-    vae: str | Path | None = _option(None, PathLike(), "Wan2.1_VAE.pth, or a folder.", "model", flag="--vae-path")
+    vae: str | Path | None = _option(
+        None, PathLike(hub=True), "Wan2.1_VAE.pth, or a folder.", "model", flag="--vae-path"
+    )
     text_encoder: str | Path | None = _option(
         None,
-        PathLike(),
+        PathLike(hub=True),
         "umT5: a .pth, fp8, int8 or GGUF file, or a folder.",
         "model",
         flag="--text-encoder-path",
     )
     tokenizer: str | Path | None = _option(
         None,
-        PathLike(),
+        PathLike(hub=True),
         "umT5's tokenizer: a folder, spiece.model, or a text encoder with a tokenizer in its file.",
         "model",
         flag="--tokenizer-path",
@@ -163,9 +169,12 @@ class LoadOptions(_Checked):
         flag="--lora",
     )
     tiny_decoder: str | Path | None = _option(
-        None, PathLike(), "taew2_1.safetensors, which decodes with --decoder tiny; from the Hub if left out.", "model",
+        None,
+        PathLike(hub=True),
+        "taew2_1.safetensors, which decodes with --decoder tiny; from the Hub if left out.",
+        "model",
         flag="--tiny-decoder-path",
-    )  # fmt: skip
+    )
     device: str = _option(
         "auto",
         Text("auto, cpu, cuda, or one GPU of several, such as cuda:1", r"auto|cpu|cuda|cuda:[0-9]{1,3}"),

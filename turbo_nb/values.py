@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from .errors import InputError
 
+ADDRESS = re.compile(r"\s*([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # one slash, because a Path has one; not C:/
 MAX_STRENGTH = 100  # of a LoRA; useful ones are below 5, and bfloat16 overflows far above
 
 
@@ -145,17 +146,23 @@ class Prompt(Text):
 
 @dataclass(frozen=True)
 class PathLike:
-    """A path as text or Path, whose `~` is expanded; `pair`: also two of them."""
+    """A path as text or Path, whose `~` is expanded.
+
+    Args:
+        pair: whether two of them are a value, too.
+        hub: whether an address of the Hub is a value, too.
+    """
 
     pair: bool = False
+    hub: bool = False
     type: type = Path
 
     def __call__(self, name: str, value: Any) -> Any:
         if self.pair and isinstance(value, tuple | list) and len(value) == 2:
-            return tuple(PathLike()(name, one) for one in value)
+            return tuple(PathLike(hub=self.hub)(name, one) for one in value)
         if not _is_path(value):
             raise wrong(name, value, "a path" + (", or a pair of paths (high-noise, low-noise)" if self.pair else ""))
-        return with_home(value)
+        return local(value, name, hub=self.hub)
 
 
 def _is_path(value: Any) -> bool:
@@ -206,7 +213,7 @@ class LoRAFiles:
             value, strength = value if self._is_pair(value) else (value, None)
             file = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
             expert, file = file.split("=", 1) if _EXPERT.match(file) else (None, file)
-            file = with_home(file)
+            file = local(file, name, hub=True)
             if strength is None:
                 file, strength = _with_strength(file)
         if not isinstance(file, str) or not _is_path(file.strip()) or expert not in (None, "high", "low"):
@@ -262,6 +269,27 @@ def with_home(path: Any) -> Any:
     except ValueError:  # NUL or a lone surrogate in the name, which whoever opens the path reports
         return path
     return type(path)(expanded) if isinstance(path, str | Path) else expanded
+
+
+def local(path: Any, name: str = "path", *, hub: bool = False) -> Any:
+    """Return a path on this machine as `with_home` does.
+
+    Args:
+        path: text or Path.
+        name: of the path, for errors.
+        hub: whether an http address may name files of the Hub. Its own reader checks it.
+
+    Raises:
+        InputError: it is not a path, or an address such as s3://bucket/x.mp4, which would be a folder called "s3:".
+    """
+    found = with_home(path)
+    address = ADDRESS.match(os.fsdecode(found))
+    if address and not (hub and address[1].lower() in ("http", "https")):
+        raise wrong(
+            name, path, "a path on this machine" + (" or the name of a file on the Hub" if hub else ""),
+            "Copy the file from or to that place with its own program, or mount the place here.",
+        )  # fmt: skip
+    return found
 
 
 def several(value: Any) -> list:

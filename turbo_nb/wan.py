@@ -20,7 +20,7 @@ from . import catalog, checkpoint
 from .errors import InputError, warn
 from .files import recognise
 from .scheduler import MAX_STEPS, RCMScheduler
-from .values import with_home
+from .values import local
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 SIZE = {"width": None, "height": None, "num_frames": None}  # None: the model's own
@@ -78,7 +78,7 @@ class _Placed:
 
         Merged LoRAs and 8-bit linears are saved as they are. Top-k is not saved, because it is an option of loading.
         """
-        save_directory = with_home(save_directory)
+        save_directory = local(save_directory, "save_directory")
         if self.turbo_nb is None:
             return super().save_pretrained(save_directory, *args, **kwargs)
         with self.turbo_nb.lock, self.turbo_nb.prompt_encoder.loaded():

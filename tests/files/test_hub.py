@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import namedtuple
@@ -23,6 +25,7 @@ from loopback_hub import MODEL, T5, TURBO, UMT5, WAN, Hub, some_bytes
 from turbo_nb import catalog
 from turbo_nb.errors import DownloadError, InputError, without_secrets
 from turbo_nb.files import hub as download
+from turbo_nb.files import hub_requests
 from turbo_nb.files.download import Files, progress_bars
 from turbo_nb.files.filenames import TOKENIZER_FILES
 from turbo_nb.machine import environment
@@ -296,6 +299,36 @@ def test_refused_connection_raises_at_once_and_writes_nothing(hub, cache):
     hub.server_close()
     text = fails()
     assert f"cannot reach {hub.url}" in text and hub.slept == [] and not cache.exists()
+
+
+@pytest.mark.parametrize("silent", ["the host", "the name server"])
+def test_a_hub_that_does_not_answer_raises_in_time_and_is_not_asked_again(silent, hub, cache, monkeypatch):
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    monkeypatch.setattr(hub_requests, "ANSWER_SECONDS", 0.5)
+    asked, released = [], threading.Event()
+
+    def never(*arguments, **more):
+        asked.append(arguments)
+        released.wait(20)
+
+    with monkeypatch.context() as context:
+        if silent == "the host":
+            context.setattr(hub, "process_request", never)
+        else:
+            context.setattr(socket, "getaddrinfo", never)
+        begin = time.monotonic()
+        text = fails()
+        assert time.monotonic() - begin < 5
+        released.set()
+    assert f"cannot reach {hub.url} (no answer in 0.5 s; HF_HUB_ETAG_TIMEOUT allows more). Check the network" in text
+    assert len(asked) == 1 and hub.slept == [] and not cache.exists()
+
+
+def test_the_clients_own_variable_decides_how_long_an_answer_may_take(hub, cache, monkeypatch):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "20")
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 20)
+    monkeypatch.setattr(hub_requests, "ANSWER_SECONDS", 0)
+    assert_whole(hub, fetch(SPEC))
 
 
 def test_refused_with_everything_in_the_cache_goes_on_with_a_warning(hub, cache):

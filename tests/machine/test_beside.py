@@ -1,11 +1,12 @@
 """Threads beside the caller: ended when the context ends, with its warnings, and never with a lost error."""
 
 import threading
+import time
 
 import pytest
 
 from turbo_nb.errors import collect_warnings, warn
-from turbo_nb.machine.beside import Beside
+from turbo_nb.machine.beside import Beside, within
 
 
 def test_work_runs_at_the_same_time_and_has_ended_afterwards():
@@ -51,3 +52,19 @@ def test_waiting_ends_the_work_so_far_and_more_can_begin():
         assert done == ["first"]
         beside.start(done.append, "second")
     assert done == ["first", "second"]
+
+
+def test_work_within_a_time_gives_its_result_its_error_or_a_timeout():
+    ended = threading.Event()
+    assert within(30, max, 1, 2) == 2
+    with pytest.raises(ValueError, match="one"):
+        within(30, fail, ValueError("one"))
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no answer in 0\.1 s"):
+        within(0.1, ended.wait, 30)
+    assert time.monotonic() - begin < 10
+    ended.set()
+
+
+def fail(error):
+    raise error

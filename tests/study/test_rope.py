@@ -10,10 +10,11 @@ import torch
 from helpers import GOLDEN
 
 from turbo_nb import rope
-from turbo_nb.errors import TurboNbError
+from turbo_nb.errors import InputError, TurboNbError
 from turbo_nb.machine import probe
 from turbo_nb.ops.norms import reference
 from turbo_nb.rope import VideoSize
+from turbo_nb.study import plots
 from turbo_nb.study import rope as rope_study
 from turbo_nb.study.rope import Check, Verdict
 
@@ -139,6 +140,12 @@ WRONG = {
     "text": lambda: rope_study.rotation_errors({}, "[[1, 7, 9]]"),
     "sides": lambda: rope_study.rotation_speeds({}, ["1", "7", "9"]),
     "head_dim": lambda: rope.rope_freqs(SIZES[0], "128"),
+    "a large head_dim": lambda: rope.rope_freqs(SIZES[0], 10**9),
+    "a large head_dim of a picture": lambda: plots.score_decay(10**9),
+    "a large head_dim of checks": lambda: rope_study.rotation_errors({}, SIZES, head_dim=10**9),
+    "a large head_dim of timings": lambda: rope_study.rotation_speeds({}, SIZES[0], head_dim=10**9),
+    "large sizes": lambda: rope_study.rotation_errors({}, [SIZES[0], [1024] * 3]),
+    "a large size": lambda: rope_study.rotation_speeds({}, [1024] * 3),
     "a recording": lambda: rope_study.recorded_checks(__file__, {}),
     "no recording": lambda: rope_study.recorded_checks(None, {}),
     "a verdict's path": lambda: verdict(recorded=False).save("."),
@@ -149,6 +156,15 @@ WRONG = {
 def test_a_parameter_that_cannot_be_used_is_an_error_of_its_own(call):
     with pytest.raises(TurboNbError, match=r" is .*Expected |cannot write '\.'.*Expected "):
         call()
+
+
+def test_a_size_takes_as_much_memory_as_is_free(monkeypatch):
+    monkeypatch.setattr(probe, "free_memory", lambda device: 1e7)
+    assert rope_study.rotation_errors({}, SIZES[:1]) == []
+    with pytest.raises(
+        InputError, match=r"sizes is \[5, 8, 25\], which takes 0\.02 GB with head_dim 128.* 0\.01 GB.*free"
+    ):
+        rope_study.rotation_errors({}, SIZES)
 
 
 def test_the_device_of_a_timing_has_a_name():

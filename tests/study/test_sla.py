@@ -12,6 +12,7 @@ import torch
 import turbo_nb
 from turbo_nb.backends import Choice
 from turbo_nb.errors import InputError
+from turbo_nb.machine import probe
 from turbo_nb.rope import VideoSize
 from turbo_nb.sla import attention_type, topk_of
 from turbo_nb.study import sla
@@ -70,6 +71,16 @@ def test_a_layer_or_step_that_is_not_there_is_an_error(nano, layers, steps, word
 def test_a_block_that_is_not_a_number_of_tokens_is_an_error(nano, value):
     with pytest.raises(InputError, match=r"fine_block is .*\. Expected a whole number from 1 to 4096"):
         sla.look_inside(nano, PROMPT, layers=[0], steps=[0], fine_block=value, **SHORT)
+
+
+def test_a_block_is_as_small_as_the_memory_allows(nano, monkeypatch):
+    monkeypatch.setattr(probe, "free_memory", lambda device: 1e5)
+    stages = []
+    more = {"layers": [0], "steps": [0], "on_stage": stages.append, **SHORT}
+    with pytest.raises(InputError, match=r"fine_block is 1\. Expected at least 2, because .* free on cpu") as caught:
+        sla.look_inside(nano, PROMPT, fine_block=1, **more)
+    assert stages == [] and "for 128 tokens" in str(caught.value)
+    sla.look_inside(nano, PROMPT, fine_block=2, **more)
 
 
 def test_dense_attention_has_no_blocks_to_see(nano):

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from .. import records
 from ..errors import OutputError, collect_warnings, space_or, warn
 from ..machine import atomic, environment
-from ..values import with_home
+from ..values import local
 
 MANIFEST = "manifest.jsonl"
 WORKERS_END = 8  # seconds within which the actors of a killed run end by themselves
@@ -76,7 +76,7 @@ def read_manifest(output_dir: str | os.PathLike) -> list[JobRecord]:
     Raises:
         OutputError: the file cannot be read.
     """
-    return read_rows(Path(with_home(output_dir)) / MANIFEST, JobRecord)
+    return read_rows(Path(local(output_dir, "output_dir")) / MANIFEST, JobRecord)
 
 
 def read_rows(path: Path, cls: type[records.Record]) -> list[records.Record]:

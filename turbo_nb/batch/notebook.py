@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, not_installed
 from ..settings import RunOptions, build, check_names
+from ..values import local
 from ..video.player import play
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def run_notebook(
         import papermill
     except ImportError as error:
         raise not_installed("papermill", "notebook") from error
-    if not Path(notebook).is_file():
+    notebook, output = Path(local(notebook, "notebook")), Path(local(output, "output"))
+    if not notebook.is_file():
         raise InputError(f"notebook is {str(notebook)!r}, which does not exist. Expected the path of an .ipynb file.")
     parameters = parameters or {}
-    check_names(f"a parameter of {Path(notebook).name}", parameters, papermill.inspect_notebook(str(notebook)))
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    check_names(f"a parameter of {notebook.name}", parameters, papermill.inspect_notebook(str(notebook)))
+    output.parent.mkdir(parents=True, exist_ok=True)
     options = {"progress_bar": False, "store_widget_state": False} | options
     return papermill.execute_notebook(str(notebook), str(output), parameters, **options)
 

@@ -2,13 +2,13 @@
 
 import os
 import re
-import threading
 import time
 from dataclasses import dataclass
 from importlib import import_module
 
 from ..errors import first_line, without_secrets
 from ..files.endpoint import HUB, cause, client, offline
+from ..machine.beside import within
 
 HUB_SECONDS = 3.0
 
@@ -41,15 +41,14 @@ def ask_hub() -> Hub:
         return Hub(endpoint=endpoint, state="offline")
     if not endpoint.lower().startswith(("http://", "https://")):
         return Hub(endpoint=endpoint, state="unreachable", error="the address does not begin with https:// or http://")
-    answer: list[str | None] = []
     begin = time.monotonic()
-    # A thread, because a name server that hangs ignores the timeout of the request.
-    thread = threading.Thread(target=lambda: answer.append(_error_of(endpoint)), daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    if answer == [None]:
+    try:
+        answer = within(HUB_SECONDS, _error_of, endpoint)  # because a name server that hangs ignores timeouts
+    except TimeoutError as error:
+        answer = str(error)
+    if answer is None:
         return Hub(endpoint=endpoint, state="reachable", seconds=time.monotonic() - begin)
-    error, _, fix = (answer[0] if answer else f"no answer in {HUB_SECONDS:g} s").partition(". ")
+    error, _, fix = answer.partition(". ")
     return Hub(endpoint=endpoint, state="unreachable", error=error, fix=fix or None)
 
 

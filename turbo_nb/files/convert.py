@@ -12,7 +12,7 @@ from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line, space_or
 from ..machine import atomic, environment
 from ..settings import LoadOptions, options
-from ..values import with_home
+from ..values import local
 from . import lora
 from .filenames import INDEX, as_one_file
 from .recognise import Contents, read, require
@@ -41,7 +41,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     asked = options(LoadOptions)["loras"].check("lora", loras)
     if zero := [each.file for each in asked if not each.strength]:
         raise InputError(f"strength of {zero[0]!r} in lora is 0. Expected another number, because 0 changes nothing.")
-    merged, contents, folder = lora.choose(asked, 1), read(source), Path(with_home(folder))
+    merged, contents, folder = lora.choose(asked, 1), read(source), Path(local(folder, "folder"))
     if contents.kind not in FOLDERS:
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer, a VAE or a text encoder.")
     require(contents, contents.kind)

@@ -13,7 +13,9 @@ from ..values import shown
 
 HUB = "https://huggingface.co"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the two variables that huggingface_hub reads
-TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+ETAG_TIMEOUT = "HF_HUB_ETAG_TIMEOUT"
+TIMEOUTS = (ETAG_TIMEOUT, "HF_HUB_DOWNLOAD_TIMEOUT")
+UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "TimeoutError")  # names of errors of a request
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
@@ -102,7 +104,7 @@ def faults(token: str | None = None) -> Iterator[str]:
 def cause(error: BaseException, hub: str) -> str | None:
     """Return which variable made a request to the Hub fail, and the fix. None: the variables are not at fault."""
     kind, text = type(error).__name__, without_secrets(first_line(error))
-    if kind in ("ConnectError", "ConnectTimeout", "ProxyError"):
+    if kind in UNREACHED:
         if "CERTIFICATE_VERIFY_FAILED" in text:
             return (
                 f"the certificate of {hub} is not trusted ({text}). If a proxy replaces certificates, "

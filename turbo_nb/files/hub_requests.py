@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from ..catalog import HubFile
 from ..errors import DownloadError, first_line, warn, without_secrets
-from .endpoint import HUB, address, cause, offline, token
+from ..machine.beside import within
+from .endpoint import ETAG_TIMEOUT, HUB, UNREACHED, address, cause, offline, token
 
 InvalidURL = sys.modules[HTTPError.__module__.partition(".")[0]].InvalidURL  # of httpx or httpx2
 TRUSTED = (HUB, "https://hf.co")  # endpoints that a token may go to without a warning
+ANSWER_SECONDS = 5  # for the names in a repository, unless HF_HUB_ETAG_TIMEOUT is set
 TRIES = 3  # of a request that the Hub answers with 429
 LONGEST_WAIT = 300  # seconds between them: the window of the Hub's rate limit
 AGAIN = "Files that are whole stay, so run it again to go on."
@@ -91,8 +94,17 @@ def ask_listing(file: HubFile, *, optional: bool, missing: str) -> Listing | Non
 
 def _ask(repo: str, revision: str | None, tries: int = TRIES):
     """Ask for a repository's files. Waits after a 429, because the client does that for transfers only."""
+    seconds = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get(ETAG_TIMEOUT) else ANSWER_SECONDS
+
+    def ask():
+        # longer than `within` waits, whose error is the clearer one
+        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=seconds + 1)
+
     try:
-        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        # because the client waits as long for every address of a host, and for a name server it has no timeout
+        return within(seconds, ask)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}; {ETAG_TIMEOUT} allows more") from None
     except HfHubHTTPError as error:
         wait = _wait(error)
         if error.response.status_code != 429 or tries == 1 or wait > LONGEST_WAIT:
@@ -158,7 +170,7 @@ def _reason(error: BaseException) -> str:
         return f"no space left in {cache}. Free some, or set HF_HOME to a folder on a larger disk. {AGAIN}"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{cache} cannot be written ({text}). Set HF_HOME to a folder of yours."
-    if kind in ("ConnectError", "ConnectTimeout", "ProxyError"):
+    if kind in UNREACHED:
         return f"cannot reach {hub} ({text}). Check the network, proxies, and HF_ENDPOINT if it is set."
     if isinstance(error, (HTTPError, RuntimeError)) or "Consistency check" in text:
         return f"the transfer broke off ({kind}: {text}). {AGAIN}"

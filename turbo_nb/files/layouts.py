@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, listed, warn
 from ..machine import environment
-from ..values import with_home
+from ..values import local
 from . import recognise, vocabulary
 from .filenames import EXPERTS, TOKENIZER_FOLDERS, USUAL
 from .weight_set import weight_sets
@@ -135,7 +135,7 @@ def describe(path: str | Path) -> str:
     Raises:
         CheckpointError: as `recognise.read`. A part among others has its error in its line.
     """
-    path = Path(with_home(path))
+    path = Path(local(path))
     if is_tokenizer(path):
         return _description(path)
     parts = dict(_parts(path))

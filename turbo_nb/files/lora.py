@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError, TurboNbError, collect_warnings, listed, warn
 from ..machine import environment
 from ..records import LoRARecord
-from ..values import LoRAFile, with_home
+from ..values import LoRAFile, local
 from . import layouts, lora_keys, recognise
 from .fingerprint import fingerprint
 from .reading import read_raw
@@ -196,7 +196,7 @@ def find(file: str) -> Path:
     Raises:
         CheckpointError: the file does not exist.
     """
-    path, near = Path(with_home(file)), folder()
+    path, near = Path(local(file, "lora")), folder()
     for place in [path] if path.name != file else [path, near / path, near / f"{file}.safetensors"]:
         if environment.is_file(place):
             return place
@@ -315,7 +315,7 @@ def describe(path: str | Path) -> str:
     Raises:
         CheckpointError: as `read`.
     """
-    path = snapshot(Path(with_home(path)))
+    path = snapshot(Path(local(path)))
     if environment.is_dir(path):
         adapters = [path / name for name in IN_FOLDER if environment.is_file(path / name)]
         return str(read(adapters[0])) if adapters else layouts.describe(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, first_line, listed, warn
 from ..machine import environment
-from ..values import with_home
+from ..values import local
 from .filenames import CONFIG
 from .gguf_file import MAGIC as GGUF
 from .gguf_file import GGUFTensor, read_gguf
@@ -60,7 +60,7 @@ def read_raw(path: str | Path) -> RawContents:
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
-    path = Path(with_home(path))
+    path = Path(local(path))
     tensors: dict[str, Tensor | GGUFTensor] = {}
     metadata: dict[str, str] = {}
     try:

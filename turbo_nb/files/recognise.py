@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import catalog
 from ..errors import CheckpointError, first_line, listed, warn
-from ..values import with_home
+from ..values import local
 from . import lora_keys, names, numbers, shapes
 from .fingerprint import fingerprint
 from .gguf_file import GGUFTensor
@@ -127,7 +127,7 @@ def read(path: str | Path, wanted: str | None = None) -> Contents:
     Raises:
         CheckpointError: the file is missing, damaged, holds something other than tensors, or would run code.
     """
-    path = Path(with_home(path))
+    path = Path(local(path))
     raw = read_raw(path)
     with fitting_shapes(path):
         return recognise(raw.tensors, path, raw.metadata, raw.config, wanted)

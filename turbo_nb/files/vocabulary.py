@@ -5,7 +5,7 @@ ComfyUI stores umT5's tokenizer, a SentencePiece model, among the tensors of its
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +13,9 @@ from ..errors import CheckpointError, first_line
 from ..machine import environment, recall
 from .filenames import CONFIG, SPIECE, TOKENIZER_CONFIG, VOCABULARIES
 from .recognise import Contents, read
-from .spiece import SentencePieceProcessor, SentencePieceTokenizer, load_spiece
+
+if TYPE_CHECKING:  # else in functions, because it imports transformers, which takes 0.5 s
+    from .spiece import SentencePieceProcessor, SentencePieceTokenizer
 
 TENSOR = "spiece_model"  # the name of ComfyUI's tensor
 READ = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")  # what tells the size of a folder
@@ -21,18 +23,22 @@ FILES = (*VOCABULARIES, TOKENIZER_CONFIG)  # one of them makes a folder a tokeni
 EXTRA_IDS = 300  # words <extra_id_0>, … of umT5, which follow the pieces
 
 
-def from_text_encoder(contents: Contents) -> SentencePieceTokenizer:
+def from_text_encoder(contents: Contents) -> "SentencePieceTokenizer":
     """Load the tokenizer in a text encoder's file.
 
     Raises:
         CheckpointError: the tokenizer is missing or damaged.
     """
+    from .spiece import SentencePieceTokenizer
+
     model = _model(contents)
     return SentencePieceTokenizer(model, max(0, min(EXTRA_IDS, _rows(contents) - len(model))))
 
 
-def from_spiece(path: Path) -> SentencePieceTokenizer:
+def from_spiece(path: Path) -> "SentencePieceTokenizer":
     """Load a SentencePiece model. Raises CheckpointError for a damaged one."""
+    from .spiece import SentencePieceTokenizer
+
     model = _model(path)
     return SentencePieceTokenizer(model, max(0, (size(path.parent) or 0) - len(model)))
 
@@ -185,8 +191,10 @@ def _embedded(contents: Contents) -> bytes:
     return tensor.numpy().tobytes()
 
 
-def _model(tokenizer: Path | Contents) -> SentencePieceProcessor:
+def _model(tokenizer: Path | Contents) -> "SentencePieceProcessor":
     """The SentencePiece model in a file of its own, or in a text encoder's file"""
+    from .spiece import load_spiece
+
     if isinstance(tokenizer, Contents):
         return load_spiece(_embedded(tokenizer), _name(tokenizer))
     return load_spiece(_bytes(tokenizer), repr(str(tokenizer)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import InputError, OutputError, first_line, not_installed
 from ..machine import environment
 from ..settings import Weights
-from ..values import shown, with_home
+from ..values import local, shown
 
 PAGE = "generator.ipynb"
 CELL = "from turbo_nb.generator import widgets\n\nwidgets.show({folder!r}, model={model!r})"
@@ -54,7 +54,7 @@ def serve(
     from jupyter_server.serverapp import ServerApp
 
     _require_free(host, port)
-    folder = Path(with_home(folder)).absolute()
+    folder = Path(local(folder, "folder")).absolute()
     try:
         environment.require_writable(folder)
     except OSError as error:

@@ -2,7 +2,29 @@
 
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Thread
+from typing import Any
+
+
+def within(seconds: float, work: Callable, *arguments) -> Any:
+    """Return work(*arguments), run in a thread. A thread that is late goes on alone and ends with the process.
+
+    Raises:
+        TimeoutError: the work did not end within some seconds.
+    """
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    if not wait([future], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return future.result()
 
 
 class Beside:

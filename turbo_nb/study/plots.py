@@ -58,7 +58,7 @@ def angle_table(size: VideoSize, head_dim: int) -> Figure:
         head_dim: channels of a head.
     """
     angles = rope.rope_freqs(size, head_dim)
-    pairs = {axis: count // 2 for axis, count in axis_channels(head_dim).items()}
+    pairs = {axis: count // 2 for axis, count in rope.axis_channels(head_dim).items()}
     figure = plt.figure(figsize=(11, 5.6))
     table, side = figure.subfigures(1, 2, width_ratios=[1.25, 1])
     axes, begin = table.subplots(), 0
@@ -84,18 +84,14 @@ def angle_table(size: VideoSize, head_dim: int) -> Figure:
     return figure
 
 
-def axis_channels(head_dim: int) -> dict[str, int]:
-    """Return how many channels of a head turn with the frame t, the row h and the column w."""
-    spatial = head_dim // 6 * 2
-    return {"t": head_dim - 2 * spatial, "h": spatial, "w": spatial}
-
-
 @_figure
 def score_decay(head_dim: int) -> Figure:
     """Draw how the score of q = k = (1, 1, …) falls with the distance along each axis."""
     distance = torch.linspace(0, 30, 601)
     figure, axes = plt.subplots(figsize=(8, 3.2))
-    for (axis, count), colour, style in zip(axis_channels(head_dim).items(), COLOURS, ["-", "--", ":"], strict=False):
+    for (axis, count), colour, style in zip(
+        rope.axis_channels(head_dim).items(), COLOURS, ["-", "--", ":"], strict=False
+    ):
         rates = rope.THETA ** -(torch.arange(0, count, 2) / count)
         left = (distance[:, None] * rates).cos().mean(1).numpy()
         axes.plot(distance.numpy(), left, style, color=colour, linewidth=2, label=f"along {axis}")

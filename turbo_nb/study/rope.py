@@ -29,6 +29,7 @@ from ..values import PathLike, Whole, several, shown
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 RECORDED_BOUND = 1e-3  # of two implementations in bf16, because some numbers are rounded in the other direction
 ANGLE_BOUND = 1e-6
+CHECK_BYTES, SPEED_BYTES = 73, 23  # peak of main memory a number of x in a check and in a timing, measured on a CPU
 
 Rotation = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, L, H, D), cos and sin (L, D/2), interleaved → x's
 
@@ -199,12 +200,19 @@ def implementations(device: str) -> tuple[dict[str, Rotation], tuple[str, ...]]:
     return found, tuple(f"{name}: {reason}" for name, reason in reasons.items() if name not in found)
 
 
-def _size(name: str, value: Any) -> VideoSize:
-    """Return a size of latent patches. Raises InputError"""
+def _size(name: str, value: Any, heads: int, head_dim: int, device: str, number_bytes: int) -> VideoSize:
+    """Return a size of latent patches. Raises InputError, also where the device has too little memory for it"""
     side = Whole(1, MAX_POSITIONS, "Give frames, rows and columns, such as [7, 30, 52].")
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise InputError(f"{name} is {shown(value)}. Expected 3 whole numbers. {side.fix}")
-    return VideoSize(*(side(name, one) for one in value))
+    size = VideoSize(*(side(name, one) for one in value))
+    needed = math.prod(size) * heads * sum(rope.axis_channels(head_dim).values()) * number_bytes
+    if needed > (free := probe.free_memory(device)):
+        raise InputError(
+            f"{name} is {[*size]}, which takes {needed / 1e9:,.2f} GB with head_dim {head_dim}. Expected at most "
+            f"{free / 1e9:,.2f} GB, which are free on {device}. Give a smaller size."
+        )
+    return size
 
 
 def rotation_errors(
@@ -223,9 +231,9 @@ def rotation_errors(
         sizes: of clips, in latent patches.
 
     Raises:
-        InputError: a size is not 3 whole numbers.
+        InputError: a size is not 3 whole numbers, or takes more memory than is free. Or head_dim cannot be used.
     """
-    wanted, checks = [_size("sizes", one) for one in several(sizes)], []
+    wanted, checks = [_size("sizes", one, heads, head_dim, device, CHECK_BYTES) for one in several(sizes)], []
     if not wanted:
         raise InputError(f"sizes is {shown(sizes)}. Expected at least one size. Give [[7, 30, 52]].")
     for size in wanted:
@@ -316,7 +324,8 @@ def rotation_speeds(
     repeats: int = 7,
 ) -> list[Speed]:
     """Time each implementation on x (1, T·H·W, heads, head_dim). The first of `repeats + 1` calls is not counted."""
-    freqs = rope.rope_freqs(size := _size("size", size), head_dim).to(device)
+    size = _size("size", size, heads, head_dim, device, SPEED_BYTES)
+    freqs = rope.rope_freqs(size, head_dim).to(device)
     cos, sin = freqs.cos(), freqs.sin()
     speeds = []
     for dtype in dtypes:

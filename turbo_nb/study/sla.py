@@ -17,15 +17,17 @@ from torch import Tensor
 
 from .. import backends, generation, sla
 from ..errors import InputError
+from ..machine import probe
 from ..ops.attention import reference as attention_reference
 from ..ops.compare import psnr, relative_error
 from ..pipeline import LoadedModel
 from ..rope import VideoSize
 from ..runtime.place import transformers
-from ..settings import MAX_STEPS, ClipSettings, options
+from ..settings import ClipSettings, build, options
 from ..values import Whole, several
 
 LARGEST_BLOCK = 4096  # tokens of a picture's block; a clip of a few seconds has 30,000 tokens
+MAP_BYTES = 5  # at least, a pair of blocks and head: a score in 2 bytes, two masks, a tenth of the indices
 SAME_FRAMES = 100.0  # dB that stand for an infinite PSNR in a difference
 
 
@@ -174,6 +176,11 @@ def choices() -> str:
 def grid_of(pipe, video: generation.Video) -> VideoSize:
     """Return a clip's size in latent patches."""
     frames, height, width, _ = video.frames.shape
+    return _grid(pipe, width, height, frames)
+
+
+def _grid(pipe, width: int, height: int, frames: int) -> VideoSize:
+    """Return a size in latent patches, of pixels and frames"""
     _, patch_h, patch_w = pipe.transformer.config.patch_size
     scale = pipe.vae_scale_factor_spatial
     return VideoSize(
@@ -198,19 +205,21 @@ def look_inside(
         The video, and a `LayerView` by (layer, step).
 
     Raises:
-        InputError: the attention is another one, a layer or step does not exist, or fine_block is not a number.
+        InputError: the attention is another one, or a layer or step does not exist. Or fine_block is not a number, or
+            is so small that the map of the blocks does not fit into memory.
     """
     blocks, layers, wanted = pipe.transformer.blocks, several(layers), {*several(steps)}
-    count = settings.get("num_steps")
-    count = MAX_STEPS if count is None else options(ClipSettings)["num_steps"].check("num_steps", count)
+    own = {name: value for name, value in settings.items() if name in options(ClipSettings)}
+    clip = generation.prepare(build(ClipSettings, own, prompt=prompt), LoadedModel.of(pipe).spec).clip
     fine_block = Whole(1, LARGEST_BLOCK, "Take 2, or 64 for a long clip.")("fine_block", fine_block)
     if sla.attention_type(pipe.transformer) != "sla":
         raise InputError(
             f"attention_type is {sla.attention_type(pipe.transformer)!r}. Expected 'sla'. Load the pipeline with it."
         )
-    for name, asked, existing in (("layers", set(layers), len(blocks)), ("steps", wanted, count)):
+    for name, asked, existing in (("layers", set(layers), len(blocks)), ("steps", wanted, clip.num_steps)):
         if not asked or not asked <= set(range(existing)):
             raise InputError(f"{name} is {sorted(asked)}. Expected one or more of 0 to {existing - 1}.")
+    _require_memory(pipe, fine_block, clip.size)
     seen, done = [], 0
 
     def hook(layer: int):
@@ -238,6 +247,27 @@ def look_inside(
         )
         for layer, step, kept, fine, sparse, linear, error in seen
     }  # fmt: skip
+
+
+def _require_memory(pipe, fine_block: int, size: tuple[int, int, int]) -> None:
+    """Check that the map of a clip's blocks fits into memory.
+
+    Args:
+        size: of the clip: width, height, frames.
+
+    Raises:
+        InputError: the blocks are so small that the map does not fit.
+    """
+    device, heads = LoadedModel.of(pipe).device, pipe.transformer.config.num_attention_heads
+    tokens = math.prod(_grid(pipe, *size))
+    probe.release_memory()  # because memory that torch keeps for later counts as used
+    free = probe.free_memory(device)
+    least = math.ceil(tokens * math.sqrt(heads * MAP_BYTES / max(free, 1)))
+    if fine_block < least:
+        raise InputError(
+            f"fine_block is {fine_block}. Expected at least {least}, because the map of smaller blocks for {tokens:,} "
+            f"tokens takes more than the {free / 1e9:,.2f} GB that are free on {device}. Take {least}."
+        )
 
 
 def _see(layer: sla.SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fine_block: int) -> tuple:

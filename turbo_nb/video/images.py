@@ -14,6 +14,7 @@ from urllib.request import url2pathname
 
 from ..errors import InputError, first_line, warn
 from ..machine import environment
+from ..values import ADDRESS as OTHER_PLACE
 from ..values import shown, with_home
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ACCEPT = "image/*,.heic,.heif"  # for a browser, which may not know HEIC as an i
 ALLOWED = "Expected a png, jpg or webp file."
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
 QUOTES = "'\"`“”‘’«»"
-ADDRESS = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
+ADDRESS = re.compile(rf"\s*data:|{OTHER_PLACE.pattern}", re.IGNORECASE)
 
 
 def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", name: str = "image") -> "Image":

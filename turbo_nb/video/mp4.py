@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .. import records
 from ..errors import InputError, OutputError, TurboNbError, first_line, is_full
 from ..machine import atomic, environment
-from ..values import shown, with_home
+from ..values import local, shown
 from . import atoms
 from .sheet import GROUND
 
@@ -133,7 +133,7 @@ def _named(path: str | os.PathLike) -> Path:
     """Return the path with "~" expanded. Raises OutputError where an mp4 cannot have this name"""
     if not isinstance(path, str | os.PathLike):
         raise OutputError(f"save_path is of type {type(path).__name__}. Expected a path, as text or Path. Convert it.")
-    path = Path(with_home(path))
+    path = Path(local(path, "save_path"))
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"save_path is {str(path)!r}. Expected a name that ends in .mp4. Add .mp4 to it.")
     if environment.is_dir(path):
@@ -485,7 +485,7 @@ def metadata_of(moov: bytes) -> dict | None:
 
 def _existing(path: str | os.PathLike) -> Path:
     """Return a file's path with "~" expanded. Raises InputError for a missing file"""
-    place = Path(with_home(path))
+    place = Path(local(path))
     if not environment.is_file(place):
         raise InputError(f"path is {shown(Path(path))}, which is not a file. Expected an mp4. Check the path.")
     return place

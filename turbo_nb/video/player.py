@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from ..errors import InputError
 from ..machine import environment
-from ..values import shown, with_home
+from ..values import local, shown
 from . import mp4
 
 EMBED = 6_000_000  # bytes of the largest clip that is embedded, because base64 adds a third to the notebook
@@ -64,7 +64,7 @@ def play(path: str | os.PathLike, width: int | None = None) -> Player:
     Raises:
         InputError: the file does not exist, or is not a video.
     """
-    place = Path(with_home(path))
+    place = Path(local(path))
     if not environment.is_file(place):
         raise InputError(f"path is {shown(place)}, which is not a file. Expected an mp4. Check the path.")
     mp4.poster(place, 16)  # because a file that is not a video would be a black player without a word
