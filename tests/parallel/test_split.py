@@ -250,6 +250,20 @@ def test_rank_0_works_alone_where_the_ranks_cannot_share_the_rows(loaded, team, 
     assert (team.group.exchanges == before) == (why in ("few rows", "tiling"))
 
 
+@pytest.mark.parametrize("why", ["grad mode", "autocast"])
+@pytest.mark.parametrize("name", ["decode", "encode"])
+def test_rank_0_works_alone_in_grad_mode_and_in_autocast(loaded, team, name, why):
+    def coded(vae):
+        with torch.set_grad_enabled(why != "autocast"), torch.autocast(CPU, torch.bfloat16, enabled=why == "autocast"):
+            out = getattr(vae, name)(x, return_dict=False)[0]
+        return (out if name == "decode" else out.parameters).float()
+
+    x = pictures(5, 32, 24) if name == "encode" else torch.randn(1, 16, 1, 4, 3)
+    (vae, alone), before = loaded[1], team.group.exchanges
+    assert_close(why, coded(alone), coded(vae), 1e-5)
+    assert team.group.exchanges == before
+
+
 PATCHED = {  # as Wan2.2's 5B and nano's
     "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
     "out_channels": 12, "patch_size": 2,

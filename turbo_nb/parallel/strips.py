@@ -82,12 +82,15 @@ class Strips:
     def share(self, vae: nn.Module, name: str, x: Tensor) -> float:
         """Return the largest share of x's rows that a rank has; the arguments are those of `fused.vae.coded`.
 
-        It is 1 where rank 0 works alone: in tiles, without our kernels, or with fewer rows of latents than ranks.
+        It is 1 where rank 0 works alone: in tiles, without our kernels, with fewer rows of latents than ranks, in
+        grad mode, or in autocast.
         """
         part, group = getattr(vae, name), self.team.group
         rows, rest = divmod(x.shape[3], _factor(vae, name))
         if group is None or vae.use_tiling or not isinstance(part, FusedDecoder | FusedEncoder) or not takes(part, x):
             return 1
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return 1  # because the other ranks have neither
         return 1 if rest or rows < group.size else -(-rows // group.size) / rows
 
     def coded(self, vae: nn.Module, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
