@@ -264,6 +264,14 @@ def test_rank_0_works_alone_in_grad_mode_and_in_autocast(loaded, team, name, why
     assert team.group.exchanges == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_pictures_of_another_dtype_are_an_error_and_the_ranks_stay(loaded, team, dtype):
+    vae = loaded[1][0]
+    with pytest.raises(RuntimeError, match="should be the same"):
+        encoded(vae, pictures(5, 32, 24).to(dtype))
+    team.check()
+
+
 PATCHED = {  # as Wan2.2's 5B and nano's
     "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
     "out_channels": 12, "patch_size": 2,

@@ -91,6 +91,8 @@ class Strips:
             return 1
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return 1  # because the other ranks have neither
+        if (x.device, x.dtype) != (group.device, part.conv_in.weight.dtype):
+            return 1  # because an error that only rank 0 raises leaves the others at work
         return 1 if rest or rows < group.size else -(-rows // group.size) / rows
 
     def coded(self, vae: nn.Module, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
