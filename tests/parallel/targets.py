@@ -121,7 +121,7 @@ def models(member, heads, attentions):
         ulysses.split(model, ulysses.Ulysses(member, number))
     vae = tiny_vae(member.device)
     member.ready()
-    peers = member.group.peers
+    peers, clips = member.group.peers, {}
     for command, arguments in member.commands():
         if command == "exchange":
             exchange_by(peers, *arguments, member.group)
@@ -129,6 +129,8 @@ def models(member, heads, attentions):
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)
         elif command == "strips":
-            next_chunk = strips.follow(vae, *arguments, member.group)
+            live, number, *told = arguments
+            clips = {one: clips[one] for one in live}
+            clips[number] = strips.follow(vae, *told, member.group)
         else:
-            next_chunk()
+            clips[arguments[0]]()

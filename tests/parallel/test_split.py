@@ -272,6 +272,21 @@ def test_pictures_of_another_dtype_are_an_error_and_the_ranks_stay(loaded, team,
     team.check()
 
 
+def test_a_clip_goes_on_after_others_were_coded_between_its_chunks(loaded, team):
+    def coded(vae):
+        out, others = [], fused_vae.chunks(vae, z + 1, 2)
+        with torch.inference_mode():
+            for frames in fused_vae.chunks(vae, z, 1):
+                out += [frames, next(others, frames), encoded(vae, clip)]
+        return out
+
+    torch.manual_seed(0)
+    z, clip, (vae, alone) = torch.randn(1, 16, 3, 4, 3), pictures(1, 32, 24), loaded[1]
+    for ref, frames in zip(coded(alone), coded(vae), strict=True):
+        assert_close("frames", ref, frames, 1e-5)
+    assert not team.clips
+
+
 PATCHED = {  # as Wan2.2's 5B and nano's
     "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
     "out_channels": 12, "patch_size": 2,

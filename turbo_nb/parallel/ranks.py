@@ -65,13 +65,14 @@ class Team:
         size: number of ranks.
         group: their exchanges, after `join`.
         failure: why the ranks have ended. None while they work.
+        clips: numbers of the clips that the VAE has begun and not ended (`strips.Strips`).
         drop_graphs: drops rank 0's CUDA graphs, because NCCL cannot end before them.
     """
 
     drop_graphs: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, others: Sequence[_Other], size: int, device: str, store: Any):
-        self.size, self.group, self.failure = size, None, None
+        self.size, self.group, self.failure, self.clips = size, None, None, set()
         self._others, self._device, self._store = list(others), device, store
         self._failed, self._closing, self._lock = threading.Event(), False, threading.Lock()
         self._connecting: float | None = None  # since when

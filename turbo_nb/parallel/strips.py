@@ -12,7 +12,7 @@ get a strip. The result is therefore that of one GPU up to rounding, without sea
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +74,7 @@ class Strips:
     """
 
     def __init__(self, team: "Team"):
-        self.team = team
+        self.team, self._numbers = team, count()
 
     def __reduce__(self):  # a copy of the VAE works on one GPU
         return type(None), ()
@@ -97,17 +97,21 @@ class Strips:
 
     def coded(self, vae: nn.Module, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
         """Compute `fused.vae.coded` with all ranks."""
-        group, x = self.team.group, x.contiguous()
-        with self.team.together():
-            self.team.tell("strips", name, length, tuple(x.shape), x.dtype)
-            parts = strip_parts(vae, name, group.broadcast(x), length, group)
-        while True:
-            with self.team.together():
-                self.team.tell("chunk")
-                part = next(parts, None)
-            if part is None:  # the other ranks have ended theirs, too, and keep no frames
-                return
-            yield part
+        team, number, x = self.team, next(self._numbers), x.contiguous()
+        try:
+            with team.together():
+                team.tell("strips", team.clips.copy(), number, name, length, tuple(x.shape), x.dtype)
+                team.clips.add(number)
+                parts = strip_parts(vae, name, team.group.broadcast(x), length, team.group)
+            while True:
+                with team.together():
+                    team.tell("chunk", number)
+                    part = next(parts, None)
+                if part is None:  # the other ranks have ended theirs, too, and keep no frames
+                    return
+                yield part
+        finally:
+            team.clips.discard(number)
 
 
 def follow(
