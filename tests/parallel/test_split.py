@@ -287,6 +287,19 @@ def test_a_clip_goes_on_after_others_were_coded_between_its_chunks(loaded, team)
     assert not team.clips
 
 
+def test_two_threads_decode_at_the_same_time(loaded):
+    torch.manual_seed(0)
+    z, (vae, alone) = torch.randn(1, 16, 3, 4, 3), loaded[1]
+
+    @torch.inference_mode()
+    def decoded(one):
+        return torch.cat(list(fused_vae.chunks(one, z, 1)), 2)
+
+    with ThreadPoolExecutor(2) as threads:
+        for out in threads.map(decoded, [vae] * 6):
+            assert_close("frames", decoded(alone), out, 1e-5)
+
+
 PATCHED = {  # as Wan2.2's 5B and nano's
     "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
     "out_channels": 12, "patch_size": 2,
