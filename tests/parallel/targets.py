@@ -129,8 +129,6 @@ def models(member, heads, attentions):
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)
         elif command == "strips":
-            live, number, *told = arguments
-            clips = {one: clips[one] for one in live}
-            clips[number] = strips.follow(vae, *told, member.group)
+            strips.follow(vae, clips, *arguments, member.group)
         else:
             clips[arguments[0]]()

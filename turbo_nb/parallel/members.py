@@ -50,15 +50,13 @@ def follow(model: Any, member: Member) -> None:
                     number, *told = arguments
                     models[number].ulysses.follow(models[number], *told)
                 case "strips":
-                    live, number, *told = arguments
-                    clips = {one: clips[one] for one in live}
-                    clips[number] = apply_forward_hook(strips.follow)(pipeline.vae, *told, member.group)
+                    apply_forward_hook(strips.follow)(pipeline.vae, clips, *arguments, member.group)
                 case "chunk":
                     (number,) = arguments
                     clips[number]()
                 case "graphs":  # a clip begins: with the bytes that later stages need
                     later, attentions, live = arguments
-                    clips = {one: clips[one] for one in live}  # without those that were cancelled
+                    strips.keep(clips, live)
                     replaced.close()
                     for transformer, attention in zip(models, attentions, strict=True):
                         transformer.ulysses.take(transformer, attention)

@@ -100,7 +100,7 @@ class Strips:
         team, number, x = self.team, next(self._numbers), x.contiguous()
         try:
             with team.together():
-                team.tell("strips", team.clips.copy(), number, name, length, tuple(x.shape), x.dtype)
+                team.tell("strips", name, length, tuple(x.shape), x.dtype, number, team.clips.copy())
                 team.clips.add(number)
                 parts = strip_parts(vae, name, team.group.broadcast(x), length, team.group)
             while True:
@@ -115,12 +115,20 @@ class Strips:
 
 
 def follow(
-    vae: nn.Module, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype, group: Group
-) -> Callable:
-    """Begin what rank 0 begins in `Strips.coded`. Returns a function that does this rank's part of the next chunk."""
+    vae: nn.Module, clips: dict[int, Callable], name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype,
+    number: int, live: set[int], group: Group,
+) -> None:  # fmt: skip
+    """Begin what rank 0 begins in `Strips.coded`, and put a function for this rank's part of a chunk into clips."""
+    keep(clips, live)
     x = group.broadcast(torch.empty(shape, dtype=dtype, device=group.device))
     parts = strip_parts(vae, name, x, length, group)
-    return lambda: next(parts, None)
+    clips[number] = lambda: next(parts, None)
+
+
+def keep(clips: dict[int, Callable], live: set[int]) -> None:
+    """Drop the clips that rank 0 has not kept, because they were cancelled."""
+    for number in clips.keys() - live:
+        del clips[number]
 
 
 def strip_parts(vae: nn.Module, name: str, x: Tensor, length: int, group: Group) -> Iterator[Tensor | None]:
