@@ -339,11 +339,12 @@ def serve_vae(member: ranks.Member, base_dim: int) -> None:
     vae = _vae(base_dim, member.device)
     member.ready()
     with _on(member.device):
+        clips = {}
         for command, arguments in member.commands():
             if command == "strips":
-                next_chunk = strips.follow(vae, *arguments, member.group)
+                strips.follow(vae, clips, *arguments, member.group)
             else:
-                next_chunk()
+                clips[arguments[0]]()
 
 
 def worst_row(out: Tensor, ref: Tensor) -> float:

@@ -351,7 +351,7 @@ def _graphs(model: LoadedModel, clip: ResolvedClip, timer: StepTimer, tally: Tal
     if model.team:
         from .parallel.ulysses import attention_of
 
-        model.team.tell("graphs", later, [*map(attention_of, models)])
+        model.team.tell("graphs", later, [*map(attention_of, models)], model.team.clips.copy())
     return model.graphs.replacing(models, model.plan, tally, later=later, on_begin=lambda: timer.mark("begin"))
 
 

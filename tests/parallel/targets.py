@@ -128,7 +128,7 @@ def models(member, heads, attentions):
         ulysses.split(model, ulysses.Ulysses(member, number))
     vae = tiny_vae(member.device)
     member.ready()
-    peers = member.group.peers
+    peers, clips = member.group.peers, {}
     for command, arguments in member.commands():
         if command == "exchange":
             exchange_by(peers, *arguments, member.group)
@@ -136,6 +136,6 @@ def models(member, heads, attentions):
             number, *told = arguments
             steps[number].ulysses.follow(steps[number], *told)
         elif command == "strips":
-            next_chunk = strips.follow(vae, *arguments, member.group)
+            strips.follow(vae, clips, *arguments, member.group)
         else:
-            next_chunk()
+            clips[arguments[0]]()

@@ -91,6 +91,17 @@ def test_a_cancelled_clip_leaves_the_ranks_at_work(one, two):
     assert_same(one, two)
 
 
+def test_a_clip_that_is_made_between_two_chunks_of_another_leaves_both_whole(one, two, monkeypatch):
+    def another(pipeline):
+        made = []
+        return lambda _: made or made.append(turbo_nb.generate(pipeline, PROMPT, **CLIP).frames)
+
+    monkeypatch.setattr(fused_vae, "chunk_length", lambda *_: 1)
+    clip = CLIP | {"num_frames": 9}
+    frames = [turbo_nb.generate(own, PROMPT, **clip, on_frames=another(own)).frames for own in (one, two)]
+    assert psnr(*frames) >= PSNR
+
+
 def test_the_other_rank_follows_topk_and_loras(one, two):
     for pipeline in (one, two):
         sla.set_topk(pipeline.transformer, 0.9)

@@ -250,6 +250,56 @@ def test_rank_0_works_alone_where_the_ranks_cannot_share_the_rows(loaded, team, 
     assert (team.group.exchanges == before) == (why in ("few rows", "tiling"))
 
 
+@pytest.mark.parametrize("why", ["grad mode", "autocast"])
+@pytest.mark.parametrize("name", ["decode", "encode"])
+def test_rank_0_works_alone_in_grad_mode_and_in_autocast(loaded, team, name, why):
+    def coded(vae):
+        with torch.set_grad_enabled(why != "autocast"), torch.autocast(CPU, torch.bfloat16, enabled=why == "autocast"):
+            out = getattr(vae, name)(x, return_dict=False)[0]
+        return (out if name == "decode" else out.parameters).float()
+
+    x = pictures(5, 32, 24) if name == "encode" else torch.randn(1, 16, 1, 4, 3)
+    (vae, alone), before = loaded[1], team.group.exchanges
+    assert_close(why, coded(alone), coded(vae), 1e-5)
+    assert team.group.exchanges == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_pictures_of_another_dtype_are_an_error_and_the_ranks_stay(loaded, team, dtype):
+    vae = loaded[1][0]
+    with pytest.raises(RuntimeError, match="should be the same"):
+        encoded(vae, pictures(5, 32, 24).to(dtype))
+    team.check()
+
+
+def test_a_clip_goes_on_after_others_were_coded_between_its_chunks(loaded, team):
+    def coded(vae):
+        out, others = [], fused_vae.chunks(vae, z + 1, 2)
+        with torch.inference_mode():
+            for frames in fused_vae.chunks(vae, z, 1):
+                out += [frames, next(others, frames), encoded(vae, clip)]
+        return out
+
+    torch.manual_seed(0)
+    z, clip, (vae, alone) = torch.randn(1, 16, 3, 4, 3), pictures(1, 32, 24), loaded[1]
+    for ref, frames in zip(coded(alone), coded(vae), strict=True):
+        assert_close("frames", ref, frames, 1e-5)
+    assert not team.clips
+
+
+def test_two_threads_decode_at_the_same_time(loaded):
+    torch.manual_seed(0)
+    z, (vae, alone) = torch.randn(1, 16, 3, 4, 3), loaded[1]
+
+    @torch.inference_mode()
+    def decoded(one):
+        return torch.cat(list(fused_vae.chunks(one, z, 1)), 2)
+
+    with ThreadPoolExecutor(2) as threads:
+        for out in threads.map(decoded, [vae] * 6):
+            assert_close("frames", decoded(alone), out, 1e-5)
+
+
 PATCHED = {  # as Wan2.2's 5B and nano's
     "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True, "in_channels": 12,
     "out_channels": 12, "patch_size": 2,

@@ -42,7 +42,7 @@ def follow(model: Any, member: Member) -> None:
     """Run rank 0's commands with this rank's copy of the model (a `LoadedModel`), until rank 0 ends this rank."""
     pipeline = model.pipeline
     models, graphs = transformers(pipeline), StepGraphs()
-    replaced, next_chunk = ExitStack(), None
+    replaced, clips = ExitStack(), {}
     with torch.inference_mode(), current_device(member.device):
         for command, arguments in member.commands():
             match command:
@@ -50,12 +50,13 @@ def follow(model: Any, member: Member) -> None:
                     number, *told = arguments
                     models[number].ulysses.follow(models[number], *told)
                 case "strips":
-                    next_chunk = apply_forward_hook(strips.follow)(pipeline.vae, *arguments, member.group)
+                    apply_forward_hook(strips.follow)(pipeline.vae, clips, *arguments, member.group)
                 case "chunk":
-                    next_chunk()
+                    (number,) = arguments
+                    clips[number]()
                 case "graphs":  # a clip begins: with the bytes that later stages need
-                    later, attentions = arguments
-                    next_chunk = None  # of a clip that was cancelled
+                    later, attentions, live = arguments
+                    strips.keep(clips, live)
                     replaced.close()
                     for transformer, attention in zip(models, attentions, strict=True):
                         transformer.ulysses.take(transformer, attention)

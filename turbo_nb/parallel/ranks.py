@@ -67,15 +67,17 @@ class Team:
         size: number of ranks.
         group: their exchanges, after `join`.
         failure: why the ranks have ended. None while they work.
+        clips: numbers of the clips that the VAE has begun and not ended (`strips.Strips`).
         drop_graphs: drops rank 0's CUDA graphs, because NCCL cannot end before them.
     """
 
     drop_graphs: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, others: Sequence[_Other], size: int, device: str, store: Any):
-        self.size, self.group, self.failure = size, None, None
+        self.size, self.group, self.failure, self.clips = size, None, None, set()
         self._others, self._device, self._store = list(others), device, store
         self._failed, self._closing, self._lock = threading.Event(), False, threading.Lock()
+        self._work = threading.RLock()  # held in `together`
         self._connecting: float | None = None  # since when
         self._own = 0, time.monotonic()  # rank 0's number of exchanges, and when it changed
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="turbo_nb ranks")
@@ -120,31 +122,33 @@ class Team:
     def together(self) -> Iterator[None]:
         """Work with the other ranks inside this context.
 
-        An error inside, here or on another rank, ends all other ranks. Ctrl-C is kept until the end of the context,
-        because ranks that are left in an exchange could not go on.
+        Other threads wait, because all ranks exchange in one order. An error inside, here or on another rank, ends all
+        other ranks. Ctrl-C is kept until the end of the context, because ranks that are left in an exchange could not
+        go on.
 
         Raises:
             TurboNbError: a rank failed.
         """
-        self.check()
-        finished = False
-        try:
-            with interrupt_deferred():
-                yield
-                finished = True
-        except BaseException as error:
-            if finished:  # the Ctrl-C that was kept
-                raise
-            if not isinstance(error, Exception):
-                self.end("rank 0 was interrupted within a step.")
-                raise
-            memory = _lacks_memory(error, self._device)
-            if isinstance(error, RuntimeError | OSError) and not memory:
-                self._failed.wait(VERDICT)  # because the other side of an exchange may have failed first
-            self.end(f"rank 0 {LOST_MEMORY}" if memory else f"rank 0 failed: {first_line(error)}.")
-            self.drop_graphs()
-            raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.") from error
-        self.check()
+        with self._work:
+            self.check()
+            finished = False
+            try:
+                with interrupt_deferred():
+                    yield
+                    finished = True
+            except BaseException as error:
+                if finished:  # the Ctrl-C that was kept
+                    raise
+                if not isinstance(error, Exception):
+                    self.end("rank 0 was interrupted within a step.")
+                    raise
+                memory = _lacks_memory(error, self._device)
+                if isinstance(error, RuntimeError | OSError) and not memory:
+                    self._failed.wait(VERDICT)  # because the other side of an exchange may have failed first
+                self.end(f"rank 0 {LOST_MEMORY}" if memory else f"rank 0 failed: {first_line(error)}.")
+                self.drop_graphs()
+                raise TurboNbError(f"{self.failure} All ranks have ended. Load the model again.") from error
+            self.check()
 
     def end(self, failure: str) -> None:
         """End the other ranks because of a failure, and let this process leave an exchange with them."""

@@ -12,7 +12,7 @@ get a strip. The result is therefore that of one GPU up to rounding, without sea
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +74,7 @@ class Strips:
     """
 
     def __init__(self, team: "Team"):
-        self.team = team
+        self.team, self._numbers = team, count()
 
     def __reduce__(self):  # a copy of the VAE works on one GPU
         return type(None), ()
@@ -82,36 +82,53 @@ class Strips:
     def share(self, vae: nn.Module, name: str, x: Tensor) -> float:
         """Return the largest share of x's rows that a rank has; the arguments are those of `fused.vae.coded`.
 
-        It is 1 where rank 0 works alone: in tiles, without our kernels, or with fewer rows of latents than ranks.
+        It is 1 where rank 0 works alone: in tiles, without our kernels, with fewer rows of latents than ranks, in
+        grad mode, or in autocast.
         """
         part, group = getattr(vae, name), self.team.group
         rows, rest = divmod(x.shape[3], _factor(vae, name))
         if group is None or vae.use_tiling or not isinstance(part, FusedDecoder | FusedEncoder) or not takes(part, x):
             return 1
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return 1  # because the other ranks have neither
+        if (x.device, x.dtype) != (group.device, part.conv_in.weight.dtype):
+            return 1  # because an error that only rank 0 raises leaves the others at work
         return 1 if rest or rows < group.size else -(-rows // group.size) / rows
 
     def coded(self, vae: nn.Module, name: str, x: Tensor, length: int) -> Iterator[Tensor]:
         """Compute `fused.vae.coded` with all ranks."""
-        group, x = self.team.group, x.contiguous()
-        with self.team.together():
-            self.team.tell("strips", name, length, tuple(x.shape), x.dtype)
-            parts = strip_parts(vae, name, group.broadcast(x), length, group)
-        while True:
-            with self.team.together():
-                self.team.tell("chunk")
-                part = next(parts, None)
-            if part is None:  # the other ranks have ended theirs, too, and keep no frames
-                return
-            yield part
+        team, number, x = self.team, next(self._numbers), x.contiguous()
+        try:
+            with team.together():
+                team.tell("strips", name, length, tuple(x.shape), x.dtype, number, team.clips.copy())
+                team.clips.add(number)
+                parts = strip_parts(vae, name, team.group.broadcast(x), length, team.group)
+            while True:
+                with team.together():
+                    team.tell("chunk", number)
+                    part = next(parts, None)
+                if part is None:  # the other ranks have ended theirs, too, and keep no frames
+                    return
+                yield part
+        finally:
+            team.clips.discard(number)
 
 
 def follow(
-    vae: nn.Module, name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype, group: Group
-) -> Callable:
-    """Begin what rank 0 begins in `Strips.coded`. Returns a function that does this rank's part of the next chunk."""
+    vae: nn.Module, clips: dict[int, Callable], name: str, length: int, shape: tuple[int, ...], dtype: torch.dtype,
+    number: int, live: set[int], group: Group,
+) -> None:  # fmt: skip
+    """Begin what rank 0 begins in `Strips.coded`, and put a function for this rank's part of a chunk into clips."""
+    keep(clips, live)
     x = group.broadcast(torch.empty(shape, dtype=dtype, device=group.device))
     parts = strip_parts(vae, name, x, length, group)
-    return lambda: next(parts, None)
+    clips[number] = lambda: next(parts, None)
+
+
+def keep(clips: dict[int, Callable], live: set[int]) -> None:
+    """Drop the clips that rank 0 has not kept, because they were cancelled."""
+    for number in clips.keys() - live:
+        del clips[number]
 
 
 def strip_parts(vae: nn.Module, name: str, x: Tensor, length: int, group: Group) -> Iterator[Tensor | None]:
