@@ -304,7 +304,7 @@ WRONG = {
     "another size": ({"resolution": "80x48"}, "resolution is '80x48'. Expected 64x48, the size of"),
     "one frame": ({"num_frames": 1}, "num_frames is 1"),
     "missing": ({"extend_clip": "none.mp4"}, "extend_clip is 'none.mp4', which is not a file"),
-    "an address": ({"extend_clip": "https://example.org/a.mp4"}, "extend_clip is .* which is not a file"),
+    "an address": ({"extend_clip": "https://example.org/a.mp4"}, "extend_clip is .* Expected a path on this machine"),
     "a device": ({"extend_clip": "/dev/zero"}, "extend_clip is '/dev/zero', which is not a file"),
     "not ours": ({"extend_clip": "foreign.mp4"}, "extend_clip is .*says nothing of how it was made"),
     "damaged": ({"extend_clip": "damaged.mp4"}, "extend_clip is .*cannot be read as a video"),
