@@ -111,8 +111,7 @@ GLUON["hopper sage"] = (
     GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper_sla.LAYOUT_INT8!r}>"},
     {"WIDE": False, "RANKS": 0},
 )
-GLUON["hopper, offsets above 2**31"] = (*GLUON["hopper"][:2], {"WIDE": True, "RANKS": 0})
-GLUON["hopper sage, parts of 4 ranks"] = (*GLUON["hopper sage"][:2], {"WIDE": False, "RANKS": 4})
+GLUON["hopper, offsets above 2**31, parts of 4 ranks"] = (*GLUON["hopper"][:2], {"WIDE": True, "RANKS": 4})
 
 
 def compiled(kernel, types: dict, constants: dict, arch: int, warps: int, stages: int, source=ASTSource):
