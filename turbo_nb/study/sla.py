@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, generation, sla
+from .. import backends, generation, preparation, sla
 from ..errors import InputError
 from ..machine import probe
 from ..ops.attention import reference as attention_reference
@@ -210,7 +210,7 @@ def look_inside(
     """
     blocks, layers, wanted = pipe.transformer.blocks, several(layers), {*several(steps)}
     own = {name: value for name, value in settings.items() if name in options(ClipSettings)}
-    clip = generation.prepare(build(ClipSettings, own, prompt=prompt), LoadedModel.of(pipe).spec).clip
+    clip = preparation.prepare(build(ClipSettings, own, prompt=prompt), LoadedModel.of(pipe).spec).clip
     fine_block = Whole(1, LARGEST_BLOCK, "Take 2, or 64 for a long clip.")("fine_block", fine_block)
     if sla.attention_type(pipe.transformer) != "sla":
         raise InputError(
