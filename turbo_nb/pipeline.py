@@ -310,8 +310,9 @@ def load(
         if plan.device != "cpu" and plan.offload == "none":
             from .runtime import warm_up
 
-            with current_device(plan.device):  # compiles what the ranks run in other shapes, and connects them
-                warm_up.together(pipeline, clip or (*resolved.spec.size, resolved.spec.num_frames))
+            with current_device(plan.device):
+                size = clip or (*resolved.spec.size, resolved.spec.num_frames)
+                warm_up.together(pipeline, size, on_compile or (lambda done, total: None))
     except BaseException:
         team.close()
         raise

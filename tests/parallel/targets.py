@@ -35,6 +35,12 @@ def _fail(member):
     _sum(member)
 
 
+def _compiled(member):
+    """Be ready later than a rank that hangs"""
+    time.sleep(2.5)
+    member.say_ready()
+
+
 def _loop(member):
     """Hang with a thread that still shows signs of life"""
     while member.rank == 1:

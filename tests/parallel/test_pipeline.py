@@ -1,12 +1,16 @@
 """load_pipeline(gpus=2): the same seed gives the same clip, and the ranks outlive what ends a clip."""
 
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, GPUS
-from helpers import golden, upstream_names
+from diffusers import AutoencoderKLWan
+from helpers import upstream_names
 
 import turbo_nb
 from turbo_nb import catalog, sla
@@ -16,7 +20,8 @@ from turbo_nb.files import decide
 from turbo_nb.files.resolve import resolve
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
-from turbo_nb.runtime import estimate
+from turbo_nb.ops import launch
+from turbo_nb.runtime import estimate, warm_up
 from turbo_nb.settings import LoadOptions
 
 PROMPT = "a small cyan triangle growing on a navy background"
@@ -45,7 +50,8 @@ def i2v(tmp_path_factory):
     for seed, name in enumerate(("high", "low")):
         torch.manual_seed(seed)
         torch.save(upstream_names(arch, sla=True, int8=False, text_dim=128), folder / f"{name}.pth")
-    torch.save(golden("vae_state"), folder / "Wan2.1_VAE.pth")
+    torch.manual_seed(2)
+    torch.save(AutoencoderKLWan(base_dim=16).state_dict(), folder / "Wan2.1_VAE.pth")  # kernels take 16 channels
     parts = {name: catalog.NANO.folder / name for name in ("text_encoder", "tokenizer")}
     pair = [
         turbo_nb.load_pipeline((folder / "high.pth", folder / "low.pth"), device=DEVICE, gpus=gpus, **parts)
@@ -113,6 +119,32 @@ def test_the_other_rank_follows_topk_and_loras(one, two):
         turbo_nb.set_loras(pipeline)
         sla.set_topk(pipeline.transformer, one.turbo_nb.resolved.sla_topk)
     assert psnr(with_lora.frames, assert_same(one, two)[0].frames) < PSNR
+
+
+def test_all_ranks_compile_before_they_run_for_the_first_time(one, two, monkeypatch):
+    told, tell = [], two.turbo_nb.team.tell
+    note = lambda *told_: (told.append((told_[0], launch.only_compiles())), tell(*told_))  # noqa: E731
+    monkeypatch.setattr(two.turbo_nb.team, "tell", note)
+    warm_up.together(two, (80, 64, 5))
+    end = told.index(("compiled", False))
+    assert told[0] == ("compile", True) and told[1:3] == [("step", True), ("strips", True)]
+    assert {only for _, only in told[:end]} == {True} and {only for _, only in told[end:]} == {False}
+    assert [name for name, _ in told[1:end]] == [name for name, _ in told[end + 1 :]]
+    assert_same(one, two)
+
+
+@pytest.mark.skipif(not GPUS, reason="compiles for GPUs")
+def test_a_clip_compiles_nothing_after_loading(tmp_path):
+    code = """
+import turbo_nb
+from turbo_nb.runtime.compilations import compilations
+
+pipeline = turbo_nb.load_pipeline("nano", gpus=2, text_cache=False)
+with compilations("cuda") as names:
+    turbo_nb.generate(pipeline, "a large red circle")
+assert names == [], names
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True)
 
 
 def test_diffusers_own_call_runs_on_all_ranks(one, two):

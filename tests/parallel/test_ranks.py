@@ -72,6 +72,9 @@ def test_ranks_work_together_and_a_dead_one_ends_all(monkeypatch):
             signal.raise_signal(signal.SIGINT)
             team.group.sum(torch.ones(1, device=team.group.device))
         assert add(team) == MOST
+        began = time.monotonic()
+        team.finish("compiled")
+        assert time.monotonic() - began > 2 and add(team) == MOST
         message, seconds = failure(team, "die", signal.SIGKILL)
         assert re.match("rank 1 ended by SIGKILL, which the system sends where main memory runs out", message)
         assert message.endswith("All ranks have ended. Load the model again.") and seconds < ENDS

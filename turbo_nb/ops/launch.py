@@ -72,6 +72,11 @@ def compiling_only() -> Iterator[None]:
         _compiling_only.reset(token)
 
 
+def only_compiles() -> bool:
+    """Return whether launches of this thread only compile."""
+    return _compiling_only.get()
+
+
 def _compile(kernel, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
     for x in arguments:
         if isinstance(x, Tensor) and x.dtype is torch.int32:

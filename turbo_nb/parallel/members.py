@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..machine import probe
+from ..runtime import warm_up
 from ..runtime.graphs import StepGraphs
 from ..runtime.place import transformers
 from ..runtime.stages import current_device
@@ -42,7 +43,7 @@ def follow(model: Any, member: Member) -> None:
     """Run rank 0's commands with this rank's copy of the model (a `LoadedModel`), until rank 0 ends this rank."""
     pipeline = model.pipeline
     models, graphs = transformers(pipeline), StepGraphs()
-    replaced, clips = ExitStack(), {}
+    replaced, compiling, clips = ExitStack(), ExitStack(), {}
     with torch.inference_mode(), current_device(member.device):
         for command, arguments in member.commands():
             match command:
@@ -54,6 +55,11 @@ def follow(model: Any, member: Member) -> None:
                 case "chunk":
                     (number,) = arguments
                     clips[number]()
+                case "compile":  # the commands up to "compiled" only compile
+                    compiling.enter_context(warm_up.compiling())
+                case "compiled":
+                    compiling.close()
+                    member.say_ready()
                 case "graphs":  # a clip begins: with the bytes that later stages need
                     later, attentions, live = arguments
                     strips.keep(clips, live)

@@ -88,17 +88,28 @@ class Team:
         """Wait until the other ranks have loaded, then connect all ranks."""
         from .group import Group
 
-        end = time.monotonic() + LOADING
-        while not all(other.ready for other in self._others):
-            if not self._failed.wait(0.05) and time.monotonic() > end:
-                self.end(f"a rank did not load the model in {LOADING / 60:.0f} minutes.")
-            self.check()
+        self._until_ready()
         with self.together():
             self._connecting = time.monotonic()
             self.tell("connect")
             self.group = Group(self._store, 0, self.size, self._device)
             self.group.connect()
             self._connecting = None
+
+    def finish(self, command: str) -> None:
+        """Send a command that takes long and ends in `Member.say_ready`, and wait for that; Ctrl-C interrupts."""
+        with self.together():
+            for other in self._others:
+                other.ready = False
+            self.tell(command)
+        self._until_ready()
+
+    def _until_ready(self) -> None:
+        end = time.monotonic() + LOADING
+        while not all(other.ready for other in self._others):
+            if not self._failed.wait(0.05) and time.monotonic() > end:
+                self.end(f"a rank was not ready in {LOADING / 60:.0f} minutes.")
+            self.check()
 
     def tell(self, command: str, *arguments: Any) -> None:
         """Send a command to all other ranks."""
@@ -374,12 +385,16 @@ class Member:
 
         from .group import Group
 
-        self._send("ready")
+        self.say_ready()
         command, _ = pickle.loads(self._connection.recv_bytes())
         if command == "connect":
             store = dist.TCPStore("127.0.0.1", self._port, self.size, is_master=False)
             self.group = Group(store, self.rank, self.size, self.device)
             self.group.connect()
+
+    def say_ready(self) -> None:
+        """Tell rank 0 that this rank has loaded, or has compiled."""
+        self._send("ready")
 
     def commands(self) -> Iterator[tuple[str, tuple]]:
         """Yield the commands of rank 0, until it ends this rank."""

@@ -45,7 +45,7 @@ def transformer(
     Raises:
         OutOfMemoryError: the clip's tensors do not fit.
     """
-    with _compiling(on_compile) as together:
+    with compiling(on_compile) as together:
         fused_transformer.warm_up(model, _latents(size))
         if together:
             fused_transformer.warm_up(model, _latents(size), recorded=True)
@@ -53,7 +53,7 @@ def transformer(
 
 def vae(model: torch.nn.Module, size: tuple[int, int, int]) -> None:
     """Compile the kernels of a VAE's decoder for the current GPU; arguments and errors as those of `transformer`."""
-    with _compiling(lambda done, total: None) as together:
+    with compiling() as together:
         if together:
             _decode(model, _latents(size))
 
@@ -71,11 +71,11 @@ def choose_launches(
     if _async_mode() is None or not tune.wanted(gpu):
         return
 
-    def compiling(work: Callable[[], None]) -> None:
-        with _compiling(on_compile):
+    def compile_work(work: Callable[[], None]) -> None:
+        with compiling(on_compile):
             work()
 
-    if tune.tune(gpu, partial(_sample, pipeline, _latents(size)), compiling):
+    if tune.tune(gpu, partial(_sample, pipeline, _latents(size)), compile_work):
         transformer(pipeline.transformer, size, on_compile)
         vae(pipeline.vae, size)
 
@@ -96,20 +96,42 @@ def _sample(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> Non
         pass
 
 
-@torch.inference_mode()
-def together(pipeline: "DiffusionPipeline", size: tuple[int, int, int]) -> None:
-    """Run a step and the first chunks of the decoding, for real, where several ranks share them.
+def together(
+    pipeline: "DiffusionPipeline",
+    size: tuple[int, int, int],
+    on_compile: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Compile what several ranks run, on all of them at the same time, and run it once.
+
+    Their kernels have other shapes than those of one GPU, and write into other GPUs' memory.
 
     Args:
         pipeline: its transformer and VAE are split.
         size: width, height and frames of the clip.
+        on_compile: as that of `transformer`, with the kernels of this rank.
     """
-    model, vae, latents = pipeline.transformer, pipeline.vae, _latents(size)
+    team = pipeline.turbo_nb.team
+    with compiling(on_compile) as only_compiles:
+        if only_compiles:
+            with team.together():
+                team.tell("compile")
+            _step_and_decode(pipeline, _latents(size))
+    if only_compiles:
+        team.finish("compiled")
+    _step_and_decode(pipeline, _latents(size))
+    if pipeline.transformer.device.type == "cuda":
+        torch.cuda.synchronize(pipeline.transformer.device)  # because loading ends when all ranks are through
+
+
+@torch.inference_mode()
+def _step_and_decode(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> None:
+    """Run a step and the first chunks of the decoding"""
+    model = pipeline.transformer
     given = {"device": model.device, "dtype": model.dtype}
     x = torch.zeros(1, model.config.in_channels, *latents, **given)
     text = torch.zeros(1, fused_transformer.TEXT_TOKENS, model.config.text_dim, **given)
     model(x, torch.full((1,), 900.0, device=model.device), text, return_dict=False)
-    _decode(vae, latents)
+    _decode(pipeline.vae, latents)
 
 
 def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -118,8 +140,11 @@ def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 @contextmanager
-def _compiling(on_compile: Callable[[int, int], None]) -> Iterator[bool]:
-    """Let the launches inside only compile, all at the same time. Gives False for a Triton that cannot."""
+def compiling(on_compile: Callable[[int, int], None] = lambda done, total: None) -> Iterator[bool]:
+    """Let the launches inside only compile, all at the same time. Gives False for a Triton that cannot.
+
+    on_compile: as that of `transformer`.
+    """
     mode = _async_mode()
     if mode is None:
         yield False
