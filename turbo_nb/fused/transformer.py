@@ -6,6 +6,8 @@ keep working. Where the kernels do not take the tensors (a CPU, float32, a times
 runs. q, k and v are fused in `sla.SLAProcessor`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -93,15 +95,29 @@ def warm_up(transformer: nn.Module, size: tuple[int, int, int], recorded: bool =
         return
     device, width = block.scale_shift_table.device, block.scale_shift_table.shape[-1]
     tables = transformer.rope(torch.empty(1, 1, *size, device=device, dtype=dtype))
-    rows = (tables[0].shape[1], TEXT_TOKENS, 6)
     generator = torch.Generator(device).manual_seed(0)
-    x, text, temb = (
-        torch.empty(1, count, width, device=device, dtype=dtype).normal_(generator=generator) for count in rows
+    x, temb = (
+        torch.empty(1, rows, width, device=device, dtype=dtype).normal_(generator=generator)
+        for rows in (tables[0].shape[1], 6)
     )
-    text[:, PROMPT_TOKENS:] = text[:, -1:].clone()  # the padding
-    token = _recorded.set(recorded)
+    with recording() if recorded else nullcontext():
+        block(x, sample_text(width, device, dtype), temb, tables)
+
+
+def sample_text(width: int, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """Return noise of the rows that a prompt has, and equal rows after them: (1, TEXT_TOKENS, width)."""
+    generator = torch.Generator(device).manual_seed(0)
+    text = torch.empty(1, TEXT_TOKENS, width, device=device, dtype=dtype).normal_(generator=generator)
+    text[:, PROMPT_TOKENS:] = text[:, -1:].clone()
+    return text
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Run the kernels of a CUDA graph inside, of which one differs."""
+    token = _recorded.set(True)
     try:
-        block(x, text, temb, tables)
+        yield
     finally:
         _recorded.reset(token)
 

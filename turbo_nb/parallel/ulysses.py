@@ -32,6 +32,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from .. import backends
+from ..fused import transformer as fused
 from ..linear import project
 from ..ops.attention.reference import Sums
 from ..ops.launch import only_compiles
@@ -219,7 +220,12 @@ class WanTransformer3DModel(WholeTransformer):
         modulation = modulation.unflatten(1, (6, -1))
         ulysses.bounds = bounds
         try:
-            for block in self.blocks[:1] if only_compiles() else self.blocks:  # all have the same kernels
+            blocks = self.blocks
+            if only_compiles():  # one block, because all have the same kernels; in a CUDA graph one kernel differs
+                blocks = blocks[:1]
+                with fused.recording():
+                    blocks[0](x, text.clone(), modulation, tables)
+            for block in blocks:
                 x = block(x, text, modulation, tables)
         finally:
             ulysses.bounds = None

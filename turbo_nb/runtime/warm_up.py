@@ -129,7 +129,7 @@ def _step_and_decode(pipeline: "DiffusionPipeline", latents: tuple[int, int, int
     model = pipeline.transformer
     given = {"device": model.device, "dtype": model.dtype}
     x = torch.zeros(1, model.config.in_channels, *latents, **given)
-    text = torch.zeros(1, fused_transformer.TEXT_TOKENS, model.config.text_dim, **given)
+    text = fused_transformer.sample_text(model.config.text_dim, **given)
     model(x, torch.full((1,), 900.0, device=model.device), text, return_dict=False)
     _decode(pipeline.vae, latents)
 
