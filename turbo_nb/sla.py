@@ -5,6 +5,7 @@ learned projection of the linear branch is then a parameter of the transformer, 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ BLOCK_Q, BLOCK_K = 128, 64  # tokens
 def _checked(name: str, value: float | str) -> float | str:
     """Return the value of an option of `LoadOptions`. Raises InputError for one that cannot be used"""
     return options(LoadOptions)[name].check(name, value)
+
+
+class SparseSettings(NamedTuple):
+    """What decides a sparse attention beside its inputs and `proj_l`, as in `SageSparseLinearAttention`."""
+
+    topk: float
+    block_q: int
+    block_k: int
+    backend: str | None
 
 
 class SparseLinearAttention(nn.Module):
@@ -79,6 +89,15 @@ class SparseLinearAttention(nn.Module):
                 return attend(q, k, v, *sizes, sums, to)
         attend = backends.function(self.operation, q, k, v, override=self.backend)
         return attend(q, k, v, *sizes, sums)
+
+    @property
+    def settings(self) -> SparseSettings:
+        """What the layer computes with; may be set."""
+        return SparseSettings(self.topk, self.block_q, self.block_k, self.backend)
+
+    @settings.setter
+    def settings(self, settings: SparseSettings) -> None:
+        self.topk, self.block_q, self.block_k, self.backend = settings
 
     def extra_repr(self) -> str:
         return f"topk={self.topk}, block_q={self.block_q}, block_k={self.block_k}"

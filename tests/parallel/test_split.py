@@ -115,6 +115,17 @@ def test_other_ranks_take_over_a_topk_and_keep_the_backend(loaded):
     assert_close("sagesla 0.9", step(whole, (2, 16, 18)), step(split, (2, 16, 18)), 1e-5)
 
 
+def test_other_ranks_take_over_the_sizes_of_blocks(loaded):
+    split, whole = loaded[0]["sla"]
+    sizes = []
+    for block_q, block_k in ((32, 16), (sla.BLOCK_Q, sla.BLOCK_K)):
+        for block in (*split.blocks, *whole.blocks):
+            block.attn1.processor.sla.block_q, block.attn1.processor.sla.block_k = block_q, block_k
+        sizes.append(step(whole, (2, 16, 18)))
+        assert_close(f"{block_q} {block_k}", sizes[-1], step(split, (2, 16, 18)), 1e-5)
+    assert not torch.allclose(*sizes)
+
+
 @pytest.mark.parametrize("attention", ["sla", "original"])
 def test_a_step_in_autocast_is_that_of_one_rank(loaded, team, exchanged, attention):
     split, whole = loaded[0][attention]

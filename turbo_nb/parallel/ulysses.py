@@ -38,7 +38,7 @@ from ..ops.attention.reference import Sums
 from ..ops.launch import only_compiles
 from ..ops.norms.reference import SUM_TOKENS
 from ..ops.parts import Parts
-from ..sla import SLAProcessor, attention_type, set_attention_type
+from ..sla import SLAProcessor, SparseSettings, attention_type, set_attention_type
 from .exchanges import Direct, Packed
 from .group import Group, shares
 
@@ -118,11 +118,13 @@ class Ulysses:
         finally:
             self.shared = False
 
-    def take(self, model: nn.Module, attention: tuple[str, float | None, str | None]) -> None:
+    def take(self, model: nn.Module, attention: tuple[str, SparseSettings | None]) -> None:
         """Give this rank's transformer the attention of rank 0, as `attention_of` returns it."""
         if attention != attention_of(model):
-            kind, topk, backend = attention
-            set_attention_type(model, kind, topk or 1, backend=backend, device=self.group.device)
+            kind, settings = attention
+            set_attention_type(model, kind, backend=settings and settings.backend, device=self.group.device)
+            for block in model.blocks if settings else ():
+                block.attn1.processor.sla.settings = settings
             split(model, self)
 
     @contextmanager
@@ -254,16 +256,15 @@ def splits(
     return timestep.ndim == 1 and image is None and not more and tokens > (ulysses.group.size - 1) * SUM_TOKENS
 
 
-def attention_of(model: nn.Module) -> tuple[str, float | None, str | None]:
-    """Return the attention of a transformer, its topk, and the backend that overrides the usual one."""
-    _, topk, backend = _attention(model.blocks[0].attn1.processor)
-    return attention_type(model), topk, backend
+def attention_of(model: nn.Module) -> tuple[str, SparseSettings | None]:
+    """Return the attention of a transformer and its settings, which dense attention has not."""
+    return attention_type(model), _attention(model.blocks[0].attn1.processor)[1]
 
 
-def _attention(processor: Any) -> tuple[type | None, float | None, str | None]:
-    """Return the sparse attention of a layer, its topk and its backend; None for each of them with dense attention"""
+def _attention(processor: Any) -> tuple[type | None, SparseSettings | None]:
+    """Return the sparse attention of a layer and its settings, None for both with dense attention"""
     sla = processor.sla if isinstance(processor, SLAProcessor) else None
-    return (type(sla), sla.topk, sla.backend) if sla else (None, None, None)
+    return (type(sla), sla.settings) if sla else (None, None)
 
 
 def _is_known(processor: Any) -> bool:

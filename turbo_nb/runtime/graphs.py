@@ -344,7 +344,7 @@ def _unusual(more: dict[str, Any]) -> str | None:
 def signature(model: nn.Module) -> tuple:
     """Return what decides a transformer's launches beside its inputs."""
     attention = tuple(
-        (sla.topk, sla.block_q, sla.block_k, sla.backend)
+        sla.settings
         for block in model.blocks
         if isinstance(block.attn1.processor, SLAProcessor) and (sla := block.attn1.processor.sla) is not None
     )
