@@ -82,6 +82,10 @@ FIXED = {
         | {"parts": "*i64", "bounds": "*i64"},
         {"BLOCK_Q": 128, "BLOCK_K": 64, "D": 128, "PAIRS": False}, (8, 3),
     ),
+    "project_state": (
+        triton_sla._project_state, {"state": F, "norm": F, "weight": B, "out": B, "total": F}, {"D": 128, "ROWS": 16},
+        (8, 3),
+    ),
     "int8_blocks": (
         triton_sage._int8_blocks, {"x": B, "mean": B, "out": "*i8", "scale": F}, {"BLOCK": 64, "D": 128}, (4, 3),
     ),
@@ -153,8 +157,8 @@ def main(wanted: str) -> None:
                 allowed = tuning.shared_memory(kernel, shape, how, arch)
                 found = compiled(*what, int(name), how.warps, how.stages)
                 report(f"{name}\t{kernel}\t{shape}\t{how}", found, allowed)
-    for kernel, (*what, options) in FIXED.items() if not only else ():
-        if arch[0] < launch.COPY_ENGINE_FROM or kernel == "int8_blocks":
+    for kernel, (*what, options) in FIXED.items() if only in ("", *FIXED) else ():
+        if only in ("", kernel) and (arch[0] < launch.COPY_ENGINE_FROM or kernel == "int8_blocks"):
             report(f"{name}\t{kernel}\t\t", compiled(*what, int(name), *options), tuning.SHARED[arch] * 1024)
 
 

@@ -99,6 +99,21 @@ def test_sage_linear_attention(length, heads, dim, monkeypatch):
         assert_close(f"topk {topk}, exact", triton_sage.sage_linear_attention(*args), exact, 1.5e-2)
 
 
+def test_the_state_of_a_head_has_the_same_bits_beside_any_other_heads():
+    """As on several GPUs, which have some of the heads each"""
+    length, heads, dim = 3000, 6, 64
+    k, v, weight = random(2, length, heads, dim), random(2, length, heads, dim), random(dim, dim, dtype=torch.float32)
+    whole = [x.unflatten(0, (2, heads)) for x in triton_sla.linear_state(k, v, weight)]
+    phi = k.float().softmax(-1)
+    exact = torch.einsum("blhc,blhd->bhcd", phi.to(DTYPE).float(), v.float()) @ weight.T
+    assert_close("state", exact.to(DTYPE), whole[0])
+    assert_close("norm", phi.sum(1), whole[1], 1e-3)
+    for clips, own in ((slice(2), slice(2, 3)), (slice(1), slice(3, 6))):
+        part = triton_sla.linear_state(k[clips, :, own], v[clips, :, own], weight)
+        for alone, beside in zip(part, whole, strict=True):
+            assert torch.equal(alone.view(beside[clips, own].shape), beside[clips, own])
+
+
 def in_8_bits(q, k, v, block_map, block_q, block_k, q_rows=None):
     """`reference.sage_sparse_attention` with v and the probabilities as they are; q_rows: of q with a scale each"""
     q, k = q.to(DTYPE), k.to(DTYPE)
@@ -531,7 +546,7 @@ def test_every_tile_of_a_launch_computes_the_same(monkeypatch):
 
 
 # All launches of these cards take minutes: TURBO_NB_COMPILE=all. The few are of each kind of kernel and of card.
-FEW = ["80:conv:192", "86:row_product", "89:linear_state", "120:cross"]
+FEW = ["80:conv:192", "80:project_state", "86:row_product", "89:linear_state", "120:cross"]
 CARDS = ["80", "86", "89", "90", "120"] if os.environ.get("TURBO_NB_COMPILE") == "all" else FEW
 
 

@@ -1,18 +1,21 @@
-"""SLA in Triton: `reference.sparse_linear_attention` in four kernels, without a copy of q, k or v.
+"""SLA in Triton: `reference.sparse_linear_attention` in five kernels, without a copy of q, k or v.
 
     q, k ──► _block_means ──► mean of each block ──► q̄ · k̄ᵀ (torch) ──► _keep_largest ──► kept (B, H, Q_blocks, n)
-    k, v ──► _linear_state ──► Σ φ(k)ᵀv, Σ φ(k) of each chunk ──► their sum · proj_lᵀ (torch) ──► state, norm
+    k, v ──► _linear_state ──► Σ φ(k)ᵀv, Σ φ(k) of each chunk ──► _project_state: their sum · proj_lᵀ ──► state, norm
     q, k, v, kept, state, norm ──► _sparse_linear ──► out (B, L, H, D)
 
     kernel          grid                       a program loads                         and stores
     _block_means    blocks, B·H                a block of tokens, or its run sums      one mean (D,)
     _keep_largest   B·H·Q_blocks               a row of scores, 16 bits each           the n best columns, ascending
     _linear_state   chunks, B·H                its chunk of k and v, block by block    a (D, D) and a (D,) sum
+    _project_state  D/16, B·H                  16 rows of these sums, and proj_l       16 rows of the state
     _sparse_linear  Q_blocks, B·H (8 warps)    its q, the kept blocks of k and v in    its block of out
                                                pairs, state, norm and the bias
 
 k and v come through tensor descriptors: Hopper's and newer GPUs' copy engine (TMA) reads them. Older GPUs run the same
 kernels through `_…_by_pointers` (`ops.launch` has the reason).
+A head gets the same bits beside any other heads and clips, because several GPUs have some of the heads each. So the
+chunks depend on the length alone, and no kernel of a library, which chooses by the number of heads, adds them up.
 The linear branch is the epilogue of `_sparse_linear`. With k in int8 that kernel computes SageSLA (`triton_sage`).
 """
 
@@ -29,7 +32,8 @@ from ..parts import Parts
 from .reference import Sums, kept_count
 
 LOG2_E = 1.4426950408889634
-STATE_PROGRAMS = 264  # of the linear branch's kernel, over all heads: two for each multiprocessor of an H100
+STATE_CHUNKS = 44  # of k and v: with three heads, one for each multiprocessor of an H100
+STATE_ROWS = 16  # of a state that a program projects, the fewest that tensor cores take
 
 
 @triton.jit
@@ -195,6 +199,22 @@ def _blocks(x, batches, length, heads, x_b, x_l, x_h, BLOCK: tl.constexpr, D: tl
 
 
 @triton.jit
+def _project_state(state, norm, weight, out, total, chunks, D: tl.constexpr, ROWS: tl.constexpr):
+    heads, head = tl.num_programs(1), tl.program_id(1).to(tl.int64)
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, D)
+    summed, norms = tl.zeros((ROWS, D), tl.float32), tl.zeros((D,), tl.float32)
+    for chunk in tl.range(chunks, num_stages=4):
+        at = chunk * heads + head
+        summed += tl.load(state + at * D * D + rows * D + columns)
+        norms += tl.load(norm + at * D + columns)
+    weights = tl.load(weight + columns[:, None] * D + columns).to(tl.float32)
+    projected = tl.dot(summed, tl.trans(weights), input_precision="tf32x3")
+    tl.store(out + head * D * D + rows * D + columns, projected.to(out.dtype.element_ty))
+    if tl.program_id(0) == 0:
+        tl.store(total + head * D + columns, norms)
+
+
+@triton.jit
 def _linear_state_by_pointers(
     k, v, state, norm, length, heads, share, batches, k_b, k_l, k_h, v_b, v_l, v_h,
     BLOCK: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
@@ -286,19 +306,24 @@ def linear_state(k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     def launched(how: tuning.Launch) -> tuple[Tensor, Tensor]:
         block = how.tile[0]
         blocks = triton.cdiv(length, block)
-        share = triton.cdiv(blocks, max(1, STATE_PROGRAMS // (batch * heads)))
+        share = triton.cdiv(blocks, STATE_CHUNKS)
         grid = triton.cdiv(blocks, share), batch * heads
-        state = torch.empty(*grid, dim, dim, device=k.device)
-        norm = torch.empty(*grid, dim, device=k.device)
+        states = torch.empty(*grid, dim, dim, device=k.device)
+        norms = torch.empty(*grid, dim, device=k.device)
         kernel, (keys, values, *more) = _with_blocks(_linear_state, _linear_state_by_pointers, k, v, block)
         launch(
-            kernel, grid, keys, values, state, norm, length, heads, share, *more,
+            kernel, grid, keys, values, states, norms, length, heads, share, *more,
             BLOCK=block, D=dim, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
-        return state.sum(0), norm.sum(0)
+        state, norm = torch.empty_like(states[0], dtype=v.dtype), torch.empty_like(norms[0])
+        launch(
+            _project_state, (dim // STATE_ROWS, batch * heads), states, norms, weight, state, norm, grid[0],
+            D=dim, ROWS=STATE_ROWS, num_warps=8,
+        )  # fmt: skip
+        return state, norm
 
-    state, norm = tuning.run("linear_state", (dim,), k, launched)
-    return (state @ weight.float().T).to(v.dtype), norm
+    weight = weight.contiguous()
+    return tuning.run("linear_state", (dim,), k, launched)
 
 
 def sparse_linear_attention(
