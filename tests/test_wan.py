@@ -1,5 +1,7 @@
 """What a user of diffusers relies on holds for our pipelines, called directly and saved."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +124,26 @@ def test_a_pipeline_is_saved_over_the_shards_that_it_has_mapped(nano, tmp_path, 
     for again in (pipeline, turbo_nb.load_pipeline(tmp_path, device="cpu")):
         after = tensors(again)
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_torch_files_that_weights_are_mapped_from_are_replaced(nano, tmp_path):
+    nano.save_pretrained(tmp_path, safe_serialization=False, max_shard_size="1MB")
+    other = tmp_path / "transformer" / "diffusion_pytorch_model.fp16.bin"
+    other.write_bytes(b"kept")
+    (tmp_path / "elsewhere.bin").write_bytes(b"kept")
+    code = """if True:
+        import sys, torch, turbo_nb
+        pipeline = turbo_nb.load_pipeline(sys.argv[1], device="cpu")
+        for size in ("1MB", "2MB", "10GB"):
+            pipeline.save_pretrained(sys.argv[1], False, max_shard_size=size)
+            again = turbo_nb.load_pipeline(sys.argv[1], device="cpu")
+            for part in ("transformer", "vae"):
+                saved = getattr(again, part).state_dict()
+                assert all(torch.equal(one, saved[name]) for name, one in getattr(pipeline, part).state_dict().items())
+    """
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)  # may get SIGBUS
+    assert result.returncode == 0, result.stderr
+    assert other.read_bytes() == (tmp_path / "elsewhere.bin").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("work", ["generate", "call"])
