@@ -164,7 +164,7 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
 
 
 def _check_variables() -> None:
-    """Raise BackendError for an unknown value of a TURBO_NB_… variable, before anything is downloaded"""
+    """Raise TurboNbError for a variable with an unusable value, before anything is downloaded"""
     from . import backends
 
     backends.check_variables()
