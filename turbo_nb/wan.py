@@ -113,6 +113,22 @@ class _Placed:
                 index[name] = [__name__, SavedTransformer.__name__]
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def __copy__(self) -> "_Placed":
+        """Return a pipeline with the same parts and the same memory plan."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy take. Raises InputError where a memory plan has placed the weights."""
+        if self.turbo_nb:
+            raise InputError(
+                f"pipeline is placed by memory plan {self.turbo_nb.plan.name!r}, which does not know of a copy of the "
+                "weights. Expected one without a plan to pickle or to deep-copy. Load the model again, or call "
+                "save_pretrained(folder) and load the folder."
+            )
+        return self.__dict__
+
     def to(self, *args, **kwargs):
         """Change the dtype as diffusers does. Raises InputError for a device other than that of the memory plan."""
         device = next((one for one in (*args, kwargs.get("device")) if isinstance(one, str | int | torch.device)), None)
