@@ -370,7 +370,8 @@ def _report(path: Path, video, more: dict[str, float]) -> None:
     from .machine import environment
 
     frames, height, width, _ = video.frames.shape
-    _say(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {_seeds(video.record.seed)}")
+    made = ", ".join(filter(None, [_seeds(video.record.seed), video.record.several_gpus]))
+    _say(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {made}")
     timings, parts = video.timings | more, []
     for stage, seconds in timings.items():
         details = [f"{video.peaks[stage] / 1e9:.1f} GB"] if video.peaks.get(stage) else []
