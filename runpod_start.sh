@@ -18,6 +18,11 @@ checkout=$(dirname "$self")
 prefix=${TURBO_NB_ROOT:-} # the tests have /workspace, /tmp, /proc and /start.sh in a folder of their own
 pod=${RUNPOD_POD_ID:-}
 port=${TURBO_NB_PORT:-8888}
+refused='' # variables with an address such as s3://bucket/x, of which a folder called "s3:" would be made
+for name in TURBO_NB_HOME HF_HOME PIP_CACHE_DIR TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR; do
+  [[ ${!name:-} =~ ^[[:space:]]*[[:alpha:]][[:alnum:]+.-]+:/ ]] || continue
+  refused+="${refused:+, }$name" && unset "$name"
+done
 hook='' theirs='' # start sets them: RunPod's /start.sh called this script; RunPod's own JupyterLab runs
 if [[ $pod ]]; then
   root=$prefix/workspace ip=${TURBO_NB_IP:-0.0.0.0}
@@ -304,6 +309,7 @@ start() {
   exec 9>"$run/lock"
   flock -n 9 || again=1
   { mkdir -p "$logs" && : >"$logs/failed.txt"; } || log "FAILED: no logs in $logs; is the volume full or read-only?"
+  [[ ! $refused ]] || failed "$refused is an address; expected a folder of this machine; the default is used"
   if [[ $again ]]; then
     trap - EXIT
     log "already started; setup and downloads are tried again"
@@ -339,6 +345,9 @@ start() {
 
 command=${1:-start}
 shift $(($# > 0))
+if [[ $refused && $command != start ]]; then
+  echo "$refused is an address; expected a folder of this machine" >&2 && exit 2
+fi
 case $command in
   start) start ;;
   setup) pick_python; setup ;;

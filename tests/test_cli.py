@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,19 @@ def test_a_failure_after_the_frames_keeps_them_and_names_their_file(tmp_path, mo
     with np.load(kept) as found:
         assert found["frames"].shape == (5, 48, 64, 3) and found["frames"].any() and found["fps"] == 16
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(atomic.PREFIX)]
+
+
+def test_several_gpus_are_in_the_line_of_a_clip_and_in_its_metadata(tmp_path, monkeypatch):
+    def make(*given, **more):
+        video = generate(*given, **more)
+        return replace(video, record=replace(video.record, gpus=4))
+
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", make)
+    result = command_line("t2v", *SHORT, "--num_samples", 2, "--grid", cwd=tmp_path)
+    assert "v.mp4: 5 frames of 128x48 at 16 fps, seeds 0 to 1, 4 GPUs\n" in result.stdout, result.stderr
+    assert read_metadata(tmp_path / "v.mp4")["gpus"] == 4
+    assert re.search(r"^gpus +4$", command_line("info", "v.mp4", cwd=tmp_path).stdout, re.MULTILINE)
 
 
 def test_times_that_cannot_be_remembered_cost_no_video(tmp_path, monkeypatch):

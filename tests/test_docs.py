@@ -120,7 +120,7 @@ FOREIGN = {
     "ModuleNotFoundError: No module named 'diffusers'": None,
     "Missing key(s) in state_dict": "torch", "size mismatch for …": "torch",
     "torch.OutOfMemoryError: CUDA out of memory": None, "Killed": None, "No space left on device": None,
-    "Failed to find C compiler": "triton",
+    "Failed to find C compiler": "triton", "Bus error": None,
     "error: externally-managed-environment": None, "ResolutionImpossible": "pip", "ensurepip is not available": None,
     "Running as root is not recommended. Use --allow-root to bypass.": "jupyter_server",
     "Invalid credentials": "jupyter_server", "Blocking Cross Origin API request": "jupyter_server",

@@ -84,7 +84,11 @@ HEAVY = {"transformers", "diffusers", "peft", "accelerate", "sentencepiece", "ma
 COMMANDS = [
     "--version", "--help", "t2v --help", "convert --help", "download nano", "download owner/repo", "doctor",
     f"info {NANO}", f"info {NANO / 'text_encoder'}", "batch missing.txt", "t2v --prompt x --save_path missing.txt",
-    "i2v --image_path missing.png --prompt x",
+    "i2v --image_path missing.png --prompt x", f"info {__file__}", "verify missing", f"verify {__file__}",
+    f"t2v --prompt x --dit_path {__file__}", f"t2v --prompt x --vae_path {__file__}",
+    f"t2v --prompt x --model nano --lora {__file__}", f"convert {__file__} folder",
+    f"convert {NANO / 'vae'} {__file__}", f"convert {NANO / 'vae'} folder --lora missing.safetensors",
+    f"convert {NANO / 'vae'} folder --low-noise",
 ]  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from turbo_nb.batch import manifest, prompts
 from turbo_nb.batch.notebook import run_notebook
 from turbo_nb.errors import InputError
 from turbo_nb.files import convert, layouts, lora, recognise
+from turbo_nb.generator import standalone, widgets
 from turbo_nb.generator.jobs import JobRunner
+from turbo_nb.machine import environment
 from turbo_nb.settings import LoadOptions, RunOptions, options
 from turbo_nb.study.rope import judge
 from turbo_nb.values import PathLike
@@ -100,6 +102,38 @@ def test_an_address_is_an_error_before_any_work_and_makes_no_folder(home, nano, 
     with pytest.raises(InputError, match=r"is .*s3:/+bucket/x.*Expected a path on this machine.* mount"):
         use(nano)
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", environment.FOLDERS)
+def test_a_variable_that_names_a_folder_takes_no_address(home, monkeypatch, variable):
+    monkeypatch.setenv(variable, "~/kept")
+    environment.check_folders()
+    assert environment.folder_of(variable) == home / "kept"
+    monkeypatch.setenv(variable, ADDRESS)
+    uses = [lambda: turbo_nb.load_pipeline("nano", device="cpu"), widgets.show, standalone.serve]
+    uses += [lambda line=line: command(line) for line in ("t2v --prompt x", "batch p.txt", "download nano", "verify")]
+    for use in uses:
+        with pytest.raises(InputError, match=rf"{variable} is 's3://bucket/x'\. Expected a path on this machine"):
+            use()
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "find"),
+    [
+        ("TURBO_NB_HOME", environment.cache), ("TURBO_NB_HOME", environment.config),
+        ("TURBO_NB_CACHE", environment.text_cache), ("TURBO_NB_CONFIG", environment.config),
+        ("TRITON_CACHE_DIR", environment.kernel_cache), ("TURBO_NB_LORAS", lora.folder),
+    ],
+)  # fmt: skip
+def test_a_folder_of_a_variable_is_below_the_home_or_an_error(home, monkeypatch, variable, find):
+    for one in environment.FOLDERS:
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(variable, "~/kept")
+    assert find().is_relative_to(home / "kept")
+    monkeypatch.setenv(variable, f" {ADDRESS}")
+    with pytest.raises(InputError, match=f"^{variable} is "):
+        find()
 
 
 @pytest.mark.parametrize("address", ["s3://b/x.mp4", "gs://b/x.mp4", "GS:/b/x.mp4", " s3://b", "file:///x.mp4"])

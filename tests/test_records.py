@@ -71,6 +71,11 @@ def test_a_record_without_measurements_is_the_same_for_equal_clips():
     assert one.without_measurements() == made
 
 
+@pytest.mark.parametrize(("gpus", "words"), [(None, ""), (1, ""), (2, "2 GPUs"), (-1, "")])
+def test_several_gpus_are_in_words(gpus, words):
+    assert read(VideoRecord, {"gpus": gpus}).several_gpus == words
+
+
 def test_empty_fields_are_not_written():
     assert write(VideoRecord(model="nano", prompt="x", seed=0, ode=False)) == {
         "model": "nano", "prompt": "x", "seed": 0, "num_steps": 4, "ode": False, "noise_device": "cpu",

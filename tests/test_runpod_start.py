@@ -263,6 +263,18 @@ def test_an_unknown_page_is_reported_and_jupyterlab_opens(machine):
     assert "--LabApp.default_url=/lab/tree/turbo_nb/notebooks/01_setup.ipynb" in machine.jupyter()["argv"]
 
 
+@pytest.mark.parametrize("variable", ["TURBO_NB_HOME", "HF_HOME", "TRITON_CACHE_DIR"])
+def test_an_address_for_a_folder_is_reported_and_jupyterlab_opens(machine, variable):
+    machine.env[variable] = "s3://user:secret@bucket/x"
+    result = machine.command("setup")
+    assert (result.returncode, result.stderr) == (2, f"{variable} is an address; expected a folder of this machine\n")
+    machine.start()
+    machine.wait_until_said("setup: done")
+    assert f"{variable} is an address" in machine.failures and "secret" not in machine.said
+    assert machine.jupyter()["env"][variable].startswith(str(machine.workspace))
+    assert not (machine.root / "s3:").exists()
+
+
 def test_another_configuration_cannot_empty_the_token(machine):
     machine.start()
     folder = Path(machine.jupyter()["env"]["JUPYTER_CONFIG_DIR"])

@@ -1,5 +1,10 @@
 """What a user of diffusers relies on holds for our pipelines, called directly and saved."""
 
+import copy
+import io
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +127,42 @@ def test_a_pipeline_is_saved_over_the_shards_that_it_has_mapped(nano, tmp_path, 
     for again in (pipeline, turbo_nb.load_pipeline(tmp_path, device="cpu")):
         after = tensors(again)
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_torch_files_that_weights_are_mapped_from_are_replaced(nano, tmp_path):
+    nano.save_pretrained(tmp_path, safe_serialization=False, max_shard_size="1MB")
+    other = tmp_path / "transformer" / "diffusion_pytorch_model.fp16.bin"
+    other.write_bytes(b"kept")
+    (tmp_path / "elsewhere.bin").write_bytes(b"kept")
+    code = """if True:
+        import sys, torch, turbo_nb
+        pipeline = turbo_nb.load_pipeline(sys.argv[1], device="cpu")
+        for size in ("1MB", "2MB", "10GB"):
+            pipeline.save_pretrained(sys.argv[1], False, max_shard_size=size)
+            again = turbo_nb.load_pipeline(sys.argv[1], device="cpu")
+            for part in ("transformer", "vae"):
+                saved = getattr(again, part).state_dict()
+                assert all(torch.equal(one, saved[name]) for name, one in getattr(pipeline, part).state_dict().items())
+    """
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)  # may get SIGBUS
+    assert result.returncode == 0, result.stderr
+    assert other.read_bytes() == (tmp_path / "elsewhere.bin").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps, lambda pipeline: torch.save(pipeline, io.BytesIO())])
+def test_a_placed_pipeline_is_not_copied_or_pickled_with_its_weights(nano, make):
+    with pytest.raises(InputError, match=r"pipeline is placed by memory plan 'resident'.*save_pretrained"):
+        make(nano)
+    other = copy.copy(nano)  # shares the weights, as a copy of diffusers' own pipelines does
+    assert other.transformer is nano.transformer and other.turbo_nb is nano.turbo_nb and type(other) is type(nano)
+
+
+def test_a_pipeline_without_a_memory_plan_is_copied_and_pickled_as_diffusers_own(nano):
+    plain = type(nano)(**nano.components)
+    assert clips(plain, guidance_scale=1.0).shape == (1, 5, 64, 64, 3)
+    for other in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert type(other) is type(nano) and other.transformer is not nano.transformer
+        assert clips(other, guidance_scale=1.0).shape == (1, 5, 64, 64, 3)
 
 
 @pytest.mark.parametrize("work", ["generate", "call"])

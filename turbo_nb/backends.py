@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import BackendError, InputError
-from .machine import probe
+from .machine import environment, probe
 from .machine.probe import Machine
 from .ops import registry
 from .ops.registry import Implementation, no_bfloat16, no_tensor_cores, no_triton, sm
@@ -163,12 +163,13 @@ def take_variables(wanted: dict[str, str | None]) -> None:
 
 
 def check_variables() -> None:
-    """Check the TURBO_NB_… variables that decide how a step is computed. Probes nothing.
+    """Check the variables that decide how a step is computed, and those that name a folder. Probes nothing.
 
     Raises:
         BackendError: a variable has a value that no implementation has.
-        InputError: TURBO_NB_EXCHANGE has an unknown value.
+        InputError: TURBO_NB_EXCHANGE has an unknown value, or a folder is an address of another place.
     """
+    environment.check_folders()
     for variable, asked in variables().items():
         asked = asked or "auto"
         _require_known(variable, asked, f"{variable}={asked}")

@@ -164,7 +164,7 @@ def command(*classes: type, skip: tuple[str, ...] = (), **defaults: Any) -> Call
 
 
 def _check_variables() -> None:
-    """Raise BackendError for an unknown value of a TURBO_NB_… variable, before anything is downloaded"""
+    """Raise TurboNbError for a variable with an unusable value, before anything is downloaded"""
     from . import backends
 
     backends.check_variables()
@@ -370,7 +370,8 @@ def _report(path: Path, video, more: dict[str, float]) -> None:
     from .machine import environment
 
     frames, height, width, _ = video.frames.shape
-    _say(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {_seeds(video.record.seed)}")
+    made = ", ".join(filter(None, [_seeds(video.record.seed), video.record.several_gpus]))
+    _say(f"{path}: {frames} frames of {width}x{height} at {video.fps} fps, {made}")
     timings, parts = video.timings | more, []
     for stage, seconds in timings.items():
         details = [f"{video.peaks[stage] / 1e9:.1f} GB"] if video.peaks.get(stage) else []

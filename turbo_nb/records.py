@@ -100,6 +100,11 @@ class VideoRecord:
     more: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def several_gpus(self) -> str:
+        """What made the clip, such as "4 GPUs". Empty for one GPU or a CPU."""
+        return f"{self.gpus} GPUs" if self.gpus and self.gpus > 1 else ""
+
     def without_measurements(self) -> "VideoRecord":
         """Return the record with the fields of `MEASURED` as they are before a clip is made."""
         empty = VideoRecord()

@@ -6,9 +6,9 @@ The two classes have the names of diffusers' own, because `save_pretrained` writ
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusers import ModelMixin  # diffusers looks for this name beside SavedTr
 from . import catalog, checkpoint
 from .errors import InputError, warn
 from .files import recognise
+from .files.weight_set import weight_sets
 from .scheduler import MAX_STEPS, RCMScheduler
 from .values import local
 
@@ -68,23 +69,39 @@ def _latents_shape(pipeline: diffusers.DiffusionPipeline, given: dict[str, Any])
     return count, pipeline.vae.config.z_dim, frames, *sides
 
 
+def _remove_torch_files(folders: Iterable[Path], variant: str | None) -> None:
+    """Remove the torch files that a save replaces, because torch writes into the file that weights are mapped from.
+
+    Reading a mapped weight would then end the process. A file that is removed stays readable as long as it is mapped.
+    """
+    name = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.bin"
+    for folder in folders:
+        for file in weight_sets(folder).get(name, ()):
+            (folder / file).unlink()
+
+
 class _Placed:
     """What both pipelines do where `load_pipeline` made them; else they are diffusers' own."""
 
     turbo_nb: Any = None  # the LoadedModel
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, *args, **kwargs
+    ) -> None:
         """Save all parts as diffusers does. A text encoder that is not loaded is loaded for it.
 
         Merged LoRAs and 8-bit linears are saved as they are. Top-k is not saved, because it is an option of loading.
         """
         save_directory = local(save_directory, "save_directory")
+        if not safe_serialization:
+            _remove_torch_files([Path(save_directory, part) for part in self.components], variant)
+        save = partial(super().save_pretrained, save_directory, safe_serialization, variant, *args, **kwargs)
         if self.turbo_nb is None:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return save()
         with self.turbo_nb.lock, self.turbo_nb.prompt_encoder.loaded():
             self.maybe_free_model_hooks()  # because the weights on the GPU are copies
             self.register_modules(text_encoder=self.text_encoder)
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return save()
 
     def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
         """Save model_index.json with our loader of transformers, because diffusers' own drops SLA and 8-bit linears."""
@@ -95,6 +112,22 @@ class _Placed:
             if index.get(name, [None])[0]:
                 index[name] = [__name__, SavedTransformer.__name__]
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __copy__(self) -> "_Placed":
+        """Return a pipeline with the same parts and the same memory plan."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy take. Raises InputError where a memory plan has placed the weights."""
+        if self.turbo_nb:
+            raise InputError(
+                f"pipeline is placed by memory plan {self.turbo_nb.plan.name!r}, which does not know of a copy of the "
+                "weights. Expected one without a plan to pickle or to deep-copy. Load the model again, or call "
+                "save_pretrained(folder) and load the folder."
+            )
+        return self.__dict__
 
     def to(self, *args, **kwargs):
         """Change the dtype as diffusers does. Raises InputError for a device other than that of the memory plan."""

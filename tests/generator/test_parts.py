@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import ipywidgets as w
 import numpy as np
@@ -348,3 +349,5 @@ def test_what_a_page_shows_of_a_clip_is_text(gallery):
     assert (
         shown["words"] == EVIL and shown["label"] == EVIL and "32x32, 5 frames, 1 steps, seed 1, nano" in shown["facts"]
     )
+    assert "GPU" not in shown["facts"]
+    assert "nano, 4 GPUs, " in describe(replace(clip, record=replace(clip.record, gpus=4)))["facts"]

@@ -131,9 +131,9 @@ def of_disks(seen: Environment) -> Iterator[Problem]:
 
 def of_start() -> Iterator[Problem]:
     """Yield the steps of runpod_start.sh that failed at the last start of the pod, from the file that it writes."""
-    if not (home := os.environ.get("TURBO_NB_HOME")):
+    if not (home := environment.folder_of("TURBO_NB_HOME")):
         return
-    logs = Path(home) / "logs"
+    logs = home / "logs"
     with suppress(OSError):  # no start has written there
         for line in (logs / "failed.txt").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.strip():

@@ -1,14 +1,15 @@
-"""Checkpoints become parts of a diffusers folder, in their own dtypes."""
+"""Checkpoints become parts of a diffusers folder, in their own dtypes.
+
+diffusers is imported after all checks, because that takes seconds.
+"""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import ModelMixin
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
-from ..checkpoint import load_text_encoder, load_transformer, load_vae
 from ..errors import CheckpointError, InputError, OutputError, first_line, space_or
 from ..machine import atomic, environment
 from ..settings import LoadOptions, options
@@ -17,6 +18,10 @@ from . import lora
 from .filenames import INDEX, as_one_file
 from .recognise import Contents, read, require
 from .weight_set import weight_sets
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 FOLDERS = {"transformer": "transformer", "vae": "vae", "text encoder": "text_encoder"}
 
@@ -77,7 +82,7 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
     return f"{place}: {contents}{note if merged else ''}"
 
 
-def _save(module: ModelMixin | PreTrainedModel, place: Path) -> None:
+def _save(module: "ModelMixin | PreTrainedModel", place: Path) -> None:
     """Write a module into a folder, which keeps its files until all new ones are written.
 
     Because they may be the shards that the module was read from, which diffusers deletes first, or links.
@@ -98,8 +103,10 @@ def _save(module: ModelMixin | PreTrainedModel, place: Path) -> None:
             (place / name).unlink()
 
 
-def _load(contents: Contents, loras: Sequence[lora.Applied]):
+def _load(contents: Contents, loras: Sequence[lora.Applied]) -> "ModelMixin | PreTrainedModel":
     """The module that a file holds, in the file's own dtypes"""
+    from ..checkpoint import load_text_encoder, load_transformer, load_vae
+
     if contents.kind == "transformer":
         return load_transformer(contents, attention_type="sla" if contents.sla else "original", dtype=None, loras=loras)
     return (load_vae if contents.kind == "vae" else load_text_encoder)(contents, dtype=None)

@@ -210,7 +210,7 @@ def find(file: str) -> Path:
 
 def folder() -> Path:
     """Return the folder of LoRAs: TURBO_NB_LORAS, or `loras` in the current directory."""
-    return Path(os.path.expanduser(os.environ.get(FOLDER) or "loras"))
+    return environment.folder_of(FOLDER) or Path("loras")
 
 
 def _file_in(place: Path) -> Path | None:

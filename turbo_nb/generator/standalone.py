@@ -46,8 +46,10 @@ def serve(
             start, and no token that the user chose.
 
     Raises:
-        InputError: Voilà or the Jupyter server is not installed, or something listens on the port already.
+        InputError: Voilà or the Jupyter server is not installed, or something listens on the port already. Or a
+            variable that names a folder has an address of another place.
     """
+    environment.check_folders()
     for package in ("voila", "jupyter_server"):
         if importlib.util.find_spec(package) is None:
             raise not_installed(package, "notebook")

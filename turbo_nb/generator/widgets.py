@@ -63,7 +63,11 @@ def show(folder: str | os.PathLike = "outputs", *, model: Weights = "auto") -> "
         folder: of the clips.
         model: the model chosen at first; a name or a path. "auto": the one that was chosen last on a page, else the
             best here.
+
+    Raises:
+        InputError: `folder`, or a variable that names a folder, has an address of another place.
     """
+    environment.check_folders()
     runner = JobRunner.of(folder)
     earlier, unread = _shown.pop(runner, None), ""
     state = earlier.state if earlier else {}

@@ -17,11 +17,16 @@ from importlib import metadata
 from pathlib import Path
 
 from ..errors import InputError, warn
+from ..values import local
 
 DISTRIBUTION = "turbo-nb"
 VOLUMES = {"RunPod pod": Path("/workspace"), "RunPod serverless": Path("/runpod-volume")}
 CONTAINER = Path("/")
 PRICE = "TURBO_NB_PRICE_PER_HOUR"
+FOLDERS = (
+    "TURBO_NB_HOME", "TURBO_NB_CACHE", "TURBO_NB_CONFIG", "TURBO_NB_LORAS", "TRITON_CACHE_DIR", "HF_HOME",
+    "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME",
+)  # fmt: skip
 # pathlib's predicates raise for a name that is too long or a folder without permission, before Python 3.14
 exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile
 
@@ -143,6 +148,18 @@ def dollars(cost: float | None, before: str = ", ") -> str:
     return "" if cost is None else f"{before}${cost:.4f}"
 
 
+def check_folders() -> None:
+    """Raise InputError for a variable of `FOLDERS` with an address, such as s3://bucket/x."""
+    for variable in FOLDERS:
+        folder_of(variable)
+
+
+def folder_of(variable: str) -> Path | None:
+    """Return the folder that a variable names, None where it is not set or empty. Raises InputError for an address."""
+    path = os.environ.get(variable)
+    return Path(local(path, variable)) if path else None
+
+
 def hub_cache() -> Path:
     """Return huggingface_hub's folder of files, as its `constants` compute it.
 
@@ -180,11 +197,11 @@ def config() -> Path:
 
 def _own_folder(kind: str) -> Path:
     """Return the folder of this package for "cache" or "config" """
-    if path := os.environ.get(f"TURBO_NB_{kind.upper()}"):
-        return _expanded(path)
+    if path := folder_of(f"TURBO_NB_{kind.upper()}"):
+        return path
     lasting = volume()
-    if home := os.environ.get("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
-        return _expanded(home) / kind
+    if home := folder_of("TURBO_NB_HOME") or (lasting and lasting / "turbo_nb_home"):
+        return home / kind
     import platformdirs
 
     find = {"cache": platformdirs.user_cache_path, "config": platformdirs.user_config_path}[kind]
@@ -201,7 +218,7 @@ def text_cache() -> Path:
 
 def kernel_cache() -> Path:
     """Return the folder of the kernels that Triton compiled."""
-    return _expanded(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache")
+    return folder_of("TRITON_CACHE_DIR") or _expanded("~/.triton/cache")
 
 
 def same_disk(one: Path, other: Path) -> bool:
