@@ -165,6 +165,15 @@ def test_an_impossible_override_is_an_error_of_the_report(report, monkeypatch):
     assert found.backends.linear.chosen == "reference"
 
 
+def test_a_folder_that_is_an_address_is_an_error_of_the_report(report, monkeypatch):
+    for name in environment.FOLDERS:
+        monkeypatch.setenv(name, "s3://bucket/x")
+    found = report()
+    assert [problem.fix for problem in found.problems] == [f"unset {name}" for name in environment.FOLDERS]
+    assert found.problems[0].text.startswith("TURBO_NB_HOME is 's3://bucket/x'. Expected a path on this machine.")
+    assert os.environ["TURBO_NB_HOME"] == "s3://bucket/x" and "bucket" not in str(found.environment)
+
+
 def test_the_last_line_is_a_verdict(report, monkeypatch):
     assert repr(report()).splitlines()[-1] == "Verdict: ready. 1 model of 9 can run here (nano)."
     assert "models of 9 can run here (nano, …)" in report(H100).verdict

@@ -128,12 +128,18 @@ class Report(Tables):
 
 def doctor() -> Report:
     """Check this machine. It takes seconds, and sends one request to the Hub unless offline."""
+    with environment.usable_folders() as wrong:
+        return _check([Problem(level="error", text=text, fix=f"unset {name}") for name, text in wrong.items()])
+
+
+def _check(folders: list[Problem]) -> Report:
+    """Check this machine, whose folders have the problems that were found"""
     seen = environment.survey()
     found, overrides = _backends()
     hub = ask_hub()
     models = tuple(every_fit(found, seen.caches[0].free, seen.memory.available))
     wrong = chain(
-        overrides, problems.of_packages(seen), problems.of_torch(seen, found), problems.of_gpu(found),
+        folders, overrides, problems.of_packages(seen), problems.of_torch(seen, found), problems.of_gpu(found),
         problems.of_disks(seen), problems.of_start(), problems.of_price(), problems.of_hub(hub), problems.of_encoder(),
         problems.of_exchange(), problems.of_models(found, models),
     )  # fmt: skip

@@ -10,8 +10,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -152,6 +152,21 @@ def check_folders() -> None:
     """Raise InputError for a variable of `FOLDERS` with an address, such as s3://bucket/x."""
     for variable in FOLDERS:
         folder_of(variable)
+
+
+@contextmanager
+def usable_folders() -> Iterator[dict[str, str]]:
+    """Unset the variables of `FOLDERS` with an address, inside this context. Gives variable → what is wrong."""
+    wrong, kept = {}, {}
+    for variable in FOLDERS:
+        try:
+            folder_of(variable)
+        except InputError as error:
+            wrong[variable], kept[variable] = str(error), os.environ.pop(variable)
+    try:
+        yield wrong
+    finally:
+        os.environ.update(kept)
 
 
 def folder_of(variable: str) -> Path | None:
