@@ -307,7 +307,7 @@ def load(
     try:
         pipeline = _load(resolved, plan, clip, prompts, on_compile, begin, team)
         team.join()
-        if plan.device != "cpu" and plan.offload == "none":
+        if plan.device != "cpu" and plan.offload == "none" and plan.fits:
             from .runtime import warm_up
 
             with current_device(plan.device):
