@@ -246,6 +246,12 @@ def test_the_heads_decide_how_many_gpus_are_used(heads, takes):
                 assert decide.ranks_for(gpus, heads) == count
 
 
+def test_the_warning_names_the_line_that_loads():
+    with pytest.warns(TurboNbWarning, match="gpus is 3") as warned, pytest.raises(InputError, match="memory_plan"):
+        turbo_nb.load_pipeline("nano", device="cpu", gpus=3, memory_plan="offload")
+    assert warned[0].filename == __file__
+
+
 def test_a_number_of_gpus_that_the_machine_does_not_have(monkeypatch):
     monkeypatch.delenv("TURBO_NB_RANKS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
