@@ -160,6 +160,11 @@ class LoadedModel:
             self.team.tell("drop_graphs")
         return self.graphs is not None and self.graphs.out_of_memory()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the ranks on the other GPUs have ended, so that only a new load makes clips."""
+        return bool(self.team and self.team.failure)
+
     def check_ranks(self) -> None:
         """Raise TurboNbError where the ranks on the other GPUs have ended."""
         if self.team:
