@@ -160,6 +160,11 @@ class LoadedModel:
             self.team.tell("drop_graphs")
         return self.graphs is not None and self.graphs.out_of_memory()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the ranks on the other GPUs have ended, so that only a new load makes clips."""
+        return bool(self.team and self.team.failure)
+
     def check_ranks(self) -> None:
         """Raise TurboNbError where the ranks on the other GPUs have ended."""
         if self.team:
@@ -307,7 +312,7 @@ def load(
     try:
         pipeline = _load(resolved, plan, clip, prompts, on_compile, begin, team)
         team.join()
-        if plan.device != "cpu" and plan.offload == "none":
+        if plan.device != "cpu" and plan.offload == "none" and plan.fits:
             from .runtime import warm_up
 
             with current_device(plan.device):

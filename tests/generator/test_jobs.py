@@ -83,6 +83,16 @@ def test_the_model_is_loaded_anew_only_where_it_must_be(tmp_path, nano):
     assert [run.settings["sla_topk"] for run in made.gallery.clips()] == [0.15, 0.15, 0.5, 0.15]
 
 
+def test_a_model_whose_ranks_have_ended_is_loaded_anew(tmp_path, nano, monkeypatch):
+    loads = []
+    made = JobRunner(tmp_path, load=lambda resolved, **_: loads.append(resolved) or nano)
+    made.make(**SMALL)
+    monkeypatch.setattr(nano.turbo_nb, "team", SimpleNamespace(failure="rank 1 ended by SIGKILL."))
+    made.submit(Request.of(**SMALL))
+    made.wait(60)
+    assert len(loads) == 2
+
+
 def test_a_random_seed_is_recorded(made):
     seeds = {made.make(**SMALL | {"seed": None}).settings["seed"] for _ in range(2)}
     assert len(seeds) == 2 and made.job.request.clip.seed in seeds

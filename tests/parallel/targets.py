@@ -60,6 +60,10 @@ def never_connect(member):
     time.sleep(60)
 
 
+def load_slowly(member):
+    time.sleep(60)
+
+
 def fail_at_load(member):
     if member.rank == 1:
         raise InputError("model is 'x'. Expected a model.")

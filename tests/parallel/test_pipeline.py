@@ -4,6 +4,9 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from helpers import upstream_names
 
 import turbo_nb
 from turbo_nb import catalog, sla
+from turbo_nb import pipeline as loading
 from turbo_nb.batch import engines
 from turbo_nb.errors import InputError, TurboNbError, TurboNbWarning
 from turbo_nb.files import decide
@@ -21,7 +25,8 @@ from turbo_nb.files.resolve import resolve
 from turbo_nb.fused import vae as fused_vae
 from turbo_nb.machine import probe
 from turbo_nb.ops import launch
-from turbo_nb.runtime import estimate, warm_up
+from turbo_nb.parallel import ranks
+from turbo_nb.runtime import estimate, plan, warm_up
 from turbo_nb.settings import LoadOptions
 
 PROMPT = "a small cyan triangle growing on a navy background"
@@ -133,6 +138,19 @@ def test_all_ranks_compile_before_they_run_for_the_first_time(one, two, monkeypa
     assert_same(one, two)
 
 
+@pytest.mark.parametrize(("needs", "warms_up"), [(1e9, 1), (99e9, 0)], ids=["fits", "too large"])
+def test_a_clip_that_may_not_fit_is_not_tried_while_loading(monkeypatch, needs, warms_up):
+    own = replace(plan.PLANS[0], needs=needs, budget=80e9, device="cuda:0", gpus=2)
+    resolved, loaded, team, together = Mock(gpus=2, plan=Mock(return_value=own)), Mock(), Mock(), Mock()
+    resolved.fetch.return_value = resolved
+    monkeypatch.setattr(loading, "_load", lambda *_: loaded)
+    monkeypatch.setattr(loading, "current_device", lambda device: nullcontext())
+    monkeypatch.setattr(ranks, "start", lambda *_: team)
+    monkeypatch.setattr(warm_up, "together", together)
+    assert loading.load(resolved, clip=(1280, 720, 81)) is loaded
+    assert together.call_count == warms_up and not team.close.called  # where memory runs out, all ranks would end
+
+
 @pytest.mark.skipif(not GPUS, reason="compiles for GPUs")
 def test_a_clip_compiles_nothing_after_loading(tmp_path):
     code = """
@@ -228,6 +246,12 @@ def test_the_heads_decide_how_many_gpus_are_used(heads, takes):
                 assert decide.ranks_for(gpus, heads) == count
 
 
+def test_the_warning_names_the_line_that_loads():
+    with pytest.warns(TurboNbWarning, match="gpus is 3") as warned, pytest.raises(InputError, match="memory_plan"):
+        turbo_nb.load_pipeline("nano", device="cpu", gpus=3, memory_plan="offload")
+    assert warned[0].filename == __file__
+
+
 def test_a_number_of_gpus_that_the_machine_does_not_have(monkeypatch):
     monkeypatch.delenv("TURBO_NB_RANKS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -255,8 +279,6 @@ def test_a_value_that_is_no_number_of_gpus(value):
 
 
 def test_the_plan_counts_a_ranks_share():
-    from turbo_nb.runtime import plan
-
     def needs(gpus, name="resident"):
         given = {"budget": 80e9, "host_budget": 500e9, "name": name, "gpus": gpus}
         return plan.for_model(catalog.MODELS["TurboWan2.1-T2V-14B-720P"], quantized=True, **given)

@@ -153,6 +153,13 @@ def test_ctrl_c_interrupts_loading():
         team.join()
 
 
+def test_ranks_that_still_load_are_not_waited_for():
+    begin = time.monotonic()
+    with team_of(MOST, targets.load_slowly, join=False):
+        pass  # as where Ctrl-C interrupts loading
+    assert time.monotonic() - begin < 3  # and not 5
+
+
 def test_only_a_second_ctrl_c_interrupts_at_once():
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupt_deferred():

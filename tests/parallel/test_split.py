@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from turbo_nb import backends, sla
 from turbo_nb.fused import vae as fused_vae
+from turbo_nb.ops import launch
 from turbo_nb.parallel import group, peers, ranks, strips, ulysses
 from turbo_nb.parallel.group import shares
 
@@ -393,6 +394,23 @@ def test_a_rank_that_cannot_share_memory_keeps_no_other_one_waiting(monkeypatch,
     if fault == "refuses":
         other.join(10)
         assert made[0].peers is None is made[1].peers
+
+
+def test_no_flag_is_left_by_a_pass_that_only_compiles():
+    class Launching(SharedMemory):  # a launch waits, as on a GPU
+        def wait(self, flags):
+            launch.launch(Mock(), (1,), flags) if launch.only_compiles() else super().wait(flags)
+
+    store = dist.HashStore()
+    both = [peers.Peers(store, rank, 2, Launching()) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(peers.Peers.works, both))
+    with launch.compiling_only():
+        for own in both:  # one after the other, so that a rank has waited before the other one sends
+            own.deliver(0)
+    assert not any(own._flags.own.any() for own in both)
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(lambda own: own.deliver(0), both)] == [None, None]
 
 
 def test_memory_is_given_back_where_another_rank_has_ended():

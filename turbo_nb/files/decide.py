@@ -147,7 +147,7 @@ def ranks_for(gpus: int, heads: int) -> int:
         warn(
             f"gpus is {gpus}, and {count} of them make the clip, because each GPU computes equally many of the model's "
             f"{heads} heads.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return count
 

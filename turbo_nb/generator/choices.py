@@ -102,8 +102,9 @@ class Choices:
         )
 
     def has(self, resolved: ResolvedModel) -> bool:
-        """Return whether a model is in memory, whatever its LoRAs and its top-k are."""
-        return self._identity(resolved) == self._loaded
+        """Return whether a model is in memory and can make clips, whatever its LoRAs and its top-k are."""
+        model = self.model  # one look, because another thread may load
+        return model is not None and not model.ended and self._identity(resolved) == self._loaded
 
     def set_changeable(self, resolved: ResolvedModel) -> None:
         """Give the loaded model the LoRAs and the top-k of a choice."""

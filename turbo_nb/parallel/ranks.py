@@ -180,11 +180,12 @@ class Team:
             self._closing, self.failure = True, "the model was closed."
         if threading.current_thread() is not self._thread:
             self._thread.join(2)  # because it reads the same connections
-        for other in self._others:
+        serving = [other for other in self._others if other.ready]  # one that loads or compiles reads no command
+        for other in serving:
             with suppress(OSError):
                 other.connection.send_bytes(pickle.dumps(("end", ())))
         end = time.monotonic() + 5
-        for other in self._others:
+        for other in serving:
             with suppress(OSError, EOFError):  # until the rank's end of the connection closes
                 while other.connection.poll(max(0.1, end - time.monotonic())):
                     other.connection.recv_bytes()
