@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -310,3 +311,12 @@ def test_a_batch_on_several_gpus_runs_in_this_process(tmp_path, monkeypatch):
     for given in ({"workers": 2}, {"ray_address": "auto"}):
         with pytest.raises(InputError, match=r"^gpus is 2. Expected 1 beside (workers|ray), because each actor"):
             engines.engine_for(resolved, (64, 64, 5), tmp_path, **given)
+
+
+def test_a_batch_ends_with_its_ranks(one, monkeypatch):
+    monkeypatch.setattr(one.turbo_nb, "team", SimpleNamespace(failure="rank 1 hangs."))
+    monkeypatch.setattr(engines, "make", lambda *_: SimpleNamespace(error="rank 1 hangs."))
+    records = engines.InProcess(one.turbo_nb).make(engines.Work(count=2, size=(80, 64, 5), tasks=iter("ab")))
+    assert next(records).error == "rank 1 hangs."
+    with pytest.raises(TurboNbError, match=r"^rank 1 hangs. Start again: finished videos are kept.$"):
+        next(records)  # and not one failure for each job

@@ -143,7 +143,7 @@ class InProcess:
     actors: int = 1
 
     def make(self, work: Work) -> Iterator[JobRecord]:
-        """Make videos; raises TurboNbError when this process has lost its GPU."""
+        """Make videos; raises TurboNbError when this process has lost its GPU, or the ranks on the other GPUs."""
         if not work.count:
             return
         if isinstance(self.model, LoadedModel):
@@ -158,6 +158,8 @@ class InProcess:
                 raise TurboNbError(
                     f"{record.error}. The GPU needs a new process. Start again: finished videos are kept."
                 )
+            if record.error and LoadedModel.of(loaded).ended:
+                raise TurboNbError(f"{record.error} Start again: finished videos are kept.")
 
 
 def make(loaded: "DiffusionPipeline", task: Task, pictures: images.Pictures) -> JobRecord:
