@@ -19,7 +19,7 @@ from loopback_chat import SECRET, Chat
 from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.text.rewrite import KEY, URL
 
-RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "2"))  # while a clip runs: a reload, then a tab that is closed and opened
+RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "2"))  # a reload, then a new tab
 VIEWPORT = {"width": 1280, "height": 1750}
 
 
