@@ -133,7 +133,7 @@ def test_the_prompt_is_projected_once_for_all_steps(triton_chosen, monkeypatch):
 
 
 def test_warming_up_runs_a_block_and_the_angles_are_made_once(triton_chosen, monkeypatch):
-    transformer = tiny(torch.float16)
+    transformer = tiny(torch.float16, num_layers=1)
     fused_transformer.warm_up(transformer, (2, 6, 8))  # nothing to do
     fused_transformer.fuse(transformer)
     interpret_kernels(monkeypatch)
@@ -176,7 +176,7 @@ def test_the_padding_of_a_prompt_is_no_coarser_in_8_bits(triton_chosen, monkeypa
     def step(transformer, dtype):
         return transformer(latents.to(dtype), torch.tensor([932.0]), text.to(dtype), return_dict=False)[0].float()
 
-    exact, transformer = step(tiny(), torch.float32), tiny(torch.float16)
+    exact, transformer = step(tiny(num_layers=1), torch.float32), tiny(torch.float16, num_layers=1)
     for block in transformer.blocks:
         for name in ("to_k", "to_v"):
             setattr(block.attn2, name, int8_of(getattr(block.attn2, name)))

@@ -1,5 +1,8 @@
 """Notebook 04 in a real JupyterLab and a headless Chromium: what only a page can show.
 
+All tests use one page and one kernel, because opening them takes longer than most tests. Each test sets what it needs
+and leaves no job, so it also runs alone. The restart of the kernel comes last.
+
 Skipped, with the reason, where Chromium or JupyterLab is missing; TURBO_NB_BROWSER=required makes that a failure.
 Screenshots go to TURBO_NB_SCREENSHOTS, or to the test's own folder.
 """
@@ -16,7 +19,8 @@ from loopback_chat import SECRET, Chat
 from turbo_nb.generator.jobs import JobRunner
 from turbo_nb.text.rewrite import KEY, URL
 
-RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "3"))  # of a page while a clip runs
+RELOADS = int(os.environ.get("TURBO_NB_RELOADS", "2"))  # a reload, then a new tab
+VIEWPORT = {"width": 1280, "height": 1750}
 
 
 EARLIER = (
@@ -36,13 +40,13 @@ def chat():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, chat):
-    """A JupyterLab that knows `chat`: the folder that it shows, its address and its generator's settings"""
+    """A JupyterLab that knows `chat`: the folder that it shows, and its address"""
     folder = tmp_path_factory.mktemp("lab")
     (root := folder / "root").mkdir()
-    presets = folder / "presets"
-    variables = {URL: chat.url, KEY: SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*", "TURBO_NB_CONFIG": str(presets)}
+    variables = {URL: chat.url, KEY: SECRET, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    variables |= {"TURBO_NB_CONFIG": str(folder / "presets")}
     with jupyter_lab(root, folder, "{folder}/04_generate.ipynb", **variables) as address:
-        yield root, address, presets
+        yield root, address
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +59,17 @@ def earlier(tmp_path_factory, nano):
     return folder
 
 
-@pytest.fixture
-def lab(server, request, earlier):
-    """A folder of its own with 04 and earlier clips: its address in the JupyterLab."""
-    root, address, presets = server
-    name = re.sub(r"\W", "-", request.node.name)
-    (own := root / name).mkdir()
+@pytest.fixture(scope="module")
+def lab(server, earlier):
+    """A folder with 04 and earlier clips: its address in the JupyterLab."""
+    root, address = server
+    (own := root / "notebook").mkdir()
     shutil.copy(ROOT / "notebooks" / "04_generate.ipynb", own)
     (own / "loras").mkdir()
     shutil.copy(ROOT / "tests/files/nano_lora.safetensors", own / "loras")
     shutil.copytree(earlier, own / "outputs")
-    # a workspace of its own, because JupyterLab opens again what a workspace had open
-    yield address.format(folder=name).replace("/lab/", f"/lab/workspaces/{name}/")
+    yield address.format(folder=own.name)
     end_kernels(address)
-    shutil.rmtree(presets, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,9 @@ def chromium():
         yield chromium
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(chromium):
-    page = chromium.new_page(viewport={"width": 1280, "height": 1750})
+    page = chromium.new_page(viewport=VIEWPORT)
     page.set_default_timeout(WAIT)
     yield page
     page.close()
@@ -146,7 +147,7 @@ class Notebook:
         self.page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length == n", arg=count)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def notebook(page, lab):
     return Notebook(page, lab)
 
@@ -209,69 +210,6 @@ def test_a_person_at_the_generator(page, notebook, shots):
     tnb.screenshot(path=shots / "04-error.png")
 
 
-def test_the_page_outlives_reloads_while_a_clip_runs(page, notebook):
-    """A reload takes the page's subshell away, and a close its tab; the widgets answer the next page all the same"""
-    notebook.command("docmanager:save")
-    notebook.fill("Frames", "241")
-    notebook.says("241 frames of")
-    jobs = notebook.tnb.locator(".tnb-job")
-    for count in range(RELOADS):
-        notebook.generate.click()
-        notebook.says("so far")
-        if count % 2:
-            address = page.url
-            page.goto("about:blank")
-            page.goto(address)
-            notebook.opened()
-        else:
-            notebook.reload()
-        notebook.says("so far")  # it is still at work
-        page.wait_for_timeout(1500)  # so that it has published for this page
-        notebook.generate.click()
-        page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 2")
-        page.get_by_role("button", name="Clear the queue").click()
-        page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 1")
-        notebook.cancel.click()
-        notebook.says("Cancelled; nothing was written")
-        assert jobs.count() == 0
-
-
-def test_the_queue_on_the_page(page, notebook, shots):
-    notebook.fill("Frames", "49")
-    notebook.fill("Clips", "3")
-    page.get_by_role("button", name="Generate 3").click()
-    notebook.says("▶")
-    tnb = notebook.tnb
-    assert tnb.locator(".tnb-job").count() == 3 and notebook.nameless() == []
-    tnb.screenshot(path=shots / "04-queue.png")
-    tnb.locator(".tnb-job").nth(1).get_by_role("button").click()
-    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 2")
-    page.get_by_role("button", name="Clear the queue").click()
-    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length <= 1")
-    notebook.wait_for_clips(len(EARLIER) + 1)
-
-
-def test_after_a_restart_of_the_kernel_the_page_goes_on(page, notebook, shots):
-    notebook.fill("Prompt", "a small orange square shrinking on a gray background")
-    notebook.fill("Frames", "121")
-    notebook.fill("Clips", "8")  # because a slow page may give the kernel time to finish one or two of them
-    page.get_by_role("button", name="Generate 8").click()
-    notebook.says("so far")
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-    advice = page.get_by_text("The generator's kernel has ended")
-    advice.wait_for()
-    page.screenshot(path=shots / "04-restarted.png")
-    notebook.opened()
-    notebook.command("notebook:run-all-cells")
-    page.get_by_role("button", name=re.compile("Continue [2-8] jobs of the last session")).click()
-    notebook.says("so far")
-    assert advice.is_hidden()
-    prompt = page.get_by_label("Prompt", exact=True)
-    assert prompt.input_value() == "a small orange square shrinking on a gray background"
-    page.get_by_role("button", name="Clear the queue").click()
-    page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length > n", arg=len(EARLIER))
-
-
 # labels and buttons whose text is cut off
 CUT = """() => [...document.querySelectorAll('.tnb .widget-label, .tnb button')]
     .filter(one => one.checkVisibility() && one.scrollWidth > one.clientWidth).map(one => one.textContent)"""
@@ -287,6 +225,7 @@ FITS = """(list) => {
 
 def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
     tnb = notebook.tnb
+    notebook.fill("Frames", "25")
     prompt = page.get_by_label("Prompt", exact=True)
     prompt.fill("ein grünes Quadrat")
     page.get_by_role("button", name="Rewrite", exact=True).click()
@@ -329,3 +268,73 @@ def test_the_layout_and_rewriting(page, notebook, chat, shots, server):
     page.set_viewport_size({"width": 1405, "height": 900})  # two columns of settings would be narrow
     page.wait_for_timeout(500)
     assert page.get_by_label("Size", exact=True).evaluate(FITS)
+    page.set_viewport_size(VIEWPORT)
+    page.get_by_label("Size", exact=True).select_option(index=0)
+    page.get_by_label("Pixels", exact=True).wait_for(state="hidden")
+    page.get_by_role("button", name="Advanced settings").click()
+
+
+def test_the_page_outlives_reloads_while_a_clip_runs(page, notebook):
+    """A reload takes the page's subshell away, and a close its tab; the widgets answer the next page all the same"""
+    notebook.command("docmanager:save")
+    notebook.fill("Clips", "1")
+    notebook.fill("Frames", "241")
+    notebook.says("241 frames of")
+    jobs = notebook.tnb.locator(".tnb-job")
+    for count in range(RELOADS):
+        notebook.generate.click()
+        notebook.says("so far")
+        if count % 2:
+            address = page.url
+            page.goto("about:blank")
+            page.goto(address)
+            notebook.opened()
+        else:
+            notebook.reload()
+        notebook.says("so far")  # it is still at work
+        page.wait_for_timeout(1500)  # so that it has published for this page
+        notebook.generate.click()
+        page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 2")
+        page.get_by_role("button", name="Clear the queue").click()
+        page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 1")
+        notebook.cancel.click()
+        notebook.says("Cancelled; nothing was written")
+        assert jobs.count() == 0
+
+
+def test_the_queue_on_the_page(page, notebook, shots):
+    clips = notebook.clips.count()
+    notebook.fill("Frames", "49")
+    notebook.fill("Clips", "3")
+    page.get_by_role("button", name="Generate 3").click()
+    notebook.says("▶")
+    tnb = notebook.tnb
+    assert tnb.locator(".tnb-job").count() == 3 and notebook.nameless() == []
+    tnb.screenshot(path=shots / "04-queue.png")
+    tnb.locator(".tnb-job").nth(1).get_by_role("button").click()
+    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length == 2")
+    page.get_by_role("button", name="Clear the queue").click()
+    page.wait_for_function("() => document.querySelectorAll('.tnb .tnb-job').length <= 1")
+    notebook.wait_for_clips(clips + 1)
+
+
+def test_after_a_restart_of_the_kernel_the_page_goes_on(page, notebook, shots):
+    clips = notebook.clips.count()
+    notebook.fill("Prompt", "a small orange square shrinking on a gray background")
+    notebook.fill("Frames", "121")
+    notebook.fill("Clips", "8")  # because a slow page may give the kernel time to finish one or two of them
+    page.get_by_role("button", name="Generate 8").click()
+    notebook.says("so far")
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    advice = page.get_by_text("The generator's kernel has ended")
+    advice.wait_for()
+    page.screenshot(path=shots / "04-restarted.png")
+    notebook.opened()
+    notebook.command("notebook:run-all-cells")
+    page.get_by_role("button", name=re.compile("Continue [2-8] jobs of the last session")).click()
+    notebook.says("so far")
+    assert advice.is_hidden()
+    prompt = page.get_by_label("Prompt", exact=True)
+    assert prompt.input_value() == "a small orange square shrinking on a gray background"
+    page.get_by_role("button", name="Clear the queue").click()
+    page.wait_for_function("n => document.querySelectorAll('.tnb .tnb-prompt').length > n", arg=clips)

@@ -163,28 +163,28 @@ def test_errors_are_words_on_the_page(generator):
     assert "&lt;b&gt;" in generator.run.outlook.value and "<b>" not in generator.run.outlook.value
 
 
-@pytest.mark.parametrize(
-    ("control", "wrong", "right", "words"),
-    [
-        ("prompt", "  ", "a red circle", "The prompt is empty"),
-        ("num_frames", 6, 9, "Frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."),
-        ("seed", "12 34", 12, "Seed is '12 34'. Expected a whole number"),
-        ("seed", -1, 12, "Seed is -1. Expected a whole number"),
-        ("sigma_max", 1.0, 80.0, "First noise level is 1.0. Expected a number above"),
-        ("custom", "100000x100000", "64x64", "Size is '100000x100000'. Expected sides"),
-        ("custom", "a x b", "64 × 64", "Size is 'a x b'. Expected 480p, 720p, WIDTHxHEIGHT"),
-    ],
-)
-def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(generator, control, wrong, right, words):
+WRONG = [  # control, a wrong value, a right value, and what the page says of the wrong one
+    ("prompt", "  ", "a red circle", "The prompt is empty"),
+    ("num_frames", 6, 9, "Frames is 6. Expected 4n + 1 (1, 5, 9, …). Take 5."),
+    ("seed", "12 34", 12, "Seed is '12 34'. Expected a whole number"),
+    ("seed", -1, 12, "Seed is -1. Expected a whole number"),
+    ("sigma_max", 1.0, 80.0, "First noise level is 1.0. Expected a number above"),
+    ("custom", "100000x100000", "64x64", "Size is '100000x100000'. Expected sides"),
+    ("custom", "a x b", "64 × 64", "Size is 'a x b'. Expected 480p, 720p, WIDTHxHEIGHT"),
+]
+
+
+def test_an_error_is_shown_once_in_the_page_s_words_and_goes_with_its_cause(generator):
     make(generator)
-    fill(generator, **{control: wrong})
-    shown = html.unescape(page(generator.root))
-    assert shown.count('role="alert"') == shown.count(words) == 1 and generator.run.generate.disabled
-    assert words in html.unescape(generator.run.outlook.value)
-    generator.run.start()
-    assert generator.runner.jobs == [] and len(generator.runner.gallery.clips()) == 1
-    fill(generator, **{control: right})
-    assert 'role="alert"' not in page(generator.root) and not generator.run.generate.disabled
+    for control, wrong, right, words in WRONG:
+        fill(generator, **{control: wrong})
+        shown = html.unescape(page(generator.root))
+        assert shown.count('role="alert"') == shown.count(words) == 1 and generator.run.generate.disabled, shown
+        assert words in html.unescape(generator.run.outlook.value)
+        generator.run.start()
+        assert generator.runner.jobs == [] and len(generator.runner.gallery.clips()) == 1
+        fill(generator, **{control: right})
+        assert 'role="alert"' not in page(generator.root) and not generator.run.generate.disabled, control
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,12 @@ GLUON = {
         {"BIAS": True},
     ),
 }
-GLUON["hopper sage"] = (
+# In one kernel, because int8 keys change other lines than `WIDE` and `RANKS`
+GLUON["hopper sage, offsets above 2**31, parts of 4 ranks"] = (
     hopper_sla._sparse_linear,
     GLUON["hopper"][1] | {"keys": f"tensordesc<i8[64, 128],{hopper_sla.LAYOUT_INT8!r}>"},
-    {"WIDE": False, "RANKS": 0},
+    {"WIDE": True, "RANKS": 4},
 )
-GLUON["hopper, offsets above 2**31, parts of 4 ranks"] = (*GLUON["hopper"][:2], {"WIDE": True, "RANKS": 4})
 
 
 def compiled(kernel, types: dict, constants: dict, arch: int, warps: int, stages: int, source=ASTSource):

@@ -550,21 +550,21 @@ FEW = ["80:conv:192", "80:project_state", "86:row_product", "89:linear_state", "
 CARDS = ["80", "86", "89", "90", "120"] if os.environ.get("TURBO_NB_COMPILE") == "all" else FEW
 
 
-@pytest.mark.parametrize("cards", [CARDS, ["gluon"]], ids=" ".join)
-def test_kernels_compile_for_cards_that_are_not_here(cards, tmp_path):
+def test_kernels_compile_for_cards_that_are_not_here(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_for.py")), *cards],
+        [sys.executable, str(Path(__file__).with_name("compile_for.py")), *CARDS, "gluon"],
         capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    assert len(lines) >= 3 * len(cards), result.stdout
+    of_gluon = [line for line in lines if line[1].startswith("hopper")]
+    assert len(of_gluon) >= 3 and len(lines) - len(of_gluon) >= 3 * len(CARDS), result.stdout
     for line in lines:
         *_, taken, allowed, ahead = line
         assert int(taken) <= int(allowed), f"{line}: more shared memory than expected"
-        if cards != ["gluon"] and "int8_blocks" not in line:
+        if line not in of_gluon and "int8_blocks" not in line:
             assert int(ahead) >= 4, f"{line}: its loop does not load tiles ahead of their use"
 
 

@@ -223,11 +223,12 @@ def convolve_in_order(x, weight, bias, stride=1, *_):
     """Convolve with one order of the sums for each pixel; that of a CPU's kernels depends on the picture's size"""
     stride, dims = torch.as_tensor(stride).expand(x.ndim - 2).tolist(), x.ndim - 2
     sizes = [(side - taps) // step + 1 for side, taps, step in zip(x.shape[2:], weight.shape[2:], stride, strict=True)]
-    out = bias.view(-1, *[1] * dims).expand(len(x), -1, *sizes)
+    out = bias.view(-1, *[1] * dims).repeat(len(x), 1, *sizes)
     for tap in product(*map(range, weight.shape[2:])):
         spans = [slice(at, at + size * step, step) for at, size, step in zip(tap, sizes, stride, strict=True)]
-        for channel, pixels in enumerate(x[:, :, *spans].split(1, 1)):
-            out = out + pixels * weight[:, channel, *tap].view(-1, *[1] * dims)
+        of_channels = weight[:, :, *tap].t()[:, None].unflatten(2, (-1, *[1] * dims))
+        for term in x[:, :, *spans].transpose(0, 1).unsqueeze(2) * of_channels:  # (C, B, out, …)
+            out += term
     return out
 
 
