@@ -271,6 +271,9 @@ def test_a_number_of_gpus_that_the_machine_does_not_have(monkeypatch):
     assert probe.gpus_of("all", "cpu") == 1
     with pytest.raises(InputError, match=r"^gpus is 2. Expected 1, because the device is the CPU"):
         turbo_nb.load_pipeline("nano", device="cpu", gpus=2)
+    monkeypatch.setenv("TURBO_NB_RANKS", "CPU")
+    with pytest.raises(InputError, match=r"^TURBO_NB_RANKS is 'CPU'. Expected cpu. Unset it for GPUs."):
+        turbo_nb.load_pipeline("nano", device="cpu", gpus=2)
 
 
 @pytest.mark.parametrize("value", [0, -1, "many", 1.5, True, "٢2", ""])

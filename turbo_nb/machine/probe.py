@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Device = str | torch.device | int | None
 
 HIDES = "CUDA_VISIBLE_DEVICES"
-RANKS = "TURBO_NB_RANKS"  # cpu: several ranks share a CPU, for tests
+RANKS = "TURBO_NB_RANKS"  # cpu: several ranks share a CPU, for trials and tests
 EXCHANGE = "TURBO_NB_EXCHANGE"  # how several GPUs exchange the parts of a step
 EXCHANGES = ("auto", "nccl")
 TRIAL = Path(__file__).parent / "triton_trial.py"
@@ -382,21 +382,29 @@ def exchange() -> str:
     return name
 
 
+def ranks_share_cpu() -> bool:
+    """Return whether several ranks run on a CPU. Raises InputError for an unknown value of the variable."""
+    name = os.environ.get(RANKS) or ""
+    if name not in ("", "cpu"):
+        raise InputError(f"{RANKS} is {name!r}. Expected cpu. Unset it for GPUs.")
+    return name == "cpu"
+
+
 def gpus_of(gpus: int | str, device: str) -> int:
     """Return how many GPUs make a clip together; "all" is every GPU that torch sees.
 
     Raises:
-        InputError: this machine has fewer GPUs, or the device is one of them.
+        InputError: this machine has fewer GPUs, or the device is one of them. Also what `ranks_share_cpu` raises.
     """
     import torch
 
-    if os.environ.get(RANKS) == "cpu" and device == "cpu":  # the tests' ranks
+    if ranks_share_cpu() and device == "cpu":
         return 2 if gpus == "all" else gpus
     count = torch.cuda.device_count() if device.startswith("cuda") else 0
     if gpus == 1 or (gpus == "all" and count < 2):
         return 1
     if count == 0:
-        raise InputError(f"gpus is {gpus}. Expected 1, because the device is the CPU.")
+        raise InputError(f"gpus is {gpus}. Expected 1, because the device is the CPU. Leave gpus out.")
     if device not in ("cuda", "cuda:0"):
         raise InputError(f"device is {device!r}. Expected cuda beside gpus {gpus}, which takes the first {gpus} GPUs.")
     if not torch.distributed.is_nccl_available():

@@ -1,6 +1,5 @@
 """What the other ranks do: rank 0's commands, one after the other."""
 
-import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def device_of(rank: int) -> str:
     """Return the device of a rank: the GPU with its number, or the CPU where ranks share it."""
-    return "cpu" if os.environ.get(probe.RANKS) == "cpu" else f"cuda:{rank}"
+    return "cpu" if probe.ranks_share_cpu() else f"cuda:{rank}"
 
 
 def split(pipeline: "DiffusionPipeline", link: Team | Member) -> Team | None:
