@@ -5,6 +5,7 @@
     start: begins the processes              ──────────► run `target`, which loads the model
     join: waits for all of them              ◄────────── "ready"
     tell: a command and its arguments        ──────────► commands(): run it, with exchanges in `Group`
+    finish: a command that takes long        ◄────────── "ready" again
     a thread watches                         ◄────────── a sign of life every second, and errors
     close, or this process ends              ──────────► the lifeline closes, and a thread ends the process
 

@@ -5,6 +5,7 @@ the clip's shapes and alignments, because kernels are specialised for these. Tri
 compilation to a thread. Most of the work is in LLVM, ptxas and the C compiler, which run beside Python. Triton keeps
 what it compiles on disk. `vae` runs beside the loading of the transformer, and `transformer` beside that of the text
 encoder. `choose_launches` runs alone, because it times.
+`together` compiles what several ranks run, after all of them have loaded.
 """
 
 import os
