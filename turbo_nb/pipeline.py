@@ -405,7 +405,7 @@ def _modules(resolved: ResolvedModel, plan: Plan, prompts: Sequence[str], device
     phases.mark("load the tokenizer")
     parts["vae"] = checkpoint.load_vae(resolved.vae, device=device, dtype=dtype)
     fused_vae.fuse(parts["vae"])
-    compiler.vae(parts["vae"])
+    compiler.vae(parts["vae"], resolved.spec.task == "i2v")
     phases.mark("load the VAE")
     experts = [
         checkpoint.load_transformer(
@@ -459,12 +459,12 @@ class _Compiler(Beside):
     def __init__(self, device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None]):
         self._device, self._size, self._on_compile = device, size, on_compile
 
-    def vae(self, model: Any) -> None:
-        """Begin with the VAE's decoder."""
+    def vae(self, model: Any, encodes: bool) -> None:
+        """Begin with the VAE: its decoder, and its encoder where it encodes."""
         if self._device != "cpu":
             from .runtime import warm_up
 
-            self.start(self._run, "VAE", warm_up.vae, model)
+            self.start(self._run, "VAE", warm_up.vae, model, encodes)
 
     def transformer(self, model: Any) -> None:
         """Begin with the transformer."""

@@ -190,6 +190,15 @@ def test_all_ranks_encode_the_image(i2v, monkeypatch, clip, length):
     assert told.count(("strips", "encoder")) == 1 + ("extend" in clip)
 
 
+def test_the_encoder_of_images_is_compiled_with_the_rest(i2v, monkeypatch):
+    told, tell = [], i2v[1].turbo_nb.team.tell
+    note = lambda *told_: (told.append((*told_[:2], launch.only_compiles())), tell(*told_))  # noqa: E731
+    monkeypatch.setattr(i2v[1].turbo_nb.team, "tell", note)
+    warm_up.together(i2v[1], (80, 64, 9))
+    assert [told.count(("strips", "encoder", only)) for only in (True, False)] == [1, 1]
+    assert_same(*i2v, image=PICTURE)
+
+
 def test_a_clip_that_is_cancelled_after_its_image_was_encoded_leaves_the_ranks_at_work(i2v):
     def cancel(*_):
         raise InterruptedError

@@ -48,7 +48,7 @@ def test_an_error_ends_the_context():
 
 
 @pytest.mark.parametrize(("frames", "chunks"), [(1, [1]), (9, [1, 2]), (17, [1, 4]), (25, [1, 4, 2]), (81, [1, 4])])
-def test_the_vae_decodes_a_chunk_of_every_length(monkeypatch, frames, chunks):
+def test_the_vae_decodes_and_encodes_a_chunk_of_every_length(monkeypatch, frames, chunks):
     decoded = []
 
     def chunked(vae, z):
@@ -58,8 +58,10 @@ def test_the_vae_decodes_a_chunk_of_every_length(monkeypatch, frames, chunks):
 
     monkeypatch.setattr(warm_up.fused_vae, "chunks", chunked)
     vae = SimpleNamespace(config=SimpleNamespace(z_dim=16), device="cpu", dtype=torch.float32)
-    warm_up._decode(vae, (1 + (frames - 1) // 4, 60, 104))
-    assert decoded
+    warm_up._code(vae, (1 + (frames - 1) // 4, 60, 104), encodes=False)
+    vae.encode = lambda x: decoded.append(x.shape)
+    warm_up._code(vae, (1 + (frames - 1) // 4, 60, 104), encodes=True)
+    assert decoded[2:] == [(1, 3, 4 * sum(chunks) - 3, 480, 832)]
 
 
 def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
@@ -83,7 +85,7 @@ def test_progress_counts_the_kernels_once_they_take_long(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(warm_up, "_async_mode", lambda: Mode)
-    monkeypatch.setattr(warm_up, "_decode", lambda *_: inside.append(launch._compiling_only.get()))
+    monkeypatch.setattr(warm_up, "_code", lambda *_: inside.append(launch._compiling_only.get()))
     monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda *_, **more: None)
     warm_up.vae(None, (832, 480, 81))
     assert inside == [True] and len(loaded) == 3
@@ -98,7 +100,7 @@ def test_an_older_triton_compiles_one_after_the_other(monkeypatch):
     ran = []
     monkeypatch.setattr(warm_up, "_async_mode", lambda: None)
     monkeypatch.setattr(warm_up.fused_transformer, "warm_up", lambda transformer, size: ran.append(size))
-    monkeypatch.setattr(warm_up, "_decode", lambda *_: pytest.fail("the VAE compiles with its first clip"))
+    monkeypatch.setattr(warm_up, "_code", lambda *_: pytest.fail("the VAE compiles with its first clip"))
     warm_up.transformer(None, (832, 480, 81))
     warm_up.vae(None, (832, 480, 81))
     assert ran == [(21, 60, 104)]

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import WanImageToVideoPipeline
 
 from ..fused import transformer as fused_transformer
 from ..fused import vae as fused_vae
@@ -52,11 +53,14 @@ def transformer(
             fused_transformer.warm_up(model, _latents(size), recorded=True)
 
 
-def vae(model: torch.nn.Module, size: tuple[int, int, int]) -> None:
-    """Compile the kernels of a VAE's decoder for the current GPU; arguments and errors as those of `transformer`."""
+def vae(model: torch.nn.Module, size: tuple[int, int, int], encodes: bool = False) -> None:
+    """Compile the kernels of a VAE for the current GPU; the other arguments and errors are those of `transformer`.
+
+    encodes: those of its encoder, too, for image-to-video.
+    """
     with compiling() as together:
         if together:
-            _decode(model, _latents(size))
+            _code(model, _latents(size), encodes)
 
 
 def choose_launches(
@@ -78,7 +82,7 @@ def choose_launches(
 
     if tune.tune(gpu, partial(_sample, pipeline, _latents(size)), compile_work):
         transformer(pipeline.transformer, size, on_compile)
-        vae(pipeline.vae, size)
+        vae(pipeline.vae, size, _encodes(pipeline))
 
 
 @torch.inference_mode()
@@ -116,23 +120,23 @@ def together(
         if only_compiles:
             with team.together():
                 team.tell("compile")
-            _step_and_decode(pipeline, _latents(size))
+            _run(pipeline, _latents(size))
     if only_compiles:
         team.finish("compiled")
-    _step_and_decode(pipeline, _latents(size))
+    _run(pipeline, _latents(size))
     if pipeline.transformer.device.type == "cuda":
         torch.cuda.synchronize(pipeline.transformer.device)  # because loading ends when all ranks are through
 
 
 @torch.inference_mode()
-def _step_and_decode(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> None:
-    """Run a step and the first chunks of the decoding"""
+def _run(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> None:
+    """Run a step, and the first chunks of the VAE"""
     model = pipeline.transformer
     given = {"device": model.device, "dtype": model.dtype}
     x = torch.zeros(1, model.config.in_channels, *latents, **given)
     text = fused_transformer.sample_text(model.config.text_dim, **given)
     model(x, torch.full((1,), 900.0, device=model.device), text, return_dict=False)
-    _decode(pipeline.vae, latents)
+    _code(pipeline.vae, latents, _encodes(pipeline))
 
 
 def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -176,13 +180,19 @@ class _Loading(ThreadPoolExecutor):
 
 
 @torch.inference_mode()
-def _decode(vae: torch.nn.Module, latents: tuple[int, int, int]) -> None:
-    """Decode a chunk of each length that the clip has"""
+def _code(vae: torch.nn.Module, latents: tuple[int, int, int], encodes: bool) -> None:
+    """Decode a chunk of each length that the clip has, and encode such chunks where the clip begins with a picture"""
     time, height, width = latents
     frames = min(time, 1 + fused_vae.CHUNK + (time - 1) % fused_vae.CHUNK)
-    z = torch.zeros(1, vae.config.z_dim, frames, height, width, device=vae.device, dtype=vae.dtype)
-    for _ in fused_vae.chunks(vae, z):
+    given = {"device": vae.device, "dtype": vae.dtype}
+    for _ in fused_vae.chunks(vae, torch.zeros(1, vae.config.z_dim, frames, height, width, **given)):
         pass
+    if encodes:
+        vae.encode(torch.zeros(1, 3, 4 * frames - 3, 8 * height, 8 * width, **given))
+
+
+def _encodes(pipeline: "DiffusionPipeline") -> bool:
+    return isinstance(pipeline, WanImageToVideoPipeline)
 
 
 def _async_mode() -> type | None:
