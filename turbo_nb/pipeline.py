@@ -317,7 +317,7 @@ def load(
 
             with current_device(plan.device):
                 size = clip or (*resolved.spec.size, resolved.spec.num_frames)
-                warm_up.together(pipeline, size, on_compile or (lambda done, total: None))
+                warm_up.together(pipeline, size, on_compile)
     except BaseException:
         team.close()
         raise
@@ -360,7 +360,7 @@ def _load(
     """Load a model on this rank; link: with the other ranks"""
     device = plan.device if plan.offload == "none" else "cpu"
     size = clip or (*resolved.spec.size, resolved.spec.num_frames)
-    with _Compiler(device, size, on_compile or (lambda done, total: None)) as compiler:
+    with _Compiler(device, size, on_compile) as compiler:
         pipeline, encoder = _modules(resolved, plan, prompts, device, compiler)
         model = pipeline.turbo_nb = LoadedModel(
             resolved=resolved, pipeline=pipeline, prompt_encoder=encoder, plan=plan, _loaded_on=device
@@ -456,7 +456,7 @@ class _Compiler(Beside):
     device: "cpu" compiles nothing, because the parts are not on the GPU yet, or never will be.
     """
 
-    def __init__(self, device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None]):
+    def __init__(self, device: str, size: tuple[int, int, int], on_compile: Callable[[int, int], None] | None):
         self._device, self._size, self._on_compile = device, size, on_compile
 
     def vae(self, model: Any, encodes: bool) -> None:

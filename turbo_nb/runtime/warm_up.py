@@ -35,7 +35,7 @@ THREADS = min(32, os.cpu_count() or 1)  # about 40 kernels are compiled
 def transformer(
     model: torch.nn.Module,
     size: tuple[int, int, int],
-    on_compile: Callable[[int, int], None] = lambda done, total: None,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> None:
     """Compile a transformer's kernels for the current GPU.
 
@@ -66,7 +66,7 @@ def vae(model: torch.nn.Module, size: tuple[int, int, int], encodes: bool = Fals
 def choose_launches(
     pipeline: "DiffusionPipeline",
     size: tuple[int, int, int],
-    on_compile: Callable[[int, int], None] = lambda done, total: None,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> None:
     """Time how to launch the kernels on the current GPU, unless that was done before (`tune`).
 
@@ -104,7 +104,7 @@ def _sample(pipeline: "DiffusionPipeline", latents: tuple[int, int, int]) -> Non
 def together(
     pipeline: "DiffusionPipeline",
     size: tuple[int, int, int],
-    on_compile: Callable[[int, int], None] = lambda done, total: None,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> None:
     """Compile what several ranks run, on all of them at the same time, and run it once.
 
@@ -145,7 +145,7 @@ def _latents(size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 @contextmanager
-def compiling(on_compile: Callable[[int, int], None] = lambda done, total: None) -> Iterator[bool]:
+def compiling(on_compile: Callable[[int, int], None] | None = None) -> Iterator[bool]:
     """Let the launches inside only compile, all at the same time. Gives False for a Triton that cannot.
 
     on_compile: as that of `transformer`.
@@ -160,7 +160,7 @@ def compiling(on_compile: Callable[[int, int], None] = lambda done, total: None)
             yield True
         begin, futures = time.perf_counter(), list(compilations.raw_futures)
         for done, _ in enumerate(as_completed(futures), 1):
-            if time.perf_counter() - begin > QUIET:
+            if on_compile and time.perf_counter() - begin > QUIET:
                 on_compile(done, len(futures))
 
 
