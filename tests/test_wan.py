@@ -158,7 +158,8 @@ def test_a_placed_pipeline_is_not_copied_or_pickled_with_its_weights(nano, make)
 
 
 def test_a_pipeline_without_a_memory_plan_is_copied_and_pickled_as_diffusers_own():
-    # its own, because tensors of the shared one may be views of a file, and pickle writes the file for each of them
+    # its own, because a plan of another test may have packed the shared one's weights into one piece of memory, which
+    # pickle writes for each of them
     nano = turbo_nb.load_pipeline("nano", device="cpu")
     plain = type(nano)(**nano.components)
     assert clips(plain, guidance_scale=1.0).shape == (1, 5, 64, 64, 3)
