@@ -221,6 +221,15 @@ def test_a_start_command_of_the_runpod_page_clones_once_and_starts(line, tmp_pat
     assert (tmp_path / "clones").read_text().count("\n") == 1
 
 
+def test_every_path_in_the_clone_of_a_pod_is_real():
+    pages = [path for path in (REPOSITORY / "docs").rglob("*") if path.suffix in (".md", ".yaml")]
+    found = {
+        pair for page in pages for pair in re.findall(r"/workspace/(turbo[-_]nb)\b/?([\w./]*)", page.read_text("utf-8"))
+    }
+    assert ("turbo_nb", "runpod_start.sh") in found
+    assert [pair for pair in found if pair[0] != "turbo_nb" or not (REPOSITORY / pair[1]).exists()] == []
+
+
 def test_a_start_that_fails_leaves_the_container_running(tmp_path):
     (line,) = [line for line in RUNPOD if line.startswith("bash -c")]
     result = with_stubs(line, tmp_path, git="exit 1", sleep='echo "sleeps $*"')
