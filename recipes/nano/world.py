@@ -18,7 +18,7 @@ ASSET = Path(__file__).resolve().parents[2] / "turbo_nb" / "assets" / "nano"
 VOCABULARY = json.loads((ASSET / "vocabulary.json").read_text(encoding="utf-8"))
 ATTRIBUTES = {name: list(values) for name, values in VOCABULARY["attributes"].items()}
 
-FRAMES, SIZE, FPS = 25, 128, 16
+FRAMES, SIZE = 25, 128
 MARGIN = 4  # pixels that stay free around the shape
 RADIUS = {
     "small": (12.0, 15.0),
