@@ -121,6 +121,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
             model_output: the velocity v, (B, C, T, H, W).
             timestep: not used; the scheduler counts the steps.
             sample: x, of the same shape.
+            return_dict: return a `SchedulerOutput` and not a tuple.
 
         Returns:
             The next x in float64, in a `SchedulerOutput` or a tuple.

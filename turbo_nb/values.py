@@ -314,6 +314,7 @@ def _plain(text: str) -> str:
 
 
 def closest(value: Any, words: Iterable[str]) -> str:
+    """Return a question that offers the word most like the value, "" where none is like it."""
     close = get_close_matches(str(value), list(words), n=1, cutoff=0.7)
     return f"Did you mean {close[0]!r}?" if close else ""
 

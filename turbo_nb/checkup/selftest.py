@@ -175,7 +175,12 @@ def sums(folder: Path) -> str:
 
 
 def files(spec: catalog.ModelSpec, quantized: bool) -> tuple[bool, str]:
-    """Check that the model's files have the right bytes and contents."""
+    """Check that the model's files have the right bytes and contents.
+
+    Raises:
+        CheckpointError: a file was changed, or holds something else.
+        DownloadError: a file is not downloaded.
+    """
     from ..files import hub, recognise
 
     if spec.folder:

@@ -61,6 +61,7 @@ def download_model(
 
     Raises:
         UnknownModelError: the name is not known.
+        InputError: model is a path, or quantized is given with a reference.
         CheckpointError: a file cannot be loaded.
         DownloadError: a file cannot be fetched, or the disk is too small.
     """

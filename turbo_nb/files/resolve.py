@@ -433,6 +433,9 @@ def spec_of(contents: Contents, file: Path | HubFile, name: str | None) -> Model
     """Return the spec of the first model with this shape; for another shape, Wan's defaults for its task.
 
     A model that is known by a reference has that as its name, so that the metadata of its clips show where it is from.
+
+    Raises:
+        CheckpointError: the number of input channels is that of no task.
     """
     if isinstance(file, HubFile) and (known := catalog.of_file(file)) and known.arch == contents.arch:
         return known

@@ -48,6 +48,7 @@ def serve(
     Raises:
         InputError: Voilà or the Jupyter server is not installed, or something listens on the port already. Or a
             variable that names a folder has an address of another place.
+        OutputError: no clip can be written into the folder.
     """
     environment.check_folders()
     for package in ("voila", "jupyter_server"):

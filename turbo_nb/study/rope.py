@@ -229,6 +229,9 @@ def rotation_errors(
     Args:
         found: implementations by name. They get the angles of `rope_freqs`, so a wrong grid shows too.
         sizes: of clips, in latent patches.
+        head_dim, heads: of the noise (1, T·H·W, heads, head_dim) that is rotated.
+        dtypes: names of torch dtypes.
+        device: where it runs.
 
     Raises:
         InputError: a size is not 3 whole numbers, or takes more memory than is free. Or head_dim cannot be used.
@@ -263,6 +266,7 @@ def recorded_checks(path: str | Path, found: Mapping[str, Rotation], device: str
     Args:
         path: tests/golden/ops.safetensors of the repository.
         found: implementations by name.
+        device: where they run.
 
     Returns:
         The checks, an empty list where the file does not exist.
@@ -323,7 +327,19 @@ def rotation_speeds(
     device: str = "cpu",
     repeats: int = 7,
 ) -> list[Speed]:
-    """Time each implementation on x (1, T·H·W, heads, head_dim). The first of `repeats + 1` calls is not counted."""
+    """Time each implementation on x (1, T·H·W, heads, head_dim).
+
+    Args:
+        found: implementations by name.
+        size: of a clip, in latent patches (T, H, W).
+        head_dim, heads: of x.
+        dtypes: names of torch dtypes.
+        device: where it runs.
+        repeats: calls that are timed, after one that is not.
+
+    Raises:
+        InputError: the size is not 3 whole numbers, or takes more memory than is free. Or head_dim cannot be used.
+    """
     size = _size("size", size, heads, head_dim, device, SPEED_BYTES)
     freqs = rope.rope_freqs(size, head_dim).to(device)
     cos, sin = freqs.cos(), freqs.sin()

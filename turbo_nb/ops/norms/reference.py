@@ -43,6 +43,7 @@ def rms_norm_rope(
         weight: of the norm, (H·D,).
         cos, sin: (L, D/2). None: no rotation.
         heads: H.
+        eps: added to the mean square.
         sums: also return the result's sums over runs of `SUM_TOKENS` tokens, which attention pools into block means.
 
     Returns:
@@ -64,6 +65,7 @@ def gated_norm(
         branch: (B, L, C). None: y = x.
         gate: (B, C) or (C,). None: 1.
         scale, shift: (B, C) or (C,). None: no norm.
+        eps: added to the variance.
         quantize: return the norm in 8 bits, as `row_quantize` does.
 
     Returns:
