@@ -343,6 +343,12 @@ def test_scripts_can_be_parsed(name, tmp_path):
     subprocess.run(["node", "--check", tmp_path / "a.mjs"], check=True)
 
 
+def test_a_page_shows_no_time_of_a_clip_whose_file_gives_none(gallery):
+    clip = saved(gallery, "red")
+    for timings, end in (({"decode": 2.0}, "nano, 2.0 s"), ({}, "nano")):  # the second as of `Video.save`
+        assert describe(replace(clip, record=replace(clip.record, timings=timings)))["facts"].endswith(end)
+
+
 def test_what_a_page_shows_of_a_clip_is_text(gallery):
     clip = saved(gallery, EVIL)
     shown = describe(clip)

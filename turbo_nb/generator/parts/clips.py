@@ -41,7 +41,7 @@ def facts(clip: Clip) -> str:
         record.model,
         ", ".join(f"{one.name} {one.strength:g}" for one in record.loras),
         record.several_gpus,
-        in_words(clip.seconds) + environment.dollars(record.cost),
+        clip.seconds and in_words(clip.seconds) + environment.dollars(record.cost),
     ]
     return ", ".join(filter(None, parts))
 
