@@ -261,7 +261,7 @@ def _try_triton(facts: dict, version: str | None) -> str | None:
 
     Only success is kept, because a failure can have a cause that no circumstance shows.
     """
-    if facts["driver"] is None:  # nvidia-smi did not tell it
+    if facts["driver"] is None:  # nvidia-smi did not report it
         return _probe_triton()
     library = Library(version=version)
     found = circumstances(Machine(**facts, libraries={"triton": library})) | {"script": recall.stamp(TRIAL)}
