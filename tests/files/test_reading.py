@@ -175,6 +175,13 @@ def test_state_dict_of_any_nesting_is_read(tmp_path, make, expected, suffix):
         same(tensors, expected)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf", ".txt", ""])
+def test_a_torch_file_of_another_suffix_is_read(tmp_path, suffix):
+    torch.save(state(), tmp_path / "model.pth")
+    path = (tmp_path / "model.pth").rename(tmp_path / f"model{suffix}")
+    same(read_raw(path).tensors, state())
+
+
 def deep() -> dict:
     level = {"weight": torch.ones(1)}
     for _ in range(100):

@@ -231,7 +231,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise CheckpointError(f"{name} has compressed entries: refused. Expected stored entries, as torch writes.")
         stored = Counter(entry.file_size for entry in archive.infolist())
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:  # torch takes a path that ends so for a safetensors file, and maps paths only
+        source = file if path.suffix == ".safetensors" else path
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=source is path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} holds {type(state).__name__}. Expected a state dict: tensors by their names.")
     tensors = _flatten(state, name)
