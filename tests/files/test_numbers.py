@@ -182,9 +182,7 @@ def test_gguf_is_quantised_to_rows_on_request(tmp_path, state, inputs):
 def test_a_gguf_format_without_a_decoder_is_named_when_the_file_is_read(tmp_path, type_name):
     gguf = pytest.importorskip("gguf")
     block, width = gguf.GGML_QUANT_SIZES[kind := gguf.GGMLQuantizationType[type_name]]
-    one = GGUFTensor(
-        data=torch.zeros(width, dtype=torch.uint8), quant_type=kind, type_name=type_name, shape=(1, block)
-    )
+    one = GGUFTensor(data=torch.zeros(width, dtype=torch.uint8), quant_type=kind, type_name=type_name, shape=(1, block))
     with pytest.raises(CheckpointError, match=rf"blocks\.0\.ffn\.0\.weight in 'x\.gguf' has the .* GGUF {type_name}"):
         numbers.encode({"blocks.0.ffn.0.weight": one}, "x.gguf")
 

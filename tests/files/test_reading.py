@@ -538,6 +538,16 @@ def test_link_to_a_blob_without_suffix_is_read(tmp_path):
     same(read_raw(blob).tensors, state())
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_name_that_is_not_utf8_is_not_called_damage(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(f"café.{suffix}".encode("latin-1"))
+    path.write_bytes(b"")
+    (save_file if suffix == "safetensors" else torch.save)(state(), tmp_path / "x")
+    (tmp_path / "x").replace(path)
+    with pytest.raises(CheckpointError, match=r"not UTF-8.*Rename"):
+        read_raw(path)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_folder_is_a_typed_error(tmp_path):
     folder = shards(tmp_path / "m", state())

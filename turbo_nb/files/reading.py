@@ -146,6 +146,11 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor | GGUFTensor], dict[str, st
     with path.open("rb") as file:
         head, size = file.read(512), os.fstat(file.fileno()).st_size
     name = repr(str(path))
+    if re.search("[\\ud800-\\udfff]", str(path)):  # what Python makes of bytes that are not UTF-8
+        raise CheckpointError(
+            f"{name} is a path that is not UTF-8. Expected UTF-8, because torch and safetensors open no other paths. "
+            "Rename the file or its folder."
+        )
     header = int.from_bytes(head[:8], "little")
     try:
         # first, because a header's length can spell the beginning of any other format
