@@ -334,7 +334,7 @@ def of_contents(contents: Contents) -> LoRA:
             "or convert it to a LoRA."
         )
     if contents.kind != "LoRA":
-        raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA.")
+        raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA. Give the path of a LoRA.")
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
     foreign = []
     for key, tensor in contents.tensors.items():
@@ -490,7 +490,8 @@ def fit(lora: LoRA, shapes: Mapping[str, Sequence[int]], *, quiet: bool = False)
         if (made_for := change.misfit(shapes[name])) is not None:
             raise CheckpointError(
                 f"{change.keys[0]} in {path!r} is made for a tensor of shape {made_for}. Expected "
-                f"{tuple(shapes[name])}, the shape of {name} in this model. Take a LoRA of a model of this size."
+                f"{tuple(shapes[name])}, the shape of {name} in this model. Take a LoRA of a model of this size "
+                "and task (text-to-video or image-to-video)."
             )
     if all(change.is_zero for change in matched.values()):
         raise CheckpointError(
