@@ -280,11 +280,21 @@ def load_vae(
     """
     contents = path if isinstance(path, Contents) else read(path, "vae")
     require(contents, "vae")
-    with fitting_shapes(contents.path), init_empty_weights():
-        config = part_config(contents.path, VAE, {}) or _vae_config(contents.tensors)
-        model = AutoencoderKLWan.from_config(config)
+    model = _empty_vae(contents)
     _fill(model, contents, device, dtype)
     return model.requires_grad_(False).eval()
+
+
+def require_vae(contents: Contents) -> None:
+    """Raise CheckpointError where `load_vae` would, because a tensor is missing or does not fit. Reads no weights."""
+    wanted = {key: target.shape for key, target in _empty_vae(contents).state_dict().items()}
+    require_tensors(contents, contents.tensors, wanted)
+
+
+def _empty_vae(contents: Contents) -> AutoencoderKLWan:
+    with fitting_shapes(contents.path), init_empty_weights():
+        config = part_config(contents.path, VAE, {}) or _vae_config(contents.tensors)
+        return AutoencoderKLWan.from_config(config)
 
 
 def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
