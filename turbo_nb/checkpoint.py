@@ -88,7 +88,7 @@ def load_transformer(
 
     Raises:
         CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
-            Or a LoRA does not fit.
+            Or a matrix is zero throughout, or a LoRA does not fit.
         InputError: an argument cannot be used.
         BackendError: the attention cannot run here.
     """
