@@ -367,6 +367,15 @@ def test_each_lora_goes_to_its_expert(experts):
     assert len(ids) == 4
 
 
+def test_lora_of_both_experts_can_be_left_to_one(experts):
+    one = experts / "one.safetensors"
+    pipeline = turbo_nb.load_pipeline((experts / "high.pth", experts / "low.pth"), loras=[one], **PARTS)
+    base = turbo_nb.load_pipeline((experts / "high.pth", experts / "low.pth"), loras=[f"high={one}"], **PARTS)
+    turbo_nb.set_loras(pipeline, [f"high={one}"])
+    assert same(pipeline.transformer, bits(base.transformer))
+    assert same(pipeline.transformer_2, bits(base.transformer_2))
+
+
 @pytest.mark.parametrize("expert", ["high", "low"])
 def test_lora_of_one_expert_is_refused_for_a_model_with_one(expert, style, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloaded"))

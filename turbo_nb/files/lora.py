@@ -585,6 +585,9 @@ def choose(asked: Sequence[LoRAFile], experts: int, known: Iterable[Applied] = (
         stat = path.stat()
         if lora is None or lora.stamp != (stat.st_size, stat.st_mtime_ns):
             lora = read_before[path] = read(path)
-        same = (old for old in known if (old.lora, old.strength, old.expert) == (lora, one.strength, one.expert))
-        result.append(next(same, None) or Applied(lora=lora, strength=one.strength, expert=one.expert))
+        # what it changed stays known for another expert as well, because an expert that keeps it is not read again
+        same = [old for old in known if (old.lora, old.strength) == (lora, one.strength)]
+        changed = set().union(*(old.changed for old in same))
+        new = Applied(lora=lora, strength=one.strength, expert=one.expert, changed=changed)
+        result.append(next((old for old in same if old.expert == one.expert), new))
     return tuple(result)
