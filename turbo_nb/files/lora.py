@@ -558,6 +558,17 @@ def require_changed(loras: Sequence[Applied]) -> int:
     return len(set().union(*(one.changed for one in loras)))
 
 
+def _warn_of_expert(lora: LoRA, expert: str | None) -> None:
+    """Warn, once, of a LoRA that goes to another expert than its name says"""
+    level = recognise.noise_level(lora.path)
+    if level in (None, expert) or (key := frozenset({f"{level} for {expert}"})) in lora._warned:
+        return
+    lora._warned.add(key)
+    place = f"the {expert}-noise expert" if expert else "both experts"
+    warn(f"{str(lora.path)!r} is for {level} noise by its name, but goes to {place}; write {level}=FILE for the "
+         f"{level}-noise expert alone", stacklevel=3)  # fmt: skip
+
+
 def choose(asked: Sequence[LoRAFile], experts: int, known: Iterable[Applied] = ()) -> tuple[Applied, ...]:
     """Read the LoRAs that were asked for.
 
@@ -585,6 +596,8 @@ def choose(asked: Sequence[LoRAFile], experts: int, known: Iterable[Applied] = (
         stat = path.stat()
         if lora is None or lora.stamp != (stat.st_size, stat.st_mtime_ns):
             lora = read_before[path] = read(path)
+        if experts > 1:
+            _warn_of_expert(lora, one.expert)
         # what it changed stays known for another expert as well, because an expert that keeps it is not read again
         same = [old for old in known if (old.lora, old.strength) == (lora, one.strength)]
         changed = set().union(*(old.changed for old in same))
