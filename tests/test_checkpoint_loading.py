@@ -400,6 +400,35 @@ def test_a_damaged_safetensors_file_is_a_typed_error(tmp_path):
         load_transformer(path)
 
 
+@pytest.mark.parametrize("number_format", ["bf16", "TurboDiffusion int8", "LightX2V int8", "fp8 e5m2"])
+def test_matrix_of_zeros_that_a_broken_download_left_is_an_error(tmp_path, number_format):
+    state = load_file(catalog.NANO.folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    state = {key: tensor.contiguous().clone() for key, tensor in FORMATS[number_format](state).items()}
+    for key in [key for key in state if key.startswith("blocks.3.ffn.net.2.") and "scale" not in key]:
+        state[key].zero_()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.3\.ffn\.net\.2\.weight .* is zero in all .*Download the file again"
+    ):
+        load_transformer(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "load", "key"),
+    [
+        ("vae", load_vae, "decoder.conv_in.weight"),
+        ("text_encoder", load_text_encoder, "encoder.block.1.layer.0.SelfAttention.q.weight"),
+    ],
+)
+def test_zeros_in_another_part_are_an_error(tmp_path, part, load, key):
+    shutil.copytree(catalog.NANO.folder / part, tmp_path / part)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    state = load_file(path)
+    save_file(state | {key: torch.zeros_like(state[key])}, path)
+    with pytest.raises(CheckpointError, match=f"{key} .* is zero in all"):
+        load(tmp_path / part)
+
+
 def test_bent_bytes_are_typed_errors_or_do_not_matter(tmp_path):
     whole = write_upstream(tmp_path / "whole.pth").read_bytes()
     bent, rng, told = tmp_path / "bent.pth", random.Random(0), 0

@@ -367,6 +367,29 @@ def test_each_lora_goes_to_its_expert(experts):
     assert len(ids) == 4
 
 
+def test_lora_of_both_experts_can_be_left_to_one(experts):
+    one = experts / "one.safetensors"
+    pipeline = turbo_nb.load_pipeline((experts / "high.pth", experts / "low.pth"), loras=[one], **PARTS)
+    base = turbo_nb.load_pipeline((experts / "high.pth", experts / "low.pth"), loras=[f"high={one}"], **PARTS)
+    turbo_nb.set_loras(pipeline, [f"high={one}"])
+    assert same(pipeline.transformer, bits(base.transformer))
+    assert same(pipeline.transformer_2, bits(base.transformer_2))
+
+
+def test_lora_that_is_named_for_another_expert_is_one_warning(experts, tmp_path):
+    pipeline = turbo_nb.load_pipeline((experts / "high.pth", experts / "low.pth"), **PARTS)
+    path = tmp_path / "style_low_noise.safetensors"
+    path.write_bytes((experts / "one.safetensors").read_bytes())
+    for asked, words in ((path, "goes to both experts; write low=FILE"), (f"high={path}", "to the high-noise expert")):
+        with collect_warnings() as warned:
+            turbo_nb.set_loras(pipeline, [asked])
+            turbo_nb.set_loras(pipeline, [asked])
+        assert len(warned) == 1 and words in warned[0]
+    with collect_warnings() as warned:
+        turbo_nb.set_loras(pipeline, [f"low={path}", experts / "two.safetensors"])
+    assert not warned
+
+
 @pytest.mark.parametrize("expert", ["high", "low"])
 def test_lora_of_one_expert_is_refused_for_a_model_with_one(expert, style, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("downloaded"))

@@ -40,6 +40,7 @@ from .layerwise import (
     encoder_tensors,
     is_finite,
     is_large,
+    is_zero,
     stored_weights,
 )
 from .linear import Int8Linear, empty_linears, int8_dequantize, quantize, row_quantize, takes_rows
@@ -87,7 +88,7 @@ def load_transformer(
 
     Raises:
         CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
-            Or a LoRA does not fit.
+            Or a matrix is zero throughout, or a LoRA does not fit.
         InputError: an argument cannot be used.
         BackendError: the attention cannot run here.
     """
@@ -178,16 +179,16 @@ def _load_tensor(
     in_8_bits = leaf == "weight" and isinstance(model.get_submodule(name), Int8Linear)
     touched = bool(lora.touching(key, loras))
     if in_8_bits and _is_int8(stored) and not touched:
-        q, scale = (part.to(device) for part in stored.int8())
-        return {f"{name}.int8_weight": q, f"{name}.scale": _finite(key, scale, contents)}
-    weight = _finite(key, _decoded(stored, run_device if touched else device), contents)
+        q, scale = (_checked(key, part.to(device), contents) for part in stored.int8())
+        return {f"{name}.int8_weight": q, f"{name}.scale": scale}
+    weight = _checked(key, _decoded(stored, run_device if touched else device), contents)
     if touched:
         weight = lora.apply(key, weight.float(), loras)
     if not in_8_bits:
         return {key: weight.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype).to(device)}
     # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
     q, scale = _quantized_rows(weight) if isinstance(stored, Encoded) else quantize(weight, run_device)
-    return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _finite(key, scale.to(device), contents)}
+    return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _checked(key, scale.to(device), contents)}
 
 
 @torch.inference_mode(False)  # because parameters of inference mode have no version, which caches ask for
@@ -279,11 +280,21 @@ def load_vae(
     """
     contents = path if isinstance(path, Contents) else read(path, "vae")
     require(contents, "vae")
-    with fitting_shapes(contents.path), init_empty_weights():
-        config = part_config(contents.path, VAE, {}) or _vae_config(contents.tensors)
-        model = AutoencoderKLWan.from_config(config)
+    model = _empty_vae(contents)
     _fill(model, contents, device, dtype)
     return model.requires_grad_(False).eval()
+
+
+def require_vae(contents: Contents) -> None:
+    """Raise CheckpointError where `load_vae` would, because a tensor is missing or does not fit. Reads no weights."""
+    wanted = {key: target.shape for key, target in _empty_vae(contents).state_dict().items()}
+    require_tensors(contents, contents.tensors, wanted)
+
+
+def _empty_vae(contents: Contents) -> AutoencoderKLWan:
+    with fitting_shapes(contents.path), init_empty_weights():
+        config = part_config(contents.path, VAE, {}) or _vae_config(contents.tensors)
+        return AutoencoderKLWan.from_config(config)
 
 
 def _vae_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -348,7 +359,7 @@ def load_text_encoder(
         if key in stored:
             _store(model, key, stored.pop(key), contents, device, dtype)
         else:
-            whole = _finite(key, _decoded(tensor, device), contents)
+            whole = _checked(key, _decoded(tensor, device), contents)
             if in_16_bits and is_large(key):
                 whole = whole.to(torch.bfloat16)
                 _put(model, key, whole, None, dtype)
@@ -366,7 +377,7 @@ def _store(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Put a layer that keeps its weight as the file stores it in the place of a model's linear or embedding."""
-    data, scale = (None if part is None else _finite(key, part.to(device), contents) for part in stored)
+    data, scale = (None if part is None else _checked(key, part.to(device), contents) for part in stored)
     _put(model, key, data, scale, dtype)
 
 
@@ -436,11 +447,17 @@ def _matched(
     return tensors
 
 
-def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
-    """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
+def _checked(key: str, tensor: Tensor, contents: Contents) -> Tensor:
+    """The tensor itself. Raises CheckpointError if it holds NaN or Inf, or if a whole matrix is zero."""
     if not is_finite(tensor):
         raise CheckpointError(
             f"{key} in {str(contents.path)!r} holds NaN or Inf. Expected finite numbers. Download the file again."
+        )
+    # zeros are what a download that broke off leaves in a file whose size was reserved; proj_l begins as zero
+    if tensor.ndim > 1 and key.endswith("weight") and PROJ_L not in key and is_zero(tensor):
+        raise CheckpointError(
+            f"{key} in {str(contents.path)!r} is zero in all {tensor.numel():,} numbers. Expected trained weights, "
+            "and a download that broke off can leave zeros. Download the file again."
         )
     return tensor
 
@@ -459,7 +476,7 @@ def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtyp
     """Give a model without storage the tensors of a file."""
     pages = PageReleaser()
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
-        whole = _finite(key, _decoded(tensor, device), contents)
+        whole = _checked(key, _decoded(tensor, device), contents)
         whole = whole.to(dtype or whole.dtype)
         _assign(model, key, whole)
         _release(tensor, [whole], pages)

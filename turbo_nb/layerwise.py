@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import vocabulary
-from .files.numbers import Encoded
+from .files.numbers import FP8, Encoded
 from .files.shapes import EMBEDDING, TIED
 from .linear import frozen
 
@@ -128,6 +128,12 @@ def is_finite(data: Tensor) -> bool:
         return all(bool(extreme.isfinite()) for extreme in data.aminmax())
     first = 0x7C if data.dtype is torch.float8_e5m2 else 0x7F  # the first number that is not finite, without its sign
     return bool(data.view(torch.int8).amax() < first) and bool(data.view(torch.uint8).amax() < first + 0x80)
+
+
+def is_zero(data: Tensor) -> bool:
+    """Return whether all numbers of a matrix or kernel are zero. Of most others it reads the first row only."""
+    data = data.view(torch.int8) if data.dtype in FP8 else data
+    return not data[:1].any() and not data.any()
 
 
 def cast(data: Tensor, dtype: torch.dtype) -> Tensor:

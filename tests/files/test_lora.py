@@ -274,6 +274,11 @@ MISFITS = {
         {f"{Q}lora_down.weight": torch.ones(RANK, 80), f"{Q}lora_up.weight": torch.ones(80, RANK)},
         r"made for a tensor of shape \(80, 80\). Expected \(48, 48\)",
     ),
+    "another task": (
+        {"patch_embedding.lora_A.weight": torch.ones(RANK, 36, 1, 2, 2),
+         "patch_embedding.lora_B.weight": torch.ones(48, RANK)},
+        r"shape \(48, 36, 1, 2, 2\)\. Expected \(48, 16, 1, 2, 2\).* and task \(text-to-video or image-to-video\)",
+    ),
     "transposed difference": ({"blocks.0.ffn.0.diff": torch.ones(48, 96)}, r"\(48, 96\). Expected \(96, 48\)"),
     "lengths of a kernel": (PAIR | {f"{Q}dora_scale": torch.ones(48, 1, 3)}, r"shape \(48, 1, 3\)"),
     "lengths for a vector": (
@@ -294,7 +299,7 @@ MISFITS = {
     "LoHa": ({f"{Q}hada_w1_a": torch.ones(4, 4)}, "is a LoHa"),
     "OFT": ({f"{Q}oft_blocks": torch.ones(4, 4)}, "is an OFT"),
     "LoCon": (PAIR | {f"{Q}lora_mid.weight": torch.ones(4, 4, 1, 1, 1)}, "LoCon with a core tensor"),
-    "a checkpoint": (golden("dit_state"), "Expected a LoRA"),
+    "a checkpoint": (golden("dit_state"), r"Expected a LoRA\. Give the path"),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from weight_files import (
 from turbo_nb.checkpoint import load_transformer
 from turbo_nb.errors import CheckpointError
 from turbo_nb.files import numbers
+from turbo_nb.files.gguf_file import GGUFTensor
 from turbo_nb.files.recognise import read, recognise
 from turbo_nb.linear import Int8Linear, is_quantized
 from turbo_nb.ops.compare import relative_error
@@ -175,6 +176,15 @@ def test_gguf_is_quantised_to_rows_on_request(tmp_path, state, inputs):
     model = load(tmp_path / "model.gguf", quant_linear=True)
     assert is_quantized(model) and model.blocks[0].ffn.net[2].scale.ndim == 1
     assert relative_error(run(model, inputs), run(load(tmp_path / "model.gguf"), inputs)) < 0.02
+
+
+@pytest.mark.parametrize("type_name", ["Q8_1", "Q8_K"])
+def test_a_gguf_format_without_a_decoder_is_named_when_the_file_is_read(tmp_path, type_name):
+    gguf = pytest.importorskip("gguf")
+    block, width = gguf.GGML_QUANT_SIZES[kind := gguf.GGMLQuantizationType[type_name]]
+    one = GGUFTensor(data=torch.zeros(width, dtype=torch.uint8), quant_type=kind, type_name=type_name, shape=(1, block))
+    with pytest.raises(CheckpointError, match=rf"blocks\.0\.ffn\.0\.weight in 'x\.gguf' has the .* GGUF {type_name}"):
+        numbers.encode({"blocks.0.ffn.0.weight": one}, "x.gguf")
 
 
 # --- Refused ---

@@ -175,6 +175,13 @@ def test_state_dict_of_any_nesting_is_read(tmp_path, make, expected, suffix):
         same(tensors, expected)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf", ".txt", ""])
+def test_a_torch_file_of_another_suffix_is_read(tmp_path, suffix):
+    torch.save(state(), tmp_path / "model.pth")
+    path = (tmp_path / "model.pth").rename(tmp_path / f"model{suffix}")
+    same(read_raw(path).tensors, state())
+
+
 def deep() -> dict:
     level = {"weight": torch.ones(1)}
     for _ in range(100):
@@ -529,6 +536,16 @@ def test_link_to_a_blob_without_suffix_is_read(tmp_path):
     link.symlink_to(blob)
     same(read_raw(link).tensors, state())
     same(read_raw(blob).tensors, state())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_name_that_is_not_utf8_is_not_called_damage(tmp_path, suffix):
+    path = tmp_path / os.fsdecode(f"café.{suffix}".encode("latin-1"))
+    path.write_bytes(b"")
+    (save_file if suffix == "safetensors" else torch.save)(state(), tmp_path / "x")
+    (tmp_path / "x").replace(path)
+    with pytest.raises(CheckpointError, match=r"not UTF-8.*Rename"):
+        read_raw(path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -291,6 +291,17 @@ def test_a_wrong_tokenizer_or_encoder_is_found_before_a_download(machine, tmp_pa
             resolve.resolve(LoadOptions(model=LARGE, **given))
 
 
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_half_of_a_vae_is_found_before_a_download(machine, tmp_path, part):
+    machine(80)
+    state = load_file(NANO / "vae" / "diffusion_pytorch_model.safetensors")
+    kept = {key: one for key, one in state.items() if part in key or key.startswith("decoder.conv_in")}
+    save_file(kept, tmp_path / "vae.safetensors")
+    found = resolve.resolve(LoadOptions(model=SMALL, vae=tmp_path / "vae.safetensors"))
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors.* Expected "):
+        found.fetch()
+
+
 def test_a_backend_of_sagesla_without_sagesla_is_an_error():
     with pytest.raises(InputError, match="attention_backend is"):
         resolve.resolve(LoadOptions(model="nano", device="cpu", attention_backend="reference"))

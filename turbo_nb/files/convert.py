@@ -48,7 +48,10 @@ def convert(source: str | Path, folder: str | Path, *, loras: Sequence[str] = ()
         raise InputError(f"strength of {zero[0]!r} in lora is 0. Expected another number, because 0 changes nothing.")
     merged, contents, folder = lora.choose(asked, 1), read(source), Path(local(folder, "folder"))
     if contents.kind not in FOLDERS:
-        raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer, a VAE or a text encoder.")
+        raise CheckpointError(
+            f"{str(source)!r} is {contents}. Expected a transformer, a VAE or a text encoder. Give the path of one. "
+            "--lora merges a LoRA into a transformer."
+        )
     require(contents, contents.kind)
     if merged and contents.kind != "transformer":
         raise CheckpointError(f"{str(source)!r} is {contents}. Expected a transformer to merge a LoRA into.")

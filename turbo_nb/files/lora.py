@@ -334,7 +334,7 @@ def of_contents(contents: Contents) -> LoRA:
             "or convert it to a LoRA."
         )
     if contents.kind != "LoRA":
-        raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA.")
+        raise CheckpointError(f"{str(path)!r} is {contents}. Expected a LoRA. Give the path of a LoRA.")
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
     foreign = []
     for key, tensor in contents.tensors.items():
@@ -490,7 +490,8 @@ def fit(lora: LoRA, shapes: Mapping[str, Sequence[int]], *, quiet: bool = False)
         if (made_for := change.misfit(shapes[name])) is not None:
             raise CheckpointError(
                 f"{change.keys[0]} in {path!r} is made for a tensor of shape {made_for}. Expected "
-                f"{tuple(shapes[name])}, the shape of {name} in this model. Take a LoRA of a model of this size."
+                f"{tuple(shapes[name])}, the shape of {name} in this model. Take a LoRA of a model of this size "
+                "and task (text-to-video or image-to-video)."
             )
     if all(change.is_zero for change in matched.values()):
         raise CheckpointError(
@@ -557,6 +558,17 @@ def require_changed(loras: Sequence[Applied]) -> int:
     return len(set().union(*(one.changed for one in loras)))
 
 
+def _warn_of_expert(lora: LoRA, expert: str | None) -> None:
+    """Warn, once, of a LoRA that goes to another expert than its name says"""
+    level = recognise.noise_level(lora.path)
+    if level in (None, expert) or (key := frozenset({f"{level} for {expert}"})) in lora._warned:
+        return
+    lora._warned.add(key)
+    place = f"the {expert}-noise expert" if expert else "both experts"
+    warn(f"{str(lora.path)!r} is for {level} noise by its name, but goes to {place}; write {level}=FILE for the "
+         f"{level}-noise expert alone", stacklevel=3)  # fmt: skip
+
+
 def choose(asked: Sequence[LoRAFile], experts: int, known: Iterable[Applied] = ()) -> tuple[Applied, ...]:
     """Read the LoRAs that were asked for.
 
@@ -584,6 +596,11 @@ def choose(asked: Sequence[LoRAFile], experts: int, known: Iterable[Applied] = (
         stat = path.stat()
         if lora is None or lora.stamp != (stat.st_size, stat.st_mtime_ns):
             lora = read_before[path] = read(path)
-        same = (old for old in known if (old.lora, old.strength, old.expert) == (lora, one.strength, one.expert))
-        result.append(next(same, None) or Applied(lora=lora, strength=one.strength, expert=one.expert))
+        if experts > 1:
+            _warn_of_expert(lora, one.expert)
+        # what it changed stays known for another expert as well, because an expert that keeps it is not read again
+        same = [old for old in known if (old.lora, old.strength) == (lora, one.strength)]
+        changed = set().union(*(old.changed for old in same))
+        new = Applied(lora=lora, strength=one.strength, expert=one.expert, changed=changed)
+        result.append(next((old for old in same if old.expert == one.expert), new))
     return tuple(result)

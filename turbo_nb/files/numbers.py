@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -173,6 +174,8 @@ def encode(tensors: Mapping[str, Any], path: object, metadata: Mapping[str, str]
     for name, tensor in tensors.items():
         match = SPLIT.fullmatch(name)
         if isinstance(tensor, GGUFTensor):
+            if not _has_decoder(tensor.type_name):
+                raise _refused(name, f"GGUF {tensor.type_name}", path)
             shape = torch.Size(tensor.shape)
             result[name] = Encoded(f"GGUF {tensor.type_name}", shape, tensor.data)
         elif match:
@@ -320,6 +323,21 @@ def _refused(name: str, what: str, path: object) -> CheckpointError:
         f"{name} in {str(path)!r} has the number format {what}, which turbo_nb cannot load. Expected one of {known}. "
         f"{ADVICE}"
     )
+
+
+@cache
+def _has_decoder(type_name: str) -> bool:
+    """Return whether the gguf package decodes one of its formats. Some are only used while a model runs."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    _, width = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.quants.dequantize(np.zeros(width, np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _decode_gguf(data: Tensor, type_name: str) -> Tensor:

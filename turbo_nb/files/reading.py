@@ -146,6 +146,11 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor | GGUFTensor], dict[str, st
     with path.open("rb") as file:
         head, size = file.read(512), os.fstat(file.fileno()).st_size
     name = repr(str(path))
+    if re.search("[\\ud800-\\udfff]", str(path)):  # what Python makes of bytes that are not UTF-8
+        raise CheckpointError(
+            f"{name} is a path that is not UTF-8. Expected UTF-8, because torch and safetensors open no other paths. "
+            "Rename the file or its folder."
+        )
     header = int.from_bytes(head[:8], "little")
     try:
         # first, because a header's length can spell the beginning of any other format
@@ -231,7 +236,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise CheckpointError(f"{name} has compressed entries: refused. Expected stored entries, as torch writes.")
         stored = Counter(entry.file_size for entry in archive.infolist())
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:  # torch takes a path that ends so for a safetensors file, and maps paths only
+        source = file if path.suffix == ".safetensors" else path
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=source is path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} holds {type(state).__name__}. Expected a state dict: tensors by their names.")
     tensors = _flatten(state, name)

@@ -356,7 +356,7 @@ def require_experts(transformers: Sequence[Contents]) -> None:
         CheckpointError: the experts are of another model, in the wrong order, or one expert twice.
     """
     names = [str(part.path) for part in transformers]
-    noise = [_noise_level(part.path) for part in transformers]
+    noise = [noise_level(part.path) for part in transformers]
     if transformers[0].arch.task == "t2v" and (len(transformers) > 1 or noise[0]):
         raise CheckpointError(
             f"{' and '.join(map(repr, names))} {'are experts' if len(names) > 1 else 'is one of two experts'} of "
@@ -377,8 +377,8 @@ def require_experts(transformers: Sequence[Contents]) -> None:
         )
 
 
-def _noise_level(path: Path) -> str | None:
-    """ "high" or "low" by the name of a file, or else of its folder; None where neither has the word"""
+def noise_level(path: Path) -> str | None:
+    """Return "high" or "low" by the name of a file, or else of its folder; None where neither has the word."""
     for name in (path.stem if path.suffix else path.name, path.parent.name):
         if len(found := {word.lower() for word in NOISE_LEVEL.findall(name)}) == 1:
             return found.pop()

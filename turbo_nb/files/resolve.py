@@ -106,6 +106,10 @@ class ResolvedModel:
         """
         if not self.downloads:
             return self
+        if isinstance(self.vae, Contents):
+            from ..checkpoint import require_vae  # here, because diffusers has the shapes, and its import takes 2 s
+
+            require_vae(self.vae)
         parts: dict[HubFile, Contents | Path] = {}
 
         def read(file: HubFile, path: Path) -> None:
