@@ -314,6 +314,13 @@ def test_an_image_is_turned_upright(tmp_path):
     assert (loaded(wide)[..., 0] == np.rot90(GREY, -1)).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0not a TIFF header", b"Exif\0\0II*\0"])
+def test_exif_data_that_cannot_be_read_are_ignored(kind, exif):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert (loaded(stored(Image.fromarray(COLOUR), kind, exif=exif, **options)) == COLOUR).all()
+
+
 def test_warnings_name_the_option():
     film = stored(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)])
     for source in (GREY.astype(np.float32), ALPHA, stored(Image.fromarray(GREY.astype(np.int32)), "TIFF"), film):

@@ -188,7 +188,11 @@ def _opened(picture: "Image", what: str) -> "Image":
         _unpack_transparency(picture)
         if picture.format in FILMS and getattr(picture, "n_frames", 1) > 1:
             warn(f"{what} with {picture.n_frames} frames. The first one is taken.")
-        return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format, what), what)
+        picture.load()
+        upright = picture
+        with suppress(Exception):  # viewers ignore EXIF data that cannot be read, whose errors are of many types
+            upright = ImageOps.exif_transpose(picture)
+        return _on_white(_eight_bits(upright, picture.format, what), what)
     except InputError:
         raise
     except Exception as error:
@@ -213,7 +217,7 @@ def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
     mode, key = picture.mode, picture.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
         values = np.asarray(picture)
-        if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG in Pillow before version 11, PPM in every version
+        if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG before Pillow 11, PPM in every version
             values = values.astype(np.uint16)
         picture = Image.fromarray(_scaled(values, what))
         if isinstance(key, int):  # the value that is transparent
