@@ -321,6 +321,23 @@ def test_exif_data_that_cannot_be_read_are_ignored(kind, exif):
     assert (loaded(stored(Image.fromarray(COLOUR), kind, exif=exif, **options)) == COLOUR).all()
 
 
+def tiff(bits: int, photometric: int, pixels: bytes) -> io.BytesIO:
+    """A grey TIFF of 8x8, little endian, of a kind that Pillow does not write"""
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    tags += [(273, 4, 1, 122), (277, 3, 1, 1), (278, 4, 1, 8), (279, 4, 1, len(pixels))]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + struct.pack("<I", 0) + pixels)
+
+
+def test_the_tags_of_a_wide_tiff_are_applied():
+    white_is_zero = tiff(16, 0, (65535 - GREY.astype("<u2") * 257).astype("<u2").tobytes())
+    assert (loaded(white_is_zero)[..., 0] == GREY).all()
+    unsigned = tiff(32, 1, (GREY.astype("<u4") * 0x01010101).tobytes())
+    assert np.abs(loaded(unsigned, "4.29497e+09")[..., 0] - GREY).max() <= 1
+    digits = "".join(f"{value:02x}{value >> 4:x}" for value in GREY.ravel().tolist())  # 12 bits each
+    assert np.abs(loaded(tiff(12, 1, bytes.fromhex(digits)))[..., 0] - GREY).max() <= 1
+
+
 def test_warnings_name_the_option():
     film = stored(Image.fromarray(GREY), "GIF", save_all=True, append_images=[Image.fromarray(GREY.T)])
     for source in (GREY.astype(np.float32), ALPHA, stored(Image.fromarray(GREY.astype(np.int32)), "TIFF"), film):

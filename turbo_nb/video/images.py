@@ -192,7 +192,7 @@ def _opened(picture: "Image", what: str) -> "Image":
         upright = picture
         with suppress(Exception):  # viewers ignore EXIF data that cannot be read, whose errors are of many types
             upright = ImageOps.exif_transpose(picture)
-        return _on_white(_eight_bits(upright, picture.format, what), what)
+        return _on_white(_eight_bits(upright, picture, what), what)
     except InputError:
         raise
     except Exception as error:
@@ -209,15 +209,20 @@ def _unpack_transparency(picture: "Image") -> None:
         picture.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
-    """Return a picture as L, LA, RGB or RGBA. Pillow's own conversion clips the values of wider modes at 255"""
+def _eight_bits(picture: "Image", source: "Image", what: str) -> "Image":
+    """Return a picture as L, LA, RGB or RGBA. `source` is the picture as it was opened.
+
+    Pillow's own conversion clips the values of wider modes at 255.
+    """
     import numpy as np
     from PIL import Image
 
     mode, key = picture.mode, picture.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
         values = np.asarray(picture)
-        if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG before Pillow 11, PPM in every version
+        if source.format == "TIFF":
+            values = _tiff_values(values, source.tag_v2)
+        if mode == "I" and source.format in ("PNG", "PPM"):  # 16 bits: PNG before Pillow 11, PPM in every version
             values = values.astype(np.uint16)
         picture = Image.fromarray(_scaled(values, what))
         if isinstance(key, int):  # the value that is transparent
@@ -226,6 +231,20 @@ def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
     if mode == "La":  # premultiplied
         return picture.convert("LA")
     return picture.convert("RGBA" if key is not None or mode in ("LA", "PA", "RGBA", "RGBa") else "RGB")
+
+
+def _tiff_values(values: "np.ndarray", tags: Any) -> "np.ndarray":
+    """Return whole numbers as the tags of a TIFF mean them, which Pillow does not apply to more than 8 bits"""
+    import numpy as np
+
+    bits, kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]  # BitsPerSample, SampleFormat: 1 is unsigned
+    if kind != 1:
+        return values
+    if bits == 12:
+        values = values << 4 | values >> 8
+    elif bits == 32:
+        values = values.view(np.uint32)
+    return np.invert(values) if tags.get(262) == 0 else values  # PhotometricInterpretation: 0 is white
 
 
 def _from_array(array: "np.ndarray", what: str) -> "Image":
