@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from turbo_nb.errors import InputError, collect_warnings
 from turbo_nb.settings import PICTURES
@@ -336,6 +336,33 @@ def test_the_tags_of_a_wide_tiff_are_applied():
     assert np.abs(loaded(unsigned, "4.29497e+09")[..., 0] - GREY).max() <= 1
     digits = "".join(f"{value:02x}{value >> 4:x}" for value in GREY.ravel().tolist())  # 12 bits each
     assert np.abs(loaded(tiff(12, 1, bytes.fromhex(digits)))[..., 0] - GREY).max() <= 1
+
+
+def swapped_profile() -> bytes:
+    """A profile in which the red channel is green and the green one red"""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"tmp_"), (b"gXYZ", b"rXYZ"), (b"tmp_", b"gXYZ")):
+        profile = profile.replace(old, new, 1)
+    return profile.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "PIL"])
+def test_a_colour_profile_is_applied(mode):
+    picture = Image.new("RGB", (8, 8), RED)
+    picture = picture.quantize(4) if mode == "P" else picture.convert("RGBA" if mode == "RGBA" else "RGB")
+    source = stored(picture, "PNG", icc_profile=swapped_profile())
+    pixels = loaded(Image.open(source) if mode == "PIL" else source)
+    assert np.abs(pixels - (RED[1], RED[0], RED[2])).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_a_profile_of_srgb_or_without_sense_changes_nothing(profile):
+    assert (loaded(stored(Image.fromarray(COLOUR), "PNG", icc_profile=profile)) == COLOUR).all()
+
+
+def test_a_transparent_value_is_found_before_a_profile_moves_it():
+    source = stored(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED, icc_profile=swapped_profile())
+    assert (loaded(source, "white") == 255).all()
 
 
 def test_warnings_name_the_option():

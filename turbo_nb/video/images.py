@@ -38,7 +38,7 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", nam
 
     Values of uint16 are scaled from 0…65535. Wider integers and floats are scaled from the first range that has them
     all: 0…1 and -1…1 (floats only), 0…255, 0…65535, 0…2³¹-1, else their own. A warning names the range. Transparent
-    parts are put on white, with a warning.
+    parts are put on white, with a warning. A colour profile is applied.
 
     Args:
         image: a file or its bytes, a PIL image, or an array (H, W) or (H, W, C) of bool, integers or floats. C is 1
@@ -192,7 +192,7 @@ def _opened(picture: "Image", what: str) -> "Image":
         upright = picture
         with suppress(Exception):  # viewers ignore EXIF data that cannot be read, whose errors are of many types
             upright = ImageOps.exif_transpose(picture)
-        return _on_white(_eight_bits(upright, picture, what), what)
+        return _on_white(_eight_bits(_in_srgb(upright), picture, what), what)
     except InputError:
         raise
     except Exception as error:
@@ -230,7 +230,13 @@ def _eight_bits(picture: "Image", source: "Image", what: str) -> "Image":
         return picture
     if mode == "La":  # premultiplied
         return picture.convert("LA")
-    return picture.convert("RGBA" if key is not None or mode in ("LA", "PA", "RGBA", "RGBa") else "RGB")
+    return picture.convert(_colours(picture))
+
+
+def _colours(picture: "Image") -> str:
+    """Return the mode that holds the colours of a picture, and what is transparent"""
+    has_alpha = picture.info.get("transparency") is not None or picture.mode in ("LA", "PA", "RGBA", "RGBa")
+    return "RGBA" if has_alpha else "RGB"
 
 
 def _tiff_values(values: "np.ndarray", tags: Any) -> "np.ndarray":
@@ -245,6 +251,22 @@ def _tiff_values(values: "np.ndarray", tags: Any) -> "np.ndarray":
     elif bits == 32:
         values = values.view(np.uint32)
     return np.invert(values) if tags.get(262) == 0 else values  # PhotometricInterpretation: 0 is white
+
+
+def _in_srgb(picture: "Image") -> "Image":
+    """Return a picture with the colours that its profile gives it: of wide gamut, as phones write it, or of CMYK"""
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("P", "PA", "RGB", "RGBA", "CMYK"):
+        return picture
+    with suppress(Exception):  # viewers ignore a profile that cannot be read; ImportError: Pillow without littlecms
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(own):
+            colours = picture if picture.mode == "CMYK" else picture.convert(_colours(picture))
+            target = "RGB" if picture.mode == "CMYK" else colours.mode
+            return ImageCms.profileToProfile(colours, own, ImageCms.createProfile("sRGB"), outputMode=target)
+    return picture
 
 
 def _from_array(array: "np.ndarray", what: str) -> "Image":
