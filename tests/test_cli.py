@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import turbo_nb
 from turbo_nb import backends, cli, generation, terminal
 from turbo_nb.errors import BackendError, InputError, TurboNbError
-from turbo_nb.machine import atomic
+from turbo_nb.machine import atomic, environment
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
 
@@ -422,6 +422,13 @@ def test_an_unknown_value_of_a_variable_is_an_error_in_python(monkeypatch):
     with pytest.raises(
         InputError, match=r"^TURBO_NB_EXCHANGE is 'NCCL'. Expected one of auto, nccl. Unset it for auto"
     ):
+        turbo_nb.load_pipeline("nano", device="cpu")
+
+
+@pytest.mark.parametrize("variable", environment.SWITCHES)
+def test_a_switch_that_is_a_word_is_an_error(monkeypatch, variable):
+    monkeypatch.setenv(variable, "no")
+    with pytest.raises(InputError, match=f"^{variable} is 'no'. Expected 0 or 1"):
         turbo_nb.load_pipeline("nano", device="cpu")
 
 
