@@ -432,6 +432,12 @@ def test_a_switch_that_is_a_word_is_an_error(monkeypatch, variable):
         turbo_nb.load_pipeline("nano", device="cpu")
 
 
+def test_python_without_docstrings_is_an_error_before_the_imports(tmp_path):
+    command = [sys.executable, "-OO", "-m", "turbo_nb.cli", "t2v", "--prompt", PROMPT]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: PYTHONOPTIMIZE is 2"), result.stderr
+
+
 @pytest.mark.parametrize("opened", ["[", '{"a":'])
 def test_info_shows_metadata_of_any_depth(opened):
     for depth in (1, 200, 900):

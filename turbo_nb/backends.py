@@ -5,6 +5,7 @@ function that computes the given tensors, so that callers need not know which im
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -167,8 +168,14 @@ def check_variables() -> None:
 
     Raises:
         BackendError: a variable has a value that no implementation has.
-        InputError: TURBO_NB_EXCHANGE or a switch has an unknown value, or a folder is an address of another place.
+        InputError: TURBO_NB_EXCHANGE or a switch has an unknown value, a folder is an address of another place, or
+            Python runs without docstrings.
     """
+    if sys.flags.optimize > 1:
+        raise InputError(
+            "PYTHONOPTIMIZE is 2 (python -OO), which removes docstrings. Expected at most 1, because transformers "
+            "reads them. Unset PYTHONOPTIMIZE."
+        )
     environment.check_folders()
     for variable in environment.SWITCHES:
         environment.switch(variable)
