@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from turbo_nb.errors import InputError, collect_warnings
@@ -208,6 +209,11 @@ def test_arrays_of_other_shapes(array, wanted):
 def test_what_is_not_an_image_is_an_input_error(image, words, name):
     with pytest.raises(InputError, match=f"^{name} is .*{words}"):
         images.load_image(image, name)
+
+
+def test_the_error_of_a_tensor_is_one_line_with_its_conversion():
+    with pytest.raises(InputError, match=r"^image is tensor\(\[.* of type Tensor.* Call its numpy\(\)\.$"):
+        images.load_image(torch.zeros(3, 4, 4))
 
 
 @pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"])

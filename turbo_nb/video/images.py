@@ -59,9 +59,10 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", nam
     if isinstance(image, io.BytesIO):
         return _read(image, f"{name} is an upload")
     if not isinstance(image, str | os.PathLike):
+        fix = "Call its numpy()." if hasattr(image, "numpy") else "Convert it."  # a tensor
         raise InputError(
             f"{name} is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
-            "(height, width, 3). Convert it."
+            f"(height, width, 3). {fix}"
         )
     what = f"{name} is {shown(str(image), 300)}"
     return _read(_file(image, what), what)
