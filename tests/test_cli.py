@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import turbo_nb
 from turbo_nb import backends, cli, generation, terminal
 from turbo_nb.errors import BackendError, InputError, TurboNbError
-from turbo_nb.machine import atomic
+from turbo_nb.machine import atomic, environment
 from turbo_nb.video import mp4
 from turbo_nb.video.mp4 import read_metadata
 
@@ -423,6 +423,19 @@ def test_an_unknown_value_of_a_variable_is_an_error_in_python(monkeypatch):
         InputError, match=r"^TURBO_NB_EXCHANGE is 'NCCL'. Expected one of auto, nccl. Unset it for auto"
     ):
         turbo_nb.load_pipeline("nano", device="cpu")
+
+
+@pytest.mark.parametrize("variable", environment.SWITCHES)
+def test_a_switch_that_is_a_word_is_an_error(monkeypatch, variable):
+    monkeypatch.setenv(variable, "no")
+    with pytest.raises(InputError, match=f"^{variable} is 'no'. Expected 0 or 1"):
+        turbo_nb.load_pipeline("nano", device="cpu")
+
+
+def test_python_without_docstrings_is_an_error_before_the_imports(tmp_path):
+    command = [sys.executable, "-OO", "-m", "turbo_nb.cli", "t2v", "--prompt", PROMPT]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: PYTHONOPTIMIZE is 2"), result.stderr
 
 
 @pytest.mark.parametrize("opened", ["[", '{"a":'])

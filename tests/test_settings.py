@@ -69,6 +69,11 @@ def test_a_long_value_loses_its_middle_because_a_path_ends_in_the_file_s_name():
     assert kinds.shown("x" * 78) == repr("x" * 78)
 
 
+def test_a_value_whose_repr_has_several_lines_is_shown_in_one():
+    assert kinds.shown(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
+    assert kinds.shown("a \n  b") == repr("a \n  b")
+
+
 @pytest.mark.parametrize("pair", [(96, 128), [96, 128], (np.int64(96), np.int32(128)), "96x128"], ids=str)
 def test_a_resolution_is_text_or_a_pair_of_whole_numbers(pair):
     assert resolve_clip(ClipSettings(prompt="x", resolution=pair), NANO).size[:2] == (96, 128)

@@ -5,6 +5,7 @@ function that computes the given tensors, so that callers need not know which im
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -163,13 +164,21 @@ def take_variables(wanted: dict[str, str | None]) -> None:
 
 
 def check_variables() -> None:
-    """Check the variables that decide how a step is computed, and those that name a folder. Probes nothing.
+    """Check the variables that decide how a step is computed, the switches, and the folders. Probes nothing.
 
     Raises:
         BackendError: a variable has a value that no implementation has.
-        InputError: TURBO_NB_EXCHANGE has an unknown value, or a folder is an address of another place.
+        InputError: TURBO_NB_EXCHANGE or a switch has an unknown value, a folder is an address of another place, or
+            Python runs without docstrings.
     """
+    if sys.flags.optimize > 1:
+        raise InputError(
+            "PYTHONOPTIMIZE is 2 (python -OO), which removes docstrings. Expected at most 1, because transformers "
+            "reads them. Unset PYTHONOPTIMIZE."
+        )
     environment.check_folders()
+    for variable in environment.SWITCHES:
+        environment.switch(variable)
     for variable, asked in variables().items():
         asked = asked or "auto"
         _require_known(variable, asked, f"{variable}={asked}")

@@ -320,7 +320,7 @@ def closest(value: Any, words: Iterable[str]) -> str:
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """Return the repr of a value for an error message.
+    """Return the repr of a value for an error message, in one line.
 
     Args:
         value: a `Path` appears as text of up to 300 characters.
@@ -329,7 +329,7 @@ def shown(value: Any, length: int = 80) -> str:
     if isinstance(value, PurePath):
         value, length = str(value), 300
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))  # of an array or a tensor
     except (ValueError, RecursionError):  # Python prints no integer of more than 4300 digits, and no deep nesting
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     head = length * 2 // 3

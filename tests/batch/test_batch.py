@@ -765,6 +765,31 @@ def test_unknown_parameters_are_refused(tmp_path):
     assert not (tmp_path / "done.ipynb").exists()
 
 
+@pytest.mark.parametrize("data", [b"junk", b"[]", b"\xff\xfe\0"])
+def test_a_notebook_that_cannot_be_read_is_an_input_error(tmp_path, data):
+    pytest.importorskip("papermill", reason="papermill is not installed")
+    (tmp_path / "a.ipynb").write_bytes(data)
+    with pytest.raises(InputError, match=r"a.ipynb', which cannot be read \(.*Expected an .ipynb file"):
+        notebook.run_notebook(tmp_path / "a.ipynb", tmp_path / "done.ipynb")
+
+
+@pytest.mark.parametrize("output", [".", "file/done.ipynb", "n" * 300 + ".ipynb"])
+def test_a_copy_that_cannot_be_written_is_an_error_before_the_run(tmp_path, output):
+    pytest.importorskip("papermill", reason="papermill is not installed")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"^output is .*which cannot be written \(.*Choose another"):
+        notebook.run_notebook(NOTEBOOK, tmp_path / output)
+
+
+def test_a_path_that_no_system_takes_is_an_input_error(tmp_path):
+    pytest.importorskip("papermill", reason="papermill is not installed")
+    with pytest.raises(InputError, match="does not exist"):
+        notebook.run_notebook(tmp_path / ("n" * 300 + ".ipynb"), tmp_path / "done.ipynb")
+    for wrong in ("", "a\0b", 5):
+        with pytest.raises(InputError, match=r"^output is .*Expected a path"):
+            notebook.run_notebook(NOTEBOOK, wrong)
+
+
 def test_without_papermill(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "papermill", None)
     with pytest.raises(TurboNbError, match=r"pip install 'turbo-nb\[notebook\]'"):

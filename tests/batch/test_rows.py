@@ -46,6 +46,12 @@ def write(path, text):
         ("p.jsonl", '{"prompt": "red", "image": ""}\n', "p.jsonl:1: image is ''. Expected the path of a picture"),
         ("p.txt", "a\nb\n€\n".encode("cp1252"), r"p.txt:3: the line is not in UTF-8"),
         ("p.txt", "#a\n", r"holds no prompt beside comments \(#\)"),
+        ("p.txt", "\n{'Prompt': 'red', 'seed': 1}\n".replace("'", '"'), "p.txt:2: .* Rename the file to .jsonl"),
+        ("p.txt", "Prompt,num-steps\nred,1\n", "p.txt:1: .*a csv begins.* Rename the file to .csv"),
+        ("p.txt", "seed;prompt\n1;red\n", "p.txt:1: .*a csv begins.* Rename the file to .csv"),
+        ("p.txt", '[{"prompt": "red"}]', "p.txt:1: .*JSON.* one object a line into a .jsonl"),
+        ("p.txt", '[\n  "red"\n]', "p.txt:1: .*JSON.* one object a line into a .jsonl"),
+        ("p.txt", "<!DOCTYPE html>\n<title>404</title>\n", "p.txt:1: .*a web page begins.* Download the file itself"),
         ("p.jsonl", '{"prompt": "red", "seed": 1, "seed": null}\n', "p.jsonl:1: the row names 'seed' twice"),
         ("p.jsonl", '{"prompt": "red", "Prompt": "blue"}\n', "p.jsonl:1: the row names 'prompt' twice"),
         ("p.jsonl", '{"prompt": "red", "seed": 1' + "0" * 5000 + "}\n", "p.jsonl:1: the line is not JSON"),
@@ -67,6 +73,14 @@ def test_a_cell_may_be_longer_than_pythons_limit(tmp_path):
     before, long = csv.field_size_limit(), "red circle " * 15_000
     (job,) = prompts.read_prompts(write(tmp_path / "p.csv", f'prompt\n"{long}"\n'))
     assert job.prompt == long.strip() and csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    "prompt", ["prompt, a stage word", '{"shot": "close-up"}', "[red] circle", "{red} circle", "1", "a, seed", "[red]"]
+)
+def test_a_prompt_that_resembles_another_format_is_a_prompt(tmp_path, prompt):
+    (job,) = prompts.read_prompts(write(tmp_path / "p.txt", prompt))
+    assert job.prompt == prompt
 
 
 def test_a_prompt_after_a_hash_is_a_warning(tmp_path):

@@ -155,11 +155,13 @@ def test_an_impossible_override_is_an_error_of_the_report(report, monkeypatch):
     monkeypatch.setenv("TURBO_NB_ROPE", "flash_attn")
     monkeypatch.setenv("TURBO_NB_ATTENTION", "wrong")
     monkeypatch.setenv("TURBO_NB_EXCHANGE", "wrong")
+    monkeypatch.setenv("TURBO_NB_TEXT_CACHE", "off")
     found = report(CPU)
     assert [(p.level, p.fix) for p in found.problems] == [
         ("error", "unset TURBO_NB_ROPE"),
         ("error", "unset TURBO_NB_ATTENTION"),
         ("error", "unset TURBO_NB_EXCHANGE"),
+        ("error", "unset TURBO_NB_TEXT_CACHE"),
     ]
     assert found.backends.rope.chosen is None and "no CUDA GPU" in found.backends.rope.rejected[0][1]
     assert found.backends.linear.chosen == "reference"

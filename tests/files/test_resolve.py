@@ -164,6 +164,11 @@ def test_everything_is_checked_before_a_download_or_a_load(machine, monkeypatch)
             turbo_nb.load_pipeline(**{"model": LARGE} | options)
 
 
+def test_a_topk_that_dense_attention_does_not_use_is_reported():
+    with pytest.warns(TurboNbWarning, match=r"^sla_topk is 0.5, which dense attention does not use"):
+        resolve.resolve(LoadOptions(model="nano", attention_type="original", sla_topk=0.5))
+
+
 def test_a_file_without_projections_gets_dense_attention_unless_sla_is_asked_for(tmp_path):
     state = load_file(catalog.NANO.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file({key: t for key, t in state.items() if "proj_l" not in key}, tmp_path / "plain.safetensors")

@@ -12,6 +12,7 @@ from torch import nn
 
 from turbo_nb import sla
 from turbo_nb.fused import transformer as fused_transformer
+from turbo_nb.machine import environment
 from turbo_nb.runtime import graphs
 from turbo_nb.runtime.graphs import StepGraphs
 from turbo_nb.runtime.plan import Plan
@@ -284,9 +285,9 @@ def test_where_no_graph_fits_the_plain_step_runs_and_the_reason_is_data(fused, m
         tally, _ = clip(own, [model])
         hook.remove()
         assert tally.reason.startswith("a hook on") and tally.replayed == 0 and calls
-    monkeypatch.setenv(graphs.VARIABLE, "0")
+    monkeypatch.setenv(environment.GRAPHS, "0")
     assert counts(clip(own, [model])[0]) == (0, 0, "TURBO_NB_GRAPHS=0")
-    monkeypatch.delenv(graphs.VARIABLE)
+    monkeypatch.delenv(environment.GRAPHS)
     fused_transformer.unfuse(model)
     assert clip(own, [model])[0].reason == "not all blocks run in fused kernels"
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from turbo_nb.machine import probe
+from turbo_nb.machine import environment, probe
 from turbo_nb.machine.probe import Library, Machine
 from turbo_nb.ops import tuning
 from turbo_nb.ops.tuning import Launch
@@ -143,7 +143,7 @@ def test_what_was_timed_before_an_error_is_kept(one_gpu):
 def test_launches_are_timed_where_they_were_not_measured(monkeypatch, arch, wish, expected):
     machine = Machine(gpu="a card", gpu_count=1, arch=arch, libraries={"triton": Library(version="3.6.0")})
     monkeypatch.setattr(probe, "probe", lambda device=None: machine)
-    monkeypatch.setenv(tune.VARIABLE, wish) if wish else monkeypatch.delenv(tune.VARIABLE, raising=False)
+    monkeypatch.setenv(environment.TUNING, wish) if wish else monkeypatch.delenv(environment.TUNING, raising=False)
     assert tune.wanted(0) is expected
 
 
@@ -152,8 +152,9 @@ def test_on_a_gpu_the_choice_is_the_best_one_twice(monkeypatch, tmp_path):
     import turbo_nb
     from turbo_nb.runtime import warm_up
 
-    for name, value in {"TURBO_NB_CACHE": str(tmp_path), tune.VARIABLE: "1", "TURBO_NB_ATTENTION": "triton"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TURBO_NB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TURBO_NB_TUNING", "1")
+    monkeypatch.setenv("TURBO_NB_ATTENTION", "triton")
     monkeypatch.setenv("TURBO_NB_LINEAR", "triton")
     monkeypatch.setattr(tuning, "_winners", {})
     pipeline = turbo_nb.load_pipeline("nano", device="cuda", text_cache=False)

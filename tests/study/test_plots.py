@@ -1,5 +1,8 @@
 """The figures of the notebooks: readable on a light and on a dark page, and shown once."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,9 @@ def test_figures_are_readable_on_a_light_and_a_dark_page(figures, nano):
 def test_lines_have_contrast_on_both_pages():
     for colour in (*plots.COLOURS, plots.INK):
         assert min(contrast(colour, page) for page in PAGES) > 2.7, colour
+
+
+def test_without_matplotlib_it_says_what_to_install():
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom turbo_nb.study import plots"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "InputError: matplotlib is not installed. Run: pip install 'turbo-nb[notebook]'" in result.stderr

@@ -7,7 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageCms
 
 from turbo_nb.errors import InputError, collect_warnings
 from turbo_nb.settings import PICTURES
@@ -210,6 +211,11 @@ def test_what_is_not_an_image_is_an_input_error(image, words, name):
         images.load_image(image, name)
 
 
+def test_the_error_of_a_tensor_is_one_line_with_its_conversion():
+    with pytest.raises(InputError, match=r"^image is tensor\(\[.* of type Tensor.* Call its numpy\(\)\.$"):
+        images.load_image(torch.zeros(3, 4, 4))
+
+
 @pytest.mark.parametrize("data", [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1"])
 def test_bytes_that_are_not_an_image_are_named_once(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
@@ -312,6 +318,57 @@ def test_an_image_is_turned_upright(tmp_path):
     assert (loaded(tmp_path / "a.png") == np.rot90(COLOUR, -1)).all()
     wide = stored(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG", exif=exif)
     assert (loaded(wide)[..., 0] == np.rot90(GREY, -1)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0not a TIFF header", b"Exif\0\0II*\0"])
+def test_exif_data_that_cannot_be_read_are_ignored(kind, exif):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert (loaded(stored(Image.fromarray(COLOUR), kind, exif=exif, **options)) == COLOUR).all()
+
+
+def tiff(bits: int, photometric: int, pixels: bytes) -> io.BytesIO:
+    """A grey TIFF of 8x8, little endian, of a kind that Pillow does not write"""
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    tags += [(273, 4, 1, 122), (277, 3, 1, 1), (278, 4, 1, 8), (279, 4, 1, len(pixels))]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + struct.pack("<I", 0) + pixels)
+
+
+def test_the_tags_of_a_wide_tiff_are_applied():
+    white_is_zero = tiff(16, 0, (65535 - GREY.astype("<u2") * 257).astype("<u2").tobytes())
+    assert (loaded(white_is_zero)[..., 0] == GREY).all()
+    unsigned = tiff(32, 1, (GREY.astype("<u4") * 0x01010101).tobytes())
+    assert np.abs(loaded(unsigned, "4.29497e+09")[..., 0] - GREY).max() <= 1
+    digits = "".join(f"{value:02x}{value >> 4:x}" for value in GREY.ravel().tolist())  # 12 bits each
+    assert np.abs(loaded(tiff(12, 1, bytes.fromhex(digits)))[..., 0] - GREY).max() <= 1
+
+
+def swapped_profile() -> bytes:
+    """A profile in which the red channel is green and the green one red"""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"tmp_"), (b"gXYZ", b"rXYZ"), (b"tmp_", b"gXYZ")):
+        profile = profile.replace(old, new, 1)
+    return profile.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "PIL"])
+def test_a_colour_profile_is_applied(mode):
+    picture = Image.new("RGB", (8, 8), RED)
+    picture = picture.quantize(4) if mode == "P" else picture.convert("RGBA" if mode == "RGBA" else "RGB")
+    source = stored(picture, "PNG", icc_profile=swapped_profile())
+    pixels = loaded(Image.open(source) if mode == "PIL" else source)
+    assert np.abs(pixels - (RED[1], RED[0], RED[2])).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"damaged", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
+def test_a_profile_of_srgb_or_without_sense_changes_nothing(profile):
+    assert (loaded(stored(Image.fromarray(COLOUR), "PNG", icc_profile=profile)) == COLOUR).all()
+
+
+def test_a_transparent_value_is_found_before_a_profile_moves_it():
+    source = stored(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED, icc_profile=swapped_profile())
+    assert (loaded(source, "white") == 255).all()
 
 
 def test_warnings_name_the_option():

@@ -125,6 +125,13 @@ def test_a_home_is_expanded_and_a_link_is_followed(tmp_path, frames, monkeypatch
             mp4.check_output("~/link.mp4")
 
 
+def test_a_folder_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as caught:
+        mp4.check_output(tmp_path / "file" / "batch" / mp4.PROBE)
+    assert str(caught.value).startswith(f"cannot write '{tmp_path / 'file' / 'batch'}': ")
+
+
 def stand_in(folder, script: str) -> str:
     """An ffmpeg that is a shell script, in which $FFMPEG is the real one"""
     path = folder / "ffmpeg"

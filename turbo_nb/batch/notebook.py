@@ -1,12 +1,15 @@
 """Notebooks: those with parameters, run by papermill, and what a notebook shows of a run."""
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, not_installed
+from ..errors import InputError, OutputError, first_line, not_installed
+from ..machine import environment
 from ..settings import RunOptions, build, check_names
-from ..values import local
+from ..values import PathLike, shown
 from ..video.player import play
 
 if TYPE_CHECKING:
@@ -29,19 +32,37 @@ def run_notebook(
         The executed notebook.
 
     Raises:
-        InputError: papermill is not installed, the notebook does not exist, or it lacks a parameter (papermill only
-            warns).
+        InputError: papermill is not installed, the notebook does not exist or cannot be read, or it lacks a parameter
+            (papermill only warns).
+        OutputError: the copy cannot be written.
     """
     try:
         import papermill
     except ImportError as error:
         raise not_installed("papermill", "notebook") from error
-    notebook, output = Path(local(notebook, "notebook")), Path(local(output, "output"))
-    if not notebook.is_file():
-        raise InputError(f"notebook is {str(notebook)!r}, which does not exist. Expected the path of an .ipynb file.")
+    notebook, output = Path(PathLike()("notebook", notebook)), Path(PathLike()("output", output))
+    if not environment.is_file(notebook):
+        raise InputError(f"notebook is {shown(notebook)}, which does not exist. Expected the path of an .ipynb file.")
     parameters = parameters or {}
-    check_names(f"a parameter of {notebook.name}", parameters, papermill.inspect_notebook(str(notebook)))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = papermill.inspect_notebook(str(notebook))
+    except Exception as error:  # nbformat and papermill raise errors of many types
+        raise InputError(
+            f"notebook is {shown(notebook)}, which cannot be read ({first_line(error)}). Expected an .ipynb file."
+        ) from error
+    check_names(f"a parameter of {notebook.name}", parameters, known)
+    try:
+        if environment.is_dir(output):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with suppress(FileNotFoundError):
+            output.stat()  # raises for a name that is too long
+        environment.require_writable(output.parent)
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output is {shown(output)}, which cannot be written ({error.strerror}). Expected the path of an .ipynb "
+            "file. Choose another."
+        ) from error
     options = {"progress_bar": False, "store_widget_state": False} | options
     return papermill.execute_notebook(str(notebook), str(output), parameters, **options)
 

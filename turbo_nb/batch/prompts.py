@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,16 @@ def read_rows(path: str | os.PathLike) -> list[Job | InputError]:
 
 
 def _read_txt(file: io.StringIO, path: Path) -> Iterator[Job]:
-    dropped = []
+    dropped, first = [], True
     for number, line in enumerate(file, 1):
         line = line.strip()
         if line.startswith("#"):
             if line[1:2] not in ("", " ", "\t", "#", "!"):  # a comment seldom has its first word here
                 dropped.append((number, line))
         elif line:
+            if first:
+                _check_is_text(line, f"{path}:{number}")
+            first = False
             yield Job(prompt=line, source=f"{path}:{number}")
     if dropped:
         number, line = dropped[0]
@@ -148,6 +151,25 @@ def _read_txt(file: io.StringIO, path: Path) -> Iterator[Job]:
             f"{path}:{number}{more}: {shown(line, 40)} is left out, because # begins a comment. A prompt that begins "
             "with # goes into a csv or jsonl."
         )
+
+
+def _check_is_text(line: str, source: str) -> None:
+    """Raise InputError where the first prompt of a txt is the beginning of another format"""
+    row: Any = None
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+    names = [_option_name(name.strip('"')) for name in re.split(f"[,{''.join(SEPARATORS)}]", line)]
+    if isinstance(row, dict) and "prompt" in map(_option_name, row):
+        kind, fix = "a jsonl", "Rename the file to .jsonl."
+    elif line in ("[", "{") or isinstance(row, list):
+        kind, fix = "JSON", "Write one object a line into a .jsonl."
+    elif len(names) > 1 and {"prompt"} < {*names} <= {"prompt", *ROW_OPTIONS}:
+        kind, fix = "a csv", "Rename the file to .csv."
+    elif re.match("(?i)<!doctype html|<html", line):
+        kind, fix = "a web page", "Download the file itself."
+    else:
+        return
+    raise InputError(f"{source}: the line is {shown(line, 40)}, as {kind} begins. Expected a prompt a line. {fix}")
 
 
 @contextmanager

@@ -141,7 +141,7 @@ def _check(folders: list[Problem]) -> Report:
     wrong = chain(
         folders, overrides, problems.of_packages(seen), problems.of_torch(seen, found), problems.of_gpu(found),
         problems.of_disks(seen), problems.of_start(), problems.of_price(), problems.of_hub(hub), problems.of_encoder(),
-        problems.of_exchange(), problems.of_models(found, models),
+        problems.of_exchange(), problems.of_switches(), problems.of_models(found, models),
     )  # fmt: skip
     try:
         price = environment.price_per_hour()

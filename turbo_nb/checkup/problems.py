@@ -156,6 +156,15 @@ def of_exchange() -> Iterator[Problem]:
         yield _error(str(error), f"unset {probe.EXCHANGE}")
 
 
+def of_switches() -> Iterator[Problem]:
+    """Yield a switch that is neither 0 nor 1, with which no model is loaded."""
+    for variable in environment.SWITCHES:
+        try:
+            environment.switch(variable)
+        except InputError as error:
+            yield _error(str(error), f"unset {variable}")
+
+
 def of_encoder() -> Iterator[Problem]:
     """Yield an encoder that cannot write an mp4, which every clip needs."""
     from ..video import mp4

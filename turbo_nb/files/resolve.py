@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from .. import catalog, layerwise
 from ..catalog import HubFile, ModelSpec
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, warn
 from ..machine import environment
 from ..runtime import plan
 from ..settings import LoadOptions, ResolvedClip
@@ -376,6 +376,8 @@ def resolve(options: LoadOptions | None = None, *, host_memory: float | None = N
         heads=heads,
         gpus=ranks_for(decision.gpus, spec.arch.num_heads),
     )
+    if options.sla_topk is not None and found.attention_type == "original":
+        warn(f"sla_topk is {options.sla_topk}, which dense attention does not use. Leave it out, or choose sla.")
     found.check()
     return found.with_loras(options.loras, quiet=True) if options.loras else found
 

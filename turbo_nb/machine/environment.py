@@ -27,6 +27,7 @@ FOLDERS = (
     "TURBO_NB_HOME", "TURBO_NB_CACHE", "TURBO_NB_CONFIG", "TURBO_NB_LORAS", "TRITON_CACHE_DIR", "HF_HOME",
     "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME",
 )  # fmt: skip
+SWITCHES = TEXT_CACHE, GRAPHS, TUNING = "TURBO_NB_TEXT_CACHE", "TURBO_NB_GRAPHS", "TURBO_NB_TUNING"
 # pathlib's predicates raise for a name that is too long or a folder without permission, before Python 3.14
 exists, is_dir, is_file = os.path.exists, os.path.isdir, os.path.isfile
 
@@ -146,6 +147,14 @@ def cost(seconds: float) -> float | None:
 def dollars(cost: float | None, before: str = ", ") -> str:
     """Return a cost as it follows a time, such as ", $0.0042", or nothing without a cost."""
     return "" if cost is None else f"{before}${cost:.4f}"
+
+
+def switch(variable: str) -> bool | None:
+    """Return whether a variable of `SWITCHES` is 1, None where it is not set or empty. Raises InputError for a word."""
+    text = os.environ.get(variable) or None
+    if text not in (None, "0", "1"):
+        raise InputError(f"{variable} is {text!r}. Expected 0 or 1. Unset it for the default.")
+    return text and text == "1"
 
 
 def check_folders() -> None:

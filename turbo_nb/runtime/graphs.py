@@ -16,7 +16,6 @@ All graphs of a model share one pool of memory. A graph may therefore overwrite 
 the prompt's part outlives a replay, so it is replayed again whenever another graph ran in between.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,12 +29,12 @@ from torch.nn.modules import module as torch_modules
 from .. import backends
 from ..errors import first_line
 from ..fused import transformer as fused_transformer
+from ..machine import environment
 from ..machine.garbage import uncollected
 from ..sla import SLAProcessor
 from .plan import USABLE, Plan
 from .steps import Tally
 
-VARIABLE = "TURBO_NB_GRAPHS"  # 0: every step is plain
 MOST = 4  # graphs of a model; the least recently used one is dropped
 SPARE = 1.1  # memory of a graph over that of a plain step, because its pool shares nothing with other work
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -303,8 +302,8 @@ def unfit(models: Sequence[nn.Module], plan: Plan) -> str | None:
     """Return why graphs cannot compute the steps of some transformers, None where they can."""
     if plan.device == "cpu":
         return "runs on the CPU"
-    if os.environ.get(VARIABLE) == "0":
-        return f"{VARIABLE}=0"
+    if environment.switch(environment.GRAPHS) is False:
+        return f"{environment.GRAPHS}=0"
     if plan.offload != "none":
         return f"plan {plan.name} moves weights"
     for model in models:

@@ -6,7 +6,6 @@ a candidate out.
 """
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..machine import probe
+from ..machine import environment, probe
 from ..ops import registry, tuning
 from ..ops.tuning import Launch, Measured, Output, Shape
 
-VARIABLE = "TURBO_NB_TUNING"  # 0: take every first candidate. 1: time the candidates on sm_90, too
 SECONDS = 10.0  # for all timings of a GPU; what is not timed by then keeps its first candidate until the next start
 RUNS = 5  # of a candidate, whose median counts
 LEAD_CYCLES = 1_000_000  # that a GPU waits before a timing, about 0.6 ms, because the host needs time to launch
@@ -29,11 +27,14 @@ log = logging.getLogger("turbo_nb")
 
 
 def wanted(gpu: int) -> bool:
-    """Return whether to time launches on a GPU: where our kernels run, but not on sm_90, where they were measured."""
-    machine, wish = probe.probe(gpu), os.environ.get(VARIABLE)
-    if wish == "0" or registry.no_kernels(machine):
+    """Return whether to time launches on a GPU: where our kernels run, but not on sm_90, where they were measured.
+
+    TURBO_NB_TUNING 0: take every first candidate. 1: time the candidates on sm_90, too.
+    """
+    machine, wish = probe.probe(gpu), environment.switch(environment.TUNING)
+    if wish is False or registry.no_kernels(machine):
         return False
-    return machine.arch != registry.GLUON_ARCH or wish == "1"
+    return machine.arch != registry.GLUON_ARCH or bool(wish)
 
 
 class Trials:

@@ -8,12 +8,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter
+
+from ..errors import not_installed
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import EngFormatter
+except ImportError as error:
+    raise not_installed("matplotlib", "notebook") from error
 
 from .. import rope, sla
 from ..rope import VideoSize

@@ -21,7 +21,7 @@ MOST = 512e6  # bytes of embeddings on disk; one of 100 tokens takes 0.8 MB
 
 def uses_cache(asked: bool | None = None) -> bool:
     """Return whether embeddings are kept on disk: as asked, else unless TURBO_NB_TEXT_CACHE is 0."""
-    return os.environ.get("TURBO_NB_TEXT_CACHE") != "0" if asked is None else asked
+    return environment.switch(environment.TEXT_CACHE) is not False if asked is None else asked
 
 
 def open_cache(encoder: Path, tokenizer: Path, dtype: "torch.dtype") -> "EmbeddingCache":

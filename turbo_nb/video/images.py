@@ -38,7 +38,7 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", nam
 
     Values of uint16 are scaled from 0…65535. Wider integers and floats are scaled from the first range that has them
     all: 0…1 and -1…1 (floats only), 0…255, 0…65535, 0…2³¹-1, else their own. A warning names the range. Transparent
-    parts are put on white, with a warning.
+    parts are put on white, with a warning. A colour profile is applied.
 
     Args:
         image: a file or its bytes, a PIL image, or an array (H, W) or (H, W, C) of bool, integers or floats. C is 1
@@ -59,9 +59,10 @@ def load_image(image: "str | os.PathLike | io.BytesIO | Image | np.ndarray", nam
     if isinstance(image, io.BytesIO):
         return _read(image, f"{name} is an upload")
     if not isinstance(image, str | os.PathLike):
+        fix = "Call its numpy()." if hasattr(image, "numpy") else "Convert it."  # a tensor
         raise InputError(
             f"{name} is {shown(image)} of type {type(image).__name__}. Expected a file, a PIL image, or a numpy array "
-            "(height, width, 3). Convert it."
+            f"(height, width, 3). {fix}"
         )
     what = f"{name} is {shown(str(image), 300)}"
     return _read(_file(image, what), what)
@@ -188,7 +189,11 @@ def _opened(picture: "Image", what: str) -> "Image":
         _unpack_transparency(picture)
         if picture.format in FILMS and getattr(picture, "n_frames", 1) > 1:
             warn(f"{what} with {picture.n_frames} frames. The first one is taken.")
-        return _on_white(_eight_bits(ImageOps.exif_transpose(picture), picture.format, what), what)
+        picture.load()
+        upright = picture
+        with suppress(Exception):  # viewers ignore EXIF data that cannot be read, whose errors are of many types
+            upright = ImageOps.exif_transpose(picture)
+        return _on_white(_eight_bits(_in_srgb(upright), picture, what), what)
     except InputError:
         raise
     except Exception as error:
@@ -205,15 +210,20 @@ def _unpack_transparency(picture: "Image") -> None:
         picture.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
-    """Return a picture as L, LA, RGB or RGBA. Pillow's own conversion clips the values of wider modes at 255"""
+def _eight_bits(picture: "Image", source: "Image", what: str) -> "Image":
+    """Return a picture as L, LA, RGB or RGBA. `source` is the picture as it was opened.
+
+    Pillow's own conversion clips the values of wider modes at 255.
+    """
     import numpy as np
     from PIL import Image
 
     mode, key = picture.mode, picture.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;16"):
         values = np.asarray(picture)
-        if mode == "I" and kind in ("PNG", "PPM"):  # 16 bits: PNG in Pillow before version 11, PPM in every version
+        if source.format == "TIFF":
+            values = _tiff_values(values, source.tag_v2)
+        if mode == "I" and source.format in ("PNG", "PPM"):  # 16 bits: PNG before Pillow 11, PPM in every version
             values = values.astype(np.uint16)
         picture = Image.fromarray(_scaled(values, what))
         if isinstance(key, int):  # the value that is transparent
@@ -221,7 +231,43 @@ def _eight_bits(picture: "Image", kind: str | None, what: str) -> "Image":
         return picture
     if mode == "La":  # premultiplied
         return picture.convert("LA")
-    return picture.convert("RGBA" if key is not None or mode in ("LA", "PA", "RGBA", "RGBa") else "RGB")
+    return picture.convert(_colours(picture))
+
+
+def _colours(picture: "Image") -> str:
+    """Return the mode that holds the colours of a picture, and what is transparent"""
+    has_alpha = picture.info.get("transparency") is not None or picture.mode in ("LA", "PA", "RGBA", "RGBa")
+    return "RGBA" if has_alpha else "RGB"
+
+
+def _tiff_values(values: "np.ndarray", tags: Any) -> "np.ndarray":
+    """Return whole numbers as the tags of a TIFF mean them, which Pillow does not apply to more than 8 bits"""
+    import numpy as np
+
+    bits, kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]  # BitsPerSample, SampleFormat: 1 is unsigned
+    if kind != 1:
+        return values
+    if bits == 12:
+        values = values << 4 | values >> 8
+    elif bits == 32:
+        values = values.view(np.uint32)
+    return np.invert(values) if tags.get(262) == 0 else values  # PhotometricInterpretation: 0 is white
+
+
+def _in_srgb(picture: "Image") -> "Image":
+    """Return a picture with the colours that its profile gives it: of wide gamut, as phones write it, or of CMYK"""
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("P", "PA", "RGB", "RGBA", "CMYK"):
+        return picture
+    with suppress(Exception):  # viewers ignore a profile that cannot be read; ImportError: Pillow without littlecms
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(own):
+            colours = picture if picture.mode == "CMYK" else picture.convert(_colours(picture))
+            target = "RGB" if picture.mode == "CMYK" else colours.mode
+            return ImageCms.profileToProfile(colours, own, ImageCms.createProfile("sRGB"), outputMode=target)
+    return picture
 
 
 def _from_array(array: "np.ndarray", what: str) -> "Image":

@@ -328,7 +328,7 @@ def _unwritable(path: Path, error: Exception) -> OutputError:
         fix = "Look at what else runs on this machine, and at the free space."
     else:
         fix = "Choose another folder or name."
-    return OutputError(f"cannot write {shown(path)}: {text}. {fix}")
+    return OutputError(f"cannot write {shown(path.parent if path.name == PROBE else path)}: {text}. {fix}")
 
 
 def _broken(how: str) -> OutputError:
