@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class Video:
         record: how it was made; the mp4 carries it.
     """
 
-    frames: "np.ndarray"
+    frames: "np.ndarray" = field(repr=False)
     record: VideoRecord
 
     @property

@@ -44,3 +44,8 @@ def test_details_leave_out_what_is_not_set(record):
     assert shown["timings"] == "text 0.01 s, denoise 2.56 s" and shown["steps"] == "1.28 s, 1.28 s"
     assert shown["peaks"] == "denoise 1.5 GiB" and shown["cost"] == "$0.0043"
     assert not shown.keys() & {"image", "versions", "boundary", "machine"}
+
+
+def test_a_video_is_shown_without_its_pixels():
+    shown = repr(Video(frames=np.zeros((1, 8, 8, 3), np.uint8), record=RECORD))
+    assert shown == f"Video(record={RECORD})"

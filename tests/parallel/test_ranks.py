@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -98,6 +100,15 @@ def test_an_error_of_a_rank_is_rank_0s():
 )
 def test_a_rank_says_why_it_ends(error, words):
     assert ranks._as_failure(error, "cpu").startswith(words)
+
+
+@pytest.mark.parametrize(("code", "quoted"), [(-signal.SIGKILL, False), (-signal.SIGABRT, True), (3, True)], ids=str)
+def test_a_killed_rank_is_not_explained_by_what_it_wrote_before(code, quoted):
+    process = Mock(poll=Mock(return_value=code))
+    with tempfile.TemporaryFile() as stderr:
+        stderr.write(b"a notice while loading\n")
+        how = ranks._how_it_ended(ranks._Other(1, None, None, process, stderr))
+    assert ("Its last line: a notice while loading." in how) == quoted
 
 
 def test_a_rank_that_hangs_ends_all(monkeypatch):

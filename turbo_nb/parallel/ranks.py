@@ -294,7 +294,7 @@ def _how_it_ended(other: _Other) -> str:
     if code == -signal.SIGKILL:
         how += ", which the system sends where main memory runs out"
     last = ""
-    if other.stderr:
+    if other.stderr and code != -signal.SIGKILL:  # of which a process cannot write anything
         other.stderr.seek(0, os.SEEK_END)
         other.stderr.seek(max(0, other.stderr.tell() - 2000))
         lines = [line.strip() for line in other.stderr.read().decode(errors="replace").splitlines() if line.strip()]

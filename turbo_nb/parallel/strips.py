@@ -8,7 +8,8 @@
 A fused convolution reads a rim of one pixel around each picture. On one GPU the rim is zero. Here the upper and the
 lower rim are a neighbour's row. Our convolutions and norms compute each pixel alike, wherever it is. cuBLAS and cuDNN
 choose a kernel by the number of rows, so what calls them gets all rows. Only the encoder's convolutions with stride 2
-get a strip. The result is therefore that of one GPU up to rounding, without seams, at any height.
+get a strip. On H100s the result has the bits of one GPU (docs/gpus.md). On a CPU it differs by rounding, because the
+convolutions of a CPU sum in an order that depends on the size of the picture.
 """
 
 from collections.abc import Callable, Iterator
