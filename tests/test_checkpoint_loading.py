@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from weight_files import FORMATS, gguf_file
 
 from turbo_nb import catalog, checkpoint
 from turbo_nb.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
-from turbo_nb.errors import CheckpointError, InputError
+from turbo_nb.errors import CheckpointError, InputError, TurboNbWarning, collect_warnings
 from turbo_nb.files import part_config
 from turbo_nb.files.layouts import describe
 from turbo_nb.files.recognise import read, recognise
@@ -401,16 +402,18 @@ def test_a_damaged_safetensors_file_is_a_typed_error(tmp_path):
 
 
 @pytest.mark.parametrize("number_format", ["bf16", "TurboDiffusion int8", "LightX2V int8", "fp8 e5m2"])
-def test_matrix_of_zeros_that_a_broken_download_left_is_an_error(tmp_path, number_format):
+def test_one_warning_names_the_matrices_of_zeros(tmp_path, number_format):
     state = load_file(catalog.NANO.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     state = {key: tensor.contiguous().clone() for key, tensor in FORMATS[number_format](state).items()}
-    for key in [key for key in state if key.startswith("blocks.3.ffn.net.2.") and "scale" not in key]:
+    for key in [key for key in state if re.match(r"blocks\.[23]\.ffn\.net\.2\.(?!.*scale)", key)]:
         state[key].zero_()
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"blocks\.3\.ffn\.net\.2\.weight .* is zero in all .*Download the file again"
-    ):
+    with collect_warnings() as told:
         load_transformer(tmp_path / "model.safetensors")
+    (told,) = (line for line in told if "zero" in line)
+    assert re.search(
+        r"blocks\.2\.ffn\.net\.2\..*weight and 1 more .*model\.safetensors.* download the file again", told
+    )
 
 
 @pytest.mark.parametrize(
@@ -420,12 +423,12 @@ def test_matrix_of_zeros_that_a_broken_download_left_is_an_error(tmp_path, numbe
         ("text_encoder", load_text_encoder, "encoder.block.1.layer.0.SelfAttention.q.weight"),
     ],
 )
-def test_zeros_in_another_part_are_an_error(tmp_path, part, load, key):
+def test_zeros_in_another_part_are_a_warning(tmp_path, part, load, key):
     shutil.copytree(catalog.NANO.folder / part, tmp_path / part)
     (path,) = (tmp_path / part).glob("*.safetensors")
     state = load_file(path)
     save_file(state | {key: torch.zeros_like(state[key])}, path)
-    with pytest.raises(CheckpointError, match=f"{key} .* is zero in all"):
+    with pytest.warns(TurboNbWarning, match=f"all numbers of {key} in"):
         load(tmp_path / part)
 
 

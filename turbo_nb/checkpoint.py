@@ -70,7 +70,7 @@ def load_transformer(
     """Load the transformer in a `.pth` or `.safetensors` file or a diffusers folder, in eval mode.
 
     Norms, the time embedding, scales and `proj_l` stay float32. Tensors that the model does not have are left out
-    with a warning.
+    with a warning. A matrix of zeros is a warning, too.
 
     Args:
         path: the file or folder, or what `recognise.read` returned for it.
@@ -88,7 +88,7 @@ def load_transformer(
 
     Raises:
         CheckpointError: the file is damaged or something else, or a tensor is missing, does not fit or is not finite.
-            Or a matrix is zero throughout, or a LoRA does not fit.
+            Or a LoRA does not fit.
         InputError: an argument cannot be used.
         BackendError: the attention cannot run here.
     """
@@ -121,7 +121,7 @@ def load_transformer(
     pages.release()
     rope = model.rope
     model.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(device)
-    return model.requires_grad_(False).eval()
+    return _loaded(model, contents)
 
 
 def _is_int8(tensor: Tensor | Encoded) -> bool:
@@ -179,16 +179,16 @@ def _load_tensor(
     in_8_bits = leaf == "weight" and isinstance(model.get_submodule(name), Int8Linear)
     touched = bool(lora.touching(key, loras))
     if in_8_bits and _is_int8(stored) and not touched:
-        q, scale = (_checked(key, part.to(device), contents) for part in stored.int8())
-        return {f"{name}.int8_weight": q, f"{name}.scale": scale}
-    weight = _checked(key, _decoded(stored, run_device if touched else device), contents)
+        q, scale = (part.to(device) for part in stored.int8())
+        return {f"{name}.int8_weight": q, f"{name}.scale": _finite(key, scale, contents)}
+    weight = _finite(key, _decoded(stored, run_device if touched else device), contents)
     if touched:
         weight = lora.apply(key, weight.float(), loras)
     if not in_8_bits:
         return {key: weight.to(torch.float32 if any(part in key for part in KEEP_FP32) else dtype).to(device)}
     # rows are more exact; plain weights get upstream's tiles where upstream's own linears run
     q, scale = _quantized_rows(weight) if isinstance(stored, Encoded) else quantize(weight, run_device)
-    return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _checked(key, scale.to(device), contents)}
+    return {f"{name}.int8_weight": q.to(device), f"{name}.scale": _finite(key, scale.to(device), contents)}
 
 
 @torch.inference_mode(False)  # because parameters of inference mode have no version, which caches ask for
@@ -282,7 +282,7 @@ def load_vae(
     require(contents, "vae")
     model = _empty_vae(contents)
     _fill(model, contents, device, dtype)
-    return model.requires_grad_(False).eval()
+    return _loaded(model, contents)
 
 
 def require_vae(contents: Contents) -> None:
@@ -359,7 +359,7 @@ def load_text_encoder(
         if key in stored:
             _store(model, key, stored.pop(key), contents, device, dtype)
         else:
-            whole = _checked(key, _decoded(tensor, device), contents)
+            whole = _finite(key, _decoded(tensor, device), contents)
             if in_16_bits and is_large(key):
                 whole = whole.to(torch.bfloat16)
                 _put(model, key, whole, None, dtype)
@@ -369,7 +369,7 @@ def load_text_encoder(
             _release(tensor, [whole], pages)
     pages.release()
     model.encoder.embed_tokens = model.shared
-    return model.requires_grad_(False).eval()
+    return _loaded(model, contents)
 
 
 def _store(
@@ -377,7 +377,7 @@ def _store(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Put a layer that keeps its weight as the file stores it in the place of a model's linear or embedding."""
-    data, scale = (None if part is None else _checked(key, part.to(device), contents) for part in stored)
+    data, scale = (None if part is None else _finite(key, part.to(device), contents) for part in stored)
     _put(model, key, data, scale, dtype)
 
 
@@ -447,19 +447,29 @@ def _matched(
     return tensors
 
 
-def _checked(key: str, tensor: Tensor, contents: Contents) -> Tensor:
-    """The tensor itself. Raises CheckpointError if it holds NaN or Inf, or if a whole matrix is zero."""
+def _finite(key: str, tensor: Tensor, contents: Contents) -> Tensor:
+    """The tensor itself. Raises CheckpointError if it holds NaN or Inf."""
     if not is_finite(tensor):
         raise CheckpointError(
             f"{key} in {str(contents.path)!r} holds NaN or Inf. Expected finite numbers. Download the file again."
         )
-    # zeros are what a download that broke off leaves in a file whose size was reserved; proj_l begins as zero
-    if tensor.ndim > 1 and key.endswith("weight") and PROJ_L not in key and is_zero(tensor):
-        raise CheckpointError(
-            f"{key} in {str(contents.path)!r} is zero in all {tensor.numel():,} numbers. Expected trained weights, "
-            "and a download that broke off can leave zeros. Download the file again."
-        )
     return tensor
+
+
+def _loaded(model: nn.Module, contents: Contents) -> nn.Module:
+    """The model in eval mode. Warns of matrices of zeros, which a broken download leaves in a file of full size."""
+    found = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.ndim > 1 and name.endswith("weight") and PROJ_L not in name and is_zero(tensor)
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warn(
+            f"all numbers of {found[0]}{more} in {str(contents.path)!r} are zero, as a download that broke off can "
+            "leave them; if the clips are noise, download the file again"
+        )
+    return model.requires_grad_(False).eval()
 
 
 def _assign(model: nn.Module, key: str, tensor: Tensor) -> None:
@@ -476,7 +486,7 @@ def _fill(model: nn.Module, contents: Contents, device: str | torch.device, dtyp
     """Give a model without storage the tensors of a file."""
     pages = PageReleaser()
     for key, tensor in _matched(contents.tensors, model.state_dict(), contents).items():
-        whole = _checked(key, _decoded(tensor, device), contents)
+        whole = _finite(key, _decoded(tensor, device), contents)
         whole = whole.to(dtype or whole.dtype)
         _assign(model, key, whole)
         _release(tensor, [whole], pages)
