@@ -1,6 +1,7 @@
 """What the other ranks of the tests run"""
 
 import os
+import signal
 import time
 
 import torch
@@ -41,6 +42,12 @@ def _compiled(member):
     member.say_ready()
 
 
+def _rest(member, seconds):
+    """Reach the exchange later than rank 0"""
+    time.sleep(seconds)
+    _sum(member)
+
+
 def _loop(member):
     """Hang with a thread that still shows signs of life"""
     while member.rank == 1:
@@ -62,6 +69,11 @@ def never_connect(member):
 
 def load_slowly(member):
     time.sleep(60)
+
+
+def freeze(member):
+    """Stop at load with all threads, as where the disk does not answer"""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def fail_at_load(member):

@@ -136,6 +136,13 @@ def test_a_rank_that_cannot_load():
         team.join()
 
 
+def test_a_rank_that_freezes_while_it_loads_ends_all(monkeypatch):
+    monkeypatch.setattr(ranks, "SILENT", 3.0)
+    silent = pytest.raises(TurboNbError, match=r"rank 1 hangs: it has given no sign of life for 3 s\.")
+    with team_of(2, targets.freeze, join=False) as team, silent:
+        team.join()
+
+
 def test_ranks_that_do_not_connect_end(monkeypatch):
     monkeypatch.setattr(ranks, "CONNECTS", 1.0)
     monkeypatch.setattr(group, "JOIN", timedelta(seconds=4))  # of gloo, which cannot be ended earlier
@@ -203,6 +210,19 @@ time.sleep(60)
 """
 
 
+STOPPED = """
+import targets
+from test_ranks import add, device_of
+from turbo_nb.parallel import ranks
+ranks.HANGS = 4.0
+team = ranks.start(2, device_of, targets.exchange)
+team.join()
+print(team._others[0].process.pid, flush=True)
+print(add(team, "rest", 2.0))
+team.close()
+"""
+
+
 def environment():
     return os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
 
@@ -217,6 +237,22 @@ def test_a_rank_in_an_exchange_ends_with_rank_0():
         while psutil.pid_exists(int(other)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert result == "2.0" and not psutil.pid_exists(int(other))
+
+
+def test_processes_that_were_all_stopped_go_on():
+    """As by Ctrl-Z, or where a pod is paused"""
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True, env=environment()
+    ) as parent:
+        other = int(parent.stdout.readline())
+        time.sleep(1)  # so that rank 0 waits in the exchange
+        for pid in (parent.pid, other):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(parent.pid, signal.SIGCONT)
+        time.sleep(0.8)
+        os.kill(other, signal.SIGCONT)
+        assert parent.communicate(timeout=30)[0] == "2.0\n" and parent.returncode == 0
 
 
 TORCHRUN = """

@@ -7,7 +7,6 @@ torch.distributed, with a second model, or with a group that failed.
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -41,8 +40,8 @@ class Group:
 
     Attributes:
         exchanges: how many this rank has begun. A rank that falls behind for long is hung.
-        begins: since when it begins one, in seconds of `time.monotonic`; else None. That takes no time, so a rank that
-            begins one for long is hung, too.
+        begins: number of the exchange that it begins now; else None. That takes no time, so a rank that begins one for
+            long is hung, too.
         peers: memory that the GPUs write for each other. None on a CPU, and where they cannot.
     """
 
@@ -127,7 +126,7 @@ class Group:
 
     def _begin(self, call: Callable, *arguments: Any) -> Any:
         self.exchanges += 1
-        self.begins = time.monotonic()
+        self.begins = self.exchanges
         try:
             return call(*arguments)
         finally:

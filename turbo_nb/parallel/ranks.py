@@ -37,6 +37,8 @@ from ..values import shown
 
 HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
 BEAT = 1.0  # seconds between two signs of life
+SILENT = 120.0  # seconds without one, after which a rank is frozen
+AWAKE = 2.0  # seconds between two looks; what is longer is time in which this process was stopped
 VERDICT = 3.0  # seconds in which the thread finds out why an exchange failed
 CONNECTS = 25.0  # seconds until all ranks that have loaded are connected
 LOADING = 1800.0  # seconds for loading a model
@@ -44,6 +46,21 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 NCCL_BYTES = 1 << 30  # about what NCCL takes on each of four GPUs. It fails where less is free
 FULL = "Is the memory of a GPU full (nvidia-smi)?"
 LOST_MEMORY = "ran out of GPU memory. Take fewer frames, a smaller resolution, more GPUs or the int8 checkpoint."
+
+
+class _Unchanged:
+    """How long a value has been the same, without time in which this process was stopped, as by Ctrl-Z."""
+
+    def __init__(self):
+        self._value, self._seconds, self._last = None, 0.0, time.monotonic()
+
+    def look(self, value: Any) -> float:
+        """Return the seconds since the first of the looks that saw this value; 0 for None."""
+        now = time.monotonic()
+        same = value is not None and value == self._value
+        self._seconds = self._seconds + min(now - self._last, AWAKE) if same else 0.0
+        self._value, self._last = value, now
+        return self._seconds
 
 
 @dataclass
@@ -56,8 +73,10 @@ class _Other:
     process: subprocess.Popen | None = None  # None under torchrun
     stderr: IO[bytes] | None = None
     ready: bool = False
+    messages: int = 0  # that it has sent
+    silent: _Unchanged = field(default_factory=_Unchanged)  # its messages
     exchanges: int = 0
-    since: float = field(default_factory=time.monotonic)  # when `exchanges` changed
+    behind: _Unchanged = field(default_factory=_Unchanged)  # its exchanges, while rank 0 has begun more
     begins: float = 0.0  # seconds that it has been beginning an exchange for
 
 
@@ -79,8 +98,7 @@ class Team:
         self._others, self._device, self._store = list(others), device, store
         self._failed, self._closing, self._lock = threading.Event(), False, threading.Lock()
         self._work = threading.RLock()  # held in `together`
-        self._connecting: float | None = None  # since when
-        self._own = 0, time.monotonic()  # rank 0's number of exchanges, and when it changed
+        self._connecting, self._connects, self._begins = False, _Unchanged(), _Unchanged()
         self._thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True, name="turbo_nb ranks")
         self._thread.start()
         atexit.register(_close, weakref.ref(self))
@@ -91,11 +109,11 @@ class Team:
 
         self._until_ready()
         with self.together():
-            self._connecting = time.monotonic()
+            self._connecting = True
             self.tell("connect")
             self.group = Group(self._store, 0, self.size, self._device)
             self.group.connect()
-            self._connecting = None
+            self._connecting = False
 
     def finish(self, command: str) -> None:
         """Send a command that takes long and ends in `Member.say_ready`, and wait for that; Ctrl-C interrupts."""
@@ -226,12 +244,10 @@ class Team:
             pass
         if self._closing:
             return False
-        own, now = self.group.exchanges if self.group else 0, time.monotonic()
-        if (since := self._connecting) and now - since > CONNECTS:
+        own, connecting = self.group.exchanges if self.group else 0, self._connecting
+        if self._connects.look(connecting or None) > CONNECTS:
             self.end(f"the ranks did not connect within {CONNECTS:.0f} s. {FULL}")
-        if own != self._own[0]:
-            self._own = own, now
-        if _begins_for(self.group) > HANGS and not self._connecting:
+        if self._begins.look(self.group and self.group.begins) > HANGS and not connecting:
             self.end(_stuck(0))
         for other in self._others:
             if other.process and other.process.poll() is not None and not self._closing:
@@ -240,10 +256,12 @@ class Team:
                         self._take(other)
                 if not self._closing:
                     self.end(_how_it_ended(other))
-            elif other.begins > HANGS and not self._connecting:
+            elif other.begins > HANGS and not connecting:
                 self.end(_stuck(other.rank))
-            elif own > other.exchanges and now - max(other.since, self._own[1]) > HANGS:
+            elif other.behind.look((own, other.exchanges) if own > other.exchanges else None) > HANGS:
                 self.end(f"rank {other.rank} hangs: rank 0 has waited for it for {HANGS:.0f} s.")
+            elif other.silent.look(other.messages) > SILENT:
+                self.end(f"rank {other.rank} hangs: it has given no sign of life for {SILENT:.0f} s.")
         return not self._closing
 
     def _take(self, other: _Other) -> None:
@@ -256,24 +274,17 @@ class Team:
                     other.process.wait(2)
             self.end(_how_it_ended(other))
             return
+        other.messages += 1
         if kind == "failed":
             self.end(f"rank {other.rank} {values[0]}")
         elif kind == "ready":
             other.ready = True
         else:
-            exchanges, other.begins = values
-            if exchanges != other.exchanges:
-                other.exchanges, other.since = exchanges, time.monotonic()
+            other.exchanges, other.begins = values
 
 
 def _stuck(rank: int) -> str:
     return f"rank {rank} hangs: it could not begin an exchange for {HANGS:.0f} s. {FULL}"
-
-
-def _begins_for(group: Any) -> float:
-    """Return the seconds that a rank has been beginning an exchange for"""
-    since = group and group.begins
-    return time.monotonic() - since if since else 0.0
 
 
 def _watch(team: "weakref.ref[Team]") -> None:
@@ -417,10 +428,11 @@ class Member:
 
     def _live(self, lifeline: Any) -> None:
         """Send signs of life, and end this process when rank 0's has ended"""
-        parent = os.getppid()
+        parent, begins = os.getppid(), _Unchanged()
         while not wait([lifeline], timeout=BEAT) and os.getppid() == parent:
             try:
-                self._send("beat", self.group.exchanges if self.group else 0, _begins_for(self.group))
+                exchanges = self.group.exchanges if self.group else 0
+                self._send("beat", exchanges, begins.look(self.group and self.group.begins))
             except OSError:
                 break
         os._exit(1)
