@@ -38,7 +38,7 @@ from ..values import shown
 HANGS = 20.0  # seconds without a new exchange, after which a rank that others wait for is hung
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 120.0  # seconds without one, after which a rank is frozen
-AWAKE = 2.0  # seconds between two looks; what is longer is time in which this process was stopped
+AWAKE = 2.0  # seconds, the most that counts between two looks, because this process was stopped for the rest
 VERDICT = 3.0  # seconds in which the thread finds out why an exchange failed
 CONNECTS = 25.0  # seconds until all ranks that have loaded are connected
 LOADING = 1800.0  # seconds for loading a model
