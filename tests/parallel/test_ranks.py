@@ -214,7 +214,7 @@ STOPPED = """
 import targets
 from test_ranks import add, device_of
 from turbo_nb.parallel import ranks
-ranks.HANGS = 4.0
+ranks.HANGS = 6.0
 team = ranks.start(2, device_of, targets.exchange)
 team.join()
 print(team._others[0].process.pid, flush=True)
@@ -248,7 +248,7 @@ def test_processes_that_were_all_stopped_go_on():
         time.sleep(1)  # so that rank 0 waits in the exchange
         for pid in (parent.pid, other):
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(5)
+        time.sleep(7)
         os.kill(parent.pid, signal.SIGCONT)
         time.sleep(0.8)
         os.kill(other, signal.SIGCONT)
