@@ -101,7 +101,7 @@ class Rank:
 
     @torch.inference_mode()
     def single(self) -> Tensor:
-        """Run the step on this GPU alone, with the block maps of its kernels."""
+        """Run the step on this GPU alone."""
         with patch.object(self.model, "ulysses", None, create=True):  # because it may be split already
             return step.velocity(self.model, self.inputs)
 
