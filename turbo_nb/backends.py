@@ -5,7 +5,6 @@ function that computes the given tensors, so that callers need not know which im
 """
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -164,18 +163,14 @@ def take_variables(wanted: dict[str, str | None]) -> None:
 
 
 def check_variables() -> None:
-    """Check the variables that decide how a step is computed, the switches, and the folders. Probes nothing.
+    """Check Python, the variables that decide how a step is computed, switches and folders. Probes nothing.
 
     Raises:
         BackendError: a variable has a value that no implementation has.
         InputError: TURBO_NB_EXCHANGE or a switch has an unknown value, a folder is an address of another place, or
             Python runs without docstrings.
     """
-    if sys.flags.optimize > 1:
-        raise InputError(
-            "PYTHONOPTIMIZE is 2 (python -OO), which removes docstrings. Expected at most 1, because transformers "
-            "reads them. Unset PYTHONOPTIMIZE."
-        )
+    environment.check_python()
     environment.check_folders()
     for variable in environment.SWITCHES:
         environment.switch(variable)

@@ -157,6 +157,15 @@ def switch(variable: str) -> bool | None:
     return text and text == "1"
 
 
+def check_python() -> None:
+    """Raise InputError where Python runs without docstrings, which transformers reads."""
+    if sys.flags.optimize > 1:
+        raise InputError(
+            "PYTHONOPTIMIZE is 2 (python -OO), which removes docstrings. Expected at most 1, because transformers "
+            "reads them. Unset PYTHONOPTIMIZE."
+        )
+
+
 def check_folders() -> None:
     """Raise InputError for a variable of `FOLDERS` with an address, such as s3://bucket/x."""
     for variable in FOLDERS:
