@@ -243,15 +243,16 @@ def _colours(picture: "Image") -> str:
 def _tiff_values(values: "np.ndarray", tags: Any) -> "np.ndarray":
     """Return whole numbers as the tags of a TIFF mean them, which Pillow does not apply to more than 8 bits"""
     import numpy as np
+    from PIL import TiffImagePlugin as names
 
-    bits, kind = tags.get(258, (1,))[0], tags.get(339, (1,))[0]  # BitsPerSample, SampleFormat: 1 is unsigned
-    if kind != 1:
+    bits, kind = (tags.get(name, (1,))[0] for name in (names.BITSPERSAMPLE, names.SAMPLEFORMAT))
+    if kind != 1:  # not unsigned
         return values
     if bits == 12:
         values = values << 4 | values >> 8
     elif bits == 32:
         values = values.view(np.uint32)
-    return np.invert(values) if tags.get(262) == 0 else values  # PhotometricInterpretation: 0 is white
+    return np.invert(values) if tags.get(names.PHOTOMETRIC_INTERPRETATION) == 0 else values  # 0 is white
 
 
 def _in_srgb(picture: "Image") -> "Image":
